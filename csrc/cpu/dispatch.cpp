@@ -1,0 +1,66 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "tensor.h"
+
+namespace seqaccel {
+namespace {
+
+const char* const kNames[] = {"portable", "avx2", "avx512"};
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+#else
+  return Isa::portable;
+#endif
+}
+
+Isa parse_isa(const std::string& name) {
+  const Isa best = best_isa();
+  if (name == "auto") return best;
+  for (int i = 0; i < 3; ++i) {
+    if (name == kNames[i]) {
+      STD_TORCH_CHECK(i <= int(best), "instruction set '", name, "' is not available on this processor, which has up to '",
+                      kNames[int(best)], "'");
+      return Isa(i);
+    }
+  }
+  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected 'auto', 'portable', 'avx2' or 'avx512'");
+  return best;
+}
+
+Isa& isa_slot() {
+  static Isa isa = best_isa();
+  return isa;
+}
+
+std::string isa() { return kNames[int(active_isa())]; }
+
+std::string best_isa_name() { return kNames[int(best_isa())]; }
+
+void set_isa(std::string name) { isa_slot() = parse_isa(name); }
+
+}  // namespace
+
+Isa active_isa() { return isa_slot(); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
+  m.def("isa() -> str");
+  m.def("best_isa() -> str");
+  m.def("set_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqaccel, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("best_isa", TORCH_BOX(&best_isa_name));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+}
+
+}  // namespace seqaccel

@@ -1,0 +1,62 @@
+// What every operator needs of torch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace seqaccel {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string shape_string(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+// Rank, sizes (-1: any), dtype and device, in O(1): an operator called with anything else must not touch memory.
+inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  bool matches = t.dim() == int64_t(sizes.size());
+  int64_t i = 0;
+  for (const int64_t size : sizes) {
+    matches = matches && (size < 0 || t.size(i) == size);
+    ++i;
+  }
+  if (!matches) {
+    std::string expected = "[";
+    for (const int64_t size : sizes) {
+      expected += (expected.size() > 1 ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
+    }
+    STD_TORCH_CHECK(false, "seqaccel: expected ", name, " to have shape ", expected, "], but got ", shape_string(t));
+  }
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "seqaccel: expected ", name, " to have the dtype of the first tensor");
+  STD_TORCH_CHECK(t.is_cpu(), "seqaccel: expected ", name, " to be on the CPU");
+}
+
+inline void check_float_or_double(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "seqaccel: expected ", name,
+                  " to be float32 or float64");
+}
+
+inline Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline OptionalTensor to_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(to_contiguous(*t)) : std::nullopt; }
+
+template <typename T>
+const T* data_or_null(const OptionalTensor& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+}  // namespace seqaccel

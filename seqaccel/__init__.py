@@ -1,0 +1,16 @@
+"""Custom kernels for sequence models in PyTorch: ``import seqaccel.nn`` in place of ``torch.nn``."""
+
+import warnings
+
+from seqaccel import _extension, functional, nn
+from seqaccel.backends import backend
+
+__all__ = ["backend", "functional", "nn"]
+__version__ = "0.1.0"
+
+if _extension.cpp_error is not None:
+    warnings.warn(
+        f"seqaccel runs without its C++ kernels ({_extension.cpp_error}); the reference serves on the CPU. "
+        "`python -m seqaccel.info` says more.",
+        stacklevel=2,
+    )

@@ -1,0 +1,30 @@
+"""Loads the compiled operators; says why where they cannot be loaded."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+
+
+def _load(name: str) -> str | None:
+    """Registers the operators of ``seqaccel/<name>*.so``; returns why that failed, or None."""
+    libraries = sorted(_FOLDER.glob(f"{name}.*so"))
+    if not libraries:
+        return f"seqaccel/{name} was not built"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0].name} could not be loaded: {error}"
+    return None
+
+
+#: Why the C++ operators are missing, or None.
+cpp_error: str | None = _load("_C")
+
+#: Why the CUDA operators are missing, or None.
+cuda_error: str | None = _load("_cuda") if torch.version.cuda else "this torch is a build without CUDA"
+
+#: Why Triton is missing, or None.
+triton_error: str | None = None if importlib.util.find_spec("triton") else "the package triton is not installed"

@@ -1,0 +1,148 @@
+"""Which implementations of an operator exist, and which one runs.
+
+Backends:
+    ``reference``  plain PyTorch, the definition; every device and dtype
+    ``cpp``        our C++ kernels (CPU)
+    ``triton``     our Triton kernels (GPU; on a CPU only under Triton's interpreter, ``TRITON_INTERPRET=1``)
+    ``cuda``       our CUDA C++ kernels (GPU)
+    ``torch``      torch's own operator for the same job, where there is one
+    ``auto``       the fastest verified one for the tensor at hand
+
+``auto`` takes ``cpp`` on a CPU and, on a GPU, a backend that :data:`VERIFIED` lists; else ``torch`` where the operator has it,
+else ``reference``. A backend asked for by name runs or raises; nothing is put in its place.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from seqaccel import _extension
+
+__all__ = ["NAMES", "VERIFIED", "available", "backend", "choose", "current", "isa", "why_missing"]
+
+NAMES = ("auto", "reference", "cpp", "triton", "cuda", "torch")
+
+#: GPU backends whose tests have passed on a GPU, for each operator: ``auto`` chooses among these, first come first.
+VERIFIED: dict[str, tuple[str, ...]] = {}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, but got {name!r}")
+    return name
+
+
+_current = _checked(os.environ.get("SEQACCEL_BACKEND") or "auto", "SEQACCEL_BACKEND")
+
+
+def current() -> str:
+    """The backend asked for: the innermost :func:`backend`, else ``SEQACCEL_BACKEND``, else ``"auto"``."""
+    return _current
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs every seqaccel operator inside the block on one backend.
+
+    Args:
+        name: ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"auto"``. The environment variable
+            ``SEQACCEL_BACKEND`` sets it for a whole process. The setting is the process's, not the thread's.
+
+    Raises:
+        ValueError: the name is unknown. An operator that does not have the backend raises a ``RuntimeError`` when called.
+
+    Example:
+        >>> import torch, seqaccel
+        >>> a = b = torch.ones(1, 3, 2)
+        >>> with seqaccel.backend("reference"):
+        ...     h = seqaccel.functional.linear_scan(a, b)
+        >>> h[0, :, 0]
+        tensor([1., 2., 3.])
+    """
+    global _current
+    previous, _current = _current, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Runs the C++ kernels compiled for one instruction set inside the block.
+
+    Args:
+        name: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process.
+
+    Raises:
+        RuntimeError: unknown, or this processor does not have it.
+    """
+    previous = torch.ops.seqaccel.isa()
+    torch.ops.seqaccel.set_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.seqaccel.set_isa(previous)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_missing(name: str, device_type: str) -> str | None:
+    """Why a backend cannot run on this kind of device here, or None where it can."""
+    if name in ("reference", "torch"):
+        return None
+    if name == "cpp":
+        return _extension.cpp_error if device_type == "cpu" else f"it runs on the CPU, and the tensors are on {device_type}"
+    if name == "cuda":
+        return _extension.cuda_error if device_type == "cuda" else f"it runs on a GPU, and the tensors are on {device_type}"
+    if _extension.triton_error or device_type == "cuda":
+        return _extension.triton_error
+    if device_type == "cpu" and _interpreting():
+        return None
+    return f"it runs on a GPU, and the tensors are on {device_type} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"
+
+
+def available(device_type: str = "cpu") -> dict[str, str | None]:
+    """Every backend, with the reason it cannot run on this kind of device, or None where it can."""
+    return {name: why_missing(name, device_type) for name in NAMES[1:]}
+
+
+def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, prefer: str | None = None) -> str:
+    """The backend that runs an operator.
+
+    Args:
+        operator: name of the operator, for messages and :data:`VERIFIED`.
+        tensor: the tensor whose device and dtype decide.
+        supported: the backends this operator has.
+        prefer: what ``auto`` takes for this shape where it measured fastest.
+
+    Returns:
+        One of ``supported``.
+
+    Raises:
+        RuntimeError: a backend asked for by name is not there; the message says why.
+    """
+    device_type = tensor.device.type
+    name = _current
+    if name != "auto":
+        if name not in supported:
+            raise RuntimeError(f"{operator}: no backend {name!r}; it has {', '.join(supported)}")
+        reason = why_missing(name, device_type)
+        if reason:
+            raise RuntimeError(f"{operator}: backend {name!r} is not available: {reason}")
+        return name
+    if prefer is not None and prefer in supported and why_missing(prefer, device_type) is None:
+        return prefer
+    candidates = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ())
+    for candidate in candidates:
+        if candidate in supported and why_missing(candidate, device_type) is None:
+            return candidate
+    return "torch" if "torch" in supported else "reference"
+
+
+if _extension.cpp_error is None and os.environ.get("SEQACCEL_ISA"):
+    torch.ops.seqaccel.set_isa(os.environ["SEQACCEL_ISA"])

@@ -1,0 +1,79 @@
+"""What the public functions of every family share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is running: the reference serves there."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
+    device_type = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the C++ kernels calculate in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def differentiable_backward(
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, through the reference.
+
+    Args:
+        reference: takes ``inputs``, returns the output or outputs that ``grad_outputs`` belong to.
+        inputs: the forward's tensor inputs (None for an absent optional one).
+        grad_outputs: one for each output; None counts as zero.
+        needs: which inputs need a gradient.
+
+    Returns:
+        One gradient, or None, for each input.
+    """
+    with torch.enable_grad():
+        # Views cut the paths between inputs, so that each gradient is a partial derivative.
+        views = [t.view_as(t) if t is not None and t.is_floating_point() else t for t in inputs]
+        views = [
+            t if t is None or t.requires_grad or not need else t.detach().requires_grad_()
+            for t, need in zip(views, needs, strict=True)
+        ]
+        outputs = reference(*views)
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, grad_outputs, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        wanted = [t for t, need in zip(views, needs, strict=True) if need and t is not None]
+        if not pairs or not wanted:
+            return tuple(None for _ in inputs)
+        grads = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return tuple(next(grads) if need and t is not None else None for t, need in zip(views, needs, strict=True))

@@ -1,0 +1,1 @@
+"""The operators in plain PyTorch: the specification as code, for every dtype and device."""

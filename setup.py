@@ -1,0 +1,131 @@
+"""Build of the native parts; pyproject.toml holds everything else.
+
+Environment:
+    SEQACCEL_NO_EXTENSIONS=1  build the pure-Python package on purpose
+    SEQACCEL_CUDA=0/1         leave out, or insist on, the CUDA extension (default: built when nvcc is found)
+    TORCH_CUDA_ARCH_LIST      GPU architectures (default "8.0+PTX;9.0a"; the PTX serves later chips)
+    MAX_JOBS                  compile jobs
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+INSTRUCTION_SETS = ["portable", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+
+
+def kernel_sources():
+    """One translation unit for each kernel file and instruction set, written under build/isa."""
+    folder = ROOT / "build" / "isa"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for kernels in sorted(ROOT.glob("csrc/cpu/**/*_kernels.h")):
+        include = kernels.relative_to(ROOT / "csrc").as_posix()
+        for isa in INSTRUCTION_SETS:
+            text = f'#define SEQACCEL_ISA_{isa.upper()}\n#include "cpu/isa.h"\n#include "{include}"\n'
+            source = folder / f"{kernels.stem}_{isa}.cpp"
+            if not source.exists() or source.read_text() != text:
+                source.write_text(text)
+            sources.append(source.relative_to(ROOT).as_posix())
+    return sources
+
+
+def native_sources(pattern):
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+
+def cuda_home():
+    """The CUDA toolkit to build with, or None: SEQACCEL_CUDA decides, else whether nvcc is found."""
+    wanted = os.environ.get("SEQACCEL_CUDA")
+    if wanted not in (None, "", "0", "1"):
+        sys.exit(f"seqaccel: SEQACCEL_CUDA must be 0 or 1, but it is {wanted!r}")
+    if wanted == "0":
+        return None
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    for home in candidates:
+        if home and (Path(home) / "bin" / "nvcc").exists() and (Path(home) / "include" / "cuda_runtime.h").exists():
+            return home
+    if wanted == "1":
+        sys.exit("seqaccel: SEQACCEL_CUDA=1, but no CUDA toolkit was found: put nvcc on PATH or set CUDA_HOME")
+    return None
+
+
+def require_compiler():
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        sys.exit(
+            f"seqaccel: no C++ compiler: {compiler!r} was not found. Install one (Debian: apt install g++), "
+            "or set SEQACCEL_NO_EXTENSIONS=1 to build the pure-Python package, where the reference and Triton backends serve."
+        )
+
+
+def extensions():
+    if os.environ.get("SEQACCEL_NO_EXTENSIONS") == "1":
+        return [], {}
+    require_compiler()
+    try:
+        import pybind11
+        import torch.utils.cpp_extension as cpp
+    except ImportError as error:
+        sys.exit(
+            f"seqaccel: building needs torch and pybind11 in this environment ({error}). "
+            "Install them first and pass --no-build-isolation to pip, or set SEQACCEL_NO_EXTENSIONS=1."
+        )
+    from setuptools import Extension
+
+    modules = [
+        cpp.CppExtension(
+            "seqaccel._C",
+            native_sources("csrc/cpu/**/*.cpp") + kernel_sources(),
+            include_dirs=[str(ROOT / "csrc")],
+            py_limited_api=True,
+            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
+            extra_link_args=["-fopenmp", "-Wl,-z,noexecstack"],
+        )
+    ]
+    session = native_sources("csrc/session/*.cpp")
+    if session:
+        modules.append(
+            Extension(
+                "seqaccel._session",
+                session,
+                include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+                extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+                language="c++",
+            )
+        )
+    home = cuda_home()
+    cuda = native_sources("csrc/cuda/**/*.cu")
+    if home and cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
+        cpp.CUDA_HOME = home
+        modules.append(
+            cpp.CppExtension(
+                "seqaccel._cuda",
+                cuda,
+                include_dirs=[str(ROOT / "csrc"), f"{home}/include"],
+                library_dirs=[f"{home}/lib64"],
+                libraries=["cudart_static", "dl", "rt", "pthread"],
+                py_limited_api=True,
+                extra_compile_args={
+                    "cxx": ["-O3", "-g0", "-DUSE_CUDA", *STABLE_ABI],
+                    "nvcc": ["-O3", "-DUSE_CUDA", "--threads=2", *STABLE_ABI],
+                },
+                extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+            )
+        )
+    return modules, {"build_ext": cpp.BuildExtension.with_options(use_ninja=True)}
+
+
+modules, commands = extensions()
+setup(ext_modules=modules, cmdclass=commands)
