@@ -1,0 +1,156 @@
+"""Compiles a family's shipped Triton configurations for GPUs that are not there, and reads what each of them uses.
+
+In a test::
+
+    from offline import check_configurations
+
+    def test_triton_configurations():
+        check_configurations("seqaccel.kernels.scan")
+
+By hand, as a table: ``python tests/offline.py seqaccel.kernels.scan [80 90 100]``.
+
+The compilation runs in a process of its own: under ``TRITON_INTERPRET=1``, which the tests set on a machine without a
+GPU, ``@triton.jit`` makes interpreted functions, and those cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by compute capability
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one configuration uses on one architecture."""
+
+    kernel: str
+    arch: int
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int  # bytes a thread; more than 0: registers spilled, or an array in local memory
+    local: int
+    shared: int  # bytes a block
+
+    def problems(self) -> list[str]:
+        """What keeps this configuration from being shipped."""
+        found = []
+        if self.stack or self.local:
+            found.append(f"spills {self.stack + self.local} bytes a thread")
+        if self.shared > SHARED_MEMORY_LIMIT[self.arch]:
+            found.append(f"needs {self.shared} bytes of shared memory, the chip has {SHARED_MEMORY_LIMIT[self.arch]}")
+        return found
+
+    def __str__(self) -> str:
+        constants = " ".join(f"{k}={v}" for k, v in self.constexprs.items())
+        return (
+            f"sm_{self.arch:<4}{self.kernel}[{constants}] warps={self.num_warps} stages={self.num_stages}: "
+            f"{self.registers} registers, {self.stack} stack, {self.local} local, {self.shared} shared"
+        )
+
+
+def cuobjdump() -> str:
+    """The path of cuobjdump: the Triton wheel's own, else the one on PATH."""
+    import triton
+
+    bundled = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    found = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    if found is None:
+        raise RuntimeError("cuobjdump is neither in the Triton wheel nor on PATH")
+    return found
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """``{"REG": …, "STACK": …, "SHARED": …, "LOCAL": …}`` of the only kernel in ``cubin``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+
+
+def compile_configuration(configuration, arch: int) -> Usage:
+    """Compiles one ``seqaccel.kernels._launch.Configuration`` for ``sm_<arch>``; needs ``TRITON_INTERPRET`` unset."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, names = configuration.kernel, configuration.kernel.arg_names
+    known = {**configuration.signature, **configuration.constexprs}
+    if set(known) != set(names):
+        raise ValueError(
+            f"{kernel.__name__}: missing {sorted(set(names) - set(known))}, unknown {sorted(set(known) - set(names))}"
+        )
+    signature = {n: "constexpr" if n in configuration.constexprs else configuration.signature[n] for n in names}
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in configuration.multiples_of_16]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in configuration.constexprs.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    used = resources(compiled.asm["cubin"])
+    return Usage(
+        kernel=kernel.__name__,
+        arch=arch,
+        constexprs={k: getattr(v, "__name__", str(v)) for k, v in configuration.constexprs.items()},
+        num_warps=configuration.num_warps,
+        num_stages=configuration.num_stages,
+        registers=used["REG"],
+        stack=used["STACK"],
+        local=used["LOCAL"],
+        shared=max(used.get("SHARED", 0), compiled.metadata.shared),
+    )
+
+
+def usages(module: str, archs: tuple[int, ...] = (80, 90, 100), timeout: float = 600) -> list[Usage]:
+    """Compiles every row of ``module.CONFIGURATIONS`` for every architecture, in one process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--json", module, *map(str, archs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return [Usage(**row) for row in json.loads(done.stdout)]
+
+
+def check_configurations(module: str, archs: tuple[int, ...] = (80, 90, 100)) -> list[Usage]:
+    """Asserts that every configuration of ``module`` compiles, spills nothing and fits the chip's shared memory."""
+    found = usages(module, archs)
+    assert found, f"{module}.CONFIGURATIONS is empty"
+    wrong = [f"{usage}: {problem}" for usage in found for problem in usage.problems()]
+    assert not wrong, "\n".join(wrong)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    as_json = arguments[:1] == ["--json"]
+    module, *archs = arguments[1:] if as_json else arguments
+    rows = [
+        compile_configuration(configuration, int(arch))
+        for configuration in importlib.import_module(module).CONFIGURATIONS
+        for arch in (archs or ["80", "90", "100"])
+    ]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+    else:
+        for row in rows:
+            print(row, *row.problems(), sep="; ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

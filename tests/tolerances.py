@@ -1,0 +1,66 @@
+"""How far a kernel may be from the float64 reference, and the two comparisons the tests use.
+
+Where torch has an operator for the same job the rule needs no number: at most twice torch's own error on the same input
+(``assert_as_good_as``). Elsewhere the bound is the family's entry in ``BOUNDS`` with the reason for it (``assert_close``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The largest relative error (see ``error``) of an operator's outputs and gradients, by dtype."""
+
+    reason: str
+    forward: dict[torch.dtype, float]
+    backward: dict[torch.dtype, float]
+
+
+BOUNDS: dict[str, Bound] = {}
+
+
+def error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest absolute difference, relative to the reference's largest magnitude; infinite if a NaN or Inf differs."""
+    actual, reference = actual.detach().double().cpu(), reference.detach().double().cpu()
+    assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    if actual.numel() == 0:
+        return 0.0
+    finite = reference.isfinite()
+    if not torch.equal(actual.isfinite(), finite) or not torch.equal(
+        actual[~finite].isnan(), reference[~finite].isnan()
+    ):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = reference[finite].abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((actual[finite] - reference[finite]).abs().max() / scale)
+
+
+def assert_close(
+    actual: torch.Tensor,
+    reference: torch.Tensor,
+    family: str,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    what: str = "",
+) -> None:
+    """``actual``, computed from inputs of ``dtype``, is within the family's bound of the float64 ``reference``."""
+    bound = (BOUNDS[family].backward if backward else BOUNDS[family].forward)[dtype]
+    found = error(actual, reference)
+    assert found <= bound, f"{what or 'result'}: error {found:.3g}, bound {bound:.3g} ({family}, {dtype})"
+
+
+def assert_as_good_as(
+    actual: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *, factor: float = 2.0, what: str = ""
+) -> None:
+    """``actual`` is at most ``factor`` times as far from the float64 ``reference`` as ``stock`` is (or within one rounding)."""
+    found, theirs = error(actual, reference), error(stock, reference)
+    rounding = torch.finfo(stock.dtype).eps
+    assert found <= max(factor * theirs, rounding), (
+        f"{what or 'result'}: error {found:.3g}, the stock operator's {theirs:.3g}"
+    )
