@@ -27,8 +27,8 @@ Isa parse_isa(const std::string& name) {
   if (name == "auto") return best;
   for (int i = 0; i < 3; ++i) {
     if (name == kNames[i]) {
-      STD_TORCH_CHECK(i <= int(best), "instruction set '", name, "' is not available on this processor, which has up to '",
-                      kNames[int(best)], "'");
+      STD_TORCH_CHECK(i <= int(best), "instruction set '", name,
+                      "' is not available on this processor, which has up to '", kNames[int(best)], "'");
       return Isa(i);
     }
   }

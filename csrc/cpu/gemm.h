@@ -1,9 +1,10 @@
 // Register tiles of a matrix product against packed panels: the inner loop of every recurrent step.
 //
-// B [K, N] is packed once into panels of NV vectors: panel j holds B[0..K, j*W .. (j+1)*W), W = NV * Lanes<T>, row after row,
-// zero past N. A tile of MR rows by NV vectors of the product stays in registers while K runs:
+// B [K, N] is packed once into panels of NV vectors: panel j holds B[0..K, j*W .. (j+1)*W), W = NV * Lanes<T>, row
+// after row, zero past N. A tile of MR rows by NV vectors of the product stays in registers while K runs:
 //   acc[m][v] += A[m, k] * panel[k, v]
-// MR * NV accumulators plus NV panel vectors must fit the register file: 6 x 4 with 32 registers, 4 x 2 or 6 x 2 with 16.
+// MR * NV accumulators plus NV panel vectors must fit the register file: 6 x 4 with 32 registers, 4 x 2 or 6 x 2
+// with 16.
 #pragma once
 
 #include "vec.h"
@@ -13,7 +14,8 @@ namespace SEQACCEL_ISA {
 
 // acc += A[MR, K] * panel. A's element (m, k) is a[m * row_stride + k].
 template <typename T, int MR, int NV>
-SEQACCEL_INLINE void tile_multiply(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t row_stride, const T* panel, ptrdiff_t K) {
+SEQACCEL_INLINE void tile_multiply(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t row_stride, const T* panel,
+                                   ptrdiff_t K) {
   for (ptrdiff_t k = 0; k < K; ++k) {
     Vec<T> b[NV];
 #pragma GCC unroll 8
@@ -32,8 +34,8 @@ inline ptrdiff_t panel_count(ptrdiff_t n, int width) { return (n + width - 1) / 
 
 // Packs panel j of B, whose element (k, n) is b[k * k_stride + n * n_stride], into out [K, width].
 template <typename T>
-inline void pack_panel(T* out, const T* b, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t K, ptrdiff_t N, ptrdiff_t j,
-                       int width) {
+inline void pack_panel(T* out, const T* b, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t K, ptrdiff_t N,
+                       ptrdiff_t j, int width) {
   const ptrdiff_t first = j * width;
   const ptrdiff_t filled = N - first < width ? N - first : width;
   for (ptrdiff_t k = 0; k < K; ++k) {

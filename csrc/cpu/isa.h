@@ -1,8 +1,8 @@
 // The instruction sets a kernel file is compiled for.
 //
-// setup.py writes one translation unit for each kernel file and instruction set; it defines SEQACCEL_ISA_<NAME> and includes
-// this header first. Everything a kernel file defines lies in the namespace SEQACCEL_ISA, so the copies never meet.
-// Kernel files use no std:: templates: their weak AVX-512 copies could be linked into portable code.
+// setup.py writes one translation unit for each kernel file and instruction set; it defines SEQACCEL_ISA_<NAME> and
+// includes this header first. Everything a kernel file defines lies in the namespace SEQACCEL_ISA, so the copies never
+// meet. Kernel files use no std:: templates: their weak AVX-512 copies could be linked into portable code.
 #pragma once
 
 #include <omp.h>

@@ -8,11 +8,16 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace seqaccel {
 
@@ -46,13 +51,30 @@ inline void check_tensor(const Tensor& t, const char* name, std::initializer_lis
 }
 
 inline void check_float_or_double(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "seqaccel: expected ", name,
-                  " to be float32 or float64");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "seqaccel: expected ",
+                  name, " to be float32 or float64");
 }
 
 inline Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-inline OptionalTensor to_contiguous(const OptionalTensor& t) { return t ? OptionalTensor(to_contiguous(*t)) : std::nullopt; }
+inline OptionalTensor to_contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(to_contiguous(*t)) : std::nullopt;
+}
+
+// An uninitialised tensor, backed by huge pages where it is large. Touching fresh 4 KB pages costs more than the work
+// of many kernels: 34 MB took 23 ms the first time on a virtual machine, 3.2 ms with huge pages (and 1.5 ms the second
+// time).
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t end = begin + uintptr_t(t.numel()) * (t.scalar_type() == ScalarType::Double ? 8 : 4);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (last >= first + 2 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
 
 template <typename T>
 const T* data_or_null(const OptionalTensor& t) {

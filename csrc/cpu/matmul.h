@@ -1,0 +1,35 @@
+// A whole matrix product, C [M, N] (+)= A [M, K] B [K, N], over the register tiles of gemm.h: the products over all
+// time steps (input projections, weight gradients), beside the step-by-step ones that pack their own panels.
+#pragma once
+
+#include <cstddef>
+
+#include "dispatch.h"
+
+namespace seqaccel {
+
+// Element (i, j) of A lies at a[i * a_row + j * a_column], of B likewise; rows of C are contiguous, c_row apart.
+template <typename T>
+struct Matmul {
+  ptrdiff_t M, N, K;
+  const T* a;
+  ptrdiff_t a_row, a_column;
+  const T* b;
+  ptrdiff_t b_row, b_column;
+  T* c;
+  ptrdiff_t c_row;
+  bool accumulate;  // C += A B; else C = A B
+};
+
+struct MatmulKernels {
+  // False: the workspace for the packed operands could not be allocated, and C is unchanged.
+  bool (*matmul_float)(const Matmul<float>&);
+  bool (*matmul_double)(const Matmul<double>&);
+};
+
+SEQACCEL_DECLARE_KERNELS(MatmulKernels, matmul_kernels)
+
+void matmul(const Matmul<float>& product);
+void matmul(const Matmul<double>& product);
+
+}  // namespace seqaccel

@@ -1,0 +1,89 @@
+"""The parts of the C++ layer that every family builds on: vector functions, the matrix product, the instruction sets."""
+
+import pytest
+import torch
+
+from seqaccel import backends
+
+ISAS = ["portable", "avx2", "avx512"]
+FUNCTIONS = {"exp": torch.exp, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    order = ISAS.index(torch.ops.seqaccel.best_isa())
+    if ISAS.index(request.param) > order:
+        pytest.skip(f"this processor has no {request.param}")
+    with backends.isa(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions_stay_within_two_ulp(isa, name, dtype):
+    x = torch.cat(
+        [
+            torch.linspace(-20, 20, 40_003, dtype=torch.float64),
+            torch.linspace(-85, 85, 10_007, dtype=torch.float64),
+            torch.logspace(-30, 0, 1_001, dtype=torch.float64),
+        ]
+    ).to(dtype)
+    expected = FUNCTIONS[name](x.double())
+    error = (torch.ops.seqaccel.elementwise(x, name).double() - expected).abs() / expected.abs().clamp_min(1e-300)
+    assert error.max() <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions_at_the_special_values(isa, name, dtype):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30], dtype=dtype)
+    y, expected = torch.ops.seqaccel.elementwise(x, name), FUNCTIONS[name](x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(y.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "M, K, N",
+    [(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (13, 1100, 150), (100, 3, 200), (0, 4, 4), (4, 0, 4), (4, 4, 0)],
+)
+def test_matrix_product(isa, poison, M, K, N, dtype):
+    for transposed in range(4):
+        a = torch.randn(K, M, dtype=dtype).t() if transposed & 1 else torch.randn(M, K, dtype=dtype)
+        b = torch.randn(N, K, dtype=dtype).t() if transposed & 2 else torch.randn(K, N, dtype=dtype)
+        expected = a.double() @ b.double()
+        # The standard bound on a sum of K products: K eps |a| |b|.
+        bound = (K + 1) * torch.finfo(dtype).eps * (a.double().abs() @ b.double().abs())
+        assert ((torch.ops.seqaccel.mm(a, b).double() - expected).abs() <= bound).all()
+
+
+def test_matrix_product_refuses_what_does_not_fit():
+    with pytest.raises(RuntimeError, match=r"expected mat2 to have shape \[3, \*\], but got \[4, 2\]"):
+        torch.ops.seqaccel.mm(torch.randn(2, 3), torch.randn(4, 2))
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.ops.seqaccel.mm(torch.randn(2, 3), torch.randn(3, 2).double())
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        torch.ops.seqaccel.mm(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(RuntimeError, match="unknown instruction set 'sse9'"), backends.isa("sse9"):
+        pass
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="must be one of"), backends.backend("tpu"):
+        pass
+    assert backends.current() in backends.NAMES
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises():
+    x = torch.zeros(1)
+    with backends.backend("torch"), pytest.raises(RuntimeError, match="no backend 'torch'; it has reference, cpp"):
+        backends.choose("some_operator", x, ("reference", "cpp"))
+    with backends.backend("cuda"), pytest.raises(RuntimeError, match="is not available"):
+        backends.choose("some_operator", x, ("reference", "cuda"))
+    with backends.backend("auto"):
+        assert backends.choose("some_operator", x, ("reference", "cpp", "torch")) == "cpp"
+        assert backends.choose("some_operator", x, ("reference", "cpp", "torch"), prefer="torch") == "torch"
+        assert backends.choose("some_operator", x, ("reference", "torch")) == "torch"
