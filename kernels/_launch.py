@@ -1,4 +1,4 @@
-"""What every family's Triton launchers share: how a kernel is launched, and how a shipped configuration is described."""
+"""What the Triton launchers share: how a kernel is launched, and how a shipped configuration is described."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def interpreted(kernel: Any) -> bool:
 
 
 def wrap(kernel: Any) -> Any:
-    """What a ``torch.library.triton_op`` launches: the traceable form of a compiled kernel, an interpreted kernel as it is."""
+    """What a ``torch.library.triton_op`` launches: a compiled kernel in traceable form, an interpreted one as it is."""
     return kernel if interpreted(kernel) else torch.library.wrap_triton(kernel)

@@ -118,7 +118,7 @@ def compile_configuration(configuration, arch: int) -> Usage:
 
 
 def usages(module: str, archs: tuple[int, ...] = (80, 90, 100), timeout: float = 600) -> list[Usage]:
-    """Compiles every row of ``module.CONFIGURATIONS`` for every architecture, in one process without the interpreter."""
+    """Compiles every row of ``module.CONFIGURATIONS`` for every architecture, in one process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, "--json", module, *map(str, archs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -1,7 +1,8 @@
 """How far a kernel may be from the float64 reference, and the two comparisons the tests use.
 
-Where torch has an operator for the same job the rule needs no number: at most twice torch's own error on the same input
-(``assert_as_good_as``). Elsewhere the bound is the family's entry in ``BOUNDS`` with the reason for it (``assert_close``).
+Where torch has an operator for the same job the rule needs no number: at most twice torch's own error on the same
+input (``assert_as_good_as``). Elsewhere the bound is the family's entry in ``BOUNDS`` with the reason for it
+(``assert_close``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BOUNDS: dict[str, Bound] = {}
 
 
 def error(actual: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest absolute difference, relative to the reference's largest magnitude; infinite if a NaN or Inf differs."""
+    """The largest absolute difference over the reference's largest magnitude; infinite if a NaN or Inf differs."""
     actual, reference = actual.detach().double().cpu(), reference.detach().double().cpu()
     assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     if actual.numel() == 0:
@@ -58,7 +59,7 @@ def assert_close(
 def assert_as_good_as(
     actual: torch.Tensor, stock: torch.Tensor, reference: torch.Tensor, *, factor: float = 2.0, what: str = ""
 ) -> None:
-    """``actual`` is at most ``factor`` times as far from the float64 ``reference`` as ``stock`` is (or within one rounding)."""
+    """``actual`` is at most ``factor`` times as far from the float64 ``reference`` as ``stock`` is, or one rounding."""
     found, theirs = error(actual, reference), error(stock, reference)
     rounding = torch.finfo(stock.dtype).eps
     assert found <= max(factor * theirs, rounding), (
