@@ -8,17 +8,24 @@ import torch
 _FOLDER = Path(__file__).parent
 
 
+def _find(name: str) -> Path | None:
+    return next(iter(sorted(_FOLDER.glob(f"{name}.*so"))), None)
+
+
 def _load(name: str) -> str | None:
     """Registers the operators of ``seqaccel/<name>*.so``; returns why that failed, or None."""
-    libraries = sorted(_FOLDER.glob(f"{name}.*so"))
-    if not libraries:
+    library = _find(name)
+    if library is None:
         return f"seqaccel/{name} was not built"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{libraries[0].name} could not be loaded: {error}"
+        return f"{library.name} could not be loaded: {error}"
     return None
 
+
+#: The library that holds the C++ kernels.
+cpp_path = _find("_C")
 
 #: Why the C++ operators are missing, or None.
 cpp_error: str | None = _load("_C")
