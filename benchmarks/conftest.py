@@ -18,6 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
     harness.seconds_per_case = config.getoption("--seconds")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     import importlib.metadata
 

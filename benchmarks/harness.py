@@ -36,7 +36,8 @@ What is done with a case:
 - Our figure is the median round. A peer's figure is its fastest round.
 - A contender named ``seqaccel[cpp]``, ``[triton]`` or ``[cuda]`` is profiled first: no torch operator of ``STOCK`` may
   run in it.
-- On a GPU the times are those of ``triton.testing.do_bench`` (events, L2 flushed). Set ``Case(device="cuda")``.
+- On a GPU the times are those of ``triton.testing.do_bench`` (events, L2 flushed): write ``suite(…, device="cuda")``,
+  which marks the suite ``gpu``, and make the tensors there.
 
 A peer with its own thread pool must not spin between calls (ONNX Runtime: ``session.intra_op.allow_spinning`` = "0").
 """
@@ -97,17 +98,17 @@ class Case:
         contenders: functions of no arguments by name, ours first.
         flops: floating-point operations of the job.
         bytes: bytes the job moves at the least.
-        device: ``"cpu"`` or ``"cuda"``.
         dtype: of the GEMM whose rate is the ceiling.
         forbidden: operators that a contender of ours must not run; a name stands for all that begin with it.
+        device: set by ``suite``.
     """
 
     contenders: Mapping[str, Callable[[], object]]
     flops: float
     bytes: float
-    device: str = "cpu"
     dtype: torch.dtype = torch.float32
     forbidden: Sequence[str] = STOCK
+    device: str = "cpu"
 
 
 @dataclasses.dataclass
@@ -319,13 +320,16 @@ def _read_clock() -> float:
 
 
 def suite(
-    sizes: Sequence[Mapping[str, object]] | Mapping[str, Mapping[str, object]], contenders: Sequence[str]
+    sizes: Sequence[Mapping[str, object]] | Mapping[str, Mapping[str, object]],
+    contenders: Sequence[str],
+    device: str = "cpu",
 ) -> Callable[[Callable[..., Case]], Callable[..., None]]:
     """Makes a pytest-benchmark suite of a function that builds a ``Case``.
 
     Args:
         sizes: keyword arguments of the function, one group each; a mapping names the groups.
         contenders: every name that a case may have, ours first; one row each.
+        device: ``"cpu"`` or ``"cuda"``: where the contenders run.
     """
     named = (
         dict(sizes)
@@ -337,16 +341,19 @@ def suite(
     def decorate(build: Callable[..., Case]) -> Callable[..., None]:
         title = build.__name__.removeprefix("bench_").removeprefix("test_")
 
+        def make(size: str) -> Case:
+            return dataclasses.replace(build(**named[size]), device=device)
+
         @functools.cache
         def measured(size: str) -> Measured:
-            return measure(build(**named[size]))
+            return measure(make(size))
 
         @pytest.mark.benchmark(timer=_read_clock)
         @pytest.mark.parametrize(("size", "contender"), rows)
         def run(benchmark, size: str, contender: str) -> None:
             benchmark.group = f"{title}[{size}]"
             if benchmark.disabled:
-                case = build(**named[size])
+                case = make(size)
                 if contender not in case.contenders:
                     pytest.skip(f"{contender} is not there on this machine")
                 benchmark(case.contenders[contender])
@@ -361,6 +368,6 @@ def suite(
         run.__name__ = run.__qualname__ = build.__name__
         run.__doc__ = build.__doc__
         run.__module__ = build.__module__
-        return run
+        return pytest.mark.gpu(run) if device == "cuda" else run
 
     return decorate

@@ -1,0 +1,81 @@
+# Each target sets up what it needs: a virtual environment, the pinned requirements, the built extensions. A second run
+# does only what changed. On a machine without an NVIDIA GPU torch comes from the CPU index.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := setup.py $(shell find csrc -type f)
+COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+TODAY := $(shell date -u +%Y-%m-%d)
+
+.PHONY: help setup build demo test lint format bench gpu clean
+
+help:
+	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
+	@echo "make test    run the tests (ARGS='-k scan')"
+	@echo "make lint    ruff, mypy, clang-format; 'make format' mends what can be mended"
+	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
+	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
+	@echo "make setup   only build; make clean removes what was built"
+
+setup: build
+
+demo: build
+	$(BIN)/python examples/train_language_model.py $(ARGS)
+
+test: build
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: build
+	@mkdir -p runs
+	$(BIN)/pytest benchmarks -m "not gpu" --benchmark-json=runs/benchmarks.json $(ARGS)
+	$(BIN)/python -m benchmarks.report runs/benchmarks.json --plots runs/plots
+
+build: $(VENV)/.built
+
+$(VENV)/.requirements: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "seqaccel needs Python 3.10 or later; set PYTHON")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.txt)
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml
+	SEQACCEL_NO_EXTENSIONS=1 $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+# The package is installed into build/gpu with the interpreter that is there; the tests and benchmarks run against that.
+GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/gpu:$$PYTHONPATH $(PYTHON)
+
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: this torch sees no GPU")'
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target build/gpu .
+	cd tests && $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	@set -e; gpu=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))'); \
+	result=$(CURDIR)/benchmarks/results/$$gpu/$(TODAY)-$(COMMIT).json; mkdir -p $$(dirname $$result); \
+	(cd benchmarks && $(GPU_PYTHON) -m pytest -m gpu --benchmark-json=$$result . $(ARGS)); \
+	$(GPU_PYTHON) -m benchmarks.report $$result; echo $$result
+
+clean:
+	rm -rf build dist *.egg-info runs seqaccel/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.built $(VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
