@@ -384,6 +384,9 @@ def train_all(arguments: argparse.Namespace) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+    missing = seqaccel.backends.why_missing(seqaccel.backends.current(), device.type)
+    if missing and seqaccel.backends.current() != "auto":
+        raise UserError(f"backend {seqaccel.backends.current()} is not available: {missing}")
     arguments.device = device
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

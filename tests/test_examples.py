@@ -1,0 +1,82 @@
+"""The demo: bad input ends in one line and exit code 2; a resumed run is the run that was not interrupted."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+DEMO = pathlib.Path(__file__).parent.parent / "examples" / "train_language_model.py"
+TINY = ["--batch-size=2", "--length=40", "--hidden-size=64", "--num-layers=1", "--validation-bytes=80", "--sample=8"]
+
+
+def demo(*arguments: object, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("SEQACCEL_BACKEND", "TRITON_INTERPRET")}
+    command = [sys.executable, str(DEMO), "--threads=2", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} green bottles, hanging on the wall\n" for i in range(200)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"\x7fELF\x02\x01\x01\x00\xff\xfe" * 100, "not UTF-8 text"),
+        (b"abc\0def" * 100, "not text"),
+        (b"short", "needs"),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_2(tmp_path, content, message):
+    path = tmp_path / "data"
+    if content is not None:
+        path.write_bytes(content)
+    done = demo("--data", path, "--model=lstm", "--steps=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--device=cuda:99"], ["--device=nonsense"], ["--backend=cuda"]])
+def test_what_is_not_there_is_one_line_and_exit_code_2(tmp_path, text, arguments):
+    done = demo("--data", text, "--model=lstm", "--steps=1", *TINY, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train_language_model: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_output_folder_that_is_a_file(tmp_path, text):
+    done = demo("--data", text, "--out", text, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("model", ["lstm", "sru", "tcn", "attention"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, text, model):
+    common = ["--data", text, "--model", model, *TINY]
+    assert demo(*common, "--steps=4", "--out=whole", cwd=tmp_path).returncode == 0
+    assert demo(*common, "--steps=2", "--out=parts", cwd=tmp_path).returncode == 0
+    done = demo(*common, "--steps=4", "--out=parts", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, parts = (json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("whole", "parts"))
+    assert len(whole["titles"]) == 2 and len(whole["bits"][0]) == 4
+    for key in ("bits", "validation_bits", "text"):
+        assert whole[key] == parts[key], key
+    assert (tmp_path / "parts" / "training.png").stat().st_size > 1000
+
+
+def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path, text):
+    common = ["--data", text, "--model=lstm", "--no-compare", "--steps=1", "--out=out", *TINY]
+    assert demo(*common, cwd=tmp_path).returncode == 0
+    done = demo(*common, "--resume", "--seed=5", cwd=tmp_path)
+    assert done.returncode == 2 and "other settings (seed)" in done.stderr
+    (tmp_path / "out" / "lstm.pt").write_bytes(b"not a checkpoint")
+    done = demo(*common, "--resume", cwd=tmp_path)
+    assert done.returncode == 2 and "not a checkpoint" in done.stderr and "Traceback" not in done.stderr
