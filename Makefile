@@ -60,7 +60,7 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 # The package is installed into build/gpu with the interpreter that is there; the tests and benchmarks run against that.
