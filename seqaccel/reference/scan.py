@@ -1,0 +1,101 @@
+"""Linear scan and SRU in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+
+def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, reverse: bool = False) -> Tensor:
+    """``h_t = a_t * h_{t-1} + b_t`` (``reverse``: ``a_t * h_{t+1} + b_t``) over dimension 1.
+
+    Args:
+        a, b: [B, T, D].
+        h_0: [B, D]; zero by default.
+        reverse: run from the last step to the first.
+
+    Returns:
+        h [B, T, D].
+    """
+    steps = range(a.shape[1])
+    h = h_0
+    rows: list[Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        h = b[:, t] if h is None else a[:, t] * h + b[:, t]
+        rows.append(h)
+    if not rows:
+        return a * b
+    return torch.stack(rows[::-1] if reverse else rows, dim=1)
+
+
+def sru(
+    u: Tensor,
+    x: Tensor | None,
+    weight_c: Tensor,
+    bias: Tensor,
+    c_0: Tensor,
+    mask_c: Tensor | None = None,
+    mask_pad: Tensor | None = None,
+    scale_x: Tensor | None = None,
+    directions: int = 1,
+    use_tanh: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of an SRU layer (Lei et al. 2018), after its matrix product ``u = x W``.
+
+    ::
+
+        f = sigmoid(u_1 + w_f * c' + b_f)      r = sigmoid(u_2 + w_r * c' + b_r)
+        c = f * c' + (1 - f) * u_0             h = s + m * r * (g(c) - s)
+
+    with s = ``scale_x * x``, u_3 or 0, m the dropout mask and g the identity or tanh. At padding c is carried over and h is 0.
+
+    Args:
+        u: [T, B, directions * H * k], the k matrices innermost; k = 4 if it holds the projected input u_3, else 3.
+        x: [T, B, directions * H], or None: no skip term (k = 3) or u_3 (k = 4).
+        weight_c: [2 * directions * H], w_f then w_r.
+        bias: [2 * directions * H], b_f then b_r.
+        c_0: [B, directions * H].
+        mask_c: [B, directions * H], multiplied into r.
+        mask_pad: [T, B] bool, true at padding.
+        scale_x: [1]; one by default.
+        directions: 2 runs the second half of the channels against time.
+        use_tanh: g is tanh.
+
+    Returns:
+        h [T, B, directions * H] and the last state c_n [B, directions * H].
+    """
+    steps, batch = u.shape[:2]
+    channels = c_0.shape[-1]
+    hidden = channels // directions
+    parts = u.reshape(steps, batch, directions, hidden, u.shape[-1] // channels).unbind(-1)
+    forget_weight, reset_weight = weight_c.reshape(2, directions, hidden)
+    forget_bias, reset_bias = bias.reshape(2, directions, hidden)
+    if len(parts) == 4:
+        skip = parts[3]
+    elif x is not None:
+        skip = x.reshape(steps, batch, directions, hidden)
+        skip = skip if scale_x is None else skip * scale_x
+    else:
+        skip = None
+    c_0 = c_0.reshape(batch, directions, hidden)
+    outputs, states = [], []
+    for d in range(directions):
+        c, rows = c_0[:, d], []
+        for t in range(steps) if d == 0 else reversed(range(steps)):
+            u_0, u_1, u_2 = (part[t, :, d] for part in parts[:3])
+            forget = torch.sigmoid(u_1 + forget_weight[d] * c + forget_bias[d])
+            reset = torch.sigmoid(u_2 + reset_weight[d] * c + reset_bias[d])
+            state = u_0 + forget * (c - u_0)
+            if mask_pad is not None:
+                state = torch.where(mask_pad[t, :, None], c, state)
+            c = state
+            activated = torch.tanh(c) if use_tanh else c
+            if mask_c is not None:
+                reset = reset * mask_c.reshape(batch, directions, hidden)[:, d]
+            h = reset * activated if skip is None else skip[t, :, d] + reset * (activated - skip[t, :, d])
+            if mask_pad is not None:
+                h = torch.where(mask_pad[t, :, None], torch.zeros_like(h), h)
+            rows.append(h)
+        states.append(c)
+        if rows:
+            outputs.append(torch.stack(rows if d == 0 else rows[::-1], dim=0))
+    h = torch.cat(outputs, dim=-1) if outputs else u[..., :channels]
+    return h, torch.cat(states, dim=-1)
