@@ -1,1 +1,5 @@
 """The operators as functions."""
+
+from seqaccel.functional.scan import linear_scan, sru
+
+__all__ = ["linear_scan", "sru"]

@@ -50,7 +50,7 @@ def sru(
     Args:
         u: [T, B, directions * H * k], the k matrices innermost; k = 4 if it holds the projected input u_3, else 3.
         x: [T, B, directions * H], or None: no skip term (k = 3) or u_3 (k = 4).
-        weight_c: [2 * directions * H], w_f then w_r.
+        weight_c: [2 * directions * H], w_f then w_r; or [T, B, 2 * directions * H], one pair (w_f, w_r) after the other.
         bias: [2 * directions * H], b_f then b_r.
         c_0: [B, directions * H].
         mask_c: [B, directions * H], multiplied into r.
@@ -66,7 +66,10 @@ def sru(
     channels = c_0.shape[-1]
     hidden = channels // directions
     parts = u.reshape(steps, batch, directions, hidden, u.shape[-1] // channels).unbind(-1)
-    forget_weight, reset_weight = weight_c.reshape(2, directions, hidden)
+    if weight_c.dim() == 3:
+        forget_weight, reset_weight = weight_c.reshape(steps, batch, directions, hidden, 2).unbind(-1)
+    else:
+        forget_weight, reset_weight = weight_c.reshape(2, 1, 1, directions, hidden).expand(-1, steps, batch, -1, -1)
     forget_bias, reset_bias = bias.reshape(2, directions, hidden)
     if len(parts) == 4:
         skip = parts[3]
@@ -81,8 +84,8 @@ def sru(
         c, rows = c_0[:, d], []
         for t in range(steps) if d == 0 else reversed(range(steps)):
             u_0, u_1, u_2 = (part[t, :, d] for part in parts[:3])
-            forget = torch.sigmoid(u_1 + forget_weight[d] * c + forget_bias[d])
-            reset = torch.sigmoid(u_2 + reset_weight[d] * c + reset_bias[d])
+            forget = torch.sigmoid(u_1 + forget_weight[t, :, d] * c + forget_bias[d])
+            reset = torch.sigmoid(u_2 + reset_weight[t, :, d] * c + reset_bias[d])
             state = u_0 + forget * (c - u_0)
             if mask_pad is not None:
                 state = torch.where(mask_pad[t, :, None], c, state)

@@ -1,0 +1,349 @@
+"""Linear scan and the recurrence of SRU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqaccel import backends
+from seqaccel.functional import _common
+from seqaccel.reference import scan as reference
+
+__all__ = ["linear_scan", "sru"]
+
+_BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+
+def _operator(name: str, backend: str) -> Callable[..., Any]:
+    if backend == "triton":
+        import seqaccel.kernels.scan  # noqa: F401  registers the operators
+
+        name += "_triton"
+    return getattr(torch.ops.seqaccel, name)
+
+
+def _in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A running sum is no matrix product: as torch does for cumsum, autocast means float32 here."""
+    device_type = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    narrow = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if t is not None and t.dtype in narrow else t for t in tensors)
+
+
+def _check_alike(operator: str, first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
+    if not first.is_floating_point():
+        raise TypeError(f"{operator}: expected {first_name} to be floating point, but got {first.dtype}")
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.dtype != first.dtype:
+            raise TypeError(
+                f"{operator}: expected {name} to have the dtype of {first_name}, {first.dtype}, but got {t.dtype}"
+            )
+        if t.device != first.device:
+            raise RuntimeError(
+                f"{operator}: expected all tensors to be on the same device, "
+                f"but {first_name} is on {first.device} and {name} is on {t.device}"
+            )
+
+
+# ---- linear scan ----
+
+
+class _LinearScan(torch.autograd.Function):
+    """Saves a and h: 2 * D values a step. Backward is one scan against time."""
+
+    @staticmethod
+    def forward(ctx, a, b, h_0, reverse, backend):
+        h = _operator("linear_scan_forward", backend)(a, b, h_0, reverse)
+        ctx.save_for_backward(a, b, h_0, h)
+        ctx.reverse, ctx.backend = reverse, backend
+        return h
+
+    @staticmethod
+    def backward(ctx, grad_h):
+        a, b, h_0, h = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = _common.differentiable_backward(
+                lambda *inputs: reference.linear_scan(*inputs, ctx.reverse),
+                (a, b, h_0),
+                (grad_h,),
+                ctx.needs_input_grad[:3],
+            )
+            return *grads, None, None
+        grad_a, grad_b, grad_h_0 = _operator("linear_scan_backward", ctx.backend)(grad_h, a, h, h_0, ctx.reverse)
+        return grad_a, grad_b, None if h_0 is None else grad_h_0, None, None
+
+
+def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: bool = False, dim: int = -2) -> Tensor:
+    r"""Every state of an elementwise linear recurrence.
+
+    .. math::
+        h_t = a_t \odot h_{t-1} + b_t \qquad \text{or, reversed,} \qquad h_t = a_t \odot h_{t+1} + b_t
+
+    The state is carried in float32 (float64 for float64 inputs); autocast runs it in float32. Along a dimension whose
+    elements are adjacent in memory (``dim=-1``) the kernels form products of up to 16 neighbouring coefficients, which
+    overflow where these are huge though the result is not.
+
+    Args:
+        a: coefficients, with the steps along ``dim``, e.g. (B, T, D). ``a`` and ``b`` may be broadcast against each other.
+        b: inputs, of the same dtype and device.
+        h_0: the state before the first step (reversed: after the last), the shape of ``a`` and ``b`` without ``dim``,
+            e.g. (B, D), or one that expands to it. Default: zero.
+        reverse: run from the last step to the first. Default: ``False``.
+        dim: the dimension of time. Default: -2.
+
+    Returns:
+        h, the broadcast shape of ``a`` and ``b``.
+
+    Raises:
+        TypeError: a dtype that is not floating point, or differs between the arguments.
+        ValueError: shapes that do not fit.
+        IndexError: ``dim`` is out of range.
+        RuntimeError: different devices, or a backend that was asked for is missing.
+
+    Source: the primitive under Blelloch, *Prefix sums and their applications*, 1990; Martin and Cundy, *Parallelizing
+    linear recurrent neural nets over sequence length*, 2018.
+
+    Example:
+        >>> import torch, seqaccel
+        >>> a, b = torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)
+        >>> seqaccel.functional.linear_scan(a, b).flatten()
+        tensor([1.0000, 1.5000, 1.7500])
+        >>> seqaccel.functional.linear_scan(a, b, torch.full((1, 1), 2.0), reverse=True).flatten()
+        tensor([2., 2., 2.])
+    """
+    a, b, h_0 = _in_float32_under_autocast(a, b, h_0)
+    _check_alike("linear_scan", "a", a, {"b": b, "h_0": h_0})
+    if a.shape != b.shape:
+        try:
+            a, b = torch.broadcast_tensors(a, b)
+        except RuntimeError:
+            raise ValueError(
+                f"linear_scan: expected a and b to have shapes that broadcast, but got {tuple(a.shape)} and {tuple(b.shape)}"
+            ) from None
+    if not -a.dim() <= dim < a.dim():
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-a.dim()}, {a.dim() - 1}], but got {dim})"
+        )
+    dim %= a.dim()
+    before, steps, after = a.shape[:dim], a.shape[dim], a.shape[dim + 1 :]
+    if h_0 is not None and h_0.shape != before + after:
+        try:
+            h_0 = h_0.expand(before + after)
+        except RuntimeError:
+            raise ValueError(
+                f"linear_scan: expected h_0 to have shape {tuple(before + after)}, but got {tuple(h_0.shape)}"
+            ) from None
+    shape, dtype = a.shape, a.dtype
+    batch, width = before.numel(), after.numel()
+    compute = _common.compute_dtype(dtype)
+    a, b = (t.to(compute).reshape(batch, steps, width) for t in (a, b))
+    h_0 = None if h_0 is None else h_0.to(compute).reshape(batch, width)
+    if _common.transforms_active():
+        h = reference.linear_scan(a, b, h_0, reverse)
+    else:
+        backend = backends.choose("linear_scan", a, _BACKENDS)
+        if backend == "reference":
+            h = reference.linear_scan(a, b, h_0, reverse)
+        elif _common.needs_grad(a, b, h_0):
+            h = _LinearScan.apply(a, b, h_0, reverse, backend)
+        else:
+            h = _operator("linear_scan_forward", backend)(a, b, h_0, reverse)
+    return h.reshape(shape).to(dtype)
+
+
+# ---- SRU ----
+
+
+class _SRU(torch.autograd.Function):
+    """Saves u, x and c: (k + 2) * H values a step and direction; the gates are computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, backend):
+        h, c_n, c = _operator("sru_forward", backend)(
+            u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, True
+        )
+        ctx.save_for_backward(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c)
+        ctx.directions, ctx.use_tanh, ctx.backend = directions, use_tanh, backend
+        ctx.set_materialize_grads(False)
+        return h, c_n
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_c_n):
+        u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = _common.differentiable_backward(
+                lambda *inputs: reference.sru(*inputs, mask_c, mask_pad, scale_x, ctx.directions, ctx.use_tanh),
+                (u, x, weight_c, bias, c_0),
+                (grad_h, grad_c_n),
+                ctx.needs_input_grad[:5],
+            )
+            return *grads, None, None, None, None, None, None
+        if grad_h is None:
+            grad_h = torch.zeros_like(c)
+        grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0 = _operator("sru_backward", ctx.backend)(
+            grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, ctx.directions, ctx.use_tanh
+        )
+        grad_x = None if x is None else grad_x
+        return grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0, None, None, None, None, None, None
+
+
+def sru(
+    u: Tensor,
+    x: Tensor | None,
+    weight_c: Tensor,
+    bias: Tensor,
+    c_0: Tensor | None = None,
+    *,
+    mask_c: Tensor | None = None,
+    mask_pad: Tensor | None = None,
+    scale_x: Tensor | float | None = None,
+    directions: int = 1,
+    use_tanh: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""The recurrence of a simple recurrent unit, after its matrix product :math:`u = x W` over all steps.
+
+    .. math::
+        f_t &= \sigma(u^1_t + w_f \odot c_{t-1} + b_f) \\
+        r_t &= \sigma(u^2_t + w_r \odot c_{t-1} + b_r) \\
+        c_t &= f_t \odot c_{t-1} + (1 - f_t) \odot u^0_t \\
+        h_t &= s_t + m \odot r_t \odot (g(c_t) - s_t)
+
+    with the skip term s = ``scale_x * x``, :math:`u^3` or 0, the dropout mask m, and g the identity or tanh. At padding c is
+    carried over and h is 0. The state is carried in float32 (float64 for float64 inputs); autocast runs it in float32.
+
+    Args:
+        u: (T, B, directions * H * k), its k matrices innermost: k = 4 where u holds the projected input :math:`u^3`, else 3.
+        x: (T, B, directions * H), the skip term's input; ``None`` for k = 4, and for k = 3 without a skip term.
+        weight_c: (2 * directions * H,), :math:`w_f` then :math:`w_r`; or weights of each step, (T, B, 2 * directions * H), one
+            pair :math:`(w_f, w_r)` after the other, which only the reference takes.
+        bias: (2 * directions * H,), :math:`b_f` then :math:`b_r`.
+        c_0: (B, directions * H), the state before the first step. Default: zero.
+        mask_c: (B, directions * H), the dropout mask, not differentiated. Default: one.
+        mask_pad: (T, B) bool, true at padding. Default: no padding.
+        scale_x: number, or tensor of one element, not differentiated. Default: 1.
+        directions: 1, or 2: the second half of the channels runs against time. Default: 1.
+        use_tanh: g is tanh. Default: ``False``.
+
+    Returns:
+        h (T, B, directions * H) and the last state c_n (B, directions * H).
+
+    Raises:
+        TypeError: a dtype that is not floating point, or differs between the arguments.
+        ValueError: shapes that do not fit.
+        RuntimeError: different devices, or a backend that was asked for is missing.
+
+    Source: Lei, Zhang, Wang, Dai and Artzi, *Simple Recurrent Units for Highly Parallelizable Recurrence*, 2018.
+
+    Example:
+        >>> import torch, seqaccel
+        >>> T, B, H = 5, 2, 4
+        >>> x, weight = torch.randn(T, B, H), torch.randn(H, 3 * H)
+        >>> h, c_n = seqaccel.functional.sru(x @ weight, x, torch.zeros(2 * H), torch.zeros(2 * H))
+        >>> h.shape, c_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([2, 4]))
+    """
+    if u.dim() != 3:
+        raise ValueError(f"sru: expected u to have 3 dimensions (T, B, directions * H * k), but got {tuple(u.shape)}")
+    if directions not in (1, 2):
+        raise ValueError(f"sru: expected directions to be 1 or 2, but got {directions}")
+    if bias.dim() != 1 or bias.shape[0] == 0 or bias.shape[0] % (2 * directions):
+        raise ValueError(f"sru: expected bias to have shape (2 * directions * H,), but got {tuple(bias.shape)}")
+    steps, batch = u.shape[:2]
+    channels = bias.shape[0] // 2
+    matrices = u.shape[2] // channels
+    if u.shape[2] not in (3 * channels, 4 * channels):
+        raise ValueError(f"sru: expected u to have {3 * channels} or {4 * channels} features, but got {u.shape[2]}")
+    if matrices == 4 and x is not None:
+        raise ValueError("sru: expected x to be None where u holds the projected input (k = 4)")
+    if c_0 is None:
+        c_0 = u.new_zeros(batch, channels)
+    if scale_x is not None and not isinstance(scale_x, Tensor):
+        scale_x = u.new_full((1,), scale_x)
+    expected = {
+        "x": (x, (steps, batch, channels)),
+        "weight_c": (weight_c, (steps, batch, 2 * channels) if weight_c.dim() == 3 else (2 * channels,)),
+        "c_0": (c_0, (batch, channels)),
+        "mask_c": (mask_c, (batch, channels)),
+        "mask_pad": (mask_pad, (steps, batch)),
+        "scale_x": (None if scale_x is None else scale_x.reshape(-1), (1,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"sru: expected {name} to have shape {shape}, but got {tuple(tensor.shape)}")
+    if mask_pad is not None and mask_pad.dtype != torch.bool:
+        raise TypeError(f"sru: expected mask_pad to be torch.bool, but got {mask_pad.dtype}")
+    for name, tensor in (("mask_c", mask_c), ("scale_x", scale_x)):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"sru: {name} is not differentiated: it must not require grad")
+    u, x, weight_c, bias, c_0, mask_c, scale_x = _in_float32_under_autocast(u, x, weight_c, bias, c_0, mask_c, scale_x)
+    others = {"x": x, "weight_c": weight_c, "bias": bias, "c_0": c_0, "mask_c": mask_c, "scale_x": scale_x}
+    _check_alike("sru", "u", u, others)
+    if mask_pad is not None and mask_pad.device != u.device:
+        raise RuntimeError(
+            "sru: expected all tensors to be on the same device, "
+            f"but u is on {u.device} and mask_pad is on {mask_pad.device}"
+        )
+    dtype = u.dtype
+    compute = _common.compute_dtype(dtype)
+    u, x, weight_c, bias, c_0, mask_c, scale_x = (
+        None if t is None else t.to(compute) for t in (u, x, weight_c, bias, c_0, mask_c, scale_x)
+    )
+    scale_x = None if scale_x is None else scale_x.reshape(1)
+    inputs = (u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
+    if _common.transforms_active():
+        h, c_n = reference.sru(*inputs)
+    else:
+        if weight_c.dim() == 3:
+            backend = backends.choose("sru with weights of each step", u, ("reference",))
+        else:
+            backend = backends.choose("sru", u, _BACKENDS)
+        if backend == "reference":
+            h, c_n = reference.sru(*inputs)
+        elif _common.needs_grad(u, x, weight_c, bias, c_0):
+            h, c_n = _SRU.apply(*inputs, backend)
+        else:
+            h, c_n, _ = _operator("sru_forward", backend)(*inputs, False)
+    return h.to(dtype), c_n.to(dtype)
+
+
+# ---- shapes of the operators' results ----
+
+
+def _linear_scan_forward_fake(a, b, h_0, reverse):
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+def _linear_scan_backward_fake(grad_h, a, h, h_0, reverse):
+    def like_a():
+        return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+    return like_a(), like_a(), a.new_empty(a.shape[0], a.shape[2])
+
+
+def _sru_forward_fake(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, save_c):
+    shape = (u.shape[0], u.shape[1], c_0.shape[1])
+    return u.new_empty(shape), u.new_empty(c_0.shape), u.new_empty(shape if save_c else (0,))
+
+
+def _sru_backward_fake(
+    grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, directions, use_tanh
+):
+    grad_x = u.new_empty((0,) if x is None else x.shape)
+    return (
+        u.new_empty(u.shape),
+        grad_x,
+        u.new_empty(weight_c.shape),
+        u.new_empty(bias.shape),
+        u.new_empty(c_0.shape),
+    )
+
+
+if hasattr(torch.ops.seqaccel, "linear_scan_forward"):
+    torch.library.register_fake("seqaccel::linear_scan_forward", _linear_scan_forward_fake)
+    torch.library.register_fake("seqaccel::linear_scan_backward", _linear_scan_backward_fake)
+    torch.library.register_fake("seqaccel::sru_forward", _sru_forward_fake)
+    torch.library.register_fake("seqaccel::sru_backward", _sru_backward_fake)
