@@ -6,8 +6,16 @@
 namespace seqaccel {
 namespace {
 
-using torch::stable::empty_like;
-using torch::stable::new_empty;
+Tensor fresh_like(const Tensor& t) {
+  switch (t.dim()) {
+    case 1:
+      return new_empty(t, {t.size(0)});
+    case 2:
+      return new_empty(t, {t.size(0), t.size(1)});
+    default:
+      return new_empty(t, {t.size(0), t.size(1), t.size(2)});
+  }
+}
 
 template <typename T>
 void run_linear_forward(const std::array<int64_t, 3>& sizes, bool reverse, const Tensor& a, const Tensor& b,
@@ -24,7 +32,7 @@ Tensor linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, bool reverse)
   a = to_contiguous(a);
   b = to_contiguous(b);
   h_0 = to_contiguous(h_0);
-  Tensor h = empty_like(a);
+  Tensor h = fresh_like(a);
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
     run_linear_forward<float>(sizes, reverse, a, b, h_0, h, kernels.linear_forward_float);
@@ -52,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a,
   a = to_contiguous(a);
   h = to_contiguous(h);
   h_0 = to_contiguous(h_0);
-  Tensor grad_a = empty_like(a), grad_b = empty_like(a), grad_h_0 = new_empty(a, {sizes[0], sizes[2]});
+  Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = new_empty(a, {sizes[0], sizes[2]});
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
     run_linear_backward<float>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0, kernels.linear_backward_float);
@@ -83,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> sru_forward(Tensor u, OptionalTensor x, Tenso
   c_0 = to_contiguous(c_0);
   mask_c = to_contiguous(mask_c);
   mask_pad = to_contiguous(mask_pad);
-  Tensor h = new_empty(u, {shape.steps, shape.batch, c_0.size(1)}), c_n = empty_like(c_0);
-  Tensor c = save_c ? empty_like(h) : new_empty(u, {0});
+  Tensor h = new_empty(u, {shape.steps, shape.batch, c_0.size(1)}), c_n = fresh_like(c_0);
+  Tensor c = save_c ? fresh_like(h) : new_empty(u, {0});
   const ScanKernels& kernels = active_scan_kernels();
   Tensor* const saved = save_c ? &c : nullptr;
   if (u.scalar_type() == ScalarType::Float) {
@@ -134,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sru_backward(Tensor grad_h, O
   mask_c = to_contiguous(mask_c);
   mask_pad = to_contiguous(mask_pad);
   c = to_contiguous(c);
-  SruGradientTensors g = {empty_like(u),    x ? empty_like(*x) : new_empty(u, {0}),        empty_like(weight_c),
-                          empty_like(bias), empty_like(c_0), new_empty(u, {4, shape.batch, channels})};
+  SruGradientTensors g = {fresh_like(u),    x ? fresh_like(*x) : new_empty(u, {0}),        fresh_like(weight_c),
+                          fresh_like(bias), fresh_like(c_0), new_empty(u, {4, shape.batch, channels})};
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
     run_sru_backward<float>(shape, grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, g,
