@@ -1,0 +1,608 @@
+"""Linear scan and SRU in Triton. No GPU has run these kernels yet; ``auto`` does not choose them.
+
+Linear scan, h_t = a_t h_{t-1} + b_t: a step is the affine map (a_t, b_t), and maps compose, (a, b) then (a', b') being
+(a' a, a' b + b'). A program takes BD channels of one sequence and walks through time in tiles of BT steps: it loads a tile at
+once, so that BT * BD elements are in flight where a step-by-step loop would wait for memory at each step, composes it with an
+associative scan, and applies it to the carried state. Tiles hold 1024 or 2048 elements, 8 a thread.
+
+SRU feeds its state back through the gates, so its steps are sequential: a program takes BC columns (batch x channels), one
+a thread, and loads step s + 1 while it computes step s.
+
+Both run one pass over memory. Gradients are deterministic: no atomics; what is summed over the batch is summed by torch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seqaccel.kernels._launch import Configuration, wrap
+
+__all__ = ["CONFIGURATIONS"]
+
+# ---- linear scan ----
+
+
+@triton.jit
+def _compose(a_1, b_1, a_2, b_2):
+    return a_2 * a_1, a_2 * b_1 + b_2
+
+
+@triton.jit
+def linear_scan_forward_kernel(
+    p_a,  # [B, T, D]
+    p_b,  # [B, T, D]
+    p_h_0,  # [B, D]
+    p_h,  # [B, T, D]
+    T,
+    D,
+    HAS_H_0: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    if HAS_H_0:
+        b_h = tl.load(p_h_0 + i_b * D + o_d, mask=m_d, other=0)  # [BD]
+    else:
+        b_h = tl.zeros([BD], dtype=p_h.dtype.element_ty)
+    o_i = tl.arange(0, BT)
+    for i_t in range(0, tl.cdiv(T, BT)):
+        o_s = i_t * BT + o_i
+        if REVERSE:
+            o_t = T - 1 - o_s
+        else:
+            o_t = o_s
+        mask = (o_s < T)[:, None] & m_d[None, :]
+        offset = (i_b * T + o_t)[:, None] * D + o_d[None, :]  # [BT, BD]
+        b_a = tl.load(p_a + offset, mask=mask, other=1)
+        b_b = tl.load(p_b + offset, mask=mask, other=0)
+        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
+        b_hs = b_a * b_h[None, :] + b_b
+        tl.store(p_h + offset, b_hs, mask=mask)
+        b_h = tl.sum(tl.where((o_i == BT - 1)[:, None], b_hs, 0), 0)
+
+
+@triton.jit
+def linear_scan_backward_kernel(
+    p_grad_h,  # [B, T, D]
+    p_a,  # [B, T, D]
+    p_h,  # [B, T, D]
+    p_h_0,  # [B, D]
+    p_grad_a,  # [B, T, D]
+    p_grad_b,  # [B, T, D]
+    p_grad_h_0,  # [B, D]
+    T,
+    D,
+    HAS_H_0: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    # grad_b_t = grad_h_t + a_{t+1} grad_b_{t+1}, grad_a_t = grad_b_t h_{t-1}, in the order of the forward scan.
+    i_b = tl.program_id(1).to(tl.int64)
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    b_g = tl.zeros([BD], dtype=p_grad_h.dtype.element_ty)
+    o_i = tl.arange(0, BT)
+    for i_t in range(0, tl.cdiv(T, BT)):
+        o_s = i_t * BT + o_i
+        if REVERSE:
+            o_t = o_s
+            step = -1
+        else:
+            o_t = T - 1 - o_s
+            step = 1
+        mask = (o_s < T)[:, None] & m_d[None, :]
+        offset = (i_b * T + o_t)[:, None] * D + o_d[None, :]  # [BT, BD]
+        b_a = tl.load(p_a + offset + step * D, mask=mask & (o_s > 0)[:, None], other=1)
+        b_b = tl.load(p_grad_h + offset, mask=mask, other=0)
+        b_h = tl.load(p_h + offset - step * D, mask=mask & (o_s < T - 1)[:, None], other=0)
+        if HAS_H_0:
+            last = (o_s == T - 1)[:, None] & m_d[None, :]
+            p_first = p_h_0 + i_b * D + o_d[None, :] + tl.zeros([BT, 1], dtype=tl.int32)
+            b_h += tl.load(p_first, mask=last, other=0)
+        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
+        b_gs = b_a * b_g[None, :] + b_b
+        tl.store(p_grad_b + offset, b_gs, mask=mask)
+        tl.store(p_grad_a + offset, b_gs * b_h, mask=mask)
+        b_g = tl.sum(tl.where((o_i == BT - 1)[:, None], b_gs, 0), 0)
+    if REVERSE:
+        p_first_a = p_a + (i_b * T + T - 1) * D
+    else:
+        p_first_a = p_a + i_b * T * D
+    tl.store(p_grad_h_0 + i_b * D + o_d, b_g * tl.load(p_first_a + o_d, mask=m_d, other=0), mask=m_d)
+
+
+# Channels of a tile -> (steps of a tile, warps): 8 elements a thread; with 16 the backward kernel spills on sm_80.
+_TILES = {64: (32, 8), 8: (128, 4), 1: (1024, 4)}
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """(BT, BD, warps) for this many channels."""
+    channels = 64 if width > 16 else 8 if width > 1 else 1
+    steps, warps = _TILES[channels]
+    return steps, channels, warps
+
+
+def _check(operator: str, first: Tensor, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    if first.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{operator}: expected float32 or float64, but got {first.dtype}")
+    for name, (t, shape) in tensors.items():
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{operator}: expected {name} to have shape {shape}, but got {tuple(t.shape)}")
+        if t.device != first.device or (t.dtype != first.dtype and name != "mask_pad"):
+            raise ValueError(f"{operator}: expected {name} to have the dtype and the device of the first tensor")
+
+
+@torch.library.triton_op("seqaccel::linear_scan_forward_triton", mutates_args={})
+def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool) -> Tensor:
+    batch, steps, width = a.shape
+    shape = (batch, steps, width)
+    _check("linear_scan_forward_triton", a, {"b": (b, shape), "h_0": (h_0, (batch, width))})
+    a, b = a.contiguous(), b.contiguous()
+    h = torch.empty_like(a)
+    if h.numel() == 0:
+        return h
+    BT, BD, warps = _tile(width)
+    wrap(linear_scan_forward_kernel)[(triton.cdiv(width, BD), batch)](
+        a,
+        b,
+        a if h_0 is None else h_0.contiguous(),
+        h,
+        steps,
+        width,
+        HAS_H_0=h_0 is not None,
+        REVERSE=reverse,
+        BT=BT,
+        BD=BD,
+        num_warps=warps,
+    )
+    return h
+
+
+@torch.library.triton_op("seqaccel::linear_scan_backward_triton", mutates_args={})
+def linear_scan_backward(
+    grad_h: Tensor, a: Tensor, h: Tensor, h_0: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, steps, width = a.shape
+    shape = (batch, steps, width)
+    _check("linear_scan_backward_triton", a, {"grad_h": (grad_h, shape), "h": (h, shape), "h_0": (h_0, (batch, width))})
+    grad_h, a, h = grad_h.contiguous(), a.contiguous(), h.contiguous()
+    grad_a, grad_b = torch.empty_like(a), torch.empty_like(a)
+    if a.numel() == 0:
+        return grad_a, grad_b, a.new_zeros(batch, width)
+    grad_h_0 = a.new_empty(batch, width)
+    BT, BD, warps = _tile(width)
+    wrap(linear_scan_backward_kernel)[(triton.cdiv(width, BD), batch)](
+        grad_h,
+        a,
+        h,
+        a if h_0 is None else h_0.contiguous(),
+        grad_a,
+        grad_b,
+        grad_h_0,
+        steps,
+        width,
+        HAS_H_0=h_0 is not None,
+        REVERSE=reverse,
+        BT=BT,
+        BD=BD,
+        num_warps=warps,
+    )
+    return grad_a, grad_b, grad_h_0
+
+
+# ---- SRU ----
+
+NO_SKIP, INPUT, PROJECTED = 0, 1, 2  # what stands for the input in the highway connection: HIGHWAY
+_BC, _WARPS = 64, 2  # one column a thread; 8192 columns (B = 32, H = 256) make 128 programs
+
+
+@triton.jit
+def _tanh(x):
+    square = x * x
+    near = x + x * square * (-0.3333333333 + square * (0.1333333333 + square * (-0.05396825397 + square * 0.02186948854)))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _load_step(p_u, p_x, scale_x, offset, mask, HIGHWAY: tl.constexpr, K: tl.constexpr):
+    u_0 = tl.load(p_u + offset * K, mask=mask, other=0)
+    u_1 = tl.load(p_u + offset * K + 1, mask=mask, other=0)
+    u_2 = tl.load(p_u + offset * K + 2, mask=mask, other=0)
+    if HIGHWAY == 2:
+        skip = tl.load(p_u + offset * K + 3, mask=mask, other=0)
+    elif HIGHWAY == 1:
+        skip = tl.load(p_x + offset, mask=mask, other=0) * scale_x
+    else:
+        skip = tl.zeros_like(u_0)
+    return u_0, u_1, u_2, skip
+
+
+@triton.jit
+def sru_forward_kernel(
+    p_u,  # [T, B, C, K]
+    p_x,  # [T, B, C]
+    p_weight_c,  # [2, C]
+    p_bias,  # [2, C]
+    p_c_0,  # [B, C]
+    p_mask_c,  # [B, C]
+    p_mask_pad,  # [T, B]
+    p_scale_x,  # [1]
+    p_h,  # [T, B, C]
+    p_c_n,  # [B, C]
+    p_c,  # [T, B, C]
+    T,
+    B,
+    C,
+    H,
+    HIGHWAY: tl.constexpr,
+    TANH: tl.constexpr,
+    HAS_MASK_C: tl.constexpr,
+    HAS_MASK_PAD: tl.constexpr,
+    HAS_SCALE_X: tl.constexpr,
+    SAVE_C: tl.constexpr,
+    BC: tl.constexpr,
+):
+    K: tl.constexpr = 4 if HIGHWAY == 2 else 3
+    columns = B.to(tl.int64) * C
+    column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)  # [BC], as all below
+    m_c = column < columns
+    o_zero = tl.zeros([BC], dtype=tl.int32)
+    channel = column % C
+    backwards = channel >= H
+    w_f = tl.load(p_weight_c + channel, mask=m_c, other=0)
+    w_r = tl.load(p_weight_c + C + channel, mask=m_c, other=0)
+    b_f = tl.load(p_bias + channel, mask=m_c, other=0)
+    b_r = tl.load(p_bias + C + channel, mask=m_c, other=0)
+    c = tl.load(p_c_0 + column, mask=m_c, other=0)
+    if HAS_SCALE_X:
+        scale_x = tl.load(p_scale_x)
+    else:
+        scale_x = 1.0
+    if HAS_MASK_C:
+        drop = tl.load(p_mask_c + column, mask=m_c, other=0)
+    offset = tl.where(backwards, T - 1, 0) * columns + column
+    stride = tl.where(backwards, -columns, columns)
+    u_0, u_1, u_2, skip = _load_step(p_u, p_x, scale_x, offset, m_c, HIGHWAY, K)
+    for s in range(0, T):
+        ahead = offset + stride
+        m_ahead = m_c & (s + 1 + o_zero < T)
+        v_0, v_1, v_2, next_skip = _load_step(p_u, p_x, scale_x, ahead, m_ahead, HIGHWAY, K)
+        forget = _sigmoid(u_1 + w_f * c + b_f)
+        reset = _sigmoid(u_2 + w_r * c + b_r)
+        state = u_0 + forget * (c - u_0)
+        if HAS_MASK_C:
+            reset = reset * drop
+        if HAS_MASK_PAD:
+            t = tl.where(backwards, T - 1 - s, s).to(tl.int64)
+            padding = tl.load(p_mask_pad + t * B + column // C, mask=m_c, other=1) != 0
+            state = tl.where(padding, c, state)
+        if TANH:
+            activated = _tanh(state)
+        else:
+            activated = state
+        h = skip + reset * (activated - skip)
+        if HAS_MASK_PAD:
+            h = tl.where(padding, 0.0, h)
+        c = state
+        tl.store(p_h + offset, h, mask=m_c)
+        if SAVE_C:
+            tl.store(p_c + offset, c, mask=m_c)
+        u_0, u_1, u_2, skip = v_0, v_1, v_2, next_skip
+        offset = ahead
+    tl.store(p_c_n + column, c, mask=m_c)
+
+
+@triton.jit
+def sru_backward_kernel(
+    p_grad_h,  # [T, B, C]
+    p_grad_c_n,  # [B, C]
+    p_u,  # [T, B, C, K]
+    p_x,  # [T, B, C]
+    p_weight_c,  # [2, C]
+    p_bias,  # [2, C]
+    p_c_0,  # [B, C]
+    p_mask_c,  # [B, C]
+    p_mask_pad,  # [T, B]
+    p_scale_x,  # [1]
+    p_c,  # [T, B, C]
+    p_grad_u,  # [T, B, C, K]
+    p_grad_x,  # [T, B, C]
+    p_sums,  # [4, B, C]
+    p_grad_c_0,  # [B, C]
+    T,
+    B,
+    C,
+    H,
+    HIGHWAY: tl.constexpr,
+    TANH: tl.constexpr,
+    HAS_MASK_C: tl.constexpr,
+    HAS_MASK_PAD: tl.constexpr,
+    HAS_SCALE_X: tl.constexpr,
+    HAS_GRAD_C_N: tl.constexpr,
+    BC: tl.constexpr,
+):
+    K: tl.constexpr = 4 if HIGHWAY == 2 else 3
+    columns = B.to(tl.int64) * C
+    column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)  # [BC], as all below
+    m_c = column < columns
+    o_zero = tl.zeros([BC], dtype=tl.int32)
+    channel = column % C
+    backwards = channel >= H
+    w_f = tl.load(p_weight_c + channel, mask=m_c, other=0)
+    w_r = tl.load(p_weight_c + C + channel, mask=m_c, other=0)
+    b_f = tl.load(p_bias + channel, mask=m_c, other=0)
+    b_r = tl.load(p_bias + C + channel, mask=m_c, other=0)
+    c_0 = tl.load(p_c_0 + column, mask=m_c, other=0)
+    if HAS_SCALE_X:
+        scale_x = tl.load(p_scale_x)
+    else:
+        scale_x = 1.0
+    if HAS_MASK_C:
+        drop = tl.load(p_mask_c + column, mask=m_c, other=0)
+    if HAS_GRAD_C_N:
+        grad_c = tl.load(p_grad_c_n + column, mask=m_c, other=0)
+    else:
+        grad_c = tl.zeros_like(c_0)
+    sum_w_f, sum_w_r = tl.zeros_like(c_0), tl.zeros_like(c_0)
+    sum_b_f, sum_b_r = tl.zeros_like(c_0), tl.zeros_like(c_0)
+    offset = tl.where(backwards, 0, T - 1) * columns + column  # the last step of the column's direction
+    stride = tl.where(backwards, columns, -columns)
+    state = tl.load(p_c + offset, mask=m_c, other=0)
+    u_0, u_1, u_2, skip = _load_step(p_u, p_x, scale_x, offset, m_c, HIGHWAY, K)
+    grad_h = tl.load(p_grad_h + offset, mask=m_c, other=0)
+    for s in range(0, T):
+        ahead = offset + stride
+        m_ahead = m_c & (s + 1 + o_zero < T)
+        c = tl.where(m_ahead, tl.load(p_c + ahead, mask=m_ahead, other=0), c_0)
+        v_0, v_1, v_2, next_skip = _load_step(p_u, p_x, scale_x, ahead, m_ahead, HIGHWAY, K)
+        next_grad_h = tl.load(p_grad_h + ahead, mask=m_ahead, other=0)
+        forget = _sigmoid(u_1 + w_f * c + b_f)
+        reset = _sigmoid(u_2 + w_r * c + b_r)
+        if HAS_MASK_C:
+            through = grad_h * drop * reset
+        else:
+            through = grad_h * reset
+        if TANH:
+            activated = _tanh(state)
+            grad_state = grad_c + through * (1.0 - activated * activated)
+        else:
+            activated = state
+            grad_state = grad_c + through
+        grad_reset = through * (activated - skip) * (1.0 - reset)
+        grad_forget = grad_state * (c - u_0) * (forget * (1.0 - forget))
+        grad_value = grad_state * (1.0 - forget)
+        grad_skip = grad_h - through
+        carried = grad_state * forget + grad_forget * w_f + grad_reset * w_r
+        if HAS_MASK_PAD:
+            t = tl.where(backwards, s, T - 1 - s).to(tl.int64)
+            padding = tl.load(p_mask_pad + t * B + column // C, mask=m_c, other=1) != 0
+            grad_reset = tl.where(padding, 0.0, grad_reset)
+            grad_forget = tl.where(padding, 0.0, grad_forget)
+            grad_value = tl.where(padding, 0.0, grad_value)
+            grad_skip = tl.where(padding, 0.0, grad_skip)
+            carried = tl.where(padding, grad_c, carried)
+        tl.store(p_grad_u + offset * K, grad_value, mask=m_c)
+        tl.store(p_grad_u + offset * K + 1, grad_forget, mask=m_c)
+        tl.store(p_grad_u + offset * K + 2, grad_reset, mask=m_c)
+        if HIGHWAY == 2:
+            tl.store(p_grad_u + offset * K + 3, grad_skip, mask=m_c)
+        elif HIGHWAY == 1:
+            tl.store(p_grad_x + offset, grad_skip * scale_x, mask=m_c)
+        sum_w_f += grad_forget * c
+        sum_w_r += grad_reset * c
+        sum_b_f += grad_forget
+        sum_b_r += grad_reset
+        grad_c = carried
+        state = c
+        u_0, u_1, u_2, skip = v_0, v_1, v_2, next_skip
+        grad_h = next_grad_h
+        offset = ahead
+    tl.store(p_sums + column, sum_w_f, mask=m_c)
+    tl.store(p_sums + columns + column, sum_w_r, mask=m_c)
+    tl.store(p_sums + 2 * columns + column, sum_b_f, mask=m_c)
+    tl.store(p_sums + 3 * columns + column, sum_b_r, mask=m_c)
+    tl.store(p_grad_c_0 + column, grad_c, mask=m_c)
+
+
+def _highway(operator, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, others=()) -> int:
+    """Checks an SRU's arguments; returns what stands for the input in its highway connection."""
+    steps, batch, features = u.shape
+    channels = c_0.shape[-1]
+    if features not in (3 * channels, 4 * channels) or (features == 4 * channels and x is not None):
+        raise ValueError(f"{operator}: u {tuple(u.shape)} does not fit c_0 {tuple(c_0.shape)} and x")
+    if directions not in (1, 2) or channels % directions:
+        raise ValueError(f"{operator}: directions must be 1 or 2 and divide {channels} channels, but got {directions}")
+    shapes = {
+        "x": (x, (steps, batch, channels)),
+        "weight_c": (weight_c, (2 * channels,)),
+        "bias": (bias, (2 * channels,)),
+        "c_0": (c_0, (batch, channels)),
+        "mask_c": (mask_c, (batch, channels)),
+        "mask_pad": (mask_pad, (steps, batch)),
+        "scale_x": (scale_x, (1,)),
+    }
+    _check(operator, u, shapes | {f"operand {i}": (t, (steps, batch, channels)) for i, t in enumerate(others)})
+    return PROJECTED if features == 4 * channels else NO_SKIP if x is None else INPUT
+
+
+def _pointer(t: Tensor | None, instead: Tensor) -> Tensor:
+    if t is None:
+        return instead
+    return t.contiguous().view(torch.uint8) if t.dtype == torch.bool else t.contiguous()
+
+
+@torch.library.triton_op("seqaccel::sru_forward_triton", mutates_args={})
+def sru_forward(
+    u: Tensor,
+    x: Tensor | None,
+    weight_c: Tensor,
+    bias: Tensor,
+    c_0: Tensor,
+    mask_c: Tensor | None,
+    mask_pad: Tensor | None,
+    scale_x: Tensor | None,
+    directions: int,
+    use_tanh: bool,
+    save_c: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    highway = _highway("sru_forward_triton", u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions)
+    (steps, batch, _), channels = u.shape, c_0.shape[1]
+    u, c_0 = u.contiguous(), c_0.contiguous()
+    h = u.new_empty(steps, batch, channels)
+    c = torch.empty_like(h) if save_c else u.new_empty(0)
+    if h.numel() == 0:
+        return h, c_0.clone(), c
+    c_n = torch.empty_like(c_0)
+    wrap(sru_forward_kernel)[(triton.cdiv(batch * channels, _BC),)](
+        u,
+        _pointer(x, u),
+        weight_c.contiguous(),
+        bias.contiguous(),
+        c_0,
+        _pointer(mask_c, u),
+        _pointer(mask_pad, u),
+        _pointer(scale_x, u),
+        h,
+        c_n,
+        c if save_c else h,
+        steps,
+        batch,
+        channels,
+        channels // directions,
+        HIGHWAY=highway,
+        TANH=use_tanh,
+        HAS_MASK_C=mask_c is not None,
+        HAS_MASK_PAD=mask_pad is not None,
+        HAS_SCALE_X=scale_x is not None,
+        SAVE_C=save_c,
+        BC=_BC,
+        num_warps=_WARPS,
+    )
+    return h, c_n, c
+
+
+@torch.library.triton_op("seqaccel::sru_backward_triton", mutates_args={})
+def sru_backward(
+    grad_h: Tensor,
+    grad_c_n: Tensor | None,
+    u: Tensor,
+    x: Tensor | None,
+    weight_c: Tensor,
+    bias: Tensor,
+    c_0: Tensor,
+    mask_c: Tensor | None,
+    mask_pad: Tensor | None,
+    scale_x: Tensor | None,
+    c: Tensor,
+    directions: int,
+    use_tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    highway = _highway(
+        "sru_backward_triton", u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, (grad_h, c)
+    )
+    (steps, batch, _), channels = u.shape, c_0.shape[1]
+    u = u.contiguous()
+    grad_u = torch.empty_like(u)
+    grad_x = u.new_empty((0,) if x is None else x.shape)
+    if u.numel() == 0:
+        grad_c_0 = torch.zeros_like(c_0) if grad_c_n is None else grad_c_n.clone()
+        return grad_u, grad_x, torch.zeros_like(weight_c), torch.zeros_like(bias), grad_c_0
+    grad_c_0 = u.new_empty(batch, channels)
+    sums = u.new_empty(4, batch, channels)
+    wrap(sru_backward_kernel)[(triton.cdiv(batch * channels, _BC),)](
+        grad_h.contiguous(),
+        _pointer(grad_c_n, u),
+        u,
+        _pointer(x, u),
+        weight_c.contiguous(),
+        bias.contiguous(),
+        c_0.contiguous(),
+        _pointer(mask_c, u),
+        _pointer(mask_pad, u),
+        _pointer(scale_x, u),
+        c.contiguous(),
+        grad_u,
+        grad_u if x is None else grad_x,
+        sums,
+        grad_c_0,
+        steps,
+        batch,
+        channels,
+        channels // directions,
+        HIGHWAY=highway,
+        TANH=use_tanh,
+        HAS_MASK_C=mask_c is not None,
+        HAS_MASK_PAD=mask_pad is not None,
+        HAS_SCALE_X=scale_x is not None,
+        HAS_GRAD_C_N=grad_c_n is not None,
+        BC=_BC,
+        num_warps=_WARPS,
+    )
+    return grad_u, grad_x, sums[:2].sum(1).view(-1), sums[2:].sum(1).view(-1), grad_c_0
+
+
+# ---- what is shipped ----
+
+
+def _pointers(names: str) -> dict[str, str]:
+    return {f"p_{name}": "*u8" if name == "mask_pad" else "*fp32" for name in names.split()}
+
+
+_LINEAR_SIZES = {"T": "i32", "D": "i32"}
+_SRU_SIZES = {"T": "i32", "B": "i32", "C": "i32", "H": "i32"}
+_SRU_OPERANDS = "u x weight_c bias c_0 mask_c mask_pad scale_x"
+_ALL_MASKS = {"TANH": True, "HAS_MASK_C": True, "HAS_MASK_PAD": True, "HAS_SCALE_X": True, "BC": _BC}
+
+#: Every tile of the linear scan, and every highway of SRU with everything optional switched on.
+CONFIGURATIONS = [
+    *(
+        Configuration(
+            linear_scan_forward_kernel,
+            _pointers("a b h_0 h") | _LINEAR_SIZES,
+            {"HAS_H_0": True, "REVERSE": reverse, "BT": steps, "BD": channels},
+            num_warps=warps,
+        )
+        for reverse, (channels, (steps, warps)) in zip((False, True, False), _TILES.items(), strict=True)
+    ),
+    *(
+        Configuration(
+            linear_scan_backward_kernel,
+            _pointers("grad_h a h h_0 grad_a grad_b grad_h_0") | _LINEAR_SIZES,
+            {"HAS_H_0": True, "REVERSE": reverse, "BT": steps, "BD": channels},
+            num_warps=warps,
+        )
+        for reverse, (channels, (steps, warps)) in zip((False, True, False), _TILES.items(), strict=True)
+    ),
+    *(
+        Configuration(
+            sru_forward_kernel,
+            _pointers(_SRU_OPERANDS + " h c_n c") | _SRU_SIZES,
+            {"HIGHWAY": highway, "SAVE_C": True, **_ALL_MASKS},
+            num_warps=_WARPS,
+        )
+        for highway in (NO_SKIP, INPUT, PROJECTED)
+    ),
+    *(
+        Configuration(
+            sru_backward_kernel,
+            _pointers("grad_h grad_c_n " + _SRU_OPERANDS + " c grad_u grad_x sums grad_c_0") | _SRU_SIZES,
+            {"HIGHWAY": highway, "HAS_GRAD_C_N": True, **_ALL_MASKS},
+            num_warps=_WARPS,
+        )
+        for highway in (NO_SKIP, INPUT, PROJECTED)
+    ),
+]
