@@ -3,10 +3,11 @@
     pip install sru==2.6.0 ninja     (or https://github.com/asappresearch/sru, branch master)
     python tests/sru_package.py tests/data/sru.npz
 
-Each case holds the constructor's arguments, the state_dict, inputs, results and gradients of its float64 Python path, and the
-results of its float32 C++ inference path. Dropout masks are drawn here and handed to the package.
+Each case holds the constructor's arguments, the state_dict, inputs, results and gradients of its float64 Python path,
+and the results of its float32 C++ inference path. Dropout masks are drawn here and handed to the package.
 """
 
+import copy
 import json
 import math
 import sys
@@ -18,28 +19,38 @@ T, B = 4, 2
 
 # name: (constructor's arguments, pass c0, pass mask_pad, training)
 CASES = {
-    "k4": (dict(input_size=3, hidden_size=4), True, False, False),
-    "k3": (dict(input_size=4, hidden_size=4, num_layers=1), False, False, False),
-    "rescale": (dict(input_size=4, hidden_size=4, rescale=True, highway_bias=-1.5), True, False, False),
-    "bidirectional": (dict(input_size=3, hidden_size=2, bidirectional=True), True, False, False),
+    "k4": ({"input_size": 3, "hidden_size": 4}, True, False, False),
+    "k3": ({"input_size": 4, "hidden_size": 4, "num_layers": 1}, False, False, False),
+    "rescale": ({"input_size": 4, "hidden_size": 4, "rescale": True, "highway_bias": -1.5}, True, False, False),
+    "bidirectional": ({"input_size": 3, "hidden_size": 2, "bidirectional": True}, True, False, False),
     "bidirectional_padded": (
-        dict(input_size=4, hidden_size=2, bidirectional=True, rescale=True, nn_rnn_compatible_return=True),
+        {"input_size": 4, "hidden_size": 2, "bidirectional": True, "rescale": True, "nn_rnn_compatible_return": True},
         True,
         True,
         False,
     ),
-    "padded": (dict(input_size=3, hidden_size=4), True, True, False),
-    "layer_norm": (dict(input_size=4, hidden_size=4, layer_norm=True, rescale=True), False, False, False),
-    "normalize_after": (dict(input_size=3, hidden_size=4, layer_norm=True, normalize_after=True), True, True, False),
-    "projection": (dict(input_size=5, hidden_size=4, projection_size=2, weight_c_init=0.5), True, False, False),
-    "projection_too_wide": (dict(input_size=3, hidden_size=4, projection_size=3), False, False, False),
-    "input_to_hidden": (dict(input_size=3, hidden_size=4, proj_input_to_hidden_first=True), False, False, False),
-    "v1": (dict(input_size=4, hidden_size=4, v1=True), True, False, False),
-    "tanh": (dict(input_size=3, hidden_size=4, use_tanh=True), True, False, False),
-    "no_skip": (dict(input_size=3, hidden_size=4, has_skip_term=False, rescale=True), True, True, False),
-    "dropout": (dict(input_size=4, hidden_size=4, dropout=0.4, rnn_dropout=0.3, rescale=True), True, False, True),
-    "custom": (dict(input_size=4, hidden_size=4, num_layers=1, custom_m="linear"), True, False, False),
-    "custom_weights": (dict(input_size=4, hidden_size=4, num_layers=1, custom_m="pair"), True, False, False),
+    "padded": ({"input_size": 3, "hidden_size": 4}, True, True, False),
+    "layer_norm": ({"input_size": 4, "hidden_size": 4, "layer_norm": True, "rescale": True}, False, False, False),
+    "normalize_after": (
+        {"input_size": 3, "hidden_size": 4, "layer_norm": True, "normalize_after": True},
+        True,
+        True,
+        False,
+    ),
+    "projection": ({"input_size": 5, "hidden_size": 4, "projection_size": 2, "weight_c_init": 0.5}, True, False, False),
+    "projection_too_wide": ({"input_size": 3, "hidden_size": 4, "projection_size": 3}, False, False, False),
+    "input_to_hidden": ({"input_size": 3, "hidden_size": 4, "proj_input_to_hidden_first": True}, False, False, False),
+    "v1": ({"input_size": 4, "hidden_size": 4, "v1": True}, True, False, False),
+    "tanh": ({"input_size": 3, "hidden_size": 4, "use_tanh": True}, True, False, False),
+    "no_skip": ({"input_size": 3, "hidden_size": 4, "has_skip_term": False, "rescale": True}, True, True, False),
+    "dropout": (
+        {"input_size": 4, "hidden_size": 4, "dropout": 0.4, "rnn_dropout": 0.3, "rescale": True},
+        True,
+        False,
+        True,
+    ),
+    "custom": ({"input_size": 4, "hidden_size": 4, "num_layers": 1, "custom_m": "linear"}, True, False, False),
+    "custom_weights": ({"input_size": 4, "hidden_size": 4, "num_layers": 1, "custom_m": "pair"}, True, False, False),
 }
 
 
@@ -101,7 +112,7 @@ def main(path: str) -> None:
             record["in/mask_pad"] = mask_pad
         if not training:
             with torch.no_grad():
-                single = model.float().eval()
+                single = copy.deepcopy(model).float().eval()
                 c0 = inputs["c0"].float() if with_c0 else None
                 record["inference/output"], record["inference/c_n"] = single(inputs["x"].float(), c0, mask_pad)
         index[name] = {"arguments": arguments, "tensors": {k: list(v.shape) for k, v in record.items()}}

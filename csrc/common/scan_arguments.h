@@ -1,5 +1,5 @@
-// The arguments of the scan operators, checked once for the CPU and the GPU: ranks, sizes, dtypes and devices, in O(1), so that
-// no call can make a kernel read or write out of bounds.
+// The arguments of the scan operators, checked once for the CPU and the GPU: ranks, sizes, dtypes and devices, in O(1),
+// so that no call can make a kernel read or write out of bounds.
 #pragma once
 
 #include "cpu/scan.h"
@@ -19,8 +19,8 @@ inline void check_operand(const Tensor& t, const char* name, std::initializer_li
   }
   STD_TORCH_CHECK(matches, "seqaccel: expected ", name, " to have shape ", expected, "], but got ", shape_string(t));
   STD_TORCH_CHECK(t.scalar_type() == dtype, "seqaccel: ", name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), "seqaccel: expected ", name,
-                  " to be on the device of the first tensor");
+  STD_TORCH_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(),
+                  "seqaccel: expected ", name, " to be on the device of the first tensor");
 }
 
 inline void check_operand(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
@@ -31,7 +31,8 @@ inline void check_operand(const OptionalTensor& t, const char* name, std::initia
 // Returns the sizes {batch, steps, width}.
 inline std::array<int64_t, 3> check_linear_scan(const Tensor& a, const char* name) {
   check_float_or_double(a, name);
-  STD_TORCH_CHECK(a.dim() == 3, "seqaccel: expected ", name, " to have shape [batch, steps, width], but got ", shape_string(a));
+  STD_TORCH_CHECK(a.dim() == 3, "seqaccel: expected ", name, " to have shape [batch, steps, width], but got ",
+                  shape_string(a));
   return {a.size(0), a.size(1), a.size(2)};
 }
 
@@ -42,11 +43,13 @@ inline SruShape check_sru(const Tensor& u, const OptionalTensor& x, const Tensor
   const ScalarType dtype = u.scalar_type();
   STD_TORCH_CHECK(u.dim() == 3, "seqaccel: expected u to have 3 dimensions, but got ", shape_string(u));
   STD_TORCH_CHECK(c_0.dim() == 2, "seqaccel: expected c_0 to have 2 dimensions, but got ", shape_string(c_0));
-  STD_TORCH_CHECK(directions == 1 || directions == 2, "seqaccel: expected directions to be 1 or 2, but got ", directions);
+  STD_TORCH_CHECK(directions == 1 || directions == 2, "seqaccel: expected directions to be 1 or 2, but got ",
+                  directions);
   const int64_t steps = u.size(0), batch = u.size(1), channels = c_0.size(1);
-  STD_TORCH_CHECK(channels > 0 && channels % directions == 0 && (u.size(2) == 3 * channels || u.size(2) == 4 * channels),
-                  "seqaccel: expected u to have 3 or 4 times the channels of c_0 ", shape_string(c_0), " with ", directions,
-                  " directions, but got ", shape_string(u));
+  STD_TORCH_CHECK(
+      channels > 0 && channels % directions == 0 && (u.size(2) == 3 * channels || u.size(2) == 4 * channels),
+      "seqaccel: expected u to have 3 or 4 times the channels of c_0 ", shape_string(c_0), " with ", directions,
+      " directions, but got ", shape_string(u));
   const bool projected = u.size(2) == 4 * channels;
   STD_TORCH_CHECK(!(projected && x), "seqaccel: x must be None where u holds the projected input (4 matrices)");
   check_operand(c_0, "c_0", {batch, channels}, u, dtype);
@@ -56,7 +59,11 @@ inline SruShape check_sru(const Tensor& u, const OptionalTensor& x, const Tensor
   check_operand(mask_c, "mask_c", {batch, channels}, u, dtype);
   check_operand(mask_pad, "mask_pad", {steps, batch}, u, ScalarType::Bool);
   check_operand(scale_x, "scale_x", {1}, u, dtype);
-  return {steps, batch, directions, channels / directions, projected ? Highway::projected : x ? Highway::input : Highway::none,
+  return {steps,
+          batch,
+          directions,
+          channels / directions,
+          projected ? Highway::projected : x ? Highway::input : Highway::none,
           use_tanh};
 }
 

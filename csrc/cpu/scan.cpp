@@ -46,11 +46,13 @@ template <typename T>
 void run_linear_backward(const std::array<int64_t, 3>& sizes, bool reverse, const Tensor& grad_h, const Tensor& a,
                          const Tensor& h, const OptionalTensor& h_0, Tensor& grad_a, Tensor& grad_b, Tensor& grad_h_0,
                          void (*kernel)(const LinearScanBackward<T>&)) {
-  kernel({sizes[0], sizes[1], sizes[2], reverse, grad_h.const_data_ptr<T>(), a.const_data_ptr<T>(), h.const_data_ptr<T>(),
-          data_or_null<T>(h_0), grad_a.mutable_data_ptr<T>(), grad_b.mutable_data_ptr<T>(), grad_h_0.mutable_data_ptr<T>()});
+  kernel({sizes[0], sizes[1], sizes[2], reverse, grad_h.const_data_ptr<T>(), a.const_data_ptr<T>(),
+          h.const_data_ptr<T>(), data_or_null<T>(h_0), grad_a.mutable_data_ptr<T>(), grad_b.mutable_data_ptr<T>(),
+          grad_h_0.mutable_data_ptr<T>()});
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, OptionalTensor h_0, bool reverse) {
+std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, OptionalTensor h_0,
+                                                        bool reverse) {
   const std::array<int64_t, 3> sizes = check_linear_scan(a, "a");
   const ScalarType dtype = a.scalar_type();
   check_operand(grad_h, "grad_h", {sizes[0], sizes[1], sizes[2]}, a, dtype);
@@ -63,17 +65,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a,
   Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = new_empty(a, {sizes[0], sizes[2]});
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
-    run_linear_backward<float>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0, kernels.linear_backward_float);
+    run_linear_backward<float>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0,
+                               kernels.linear_backward_float);
   } else {
-    run_linear_backward<double>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0, kernels.linear_backward_double);
+    run_linear_backward<double>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0,
+                                kernels.linear_backward_double);
   }
   return {grad_a, grad_b, grad_h_0};
 }
 
 template <typename T>
 void run_sru_forward(const SruShape& shape, const Tensor& u, const OptionalTensor& x, const Tensor& weight_c,
-                     const Tensor& bias, const Tensor& c_0, const OptionalTensor& mask_c, const OptionalTensor& mask_pad,
-                     const OptionalTensor& scale_x, Tensor& h, Tensor& c_n, Tensor* c, void (*kernel)(const SruForward<T>&)) {
+                     const Tensor& bias, const Tensor& c_0, const OptionalTensor& mask_c,
+                     const OptionalTensor& mask_pad, const OptionalTensor& scale_x, Tensor& h, Tensor& c_n, Tensor* c,
+                     void (*kernel)(const SruForward<T>&)) {
   kernel({shape, u.const_data_ptr<T>(), data_or_null<T>(x), weight_c.const_data_ptr<T>(), bias.const_data_ptr<T>(),
           c_0.const_data_ptr<T>(), data_or_null<T>(mask_c), data_or_null<bool>(mask_pad),
           scale_x ? *scale_x->const_data_ptr<T>() : T(1), h.mutable_data_ptr<T>(), c_n.mutable_data_ptr<T>(),
@@ -122,10 +127,10 @@ void run_sru_backward(const SruShape& shape, const Tensor& grad_h, const Optiona
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sru_backward(Tensor grad_h, OptionalTensor grad_c_n, Tensor u,
-                                                                OptionalTensor x, Tensor weight_c, Tensor bias, Tensor c_0,
-                                                                OptionalTensor mask_c, OptionalTensor mask_pad,
-                                                                OptionalTensor scale_x, Tensor c, int64_t directions,
-                                                                bool use_tanh) {
+                                                                OptionalTensor x, Tensor weight_c, Tensor bias,
+                                                                Tensor c_0, OptionalTensor mask_c,
+                                                                OptionalTensor mask_pad, OptionalTensor scale_x,
+                                                                Tensor c, int64_t directions, bool use_tanh) {
   const SruShape shape = check_sru(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh);
   const int64_t channels = c_0.size(1);
   const ScalarType dtype = u.scalar_type();
@@ -142,8 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sru_backward(Tensor grad_h, O
   mask_c = to_contiguous(mask_c);
   mask_pad = to_contiguous(mask_pad);
   c = to_contiguous(c);
-  SruGradientTensors g = {fresh_like(u),    x ? fresh_like(*x) : new_empty(u, {0}),        fresh_like(weight_c),
-                          fresh_like(bias), fresh_like(c_0), new_empty(u, {4, shape.batch, channels})};
+  SruGradientTensors g = {fresh_like(u),        x ? fresh_like(*x) : new_empty(u, {0}),
+                          fresh_like(weight_c), fresh_like(bias),
+                          fresh_like(c_0),      new_empty(u, {4, shape.batch, channels})};
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
     run_sru_backward<float>(shape, grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, g,
@@ -159,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sru_backward(Tensor grad_h, O
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def("linear_scan_forward(Tensor a, Tensor b, Tensor? h_0, bool reverse) -> Tensor");
-  m.def("linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, Tensor? h_0, bool reverse) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, Tensor? h_0, bool reverse) -> (Tensor, Tensor, Tensor)");
   m.def(
       "sru_forward(Tensor u, Tensor? x, Tensor weight_c, Tensor bias, Tensor c_0, Tensor? mask_c, Tensor? mask_pad, "
       "Tensor? scale_x, int directions, bool use_tanh, bool save_c) -> (Tensor, Tensor, Tensor)");

@@ -1,9 +1,9 @@
 // Linear scan and SRU: one pass over memory each way, no barrier.
 //
-// The columns (batch x channels) are independent, so they are what threads share. A thread takes a block of columns and walks
-// through time; at each step it passes over its columns in memory order, so that every array is read and written as a stream,
-// consecutive vectors are independent (no latency of the recurrence shows) and the carried state, kept in memory, stays in L1.
-// Walking one vector of columns through all of time instead would touch a new page at every step.
+// The columns (batch x channels) are independent, so they are what threads share. A thread takes a block of columns and
+// walks through time; at each step it passes over its columns in memory order, so that every array is read and written
+// as a stream, consecutive vectors are independent (no latency of the recurrence shows) and the carried state, kept in
+// memory, stays in L1. Walking one vector of columns through all of time instead would touch a new page at every step.
 #include "scan.h"
 #include "shuffle.h"
 #include "vec.h"
@@ -11,9 +11,9 @@
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-constexpr int64_t kBlockColumns = 1024;      // 4 KB a row of floats: a handful of such rows fit L1
+constexpr int64_t kBlockColumns = 1024;       // 4 KB a row of floats: a handful of such rows fit L1
 constexpr int64_t kSerialElements = 1 << 14;  // less work than this is done faster than a team of threads wakes up
-constexpr int64_t kFlushSteps = 64;          // gradients of parameters are summed in two levels: error grows with 64 + T / 64
+constexpr int64_t kFlushSteps = 64;  // gradients of parameters are summed in two levels: error grows with 64 + T / 64
 
 // Columns a block has, so that every thread gets one; a multiple of 64 bytes.
 template <typename T>
@@ -46,8 +46,9 @@ SEQACCEL_INLINE void multiply_row(const T* a, const T* b, T* y, int64_t n) {
   for (; i < n; ++i) y[i] = a[i] * b[i];
 }
 
-// The scan of `n` consecutive scalars from `carry`, in registers: y = A * carry + B with (A, B) the composition of the affine
-// maps up to each lane, found in log2(Lanes) shuffles. Four times the rate of the scalar chain. Returns the last y.
+// The scan of `n` consecutive scalars from `carry`, in registers: y = A * carry + B with (A, B) the composition of the
+// affine maps up to each lane, found in log2(Lanes) shuffles. Four times the rate of the scalar chain. Returns the last
+// y.
 template <typename T, bool kReverse>
 SEQACCEL_INLINE T scan_lanes(const T* coefficient, const T* input, T carry, T* y, int64_t n) {
   int64_t left = n;
@@ -249,14 +250,9 @@ SEQACCEL_INLINE void sru_backward_vector(const SruColumns<T>& p, T scale_x, cons
 
 template <typename T>
 SEQACCEL_INLINE SruColumns<T> sru_advance(const SruColumns<T>& p, int64_t i, int k) {
-  return {p.u + i * k,
-          p.x ? p.x + i : nullptr,
-          p.forget_weight + i,
-          p.reset_weight + i,
-          p.forget_bias + i,
-          p.reset_bias + i,
-          p.mask_c ? p.mask_c + i : nullptr,
-          p.c_previous + i};
+  return {
+      p.u + i * k,      p.x ? p.x + i : nullptr,           p.forget_weight + i, p.reset_weight + i, p.forget_bias + i,
+      p.reset_bias + i, p.mask_c ? p.mask_c + i : nullptr, p.c_previous + i};
 }
 
 // Copies of the last, incomplete vector of columns, zero past the end, so that the vector code serves there too.
@@ -300,8 +296,9 @@ SEQACCEL_INLINE void sru_backward_row(const SruColumns<T>& p, T scale_x, const S
   constexpr int K = kHighway == Highway::projected ? 4 : 3;
   int64_t i = 0;
   for (; i + Lanes<T> <= n; i += Lanes<T>) {
-    const SruGradients<T> here = {g.grad_h + i, g.c + i,      g.grad_u + i * K,
-                                  g.grad_x + i, g.grad_c + i, {g.sums[0] + i, g.sums[1] + i, g.sums[2] + i, g.sums[3] + i}};
+    const SruGradients<T> here = {g.grad_h + i,     g.c + i,
+                                  g.grad_u + i * K, g.grad_x + i,
+                                  g.grad_c + i,     {g.sums[0] + i, g.sums[1] + i, g.sums[2] + i, g.sums[3] + i}};
     sru_backward_vector<T, kHighway, kTanh>(sru_advance(p, i, K), scale_x, here);
   }
   if (i < n) {
@@ -425,12 +422,10 @@ void sru_backward_block(const SruBackward<T>& p, int64_t first, int64_t last) {
         continue;
       }
       const T* c_previous = (step ? p.c + before * columns : p.c_0) + run.column;
-      const SruGradients<T> g = {p.grad_h + at,
-                                 p.c + at,
-                                 p.grad_u + at * K,
-                                 p.grad_x ? p.grad_x + at : nullptr,
-                                 grad_c + local,
-                                 {sums[0] + local, sums[1] + local, sums[2] + local, sums[3] + local}};
+      const SruGradients<T> g = {
+          p.grad_h + at,     p.c + at,
+          p.grad_u + at * K, p.grad_x ? p.grad_x + at : nullptr,
+          grad_c + local,    {sums[0] + local, sums[1] + local, sums[2] + local, sums[3] + local}};
       sru_backward_row<T, kHighway, kTanh>(sru_columns(p, run, t, c_previous, K), p.scale_x, g, run.length);
     }
     if (step % kFlushSteps == 0) {
@@ -452,7 +447,8 @@ SEQACCEL_INLINE void sru_for_blocks(const P& p, int64_t element_bytes, Block blo
   const int64_t width =
       element_bytes == 4 ? block_columns<float>(columns, 1, threads) : block_columns<double>(columns, 1, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t first = 0; first < columns; first += width) block(p, first, columns - first < width ? columns : first + width);
+  for (int64_t first = 0; first < columns; first += width)
+    block(p, first, columns - first < width ? columns : first + width);
 }
 
 template <typename T>

@@ -20,7 +20,8 @@ using LaneIndices = LaneList<__integer_pack(N)...>;
 #endif
 
 // Source lane for lane i of a two-operand shuffle: 0 .. L-1 from the first operand, L .. 2L-1 from the second.
-// Three interleaved sequences are taken apart (and put together) by a shuffle of two operands followed by one with the third.
+// Three interleaved sequences are taken apart (and put together) by a shuffle of two operands followed by one with the
+// third.
 template <int L>
 struct Shuffles {
   static constexpr int unzip3_first(int k, int i) { return 3 * i + k < 2 * L ? 3 * i + k : 0; }
@@ -115,8 +116,8 @@ SEQACCEL_INLINE Vec<T> shift_lanes(Vec<T> v, Vec<T> fill, LaneList<I...>) {
   return __builtin_shufflevector(v, fill, Shuffles<Lanes<T>>::shift(DISTANCE, kReverse, I)...);
 }
 
-// Inclusive scan over the lanes of the affine maps y = a * x + b: lane i becomes the composition of lanes 0 .. i (i .. L-1,
-// reversed).
+// Inclusive scan over the lanes of the affine maps y = a * x + b: lane i becomes the composition of lanes 0 .. i (i ..
+// L-1, reversed).
 template <typename T, bool kReverse, int DISTANCE = 1>
 SEQACCEL_INLINE void compose_lanes(Vec<T>& a, Vec<T>& b) {
   if constexpr (DISTANCE < Lanes<T>) {

@@ -23,7 +23,7 @@ def _operator(name: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.seqaccel, name)
 
 
-def _in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """A running sum is no matrix product: as torch does for cumsum, autocast means float32 here."""
     device_type = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device_type):
@@ -88,7 +88,8 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
     overflow where these are huge though the result is not.
 
     Args:
-        a: coefficients, with the steps along ``dim``, e.g. (B, T, D). ``a`` and ``b`` may be broadcast against each other.
+        a: coefficients, with the steps along ``dim``, e.g. (B, T, D). ``a`` and ``b`` may be broadcast against each
+            other.
         b: inputs, of the same dtype and device.
         h_0: the state before the first step (reversed: after the last), the shape of ``a`` and ``b`` without ``dim``,
             e.g. (B, D), or one that expands to it. Default: zero.
@@ -122,7 +123,8 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
             a, b = torch.broadcast_tensors(a, b)
         except RuntimeError:
             raise ValueError(
-                f"linear_scan: expected a and b to have shapes that broadcast, but got {tuple(a.shape)} and {tuple(b.shape)}"
+                "linear_scan: expected a and b to have shapes that broadcast, "
+                f"but got {tuple(a.shape)} and {tuple(b.shape)}"
             ) from None
     if not -a.dim() <= dim < a.dim():
         raise IndexError(
@@ -212,14 +214,16 @@ def sru(
         c_t &= f_t \odot c_{t-1} + (1 - f_t) \odot u^0_t \\
         h_t &= s_t + m \odot r_t \odot (g(c_t) - s_t)
 
-    with the skip term s = ``scale_x * x``, :math:`u^3` or 0, the dropout mask m, and g the identity or tanh. At padding c is
-    carried over and h is 0. The state is carried in float32 (float64 for float64 inputs); autocast runs it in float32.
+    with the skip term s = ``scale_x * x``, :math:`u^3` or 0, the dropout mask m, and g the identity or tanh. At padding
+    c is carried over and h is 0. The state is carried in float32 (float64 for float64 inputs); autocast runs it in
+    float32.
 
     Args:
-        u: (T, B, directions * H * k), its k matrices innermost: k = 4 where u holds the projected input :math:`u^3`, else 3.
+        u: (T, B, directions * H * k), its k matrices innermost: k = 4 where u holds the projected input :math:`u^3`,
+            else 3.
         x: (T, B, directions * H), the skip term's input; ``None`` for k = 4, and for k = 3 without a skip term.
-        weight_c: (2 * directions * H,), :math:`w_f` then :math:`w_r`; or weights of each step, (T, B, 2 * directions * H), one
-            pair :math:`(w_f, w_r)` after the other, which only the reference takes.
+        weight_c: (2 * directions * H,), :math:`w_f` then :math:`w_r`; or weights of each step,
+            (T, B, 2 * directions * H), one pair :math:`(w_f, w_r)` after the other, which only the reference takes.
         bias: (2 * directions * H,), :math:`b_f` then :math:`b_r`.
         c_0: (B, directions * H), the state before the first step. Default: zero.
         mask_c: (B, directions * H), the dropout mask, not differentiated. Default: one.
@@ -261,39 +265,42 @@ def sru(
         raise ValueError("sru: expected x to be None where u holds the projected input (k = 4)")
     if c_0 is None:
         c_0 = u.new_zeros(batch, channels)
-    if scale_x is not None and not isinstance(scale_x, Tensor):
-        scale_x = u.new_full((1,), scale_x)
+    scale = u.new_full((1,), scale_x) if isinstance(scale_x, (int, float)) else scale_x
     expected = {
         "x": (x, (steps, batch, channels)),
         "weight_c": (weight_c, (steps, batch, 2 * channels) if weight_c.dim() == 3 else (2 * channels,)),
         "c_0": (c_0, (batch, channels)),
         "mask_c": (mask_c, (batch, channels)),
         "mask_pad": (mask_pad, (steps, batch)),
-        "scale_x": (None if scale_x is None else scale_x.reshape(-1), (1,)),
+        "scale_x": (None if scale is None else scale.reshape(-1), (1,)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"sru: expected {name} to have shape {shape}, but got {tuple(tensor.shape)}")
     if mask_pad is not None and mask_pad.dtype != torch.bool:
         raise TypeError(f"sru: expected mask_pad to be torch.bool, but got {mask_pad.dtype}")
-    for name, tensor in (("mask_c", mask_c), ("scale_x", scale_x)):
+    for name, tensor in (("mask_c", mask_c), ("scale_x", scale)):
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(f"sru: {name} is not differentiated: it must not require grad")
-    u, x, weight_c, bias, c_0, mask_c, scale_x = _in_float32_under_autocast(u, x, weight_c, bias, c_0, mask_c, scale_x)
-    others = {"x": x, "weight_c": weight_c, "bias": bias, "c_0": c_0, "mask_c": mask_c, "scale_x": scale_x}
+    u, x, weight_c, bias, c_0, mask_c, scale = _in_float32_under_autocast(u, x, weight_c, bias, c_0, mask_c, scale)
+    others: dict[str, Tensor | None] = {
+        "x": x,
+        "weight_c": weight_c,
+        "bias": bias,
+        "c_0": c_0,
+        "mask_c": mask_c,
+        "scale_x": scale,
+    }
     _check_alike("sru", "u", u, others)
     if mask_pad is not None and mask_pad.device != u.device:
         raise RuntimeError(
             "sru: expected all tensors to be on the same device, "
             f"but u is on {u.device} and mask_pad is on {mask_pad.device}"
         )
-    dtype = u.dtype
-    compute = _common.compute_dtype(dtype)
-    u, x, weight_c, bias, c_0, mask_c, scale_x = (
-        None if t is None else t.to(compute) for t in (u, x, weight_c, bias, c_0, mask_c, scale_x)
-    )
-    scale_x = None if scale_x is None else scale_x.reshape(1)
-    inputs = (u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
+    dtype, compute = u.dtype, _common.compute_dtype(u.dtype)
+    tensors = (u, x, weight_c, bias, c_0, mask_c, mask_pad, None if scale is None else scale.reshape(1))
+    computed = [t.to(compute) if t is not None and t.is_floating_point() else t for t in tensors]
+    inputs: tuple[Any, ...] = (*computed, directions, use_tanh)
     if _common.transforms_active():
         h, c_n = reference.sru(*inputs)
     else:
@@ -303,7 +310,7 @@ def sru(
             backend = backends.choose("sru", u, _BACKENDS)
         if backend == "reference":
             h, c_n = reference.sru(*inputs)
-        elif _common.needs_grad(u, x, weight_c, bias, c_0):
+        elif _common.needs_grad(*inputs[:5]):
             h, c_n = _SRU.apply(*inputs, backend)
         else:
             h, c_n, _ = _operator("sru_forward", backend)(*inputs, False)
@@ -329,9 +336,7 @@ def _sru_forward_fake(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, dire
     return u.new_empty(shape), u.new_empty(c_0.shape), u.new_empty(shape if save_c else (0,))
 
 
-def _sru_backward_fake(
-    grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, directions, use_tanh
-):
+def _sru_backward_fake(grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, directions, use_tanh):
     grad_x = u.new_empty((0,) if x is None else x.shape)
     return (
         u.new_empty(u.shape),

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,15 @@ class SRUCell(nn.Module):
         layer_norm: normalise the input of the matrix product. Default: ``False``.
         rescale: scale the skip term by :math:`\sqrt{1 + 2 e^b}`, b the ``highway_bias``. Default: ``True``.
         v1: no recurrent weights. Default: ``False``.
-        custom_m: module that computes u (T, B, output_size * k) from the input, in place of the matrix product. It may return
-            a second tensor (T, B, output_size * 2), added to the recurrent weights of each step.
+        custom_m: module that computes u (T, B, output_size * k) from the input, in place of the matrix product. It may
+            return a second tensor (T, B, output_size * 2), added to the recurrent weights of each step.
         amp_recurrence_fp16: under autocast to float16, return float16 and not float32. Default: ``False``.
         normalize_after: with ``layer_norm``, normalise the output and not the input. Default: ``False``.
         weight_c_init: recurrent weights start uniform in [-weight_c_init, weight_c_init]. Default: variance 1/2.
     """
+
+    layer_norm: nn.LayerNorm | None
+    scale_x: Tensor
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class SRUCell(nn.Module):
         self.has_skip_term = has_skip_term
         self.rescale = rescale
         self.v1 = v1
-        self.custom_m = custom_m
+        self.custom_m: Any = custom_m
         self.amp_recurrence_fp16 = amp_recurrence_fp16
         self.normalize_after = normalize_after
         self.weight_c_init = weight_c_init
@@ -129,9 +133,7 @@ class SRUCell(nn.Module):
                 bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
                 self.weight_c.uniform_(-bound, bound)
 
-    def forward(
-        self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the layer.
 
         Args:
@@ -202,7 +204,7 @@ class SRUCell(nn.Module):
         return kept.div_(1 - p) if p < 1 else kept
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Also takes checkpoints of the package's version 3, whose matrices lie transposed in a ``transform_module``."""
+        """Also takes checkpoints of the package's version 3, whose matrices lie transposed in ``transform_module``."""
         old, new = prefix + "transform_module.", prefix + "weight"
         if old + "weight" in state_dict:
             state_dict[new] = state_dict.pop(old + "weight").t()
@@ -232,7 +234,7 @@ class SRUCell(nn.Module):
 
 
 class SRU(Streaming, nn.Module):
-    r"""A stack of simple recurrent units, in place of ``sru.SRU`` (package ``sru`` 2.6): its constructor, state_dict and results.
+    r"""A stack of simple recurrent units with the constructor, state_dict and results of ``sru.SRU`` (``sru`` 2.6).
 
     .. math::
         u_t &= x_t W \\
@@ -248,10 +250,12 @@ class SRU(Streaming, nn.Module):
         input_size: number of features of the input.
         hidden_size: number of features of the state, for each direction.
         num_layers: number of layers. Default: 2.
-        dropout: probability that a channel of ``r`` is dropped, the same for all steps, on every layer but the last. Default: 0.
+        dropout: probability that a channel of ``r`` is dropped, the same for all steps, on every layer but the last.
+            Default: 0.
         rnn_dropout: probability that a feature of a layer's input is dropped, the same for all steps. Default: 0.
         bidirectional: also run against time. Default: ``False``.
-        projection_size: factorise each weight through this many features, where that is fewer than it joins. Default: 0, do not.
+        projection_size: factorise each weight through this many features, where that is fewer than it joins.
+            Default: 0, do not.
         use_tanh: g is tanh. Default: ``False``, the identity.
         layer_norm: normalise each layer's input. Default: ``False``.
         highway_bias: initial bias of the gate r. Default: 0.
@@ -280,6 +284,9 @@ class SRU(Streaming, nn.Module):
         >>> y.shape
         torch.Size([3, 16])
     """
+
+    rnn_lst: nn.ModuleList
+    input_to_hidden: nn.Linear | None
 
     def __init__(
         self,
@@ -321,7 +328,7 @@ class SRU(Streaming, nn.Module):
         self.num_directions = 2 if bidirectional else 1
         self.nn_rnn_compatible_return = nn_rnn_compatible_return
         self.amp_recurrence_fp16 = amp_recurrence_fp16
-        self.input_to_hidden: nn.Linear | None = None
+        self.input_to_hidden = None
         first_size = input_size
         if proj_input_to_hidden_first and input_size != self.output_size:
             first_size = self.output_size
@@ -354,7 +361,8 @@ class SRU(Streaming, nn.Module):
     def reset_parameters(self) -> None:
         """Starts anew."""
         for layer in self.rnn_lst:
-            layer.reset_parameters()
+            if isinstance(layer, SRUCell):
+                layer.reset_parameters()
         if self.input_to_hidden is not None:
             self.input_to_hidden.reset_parameters()
 
@@ -366,7 +374,8 @@ class SRU(Streaming, nn.Module):
         Args:
             input: (T, B, input_size), or a ``PackedSequence``.
             c0: (num_layers, B, output_size), output_size = directions * hidden_size. Default: zero.
-            mask_pad: (T, B), nonzero at padding, where the state is carried over and the output is 0. Default: no padding.
+            mask_pad: (T, B), nonzero at padding, where the state is carried over and the output is 0.
+                Default: no padding.
 
         Returns:
             The output (T, B, output_size), packed if the input was; and the last state (num_layers, B, output_size), or
@@ -376,10 +385,13 @@ class SRU(Streaming, nn.Module):
             ValueError: shapes that do not fit.
         """
         if isinstance(input, PackedSequence):
-            x, lengths = pad_packed_sequence(input)
-            mask_pad = torch.arange(x.shape[0])[:, None] >= lengths
-            output, c_n = self.forward(x, c0, mask_pad.to(x.device))
+            padded, lengths = pad_packed_sequence(input)
+            mask_pad = torch.arange(padded.shape[0])[:, None] >= lengths
+            output, c_n = self._run(padded, c0, mask_pad.to(padded.device))
             return pack_padded_sequence(output, lengths, enforce_sorted=False), c_n
+        return self._run(input, c0, mask_pad)
+
+    def _run(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         if input.dim() != 3:
             raise ValueError(f"SRU: expected input to be 3-D (T, B, input_size), but got {input.dim()}-D")
         if input.shape[-1] != self.input_size:
@@ -388,9 +400,7 @@ class SRU(Streaming, nn.Module):
             )
         batch = input.shape[1]
         if c0 is not None and tuple(c0.shape) != (self.num_layers, batch, self.output_size):
-            raise ValueError(
-                f"Expected hidden size {(self.num_layers, batch, self.output_size)}, got {list(c0.shape)}"
-            )
+            raise ValueError(f"Expected hidden size {(self.num_layers, batch, self.output_size)}, got {list(c0.shape)}")
         if mask_pad is not None and tuple(mask_pad.shape) != tuple(input.shape[:2]):
             raise ValueError(
                 f"SRU: expected mask_pad to have shape {tuple(input.shape[:2])}, but got {tuple(mask_pad.shape)}"
@@ -416,12 +426,12 @@ class SRU(Streaming, nn.Module):
         """``(c,)``, c (batch_size, num_layers, hidden_size), zero."""
         self._require_causal()
         shape = (batch_size, self.num_layers, self.hidden_size)
-        return (self.rnn_lst[0].bias.detach().new_zeros(shape, device=device, dtype=dtype),)
+        return (self.rnn_lst[0].get_parameter("bias").detach().new_zeros(shape, device=device, dtype=dtype),)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Output (T, B, hidden_size) for a chunk (T, B, input_size), and the state after it."""
         self._require_causal()
-        output, c_n = self.forward(x, state[0].transpose(0, 1))
+        output, c_n = self._run(x, state[0].transpose(0, 1), None)
         return output, (c_n.transpose(0, 1).contiguous(),)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

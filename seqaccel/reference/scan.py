@@ -15,11 +15,11 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, reverse: bool =
     Returns:
         h [B, T, D].
     """
-    steps = range(a.shape[1])
+    steps = list(zip(a.unbind(1), b.unbind(1), strict=True))
     h = h_0
     rows: list[Tensor] = []
-    for t in reversed(steps) if reverse else steps:
-        h = b[:, t] if h is None else a[:, t] * h + b[:, t]
+    for a_t, b_t in reversed(steps) if reverse else steps:
+        h = b_t if h is None else a_t * h + b_t
         rows.append(h)
     if not rows:
         return a * b
@@ -45,12 +45,14 @@ def sru(
         f = sigmoid(u_1 + w_f * c' + b_f)      r = sigmoid(u_2 + w_r * c' + b_r)
         c = f * c' + (1 - f) * u_0             h = s + m * r * (g(c) - s)
 
-    with s = ``scale_x * x``, u_3 or 0, m the dropout mask and g the identity or tanh. At padding c is carried over and h is 0.
+    with s = ``scale_x * x``, u_3 or 0, m the dropout mask and g the identity or tanh. At padding c is carried over and
+    h is 0.
 
     Args:
         u: [T, B, directions * H * k], the k matrices innermost; k = 4 if it holds the projected input u_3, else 3.
         x: [T, B, directions * H], or None: no skip term (k = 3) or u_3 (k = 4).
-        weight_c: [2 * directions * H], w_f then w_r; or [T, B, 2 * directions * H], one pair (w_f, w_r) after the other.
+        weight_c: [2 * directions * H], w_f then w_r; or [T, B, 2 * directions * H], one pair (w_f, w_r) after the
+            other.
         bias: [2 * directions * H], b_f then b_r.
         c_0: [B, directions * H].
         mask_c: [B, directions * H], multiplied into r.
@@ -66,34 +68,34 @@ def sru(
     channels = c_0.shape[-1]
     hidden = channels // directions
     parts = u.reshape(steps, batch, directions, hidden, u.shape[-1] // channels).unbind(-1)
-    if weight_c.dim() == 3:
-        forget_weight, reset_weight = weight_c.reshape(steps, batch, directions, hidden, 2).unbind(-1)
-    else:
-        forget_weight, reset_weight = weight_c.reshape(2, 1, 1, directions, hidden).expand(-1, steps, batch, -1, -1)
-    forget_bias, reset_bias = bias.reshape(2, directions, hidden)
+    skip = None
     if len(parts) == 4:
         skip = parts[3]
     elif x is not None:
         skip = x.reshape(steps, batch, directions, hidden)
         skip = skip if scale_x is None else skip * scale_x
+    forget_bias, reset_bias = bias.reshape(2, directions, hidden)
+    if weight_c.dim() == 3:
+        weights = weight_c.reshape(steps, batch, directions, hidden, 2).unbind(-1)
     else:
-        skip = None
-    c_0 = c_0.reshape(batch, directions, hidden)
+        weights = weight_c.reshape(2, directions, hidden).unbind(0)
     outputs, states = [], []
     for d in range(directions):
-        c, rows = c_0[:, d], []
+        c = c_0.reshape(batch, directions, hidden)[:, d]
+        dropout = None if mask_c is None else mask_c.reshape(batch, directions, hidden)[:, d]
+        u_0, u_1, u_2 = (part[:, :, d].unbind(0) for part in parts[:3])
+        skips = None if skip is None else skip[:, :, d].unbind(0)
+        w_f, w_r = (w[:, :, d].unbind(0) if w.dim() == 4 else [w[d]] * steps for w in weights)
+        rows = []
         for t in range(steps) if d == 0 else reversed(range(steps)):
-            u_0, u_1, u_2 = (part[t, :, d] for part in parts[:3])
-            forget = torch.sigmoid(u_1 + forget_weight[t, :, d] * c + forget_bias[d])
-            reset = torch.sigmoid(u_2 + reset_weight[t, :, d] * c + reset_bias[d])
-            state = u_0 + forget * (c - u_0)
-            if mask_pad is not None:
-                state = torch.where(mask_pad[t, :, None], c, state)
-            c = state
+            forget = torch.sigmoid(u_1[t] + w_f[t] * c + forget_bias[d])
+            reset = torch.sigmoid(u_2[t] + w_r[t] * c + reset_bias[d])
+            state = u_0[t] + forget * (c - u_0[t])
+            c = state if mask_pad is None else torch.where(mask_pad[t, :, None], c, state)
             activated = torch.tanh(c) if use_tanh else c
-            if mask_c is not None:
-                reset = reset * mask_c.reshape(batch, directions, hidden)[:, d]
-            h = reset * activated if skip is None else skip[t, :, d] + reset * (activated - skip[t, :, d])
+            if dropout is not None:
+                reset = reset * dropout
+            h = reset * activated if skips is None else skips[t] + reset * (activated - skips[t])
             if mask_pad is not None:
                 h = torch.where(mask_pad[t, :, None], torch.zeros_like(h), h)
             rows.append(h)
