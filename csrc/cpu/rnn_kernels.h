@@ -1,0 +1,686 @@
+// The recurrence of a layer, forward and backward, for every cell of cells.h.
+//
+// Step t of the forward pass, for a block of L = Lanes<T> hidden units:
+//   pre [rows, G, L] = h' [rows, H] * panel [H, G, L]            all gates of the block's units lie side by side
+//   gates, c, h = Cell::forward(pre + gates[t] + bias, c')       right behind the product, from L1
+// Step t of the backward pass, for a block of 4 L units:
+//   grad_h [rows, 4 L] = grad_gates[t+1] [rows, G*H] * panel [G*H, 4 L]
+//   grad_gates[t], grad_c = Cell::backward(gates[t], c', c, grad_h + grad_output[t], grad_c)
+// Panels of W_hh are packed once a call. Up to kDirectRows rows the product is bound by reading W_hh, and its own rows
+// do as well: dot products along them forward, 4 vectors of each backward; nothing is packed.
+//
+// Threads. The batch is split first: its parts never wait for each other. Where there are too few rows to hide the
+// reading of W_hh from L3 (kRowsPerThread), units are split too, and the threads of a part meet once a step at a
+// barrier that yields after a bounded spin. On odd steps the blocks run backwards, so that those read last, still in
+// L2, come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two Zen 4 cores with
+// 1 MB of L2 each.
+#include <stdlib.h>
+
+#include "common/cells.h"
+#include "gemm.h"
+#include "rnn.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace seqaccel {
+namespace SEQACCEL_ISA {
+
+constexpr int kRows = SEQACCEL_REGISTERS >= 32 ? 6 : 2;     // rows of a register tile, beside 4 vectors
+constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
+constexpr ptrdiff_t kChunk = 48;                            // rows between a product and its update: 12 KB of L1
+constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
+constexpr ptrdiff_t kDirectRows = 4;
+constexpr ptrdiff_t kRowsPerThread = 8;
+constexpr int kColumns = 4;  // vectors of units in a block of the backward pass
+
+template <typename T>
+struct Functions {
+  SEQACCEL_INLINE static Vec<T> sigmoid(Vec<T> x) { return sigmoid_vec<T>(x); }
+  SEQACCEL_INLINE static Vec<T> tanh(Vec<T> x) { return tanh_vec<T>(x); }
+};
+
+SEQACCEL_INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+SEQACCEL_INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+template <typename T>
+SEQACCEL_INLINE Vec<T> load_some(const T* p, int n) {
+  return n == Lanes<T> ? load(p) : load(p, n);
+}
+
+template <typename T>
+SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
+  if (n == Lanes<T>) {
+    store(p, v);
+  } else {
+    store(p, v, n);
+  }
+}
+
+// ---------------------------------------------------------------- lanes to rows
+
+// Groups of W lanes of [a | b]: the even ones, and (High) the odd ones.
+template <typename T, int W, bool High>
+SEQACCEL_INLINE Vec<T> pick_groups(Vec<T> a, Vec<T> b) {
+  typename VecTypes<T>::Int index = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < Lanes<T>; ++lane) index[lane] = 2 * (lane / W) * W + lane % W + (High ? W : 0);
+  return __builtin_shuffle(a, b, index);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; v is overwritten. Pairwise, in a fixed order.
+template <typename T, int W = Lanes<T> / 2>
+SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    v[i] = pick_groups<T, W, false>(v[2 * i], v[2 * i + 1]) + pick_groups<T, W, true>(v[2 * i], v[2 * i + 1]);
+  }
+  if constexpr (W > 1) {
+    return transposed_sum<T, W / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
+// Transposes the square v[Lanes][Lanes]: log2 rounds of interleaving its halves.
+template <typename T, int Rounds = Lanes<T>>
+SEQACCEL_INLINE void transpose(Vec<T>* v) {
+  constexpr int L = Lanes<T>;
+  typename VecTypes<T>::Int low = {}, high = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) {
+    low[lane] = lane / 2 + (lane % 2) * L;
+    high[lane] = low[lane] + L / 2;
+  }
+  Vec<T> next[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L / 2; ++i) {
+    next[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
+    next[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = next[i];
+  if constexpr (Rounds > 2) transpose<T, Rounds / 2>(v);
+}
+
+// ---------------------------------------------------------------- products
+
+// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row.
+template <typename T, int MR, int NV>
+void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add) {
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < MR * NV; ++i) acc[i / NV][i % NV] = add ? load(out + i * Lanes<T>) : Vec<T>{};
+  for (ptrdiff_t k = 0; k < K; ++k) {
+    Vec<T> b[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> x = broadcast(a[m * a_row + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
+    }
+    panel += panel_row;
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < MR * NV; ++i) store(out + i * Lanes<T>, acc[i / NV][i % NV]);
+}
+
+// out [rows, NV vectors] = a [rows, K] * panel.
+template <typename T, int NV>
+void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
+                   T* out) {
+  const ptrdiff_t tiles = panel_count(rows, kRows);
+  const ptrdiff_t depth = tiles == 1 ? K : kDepthBlock;
+  for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
+    const ptrdiff_t k = min_of(depth, K - k0);
+    for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
+      const ptrdiff_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
+      const T* const x = a + first * a_row + k0;
+      const T* const w = panel + k0 * panel_row;
+      T* const y = out + first * NV * Lanes<T>;
+      switch (last - first) {
+        case 1:
+          rnn_tile<T, 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 2:
+          rnn_tile<T, 2, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 3:
+          rnn_tile<T, kRows >= 3 ? 3 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 4:
+          rnn_tile<T, kRows >= 4 ? 4 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 5:
+          rnn_tile<T, kRows >= 5 ? 5 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        default:
+          rnn_tile<T, kRows, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+      }
+    }
+  }
+}
+
+// out [MR, G, L]: lane q of gate g is x [m] . weight[g * gate_stride + q * K ...] for q < units, else 0.
+template <typename T, int G, int MR>
+void dot_tile(const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_stride, ptrdiff_t K, int units, T* out) {
+  constexpr int L = Lanes<T>;
+  typedef typename VecTypes<T>::Int Int;
+  const ptrdiff_t full = K / L * L;
+  const int tail = int(K - full);
+  // What is left of a row is the end of its last L values, or the whole of a shorter row.
+  const ptrdiff_t tail_start = K >= L ? K - L : 0;
+  const int tail_count = K >= L ? L : tail;
+  Int keep = {};
+  for (int lane = 0; lane < L; ++lane) keep[lane] = K < L || lane >= L - tail ? -1 : 0;
+  Vec<T> x_tail[MR] = {};
+  for (int m = 0; m < MR && tail; ++m) {
+    x_tail[m] = (Vec<T>)((Int)load_some(x + m * x_row + tail_start, tail_count) & keep);
+  }
+  Vec<T> sums[MR][G][L];
+  for (int q = 0; q < L; ++q) {
+    Vec<T> acc[MR][G] = {};
+    if (q < units) {
+      const T* const row = weight + q * K;
+      for (ptrdiff_t k = 0; k < full; k += L) {
+        Vec<T> w[G];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) w[g] = load(row + g * gate_stride + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const Vec<T> value = load(x + m * x_row + k);
+#pragma GCC unroll 8
+          for (int g = 0; g < G; ++g) acc[m][g] += value * w[g];
+        }
+      }
+      if (tail) {
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) {
+          const Vec<T> w = (Vec<T>)((Int)load_some(row + g * gate_stride + tail_start, tail_count) & keep);
+#pragma GCC unroll 8
+          for (int m = 0; m < MR; ++m) acc[m][g] += x_tail[m] * w;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) sums[m][g][q] = acc[m][g];
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int g = 0; g < G; ++g) store(out + (m * G + g) * L, transposed_sum<T>(sums[m][g]));
+  }
+}
+
+template <typename T, int G>
+void dot_product(ptrdiff_t rows, const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_stride, ptrdiff_t K,
+                 int units, T* out) {
+  for (ptrdiff_t m = 0; m < rows; m += kDotRows) {
+    const T* const from = x + m * x_row;
+    T* const to = out + m * G * Lanes<T>;
+    switch (min_of(rows - m, kDotRows)) {
+      case 1:
+        dot_tile<T, G, 1>(from, x_row, weight, gate_stride, K, units, to);
+        break;
+      case 2:
+        dot_tile<T, G, 2>(from, x_row, weight, gate_stride, K, units, to);
+        break;
+      case 3:
+        dot_tile<T, G, kDotRows >= 3 ? 3 : 1>(from, x_row, weight, gate_stride, K, units, to);
+        break;
+      default:
+        dot_tile<T, G, kDotRows>(from, x_row, weight, gate_stride, K, units, to);
+    }
+  }
+}
+
+template <typename T>
+void row_product(const RowProduct<T>& p) {
+  constexpr int L = Lanes<T>, kBlock = 4 * L;
+  const ptrdiff_t blocks = panel_count(p.N, kBlock);
+  const bool small = double(p.M) * double(p.N) * double(p.K) < 131072.0;
+#pragma omp parallel for schedule(static) if (!small)
+  for (ptrdiff_t block = 0; block < blocks; ++block) {
+    alignas(64) T out[kDotRows * kBlock];
+    const ptrdiff_t n = block * kBlock;
+    const T* const weight = p.weight + n * p.K;
+    for (ptrdiff_t m = 0; m < p.M; m += kDotRows) {
+      const ptrdiff_t rows = min_of(p.M - m, kDotRows);
+      T* const y = p.y + m * p.N + n;
+      if (n + kBlock <= p.N) {
+        dot_product<T, 4>(rows, p.x + m * p.K, p.K, weight, L * p.K, p.K, L, out);
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+          for (int v = 0; v < 4; ++v) store(y + i * p.N + v * L, load(out + i * kBlock + v * L));
+        }
+        continue;
+      }
+      for (int v = 0; n + v * L < p.N; ++v) {
+        const int units = int(min_of(L, p.N - n - v * L));
+        dot_product<T, 1>(rows, p.x + m * p.K, p.K, weight + v * L * p.K, 0, p.K, units, out);
+        for (ptrdiff_t i = 0; i < rows; ++i) store_some(y + i * p.N + v * L, load(out + i * L), units);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- packing
+
+// panel [H, G, L] of the units u*L ...: lane q of gate g at k is weight[g*H + u*L + q][k]; zero past the last unit.
+template <typename T, int G>
+void pack_units(T* panel, const T* weight, ptrdiff_t H, ptrdiff_t u) {
+  constexpr int L = Lanes<T>;
+  const int units = int(min_of(L, H - u * L));
+  for (int g = 0; g < G; ++g) {
+    const T* const rows = weight + (g * H + u * L) * H;
+    for (ptrdiff_t k = 0; k < H; k += L) {
+      const int count = int(min_of(L, H - k));
+      Vec<T> square[L];
+      for (int q = 0; q < L; ++q) square[q] = q < units ? load_some(rows + q * H + k, count) : Vec<T>{};
+      transpose<T>(square);
+      for (int i = 0; i < count; ++i) store(panel + ((k + i) * G + g) * L, square[i]);
+    }
+  }
+}
+
+// panel [rows, kColumns * L] of the columns j * kColumns * L ... of weight [rows, H]; zero past the last column.
+template <typename T>
+void pack_columns(T* panel, const T* weight, ptrdiff_t rows, ptrdiff_t H, ptrdiff_t j) {
+  constexpr int L = Lanes<T>;
+  for (ptrdiff_t k = 0; k < rows; ++k) {
+    for (int v = 0; v < kColumns; ++v) {
+      const ptrdiff_t column = (j * kColumns + v) * L;
+      const int count = int(max_of(0, min_of(L, H - column)));
+      store(panel + (k * kColumns + v) * L, count > 0 ? load_some(weight + k * H + column, count) : Vec<T>{});
+    }
+  }
+}
+
+// ---------------------------------------------------------------- threads
+
+struct Barrier {
+  alignas(64) int arrived;
+  alignas(64) int phase;
+};
+
+inline void wait_for_all(Barrier& barrier, int threads) {
+  if (threads == 1) return;
+  const int phase = __atomic_load_n(&barrier.phase, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&barrier.arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+    __atomic_store_n(&barrier.arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&barrier.phase, phase + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (int spins = 0; __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
+    if (spins > 4096) {
+      sched_yield();
+    } else {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      __asm__ __volatile__("yield");
+#endif
+    }
+  }
+}
+
+// How `threads` share a layer: parts of the batch, and in each part groups of units.
+struct Split {
+  int parts, groups;
+  int threads() const { return parts * groups; }
+};
+
+inline Split split_work(int threads, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t weights, ptrdiff_t weight_bytes,
+                        ptrdiff_t blocks) {
+  if (double(steps) * double(batch) * double(weights) < 262144.0) return {1, 1};
+  const ptrdiff_t rows = weight_bytes <= 262144 ? 1 : kRowsPerThread;
+  int parts = threads;
+  while (parts > 1 && (threads % parts != 0 || batch / parts < rows)) --parts;
+  const ptrdiff_t useful = max_of(1, batch / parts * weights / 16384);  // about 0.5 us of work a step for each thread
+  return {parts, int(min_of(threads / parts, min_of(useful, blocks)))};
+}
+
+// A thread's share: rows [b0, b1) of the batch, blocks [u0, u1), the barrier of its part.
+struct Share {
+  ptrdiff_t b0, b1, u0, u1;
+  int part, group;
+  bool idle;
+};
+
+inline Share share_of(const Split& split, int thread, ptrdiff_t batch, ptrdiff_t blocks) {
+  Share share;
+  share.part = thread / split.groups;
+  share.group = thread % split.groups;
+  share.idle = thread >= split.threads();
+  share.b0 = batch * share.part / split.parts;
+  share.b1 = batch * (share.part + 1) / split.parts;
+  share.u0 = blocks * share.group / split.groups;
+  share.u1 = blocks * (share.group + 1) / split.groups;
+  return share;
+}
+
+// 64-byte aligned pieces of one allocation; measured first, handed out afterwards.
+class Workspace {
+ public:
+  template <typename T>
+  size_t reserve(ptrdiff_t count) {
+    const size_t offset = bytes_;
+    bytes_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return offset;
+  }
+  bool allocate() {
+    constexpr size_t kHugePage = size_t(2) << 20;
+    const size_t align = bytes_ >= 2 * kHugePage ? kHugePage : 64;
+    base_ = static_cast<char*>(aligned_alloc(align, (bytes_ + align - 1) / align * align + align));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (base_ != nullptr && align == kHugePage) madvise(base_, bytes_ / align * align, MADV_HUGEPAGE);
+#endif
+    return base_ != nullptr;
+  }
+  template <typename T>
+  T* at(size_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { free(base_); }
+
+ private:
+  char* base_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// ---------------------------------------------------------------- forward
+
+// State between the steps of a pass; rows are `stride` apart: whole vectors, and never a multiple of a page.
+template <typename T>
+struct ForwardState {
+  T* h[2];  // [B, stride], of the step before and of this one
+  T* c;     // [B, stride]
+  T* bias;  // [G, stride]
+  ptrdiff_t stride;
+};
+
+template <class Cell, typename T>
+void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, ptrdiff_t s, ptrdiff_t t, ptrdiff_t b0,
+                    ptrdiff_t b1, ptrdiff_t u, const T* pre) {
+  constexpr int G = Cell::kGates, L = Lanes<T>;
+  const int units = int(min_of(L, p.hidden - u * L));
+  const T* const h_prev = state.h[s & 1] + u * L;
+  T* const h_next = state.h[(s + 1) & 1] + u * L;
+  Vec<T> bias[G];
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g) bias[g] = load(state.bias + g * state.stride + u * L);
+  for (ptrdiff_t b = b0; b < b1; ++b) {
+    const ptrdiff_t row = t * p.batch + b;
+    T* const gates_out = p.gates + row * G * p.hidden + u * L;
+    T* const output = p.output + row * p.hidden + u * L;
+    T* const cells = p.cells ? p.cells + row * p.hidden + u * L : nullptr;
+    T* const c = state.c + b * state.stride + u * L;
+    if (p.lengths && p.first + t >= p.lengths[b]) {
+      store(h_next + b * state.stride, load(h_prev + b * state.stride));
+      store_some(output, Vec<T>{}, units);
+      if (cells) {
+        store_some(cells, Vec<T>{}, units);
+        for (int g = 0; g < G; ++g) store_some(gates_out + g * p.hidden, Vec<T>{}, units);
+      }
+      continue;
+    }
+    Vec<T> sum[G], gates[G], c_new, h_new;
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      sum[g] = load(pre + ((b - b0) * G + g) * L) + (load_some(gates_out + g * p.hidden, units) + bias[g]);
+    }
+    Cell::template forward<Functions<T>>(sum, load(c), gates, c_new, h_new);
+    store(c, c_new);
+    store(h_next + b * state.stride, h_new);
+    store_some(output, h_new, units);
+    if (cells) {
+      store_some(cells, c_new, units);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) store_some(gates_out + g * p.hidden, gates[g], units);
+    }
+  }
+}
+
+// One past the last row of [b0, b1) that is still running at time t.
+inline ptrdiff_t running_rows(const int64_t* lengths, ptrdiff_t t, ptrdiff_t b0, ptrdiff_t b1) {
+  while (lengths && b1 > b0 && t >= lengths[b1 - 1]) --b1;
+  return b1;
+}
+
+template <class Cell, typename T>
+bool rnn_forward(const RnnForward<T>& p) {
+  constexpr int G = Cell::kGates, L = Lanes<T>;
+  const ptrdiff_t H = p.hidden, B = p.batch;
+  const ptrdiff_t blocks = panel_count(H, L);
+  const bool direct = H >= L && (B <= kDirectRows || p.steps * B <= 16);
+  const ptrdiff_t weights = G * H * H;
+  const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
+  const ptrdiff_t panel_size = H * G * L;
+  const int threads = split_work(omp_get_max_threads(), p.steps, B, weights, weight_bytes, blocks).threads();
+
+  ForwardState<T> state;
+  state.stride = (blocks + 1) * L;
+  Workspace workspace;
+  const size_t panels_at = workspace.reserve<T>(direct ? 0 : blocks * panel_size);
+  const size_t state_at = workspace.reserve<T>((3 * B + G) * state.stride);
+  const size_t barriers_at = workspace.reserve<Barrier>(threads);
+  if (!workspace.allocate()) return false;
+  T* const panels = workspace.at<T>(panels_at);
+  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
+  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
+  state.h[0] = workspace.at<T>(state_at);
+  state.h[1] = state.h[0] + B * state.stride;
+  state.c = state.h[1] + B * state.stride;
+  state.bias = state.c + B * state.stride;
+  for (int g = 0; g < G; ++g) {
+    for (ptrdiff_t k = 0; k < blocks * L; ++k) {
+      state.bias[g * state.stride + k] = p.bias && k < H ? p.bias[g * H + k] : T(0);
+    }
+  }
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const Split split = split_work(team, p.steps, B, weights, weight_bytes, blocks);
+    const Share share = share_of(split, thread, B, blocks);
+    for (ptrdiff_t u = thread; u < blocks && !direct; u += team) pack_units<T, G>(panels + u * panel_size, p.weight, H, u);
+    for (ptrdiff_t u = share.u0; u < share.u1 && !share.idle; ++u) {
+      const int units = int(min_of(L, H - u * L));
+      for (ptrdiff_t b = share.b0; b < share.b1; ++b) {
+        store(state.h[0] + b * state.stride + u * L, load_some(p.h_0 + b * H + u * L, units));
+        store(state.c + b * state.stride + u * L, load_some(p.c_0 + b * H + u * L, units));
+      }
+    }
+#pragma omp barrier
+    if (!share.idle) {
+      alignas(64) T pre[kChunk * G * L];
+      for (ptrdiff_t s = 0; s < p.steps; ++s) {
+        const ptrdiff_t t = p.reverse ? p.steps - 1 - s : s;
+        const T* const h_prev = state.h[s & 1];
+        for (ptrdiff_t i = share.u0; i < share.u1; ++i) {
+          const ptrdiff_t u = s & 1 ? share.u0 + share.u1 - 1 - i : i;
+          for (ptrdiff_t b = share.b0; b < share.b1; b += kChunk) {
+            const ptrdiff_t end = min_of(b + kChunk, share.b1);
+            const ptrdiff_t rows = running_rows(p.lengths, p.first + t, b, end) - b;
+            if (direct) {
+              dot_product<T, G>(rows, h_prev + b * state.stride, state.stride, p.weight + u * L * H, H * H, H,
+                                int(min_of(L, H - u * L)), pre);
+            } else {
+              panel_product<T, G>(rows, h_prev + b * state.stride, state.stride, panels + u * panel_size, G * L, H, pre);
+            }
+            forward_update<Cell, T>(p, state, s, t, b, end, u, pre);
+          }
+        }
+        wait_for_all(barriers[share.part], split.groups);
+      }
+      for (ptrdiff_t u = share.u0; u < share.u1; ++u) {
+        const int units = int(min_of(L, H - u * L));
+        for (ptrdiff_t b = share.b0; b < share.b1; ++b) {
+          store_some(p.h_n + b * H + u * L, load(state.h[p.steps & 1] + b * state.stride + u * L), units);
+          store_some(p.c_n + b * H + u * L, load(state.c + b * state.stride + u * L), units);
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// ---------------------------------------------------------------- backward
+
+template <typename T>
+struct BackwardState {
+  T* grad_h;  // [B, stride]: of the state that a row has not reached yet; every row's before the first step
+  T* grad_c;  // [B, stride]
+  T* bias;    // [parts, G, stride]
+  ptrdiff_t stride;
+};
+
+// The steps of one iteration of the backward pass: t is undone now, `later` was undone before it (-1: none), and
+// `earlier` comes after it (-1: none). t = -1: only the gradient of the initial state is left.
+struct BackwardStep {
+  ptrdiff_t t, later, earlier;
+};
+
+template <class Cell, typename T>
+void backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, const BackwardStep& step, ptrdiff_t b0,
+                     ptrdiff_t b1, ptrdiff_t unit, const T* product, T* bias) {
+  constexpr int G = Cell::kGates, L = Lanes<T>;
+  const int units = int(min_of(L, p.hidden - unit));
+  const ptrdiff_t H = p.hidden;
+  Vec<T> sums[G] = {};
+  for (ptrdiff_t b = b0; b < b1; ++b) {
+    const ptrdiff_t length = p.lengths ? p.lengths[b] : p.steps;
+    T* const held = state.grad_h + b * state.stride + unit;
+    T* const grad_c_at = state.grad_c + b * state.stride + unit;
+    const bool reached = step.later >= 0 && step.later < length;
+    Vec<T> grad_h = reached ? load(product + (b - b0) * kColumns * L) : load(held);
+    Vec<T> grad_c = load(grad_c_at);
+    if (step.t < 0) {
+      store_some(p.grad_h_0 + b * H + unit, grad_h, units);
+      store_some(p.grad_c_0 + b * H + unit, grad_c, units);
+      continue;
+    }
+    const ptrdiff_t row = step.t * p.batch + b;
+    T* const grad_gates = p.grad_gates + row * G * H + unit;
+    if (step.t >= length) {
+      store(held, grad_h);
+      for (int g = 0; g < G; ++g) store_some(grad_gates + g * H, Vec<T>{}, units);
+      continue;
+    }
+    if (p.grad_output) grad_h += load_some(p.grad_output + row * H + unit, units);
+    const bool inner = step.earlier >= 0 && step.earlier < length;
+    const T* const c_prev = inner ? p.cells + (step.earlier * p.batch + b) * H + unit : p.c_0 + b * H + unit;
+    Vec<T> gates[G], grad_pre[G];
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) gates[g] = load_some(p.gates + (row * G + g) * H + unit, units);
+    Cell::template backward<Functions<T>>(gates, load_some(c_prev, units), load_some(p.cells + row * H + unit, units),
+                                          grad_h, grad_c, grad_pre);
+    store(grad_c_at, grad_c);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      store_some(grad_gates + g * H, grad_pre[g], units);
+      sums[g] += grad_pre[g];
+    }
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g) {
+    T* const sum = bias + g * state.stride + unit;
+    store(sum, load(sum) + sums[g]);
+  }
+}
+
+template <class Cell, typename T>
+bool rnn_backward(const RnnBackward<T>& p) {
+  constexpr int G = Cell::kGates, L = Lanes<T>, kWidth = kColumns * L;
+  const ptrdiff_t H = p.hidden, B = p.batch, K = G * H;
+  const ptrdiff_t blocks = panel_count(H, kWidth), whole = H / kWidth;
+  const bool direct = B <= kDirectRows || p.steps * B <= 16;
+  const ptrdiff_t packed_from = direct ? whole : 0;  // blocks before it are read from the weight itself
+  const ptrdiff_t weights = K * H;
+  const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
+  const ptrdiff_t panel_size = K * kWidth;
+  const int threads = split_work(omp_get_max_threads(), p.steps, B, weights, weight_bytes, blocks).threads();
+
+  BackwardState<T> state;
+  state.stride = blocks * kWidth + L;
+  Workspace workspace;
+  const size_t panels_at = workspace.reserve<T>((blocks - packed_from) * panel_size);
+  const size_t state_at = workspace.reserve<T>((2 * B + threads * G) * state.stride);
+  const size_t barriers_at = workspace.reserve<Barrier>(threads);
+  if (!workspace.allocate()) return false;
+  T* const panels = workspace.at<T>(panels_at);
+  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
+  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
+  state.grad_h = workspace.at<T>(state_at);
+  state.grad_c = state.grad_h + B * state.stride;
+  state.bias = state.grad_c + B * state.stride;
+  memset(state.bias, 0, sizeof(T) * size_t(threads * G * state.stride));
+  int parts = 1;
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const Split split = split_work(team, p.steps, B, weights, weight_bytes, blocks);
+    const Share share = share_of(split, thread, B, blocks);
+    if (thread == 0) parts = split.parts;
+    for (ptrdiff_t j = packed_from + thread; j < blocks; j += team) {
+      pack_columns<T>(panels + (j - packed_from) * panel_size, p.weight, K, H, j);
+    }
+    for (ptrdiff_t unit = share.u0 * kWidth; unit < share.u1 * kWidth && !share.idle; unit += L) {
+      const int units = int(max_of(0, min_of(L, H - unit)));
+      for (ptrdiff_t b = share.b0; b < share.b1; ++b) {
+        store(state.grad_h + b * state.stride + unit, p.grad_h_n ? load_some(p.grad_h_n + b * H + unit, units) : Vec<T>{});
+        store(state.grad_c + b * state.stride + unit, p.grad_c_n ? load_some(p.grad_c_n + b * H + unit, units) : Vec<T>{});
+      }
+    }
+#pragma omp barrier
+    if (!share.idle) {
+      alignas(64) T product[kChunk * kWidth];
+      T* const bias = state.bias + share.part * G * state.stride;
+      for (ptrdiff_t s = p.steps - 1; s >= -1; --s) {
+        const ptrdiff_t later = p.reverse ? p.steps - 2 - s : s + 1, earlier = p.reverse ? p.steps - s : s - 1;
+        const BackwardStep step = {s < 0 ? -1 : (p.reverse ? p.steps - 1 - s : s), s + 1 < p.steps ? later : -1,
+                                   s > 0 ? earlier : -1};
+        for (ptrdiff_t i = share.u0; i < share.u1; ++i) {
+          const ptrdiff_t j = s & 1 ? share.u0 + share.u1 - 1 - i : i;
+          const T* const panel = j < packed_from ? p.weight + j * kWidth : panels + (j - packed_from) * panel_size;
+          const ptrdiff_t panel_row = j < packed_from ? H : kWidth;
+          for (ptrdiff_t b = share.b0; b < share.b1; b += kChunk) {
+            const ptrdiff_t end = min_of(b + kChunk, share.b1);
+            if (step.later >= 0) {
+              const ptrdiff_t rows = running_rows(p.lengths, step.later, b, end) - b;
+              panel_product<T, kColumns>(rows, p.grad_gates + (step.later * B + b) * K, K, panel, panel_row, K, product);
+            }
+            for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
+              backward_update<Cell, T>(p, state, step, b, end, (j * kColumns + v) * L, product + v * L, bias);
+            }
+          }
+        }
+        wait_for_all(barriers[share.part], split.groups);
+      }
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (ptrdiff_t k = 0; k < H; ++k) {
+      T sum = state.bias[g * state.stride + k];
+      for (int part = 1; part < parts; ++part) sum += state.bias[(part * G + g) * state.stride + k];
+      p.grad_bias[g * H + k] = sum;
+    }
+  }
+  return true;
+}
+
+extern const RnnKernels rnn_kernels;
+const RnnKernels rnn_kernels = {
+    rnn_forward<LstmCell, float>,  rnn_forward<LstmCell, double>, rnn_backward<LstmCell, float>,
+    rnn_backward<LstmCell, double>, row_product<float>,            row_product<double>,
+};
+
+}  // namespace SEQACCEL_ISA
+}  // namespace seqaccel
