@@ -1,6 +1,7 @@
 """Drop-in modules."""
 
+from seqaccel.nn.rnn import LSTM
 from seqaccel.nn.scan import SRU, SRUCell
 from seqaccel.nn.streaming import Streaming
 
-__all__ = ["SRU", "SRUCell", "Streaming"]
+__all__ = ["LSTM", "SRU", "SRUCell", "Streaming"]
