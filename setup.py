@@ -17,7 +17,16 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+]
 INSTRUCTION_SETS = ["portable", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 
 
@@ -65,7 +74,7 @@ def require_compiler():
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
             f"seqaccel: no C++ compiler: {compiler!r} was not found. Install one (Debian: apt install g++), "
-            "or set SEQACCEL_NO_EXTENSIONS=1 to build the pure-Python package, where the reference and Triton backends serve."
+            "or set SEQACCEL_NO_EXTENSIONS=1 to build the pure-Python package, served by the reference and Triton."
         )
 
 

@@ -4,8 +4,10 @@ import warnings
 
 from seqaccel import _extension, functional, nn
 from seqaccel.backends import backend
+from seqaccel.convert import convert
+from seqaccel.session import Session
 
-__all__ = ["backend", "functional", "nn"]
+__all__ = ["Session", "backend", "convert", "functional", "nn"]
 __version__ = "0.1.0"
 
 if _extension.cpp_error is not None:

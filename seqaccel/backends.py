@@ -8,8 +8,8 @@ Backends:
     ``torch``      torch's own operator for the same job, where there is one
     ``auto``       the fastest verified one for the tensor at hand
 
-``auto`` takes ``cpp`` on a CPU and, on a GPU, a backend that :data:`VERIFIED` lists; else ``torch`` where the operator has it,
-else ``reference``. A backend asked for by name runs or raises; nothing is put in its place.
+``auto`` takes ``cpp`` on a CPU and, on a GPU, a backend that :data:`VERIFIED` lists; else ``torch`` where the operator
+has it, else ``reference``. A backend asked for by name runs or raises; nothing is put in its place.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ def backend(name: str) -> Iterator[None]:
     """Runs every seqaccel operator inside the block on one backend.
 
     Args:
-        name: ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"auto"``. The environment variable
-            ``SEQACCEL_BACKEND`` sets it for a whole process. The setting is the process's, not the thread's.
+        name: ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"auto"``. The environment
+            variable ``SEQACCEL_BACKEND`` sets it for a whole process. The setting is the process's, not the thread's.
 
     Raises:
         ValueError: the name is unknown. An operator that does not have the backend raises a ``RuntimeError`` when called.
@@ -87,23 +87,19 @@ def isa(name: str) -> Iterator[None]:
         torch.ops.seqaccel.set_isa(previous)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def why_missing(name: str, device_type: str) -> str | None:
     """Why a backend cannot run on this kind of device here, or None where it can."""
     if name in ("reference", "torch"):
         return None
     if name == "cpp":
-        return _extension.cpp_error if device_type == "cpu" else f"it runs on the CPU, and the tensors are on {device_type}"
+        return _extension.cpp_error if device_type == "cpu" else f"it runs on a CPU; the tensors are on {device_type}"
     if name == "cuda":
-        return _extension.cuda_error if device_type == "cuda" else f"it runs on a GPU, and the tensors are on {device_type}"
+        return _extension.cuda_error if device_type == "cuda" else f"it runs on a GPU; the tensors are on {device_type}"
     if _extension.triton_error or device_type == "cuda":
         return _extension.triton_error
-    if device_type == "cpu" and _interpreting():
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"it runs on a GPU, and the tensors are on {device_type} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"
+    return f"it runs on a GPU; the tensors are on {device_type} (TRITON_INTERPRET=1 runs it on a CPU, for tests)"
 
 
 def available(device_type: str = "cpu") -> dict[str, str | None]:

@@ -24,8 +24,8 @@ class Session:
 
     Raises:
         TypeError: ``module`` is none that a session runs.
-        ValueError: ``batch_size`` or ``weights`` is out of range, or the module is bidirectional, projected, or not float32 on
-            the CPU.
+        ValueError: ``batch_size`` or ``weights`` is out of range, or the module is bidirectional, projected, or not
+            float32 on the CPU.
         RuntimeError: the C++ kernels are missing.
 
     Example:
@@ -54,9 +54,10 @@ class Session:
         for name, parameter in module.named_parameters():
             if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
                 raise ValueError(
-                    f"module: expected float32 parameters on the CPU, but {name} is {parameter.dtype} on {parameter.device}"
+                    "module: expected float32 parameters on the CPU, "
+                    f"but {name} is {parameter.dtype} on {parameter.device}"
                 )
-        from seqaccel import _session
+        from seqaccel import _session  # type: ignore[attr-defined]
 
         self.batch_size = batch_size
         self.input_size = module.input_size
@@ -114,7 +115,9 @@ class Session:
         """Stream b goes on from what stream ``indices[b]`` was; an index may come more than once (beam search)."""
         chosen = indices.tolist() if indices.dim() == 1 and not indices.is_floating_point() else []
         if len(chosen) != self.batch_size or not all(0 <= i < self.batch_size for i in chosen):
-            raise ValueError(f"indices: expected {self.batch_size} integers from 0 to {self.batch_size - 1}, but got {indices}")
+            raise ValueError(
+                f"indices: expected {self.batch_size} integers from 0 to {self.batch_size - 1}, but got {indices}"
+            )
         self._session.select(chosen)
 
     def state_dict(self) -> dict[str, Tensor]:

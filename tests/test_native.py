@@ -1,4 +1,4 @@
-"""The parts of the C++ layer that every family builds on: vector functions, the matrix product, the instruction sets."""
+"""What every family builds on: vector functions, the matrix product, instruction sets, the choice of backend."""
 
 import pytest
 import torch

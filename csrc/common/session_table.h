@@ -1,5 +1,5 @@
-// The C functions that _C exports for sessions: what crosses from the pybind11 module, built for each Python, to the kernels,
-// built once. Plain C types only.
+// The C functions that _C exports for sessions: what crosses from the pybind11 module, built for each Python, to the
+// kernels, built once. Plain C types only.
 #pragma once
 
 #include <stdint.h>

@@ -41,13 +41,17 @@ class LstmSession {
   LstmSession(const LstmSession&) = delete;
   LstmSession& operator=(const LstmSession&) = delete;
 
-  void extend(uintptr_t x, int64_t steps, uintptr_t y) { table_->extend(session_, pointer(x), steps, reinterpret_cast<float*>(y)); }
+  void extend(uintptr_t x, int64_t steps, uintptr_t y) {
+    table_->extend(session_, pointer(x), steps, reinterpret_cast<float*>(y));
+  }
 
   void read_state(uintptr_t out) const {
     std::memcpy(reinterpret_cast<float*>(out), table_->state(session_), kept_.size() * sizeof(float));
   }
 
-  void write_state(uintptr_t from) { std::memcpy(table_->state(session_), pointer(from), kept_.size() * sizeof(float)); }
+  void write_state(uintptr_t from) {
+    std::memcpy(table_->state(session_), pointer(from), kept_.size() * sizeof(float));
+  }
 
   // Stream b becomes a copy of what stream indices[b] was; -1 starts it anew.
   void select(const std::vector<int64_t>& indices) {

@@ -17,9 +17,9 @@ def _map(state: Any, function: Any, *others: Any) -> Any:
 class Streaming:
     """Mixin of the modules that run on a stream, chunk by chunk or step by step.
 
-    A state is a (nested) tuple of tensors whose dimension 0 is the batch: every stream of the batch is independent and has its
-    own age. States are values: no method changes one in place, and ``torch.save`` stores them. Any split of a sequence into chunks gives what
-    one call gives.
+    A state is a (nested) tuple of tensors whose dimension 0 is the batch: every stream of the batch is independent and
+    has its own age. States are values: no method changes one in place, and ``torch.save`` stores them. Any split of a
+    sequence into chunks gives what one call gives.
     """
 
     def init_state(
@@ -48,12 +48,11 @@ class Streaming:
             first = first[0]
         if mask.dtype != torch.bool or mask.shape != first.shape[:1]:
             raise ValueError(
-                f"reset: expected mask to be bool of shape ({first.shape[0]},), but got {mask.dtype} of {tuple(mask.shape)}"
+                f"reset: expected mask to be bool of shape ({first.shape[0]},), "
+                f"but got {mask.dtype} of {tuple(mask.shape)}"
             )
         fresh = self._matching_state(state, first)
-        return _map(
-            state, lambda old, new: torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new, old), fresh
-        )
+        return _map(state, lambda old, new: torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new, old), fresh)
 
     def _matching_state(self, state: State, first: Tensor) -> State:
         """A fresh state of the same structure as ``state``."""
