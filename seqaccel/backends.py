@@ -51,7 +51,7 @@ def backend(name: str) -> Iterator[None]:
             variable ``SEQACCEL_BACKEND`` sets it for a whole process. The setting is the process's, not the thread's.
 
     Raises:
-        ValueError: the name is unknown. An operator that does not have the backend raises a ``RuntimeError`` when called.
+        ValueError: the name is unknown. An operator that does not have the backend raises ``RuntimeError`` when called.
 
     Example:
         >>> import torch, seqaccel
