@@ -1,0 +1,96 @@
+"""Hierarchical attention in plain PyTorch: the definition."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["hierarchical_attention", "level_spans", "pool_level"]
+
+
+def level_spans(length: int, block_size: int, fanout: int, levels: int | None) -> list[int]:
+    """Tokens a node stands for, S_0 = 1, S_1, ..., for the levels that hold a complete node within ``length`` tokens."""
+    spans = [1]
+    factor = block_size
+    while (levels is None or len(spans) <= levels) and spans[-1] * factor <= length:
+        spans.append(spans[-1] * factor)
+        factor = fanout
+    return spans
+
+
+def pool_level(
+    key: Tensor, value: Tensor, pool_query: Tensor | None, children: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the nodes above ``key`` and ``value`` (B, heads, N, D): N // children of them.
+
+    ``pool_query`` is (heads, D), or None for the mean.
+    """
+    nodes = key.shape[2] // children
+    key = key[:, :, : nodes * children].unflatten(2, (nodes, children))
+    value = value[:, :, : nodes * children].unflatten(2, (nodes, children))
+    if pool_query is None:
+        return key.mean(3), value.mean(3)
+    weight = torch.softmax(scale * torch.einsum("bgncd,gd->bgnc", key, pool_query), dim=-1).unsqueeze(-1)
+    return (weight * key).sum(3), (weight * value).sum(3)
+
+
+def hierarchical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool_query: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    fanout: int | None = None,
+    levels: int | None = None,
+    local_blocks: int = 2,
+    causal: bool = True,
+    mass_bias: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Each query attends, in one softmax, to near tokens one by one and to farther ones through nodes that pool them.
+
+    Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l the cell of the query at t, the query
+    sees the node iff |c_l - j| >= local_blocks (always, on level 0), and its parent is not complete, or is too near to be
+    seen itself: |c_{l+1} - parent| < local_blocks; where ``causal``, only nodes that end at t or before.
+    """
+    B, H, T, D = query.shape
+    G = key.shape[1]
+    fanout = block_size if fanout is None else fanout
+    scale = D**-0.5 if scale is None else scale
+    spans = level_spans(T, block_size, fanout, levels)
+    top = len(spans) - 1
+    block = min(block_size, max(T, 1))
+    near = min(local_blocks, T // block + 1)
+    blocks = -(-T // block)
+    t = torch.arange(blocks * block, device=query.device).view(blocks, block, 1)
+    query = F.pad(query, (0, 0, 0, blocks * block - T)).reshape(B, G, H // max(G, 1), blocks, block, D)
+    logits, values = [], []
+    for level, span in enumerate(spans):
+        if level > 0:
+            row = None if pool_query is None else pool_query[min(level, pool_query.shape[0]) - 1]
+            key, value = pool_level(key, value, row, span // spans[level - 1], scale)
+        count = key.shape[2]
+        node = torch.arange(count, device=query.device).expand(blocks, count)
+        if level < top:
+            children = spans[level + 1] // span
+            complete = count // children * children
+            parent = t[:, 0] // spans[level + 1] - (near - 1)
+            reach = (near if causal else 2 * near - 1) * children
+            window = parent * children + torch.arange(reach, device=query.device)
+            window = torch.where(window < complete, window, -1)
+            node = torch.cat([window, node[:, complete:]], dim=1)
+        cell = t // span
+        seen = (node >= 0).unsqueeze(1)
+        if level > 0:
+            seen = seen & ((cell - node.unsqueeze(1)).abs() >= near)
+        if causal:
+            seen = seen & (node.unsqueeze(1) < cell + (level == 0))
+        index = node.clamp_min(0)
+        logit = scale * torch.einsum("bghitd,bgijd->bghitj", query, key[:, :, index])
+        logits.append((logit + (math.log(span) if mass_bias else 0.0)).masked_fill(~seen, -math.inf))
+        values.append(value[:, :, index])
+    weight = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
+    out = torch.einsum("bghitj,bgijd->bghitd", weight, torch.cat(values, dim=3))
+    return out.reshape(B, H, blocks * block, D)[:, :, :T]
