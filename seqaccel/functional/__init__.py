@@ -1,6 +1,7 @@
 """The operators as functions."""
 
+from seqaccel.functional.attention import hierarchical_attention
 from seqaccel.functional.rnn import lstm
 from seqaccel.functional.scan import linear_scan, sru
 
-__all__ = ["linear_scan", "lstm", "sru"]
+__all__ = ["hierarchical_attention", "linear_scan", "lstm", "sru"]

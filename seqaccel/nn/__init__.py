@@ -1,7 +1,8 @@
 """Drop-in modules."""
 
+from seqaccel.nn.attention import HierarchicalAttention
 from seqaccel.nn.rnn import LSTM
 from seqaccel.nn.scan import SRU, SRUCell
 from seqaccel.nn.streaming import Streaming
 
-__all__ = ["LSTM", "SRU", "SRUCell", "Streaming"]
+__all__ = ["LSTM", "SRU", "HierarchicalAttention", "SRUCell", "Streaming"]

@@ -36,8 +36,8 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
   check_tensor(key, "key", {B, -1, T, D}, dtype);
   const int64_t G = key.size(1);
   check_tensor(value, "value", {B, G, T, D}, dtype);
-  STD_TORCH_CHECK(G > 0 ? H % G == 0 : H == 0, "seqaccel: expected the ", H,
-                  " heads of query to be a multiple of the ", G, " heads of key");
+  STD_TORCH_CHECK(G > 0 ? H % G == 0 : H == 0, "seqaccel: expected the ", H, " heads of query to be a multiple of the ",
+                  G, " heads of key");
   STD_TORCH_CHECK(D > 0, "seqaccel: expected query to have at least one element a head");
   if (pool_query) {
     check_tensor(*pool_query, "pool_query", {-1, G, D}, dtype);
@@ -104,11 +104,13 @@ Attention<T> arguments(const Call& c, const Tensor& pooled_key, const Tensor& po
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(
-    Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, int64_t block_size, int64_t fanout,
-    int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale) {
-  const Call c = make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias,
-                           scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor query, Tensor key, Tensor value,
+                                                                          OptionalTensor pool_query, int64_t block_size,
+                                                                          int64_t fanout, int64_t levels,
+                                                                          int64_t local_blocks, bool causal,
+                                                                          bool mass_bias, double scale) {
+  const Call c =
+      make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, scale);
   const bool is_double = query.scalar_type() == ScalarType::Double;
   Tensor out = empty_heads(query);
   Tensor lse = new_empty(query, {c.B, c.H, c.T});
@@ -125,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(
   return {out, lse, pooled_key, pooled_value};
 }
 
-// Parts of a head's query blocks in the backward pass: fixed by the shape, so that the bits do not depend on the threads.
-// Enough for many cores, each at least 16 blocks and 1024 queries, which keeps what parts share small.
+// Parts of a head's query blocks in the backward pass: fixed by the shape, so that the bits do not depend on the
+// threads. Enough for many cores, each at least 16 blocks and 1024 queries, which keeps what parts share small.
 int64_t backward_segments(const Call& c) {
   const int64_t blocks = query_blocks(c.pyramid);
   const int64_t least = std::max<int64_t>(16, (1024 + c.pyramid.block_size - 1) / c.pyramid.block_size);
@@ -156,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, Tensor out, Tensor lse,
     Tensor pooled_key, Tensor pooled_value, int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks,
     bool causal, bool mass_bias, double scale) {
-  const Call c = make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias,
-                           scale);
+  const Call c =
+      make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, scale);
   const ScalarType dtype = query.scalar_type();
   const bool is_double = dtype == ScalarType::Double;
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.T, c.D}, dtype);
@@ -169,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
   const Tensor lse_rows = to_contiguous(lse);
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
   Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
-  Tensor grad_pool = c.pool_query ? new_empty(query, {c.pool_query->size(0), c.G, c.D}) : new_empty(query, {0, c.G, c.D});
+  Tensor grad_pool =
+      c.pool_query ? new_empty(query, {c.pool_query->size(0), c.G, c.D}) : new_empty(query, {0, c.G, c.D});
   const int64_t segments = backward_segments(c);
   int64_t rows = 0;
   for (int64_t s = 0; s < segments; ++s) {

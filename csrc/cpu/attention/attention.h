@@ -38,18 +38,18 @@ struct AttentionBackward {
   Attention<T> forward;  // out, lse and the pooled arrays are read only
   Heads<const T> grad_out;
   Heads<T> grad_query, grad_key, grad_value;
-  T* grad_pool;          // [P, G, D], or null
-  int64_t segments;      // a head's query blocks are split into so many independent parts
-  T* partial;            // gradients of what a part does not own: see backward_partial
-  T* partial_pool;       // [pool_tasks, D]
+  T* grad_pool;      // [P, G, D], or null
+  int64_t segments;  // a head's query blocks are split into so many independent parts
+  T* partial;        // gradients of what a part does not own: see backward_partial
+  T* partial_pool;   // [pool_tasks, D]
 };
 
 // Rows of `partial`, all of D elements, that one (batch, key head, segment) needs: for each of key and value, the nodes
 // of the pyramid, and the tokens outside the segment that its queries see.
 struct Outside {
-  int64_t first, last;   // tokens of the segment's own
-  int64_t left, right;   // [left, first) and [last, right) are seen
-  int64_t tail;          // and [tail, T)
+  int64_t first, last;  // tokens of the segment's own
+  int64_t left, right;  // [left, first) and [last, right) are seen
+  int64_t tail;         // and [tail, T)
 };
 
 static inline Outside segment_outside(const Pyramid& p, int64_t segment, int64_t segments) {

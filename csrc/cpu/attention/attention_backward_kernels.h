@@ -5,12 +5,13 @@
 // with the keys of all levels, and then down the pyramid: a node with children c, weights w and scores
 // scale * pool_query . key_c passes on
 //   grad_w_c = grad_key . key_c + grad_value . value_c, e_c = w_c (grad_w_c - sum w grad_w)
-//   grad_value_c += w_c grad_value, grad_key_c += w_c grad_key + scale e_c pool_query, grad_pool_query += scale e_c key_c
+//   grad_value_c += w_c grad_value, grad_key_c += w_c grad_key + scale e_c pool_query, grad_pool_query += scale e_c
+//   key_c
 //
 // p is computed once and serves all three products: five products a pair of query and key. A task is a segment of a key
-// head's query blocks, for all query heads of that key head. It owns the gradients of the segment's tokens and adds up the
-// others that its queries see (all nodes, and the tokens of local_blocks - 1 blocks before) in rows of its own; those
-// are then added in the order of the segments: no atomics, the same bits however many threads run.
+// head's query blocks, for all query heads of that key head. It owns the gradients of the segment's tokens and adds up
+// the others that its queries see (all nodes, and the tokens of local_blocks - 1 blocks before) in rows of its own;
+// those are then added in the order of the segments: no atomics, the same bits however many threads run.
 #include <math.h>
 
 #include "levels.h"
@@ -116,7 +117,8 @@ struct ScoreGradTile {
   }
 };
 
-// out [rows, NV vectors] += a b; the last vector holds `last` elements.
+// out [rows, NV vectors] += a b; the last vector holds `last` elements. The product is summed by itself first: sums of
+// sums lose less than one long sum.
 template <typename T, int NV>
 struct AddProductTile {
   const T* a;
@@ -129,26 +131,18 @@ struct AddProductTile {
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
-    Vec<T> acc[MR][NV];
-    T* o = out + row * out_row;
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const T* from = o + m * out_row + v * Lanes<T>;
-        acc[m][v] = v + 1 < NV || last == Lanes<T> ? load(from) : load(from, last);
-      }
-    }
+    Vec<T> acc[MR][NV] = {};
     tile<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+    T* o = out + row * out_row;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         T* to = o + m * out_row + v * Lanes<T>;
         if (v + 1 < NV || last == Lanes<T>) {
-          store(to, acc[m][v]);
+          store(to, load(to) + acc[m][v]);
         } else {
-          store(to, acc[m][v], last);
+          store(to, load(to, last) + acc[m][v], last);
         }
       }
     }
@@ -200,13 +194,14 @@ struct Chunk {
 
 // The queries [first * Lanes, count) of a tile with one chunk.
 template <typename T, int NV>
-void chunk_backward(const GradTile<T>& q, int first, ptrdiff_t count, const Chunk<T>& c, ptrdiff_t D, T bias, bool masked) {
+void chunk_backward(const GradTile<T>& q, int first, ptrdiff_t count, const Chunk<T>& c, ptrdiff_t D, T bias,
+                    bool masked) {
   const ptrdiff_t shift = first * Lanes<T>;
-  const ProbabilityTile<T, NV> probability = {q.query_columns + shift, c.key, c.key_row, D, q.p + shift, q.lse + shift,
-                                              bias, masked};
+  const ProbabilityTile<T, NV> probability = {q.query_columns + shift, c.key, c.key_row, D, q.p + shift,
+                                              q.lse + shift,           bias,  masked};
   for_row_tiles(c.keys, probability);
-  const ScoreGradTile<T, NV> score_grad = {q.grad_columns + shift, c.value, c.value_row, D, q.p + shift,
-                                           q.delta + shift, q.ds + shift};
+  const ScoreGradTile<T, NV> score_grad = {q.grad_columns + shift, c.value,     c.value_row, D, q.p + shift,
+                                           q.delta + shift,        q.ds + shift};
   for_row_tiles(c.keys, score_grad);
   const ptrdiff_t queries = count - shift;
   add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + shift * padded<T>(D), c.keys, queries, D);
@@ -235,7 +230,7 @@ void chunk_backward_vectors(int vectors, const GradTile<T>& q, int first, ptrdif
 template <typename T>
 struct SegmentGrads {
   Outside outside;
-  T *key, *value;              // this head's tokens
+  T *key, *value;  // this head's tokens
   ptrdiff_t key_row, value_row;
   T *partial_key, *partial_value;
   int64_t rows;

@@ -1,12 +1,15 @@
 // Hierarchical attention, forward.
 //
-//   pyramid   each node pools its children: key = sum w key_child, value = sum w value_child, with w the softmax over the
+//   pyramid   each node pools its children: key = sum w key_child, value = sum w value_child, with w the softmax over
+//   the
 //             children of scale * pool_query . key_child, or 1 / children
-//   attention one softmax over the nodes of the query's cover (cover.h), logit = scale * query . key + bias of the level:
-//             m' = max(m, max s), p = e^(s - m'), l = l e^(m - m') + sum p, out = out e^(m - m') + p value; lse = m + log l
+//   attention one softmax over the nodes of the query's cover (cover.h), logit = scale * query . key + bias of the
+//   level:
+//             m' = max(m, max s), p = e^(s - m'), l = l e^(m - m') + sum p, out = out e^(m - m') + p value; lse = m +
+//             log l
 //
-// A task is one tile of kColumns queries of one aligned block: no barrier between tasks. Keys pass in chunks of kKeys, so
-// that the chunk's scores (64 x 64 floats, 16 KB), the transposed queries and the keys stay near the core.
+// A task is one tile of kColumns queries of one aligned block: no barrier between tasks. Keys pass in chunks of kKeys,
+// so that the chunk's scores (64 x 64 floats, 16 KB), the transposed queries and the keys stay near the core.
 #include <math.h>
 
 #include "levels.h"
@@ -116,18 +119,16 @@ struct OutputTile {
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
-    Vec<T> acc[MR][NV];
+    Vec<T> acc[MR][NV] = {};
+    tile<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
     T* o = out + row * kColumns<T>;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] = load(o + m * kColumns<T> + v * Lanes<T>) * decay[v];
-    }
-    tile<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(o + m * kColumns<T> + v * Lanes<T>, acc[m][v]);
+      for (int v = 0; v < NV; ++v) {
+        T* to = o + m * kColumns<T> + v * Lanes<T>;
+        store(to, load(to) * decay[v] + acc[m][v]);
+      }
     }
   }
 };
@@ -194,7 +195,8 @@ void attend_tile(const Attention<T>& p, int64_t b, int64_t h, int64_t block, int
   q.scores = q.out + p.D * kColumns<T>;
   q.most = q.scores + kKeys * kColumns<T>;
   q.sum = q.most + kColumns<T>;
-  transpose_in(q.query, kColumns<T>, p.query.at(b, h) + t * p.query.time, p.query.time, count, p.D, vectors * L, p.scale);
+  transpose_in(q.query, kColumns<T>, p.query.at(b, h) + t * p.query.time, p.query.time, count, p.D, vectors * L,
+               p.scale);
   memset(q.out, 0, size_t(p.D * kColumns<T>) * sizeof(T));
   for (int i = 0; i < vectors * L; ++i) {
     q.most[i] = T(-INFINITY);

@@ -1,7 +1,7 @@
 // Register tiles of the attention kernels.
 //
-// Queries lie along the vector lanes: a tile of kColumns = kTileVectors * Lanes queries is transposed once, [D, kColumns],
-// and then every product of the forward pass reads keys and values where they are, row by row, unpacked:
+// Queries lie along the vector lanes: a tile of kColumns = kTileVectors * Lanes queries is transposed once, [D,
+// kColumns], and then every product of the forward pass reads keys and values where they are, row by row, unpacked:
 //   scores^T [keys, queries] = key [keys, D] * query^T [D, queries]
 //   out^T    [D, queries]   += value^T [D, keys] * p^T [keys, queries]
 // and the softmax over keys runs down the lanes: no reduction across a vector.
@@ -103,7 +103,8 @@ inline void transpose_in(T* out, ptrdiff_t out_row, const T* in, ptrdiff_t in_ro
       }
     }
     for (; c < columns; ++c) {
-      for (ptrdiff_t i = 0; i < L; ++i) out[c * out_row + r + i] = r + i < rows ? in[(r + i) * in_row + c] * factor : T(0);
+      for (ptrdiff_t i = 0; i < L; ++i)
+        out[c * out_row + r + i] = r + i < rows ? in[(r + i) * in_row + c] * factor : T(0);
     }
   }
 }
@@ -127,7 +128,8 @@ inline void transpose_out(T* out, ptrdiff_t out_row, const T* in, ptrdiff_t in_r
       }
     }
     for (; c < columns; ++c) {
-      for (ptrdiff_t i = 0; i < L && r + i < rows; ++i) out[(r + i) * out_row + c] = in[c * in_row + r + i] * factors[r + i];
+      for (ptrdiff_t i = 0; i < L && r + i < rows; ++i)
+        out[(r + i) * out_row + c] = in[c * in_row + r + i] * factors[r + i];
     }
   }
 }

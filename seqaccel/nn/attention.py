@@ -1,0 +1,455 @@
+"""Hierarchical attention as a module: ``torch.nn.MultiheadAttention``'s place, training in parallel, running step by step."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqaccel import functional
+from seqaccel.nn.streaming import State, Streaming
+
+__all__ = ["HierarchicalAttention"]
+
+
+class HierarchicalAttention(Streaming, nn.MultiheadAttention):
+    r"""Multi-head attention over a pyramid of the sequence, in O(T log T).
+
+    Stands where ``torch.nn.MultiheadAttention`` stands, ``torch.nn.TransformerEncoderLayer`` included, with its constructor,
+    its ``forward`` and its state_dict:
+
+    .. math::
+        \mathrm{out} = W_o\,[\mathrm{head}_1, \ldots] + b_o, \quad
+        \mathrm{head}_i = \mathrm{HierarchicalAttention}(W_q^i\, query + b_q^i, W_k^i\, key + b_k^i, W_v^i\, value + b_v^i)
+
+    with :func:`seqaccel.functional.hierarchical_attention`. A causal module streams (:meth:`init_state`, :meth:`extend`,
+    :meth:`step`): a state holds O(log T) keys and values a head.
+
+    ``TransformerEncoderLayer`` has a fast path for evaluation that takes the module's weights and runs dense attention. This
+    module reports ``_qkv_same_embed_dim = False``, which turns that path off: training and evaluation compute the same.
+
+    Args:
+        embed_dim: width E of the model.
+        num_heads: number of heads; E is a multiple of it.
+        dropout: 0; dropout of attention weights is not supported.
+        bias: biases of the projections. Default: ``True``
+        add_bias_kv, add_zero_attn: ``False``; not supported.
+        kdim, vdim: width of key and value. Default: E
+        batch_first: (B, T, E) rather than (T, B, E). Default: ``False``
+        device, dtype: of the parameters.
+        pool_query: rows P of a learned ``pool_query`` (P, num_heads, E / num_heads), zero at first: level l pools with row
+            min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
+        block_size, fanout, levels, local_blocks, causal, mass_bias: of
+            :func:`seqaccel.functional.hierarchical_attention`.
+
+    Raises:
+        ValueError: a size does not fit, or an argument asks for what hierarchical attention cannot do.
+
+    Source: Culurciello, "The fall of RNN / LSTM", 2018.
+
+    Example:
+        >>> import torch, seqaccel
+        >>> layer = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+        >>> layer.self_attn = seqaccel.nn.HierarchicalAttention(64, 4, batch_first=True, block_size=16)
+        >>> layer(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+        >>> attention, x = layer.self_attn, torch.randn(2, 100, 64)
+        >>> out, _ = attention(x, x, x)
+        >>> state = attention.init_state(2)
+        >>> y, state = attention.extend(x[:, :70], state)
+        >>> y_t, state = attention.step(x[:, 70], state)
+        >>> torch.allclose(torch.cat([y, y_t[:, None]], 1), out[:, :71], atol=1e-5)
+        True
+    """
+
+    pool_query: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pool_query: int = 0,
+        block_size: int = 64,
+        fanout: int | None = None,
+        levels: int | None = None,
+        local_blocks: int = 2,
+        causal: bool = True,
+        mass_bias: bool = True,
+    ) -> None:
+        if dropout != 0:
+            raise ValueError(f"dropout: attention weights cannot be dropped here, expected 0, but got {dropout}")
+        if add_bias_kv or add_zero_attn:
+            raise ValueError(
+                "add_bias_kv, add_zero_attn: not supported, a key of no position has no place in the pyramid"
+            )
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a positive multiple of num_heads, but got embed_dim={embed_dim}, num_heads={num_heads}"
+            )
+        least = {
+            "pool_query": (pool_query, 0),
+            "block_size": (block_size, 2),
+            "fanout": (block_size if fanout is None else fanout, 2),
+            "levels": (0 if levels is None else levels, 0),
+            "local_blocks": (local_blocks, 1),
+        }
+        for name, (value, smallest) in least.items():
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name}: expected an int of at least {smallest}, but got {value!r}")
+        super().__init__(
+            embed_dim, num_heads, 0.0, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
+        )
+        # What torch.nn.TransformerEncoderLayer's fast path asks for: dense attention on our weights must not run.
+        self._qkv_same_embed_dim = False
+        self.block_size = block_size
+        self.fanout = block_size if fanout is None else fanout
+        self.levels = levels
+        self.local_blocks = local_blocks
+        self.causal = causal
+        self.mass_bias = mass_bias
+        if pool_query:
+            shape = (pool_query, num_heads, self.head_dim)
+            self.pool_query = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("pool_query", None)
+
+    def _reset_parameters(self) -> None:
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.embed_dim}, {self.num_heads}, block_size={self.block_size}, local_blocks={self.local_blocks}"]
+        if self.fanout != self.block_size:
+            parts.append(f"fanout={self.fanout}")
+        if self.levels is not None:
+            parts.append(f"levels={self.levels}")
+        if self.pool_query is not None:
+            parts.append(f"pool_query={self.pool_query.shape[0]}")
+        parts += [
+            f"{name}={value}" for name, value in (("causal", self.causal), ("mass_bias", self.mass_bias)) if not value
+        ]
+        if self.batch_first:
+            parts.append("batch_first=True")
+        return ", ".join(parts)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attention of ``query`` over ``key`` and ``value``, three sequences of one length.
+
+        Args:
+            query: (T, B, E), (B, T, E) where ``batch_first``, or (T, E).
+            key, value: of the same length; widths ``kdim`` and ``vdim``.
+            key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. Causal modules only: there
+                padding changes no output before it, and outputs at the padding are of no meaning.
+            need_weights: must be ``False``: there is no (T, T) matrix of weights.
+            attn_mask: ``None`` or, in a causal module, the causal mask.
+            average_attn_weights: no meaning here.
+            is_causal: says that ``attn_mask`` is the causal mask, which is then not looked at.
+
+        Returns:
+            The output, laid out as ``query``, and ``None``.
+        """
+        if need_weights:
+            raise ValueError(
+                "need_weights: hierarchical attention has no (T, T) weights to return; pass need_weights=False"
+            )
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise ValueError("query, key, value: nested tensors are not supported")
+        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+            raise ValueError(
+                "query, key, value: expected all of them 2-D or 3-D, but got "
+                f"{query.dim()}-D, {key.dim()}-D, {value.dim()}-D"
+            )
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = self._swap(query, key, value)
+        self._check_inputs(query, key, value)
+        self._check_masks(query, key_padding_mask, attn_mask, is_causal)
+        q, k, v = self._project(query, key, value)
+        out = functional.hierarchical_attention(
+            q,
+            k,
+            v,
+            self.pool_query,
+            block_size=self.block_size,
+            fanout=self.fanout,
+            levels=self.levels,
+            local_blocks=self.local_blocks,
+            causal=self.causal,
+            mass_bias=self.mass_bias,
+        )
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not batched:
+            return out.squeeze(0), None
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+    @staticmethod
+    def _swap(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first two axes exchanged; self-attention stays recognisable."""
+        q = query.transpose(0, 1)
+        k = q if key is query else key.transpose(0, 1)
+        return q, k, k if value is key else value.transpose(0, 1)
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        for name, tensor, width in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            if tensor.shape[2] != width:
+                raise ValueError(f"{name}: expected last dimension {width}, but got {tensor.shape[2]}")
+            if tensor.shape[:2] != query.shape[:2]:
+                raise ValueError(
+                    f"{name}: expected batch and length of query, {tuple(query.shape[:2])}, but got {tuple(tensor.shape[:2])}; "
+                    "hierarchical attention is over one sequence"
+                )
+
+    def _check_masks(
+        self, query: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> None:
+        B, T = query.shape[:2]
+        if (is_causal or attn_mask is not None) and not self.causal:
+            raise ValueError("attn_mask, is_causal: this module is not causal (causal=False) and takes no mask")
+        if attn_mask is not None and not is_causal:
+            blocked = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
+            allowed = ~blocked if attn_mask.dtype == torch.bool else attn_mask == 0
+            future = torch.ones(T, T, dtype=torch.bool, device=attn_mask.device).triu(1)
+            if (
+                attn_mask.shape[-2:] != future.shape
+                or not bool((blocked == future).all())
+                or not bool((allowed == ~future).all())
+            ):
+                raise ValueError("attn_mask: hierarchical attention takes the causal mask only")
+        if key_padding_mask is not None:
+            if not self.causal:
+                raise ValueError("key_padding_mask: supported in causal modules only (causal=True)")
+            mask = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
+            if mask.shape != (B, T):
+                raise ValueError(
+                    f"key_padding_mask: expected shape ({B}, {T}), but got {tuple(key_padding_mask.shape)}"
+                )
+            padding = mask if mask.dtype == torch.bool else mask == -math.inf
+            stated = mask.dtype == torch.bool or bool((padding | (mask == 0)).all())
+            if not stated or not bool((padding[:, 1:] >= padding[:, :-1]).all()):
+                raise ValueError(
+                    "key_padding_mask: expected padding after each sequence only (true, or -inf, at its end)"
+                )
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """(B, T, ·) to three of (B, heads, T, D)."""
+        if self.in_proj_weight is not None and key is query and value is query:
+            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            if self.in_proj_weight is not None:
+                weights = self.in_proj_weight.chunk(3)
+            else:
+                weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            projected = tuple(map(F.linear, (query, key, value), weights, biases))
+        return tuple(t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in projected)
+
+    # Streaming. A state is (age (B,), level 0, level 1, ...): level 0 is (keys, values), a higher level (keys, values,
+    # and the open node's sums of weighted keys and values (B, heads, D), largest score and sum of weights (B, heads)).
+    # Keys and values are rings (B, heads, slots, D): node j lies in slot j mod slots. Levels are added as streams grow.
+
+    def _span(self, level: int) -> int:
+        return self.block_size * self.fanout ** (level - 1) if level else 1
+
+    def _is_top(self, level: int) -> bool:
+        return self.levels is not None and level >= self.levels
+
+    def _new_level(self, level: int, batch_size: int, device: Any, dtype: Any) -> tuple[Tensor, ...]:
+        slots = 0 if self._is_top(level) else self.local_blocks * (self._span(level + 1) // self._span(level))
+        ring = torch.zeros(batch_size, self.num_heads, slots, self.head_dim, device=device, dtype=dtype)
+        if level == 0:
+            return ring, ring.clone()
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros(batch_size, self.num_heads, self.head_dim, device=device, dtype=wide)
+        most = torch.full((batch_size, self.num_heads), -math.inf, device=device, dtype=wide)
+        return ring, ring.clone(), total, total.clone(), most, torch.zeros_like(most)
+
+    def _check_streams(self) -> None:
+        if not self.causal:
+            raise RuntimeError(
+                "HierarchicalAttention(causal=False) cannot run on a stream: its outputs depend on later inputs"
+            )
+        if self.kdim != self.embed_dim or self.vdim != self.embed_dim:
+            raise RuntimeError("HierarchicalAttention with kdim or vdim cannot run on a stream: a stream has one input")
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        self._check_streams()
+        device = self.out_proj.weight.device if device is None else device
+        dtype = self.out_proj.weight.dtype if dtype is None else dtype
+        levels = range(1 if self._is_top(0) else 2)
+        age = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return (age, *(self._new_level(level, batch_size, device, dtype) for level in levels))
+
+    def _matching_state(self, state: State, first: Tensor) -> State:
+        B, device, dtype = first.shape[0], first.device, state[1][0].dtype
+        fresh = [torch.zeros_like(first)]
+        for level, part in enumerate(state[1:]):
+            new = self._new_level(level, B, device, dtype)
+            fresh.append(
+                tuple(torch.zeros_like(p) if i < 2 else n for i, (p, n) in enumerate(zip(part, new, strict=True)))
+            )
+        return tuple(fresh)
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_streams()
+        if x.dim() != 3 or x.shape[2] != self.embed_dim or x.shape[0 if self.batch_first else 1] != state[0].shape[0]:
+            B, E = state[0].shape[0], self.embed_dim
+            layout = f"({B}, T, {E})" if self.batch_first else f"(T, {B}, {E})"
+            raise ValueError(f"x: expected shape {layout}, but got {tuple(x.shape)}")
+        if not self.batch_first:
+            x = x.transpose(0, 1)
+        q, k, v = (t.to(state[1][0].dtype) for t in self._project(x, x, x))
+        ages = state[0].tolist()
+        state = self._grown(state, max(ages, default=0) + x.shape[1])
+        outputs = []
+        for begin in range(0, x.shape[1], self.block_size):
+            chunk = [t[:, :, begin : begin + self.block_size] for t in (q, k, v)]
+            out, state = self._extend_chunk(*chunk, state, [age + begin for age in ages])
+            outputs.append(out)
+        out = torch.cat(outputs, dim=2) if outputs else q
+        y = self.out_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
+        return (y if self.batch_first else y.transpose(0, 1)), state
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        if x_t.dim() != 2:
+            raise ValueError(f"x_t: expected shape (B, {self.embed_dim}), but got {tuple(x_t.shape)}")
+        time = 1 if self.batch_first else 0
+        y, state = self.extend(x_t.unsqueeze(time), state)
+        return y.squeeze(time), state
+
+    def _grown(self, state: State, length: int) -> State:
+        """The state with room for streams of ``length`` tokens: more levels, or more slots at the top one."""
+        age, *levels = state
+        dtype = levels[0][0].dtype
+        while not self._is_top(len(levels) - 1) and self._span(len(levels) - 1) <= length:
+            levels.append(self._new_level(len(levels), age.shape[0], age.device, dtype))
+        top = len(levels) - 1
+        if self._is_top(top):
+            needed, slots = length // self._span(top), levels[top][0].shape[2]
+            if needed > slots:
+                more = max(needed, 2 * slots) - slots
+                levels[top] = (*(F.pad(ring, (0, 0, 0, more)) for ring in levels[top][:2]), *levels[top][2:])
+        return (age, *levels)
+
+    def _extend_chunk(self, q: Tensor, k: Tensor, v: Tensor, state: State, ages: list[int]) -> tuple[Tensor, State]:
+        """At most ``block_size`` tokens (B, heads, C, D): each level completes at most one node a stream."""
+        age, *levels = state
+        C = q.shape[2]
+        t = age.unsqueeze(1) + torch.arange(C, device=age.device)  # [B, C]
+        keys, values, biases, seen = [], [], [], []
+        new_levels: list[tuple[Tensor, ...]] = []
+        child_key, child_value, child = k, v, t  # what the level below completed, and its index there
+        exists = torch.ones_like(t, dtype=torch.bool)  # [B, C]: whether it did
+        for level, parts in enumerate(levels):
+            ring_key, ring_value = parts[:2]
+            span, slots = self._span(level), ring_key.shape[2]
+            if level > 0:
+                # Children of the open node, then those of the next one (only level 1 can have both).
+                children = span // self._span(level - 1)
+                current = (age // span).unsqueeze(1)
+                opened = exists & (child // children == current)
+                sums = self._pool(level, child_key, child_value, opened, parts[2:])
+                complete = (age + C) // span > age // span  # [B]
+                child_exists = exists
+                exists, node = complete.unsqueeze(1), current
+                total = torch.where(sums[3] > 0, sums[3], 1.0).unsqueeze(-1)
+                node_key, node_value = ((s / total).unsqueeze(2).to(k.dtype) for s in sums[:2])
+                if any((a + C) // span > a // span for a in ages):
+                    fresh = tuple(torch.zeros_like(s) for s in sums)
+                    fresh = (*fresh[:2], torch.full_like(sums[2], -math.inf), fresh[3])
+                    rest = self._pool(
+                        level, child_key, child_value, child_exists & (child // children > current), fresh
+                    )
+                    sums = tuple(
+                        torch.where(complete.view(-1, *[1] * (s.dim() - 1)), r, s)
+                        for r, s in zip(rest, sums, strict=True)
+                    )
+                child_key, child_value, child = node_key, node_value, node
+            else:
+                sums = ()
+            # Slot s holds the latest node j = s (mod slots) that was complete before this chunk, or none: j < 0.
+            count = (age // span).unsqueeze(1)
+            slot = torch.arange(slots, device=age.device)
+            held = count - 1 - torch.remainder(count - 1 - slot, slots) if slots else count[:, :0]
+            index = torch.cat([held, torch.where(exists, child, -1)], dim=1).unsqueeze(1)  # [B, 1, nodes]
+            cell = (t // span).unsqueeze(2)  # [B, C, 1]
+            visible = (index >= 0) & ((index <= cell) if level == 0 else (cell - index >= self.local_blocks))
+            if not self._is_top(level):
+                above = self._span(level + 1)
+                visible &= t.unsqueeze(2) // above - index // (above // span) < self.local_blocks
+            keys += [ring_key, child_key]
+            values += [ring_value, child_value]
+            seen.append(visible)
+            biases.append(torch.full_like(index, math.log(span) if self.mass_bias else 0.0, dtype=q.dtype))
+            place = torch.remainder(child, slots) if slots else child
+            rings = (self._put(r, place, exists, c) for r, c in ((ring_key, child_key), (ring_value, child_value)))
+            new_levels.append((*rings, *sums))
+        logits = self.head_dim**-0.5 * (q @ torch.cat(keys, dim=2).transpose(2, 3)) + torch.cat(
+            biases, dim=2
+        ).unsqueeze(1)
+        weights = torch.softmax(logits.masked_fill(~torch.cat(seen, dim=2).unsqueeze(1), -math.inf), dim=-1)
+        return weights @ torch.cat(values, dim=2), (age + C, *new_levels)
+
+    @staticmethod
+    def _put(ring: Tensor, place: Tensor, exists: Tensor, rows: Tensor) -> Tensor:
+        """``ring`` (B, heads, slots, D) with ``rows`` (B, heads, n, D) at slots ``place`` (B, n) where ``exists`` (B, n)."""
+        if ring.shape[2] == 0:
+            return ring
+        index = place.unsqueeze(1).unsqueeze(3).expand_as(rows)
+        rows = torch.where(exists.unsqueeze(1).unsqueeze(3), rows, ring.gather(2, index))
+        return ring.scatter(2, index, rows)
+
+    def _pool(
+        self, level: int, key: Tensor, value: Tensor, mask: Tensor, sums: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The open node's sums with the children (B, heads, n, D) where ``mask`` (B, n)."""
+        total_key, total_value, most, total = sums
+        key, value = key.to(total_key.dtype), value.to(total_key.dtype)
+        mask = mask.unsqueeze(1)
+        if self.pool_query is None:
+            weight = mask.to(key.dtype).expand(-1, self.num_heads, -1)
+            new_most, decay = most, torch.ones_like(most)
+        else:
+            row = self.pool_query[min(level, self.pool_query.shape[0]) - 1].to(key.dtype)
+            score = self.head_dim**-0.5 * torch.einsum("bhnd,hd->bhn", key, row)
+            score = score.masked_fill(~mask, -math.inf)
+            new_most = torch.maximum(most, score.amax(dim=2))
+            shift = torch.where(new_most == -math.inf, 0.0, new_most)
+            weight, decay = torch.exp(score - shift.unsqueeze(2)), torch.exp(most - shift)
+        # A child that is not there may hold anything: it must not meet a weight of 0.
+        key, value = (t.masked_fill(~mask.unsqueeze(3), 0.0) for t in (key, value))
+        return (
+            total_key * decay.unsqueeze(2) + torch.einsum("bhn,bhnd->bhd", weight, key),
+            total_value * decay.unsqueeze(2) + torch.einsum("bhn,bhnd->bhd", weight, value),
+            new_most,
+            total * decay + weight.sum(2),
+        )
