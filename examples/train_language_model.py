@@ -332,6 +332,7 @@ def plot(results: list[Result], path: pathlib.Path) -> None:
     bars.set(ylabel="thousand tokens per second of training")
     bars.margins(y=0.12)
     bars.legend(fontsize=8)
+    bars.set_axisbelow(True)
     bars.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
