@@ -421,6 +421,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"train_language_model: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "no backend" not in str(error):
+            raise
+        print(f"train_language_model: {error} (see --backend, --model)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
