@@ -1,0 +1,30 @@
+// Dropout masks that are recomputed instead of stored.
+//
+// Element t of row r (r counts all dimensions but the last) is kept when hash(t; key(seed, r)) >= round(p * 2^32). The key is
+// splitmix64 of the seed and the row; the hash is a 32-bit multiply-xorshift finaliser with the key's halves added before the
+// first and the second multiplication. seqaccel/reference/conv.py holds the same function in tensor arithmetic.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define SEQACCEL_HOST_DEVICE __host__ __device__
+#else
+#define SEQACCEL_HOST_DEVICE
+#endif
+
+namespace seqaccel {
+
+struct DropoutKey {
+  uint32_t first, second;
+};
+
+static inline SEQACCEL_HOST_DEVICE DropoutKey dropout_key(uint64_t seed, uint64_t row) {
+  uint64_t z = seed + (row + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  z ^= z >> 31;
+  return {uint32_t(z), uint32_t(z >> 32)};
+}
+
+}  // namespace seqaccel

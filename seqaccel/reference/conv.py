@@ -1,0 +1,79 @@
+"""Dilated causal convolution.
+
+``v[b,o,t] = bias[o] + sum_{c,k} weight[o,c,k] * x[b,c,t - (K-1-k) dilation]``, where ``x`` before its start is ``history`` or zero;
+``y = relu?(residual + dropout(activation(v)))``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu}
+
+_WORD = 0xFFFFFFFF
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _logical_shift(z: Tensor, n: int) -> Tensor:
+    return (z >> n) & ((1 << (64 - n)) - 1)
+
+
+def dropout_mask(seed: Tensor, shape: tuple[int, int, int], p: float) -> Tensor:
+    """Which elements a dropout of probability ``p`` keeps: bool of ``shape`` (B, C, T).
+
+    A counter-based generator (``csrc/common/dropout.h``): element t of row r is kept when hash(t; key(seed, r)) >= round(p * 2**32).
+    """
+    batch, channels, length = shape
+    row = torch.arange(1, batch * channels + 1, device=seed.device)
+    z = seed + row * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _logical_shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _logical_shift(z, 27)) * _signed(0x94D049BB133111EB)
+    z = (z ^ _logical_shift(z, 31)).unsqueeze(-1)
+    first, second = z & _WORD, _logical_shift(z, 32)
+    h = (torch.arange(length, device=seed.device) * 0x9E3779B9 + first) & _WORD
+    h = h ^ (h >> 16)
+    h = (h * 0x21F0AAAD + second) & _WORD
+    h = h ^ (h >> 15)
+    h = (h * 0x735A2D97) & _WORD
+    h = h ^ (h >> 15)
+    return (h >= min(round(p * 2**32), _WORD)).view(shape)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    history: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    relu: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, O, T), history (B, C, (K-1)*dilation): y (B, O, T)."""
+    batch, channels, length = x.shape
+    outputs, group_channels, taps = weight.shape
+    context = (taps - 1) * dilation
+    padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
+    padded = padded.view(batch, groups, channels // groups, context + length)
+    w = weight.view(groups, outputs // groups, group_channels, taps)
+    y = sum(
+        torch.einsum("goc,bgct->bgot", w[..., k], padded[..., k * dilation : k * dilation + length])
+        for k in range(taps)
+    ).reshape(batch, outputs, length)
+    if bias is not None:
+        y = y + bias.unsqueeze(-1)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    if dropout > 0:
+        scale = 1 / (1 - dropout) if dropout < 1 else 0.0
+        y = torch.where(dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0)
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y
