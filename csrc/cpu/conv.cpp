@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   };
   Gradients grads = {make(kWantsX, {B, C, T}), make(kWantsWeight, {O, C / shape.groups, shape.kernel_size}),
                      make(kWantsBias, {O}), make(kWantsResidual, {B, O, T}), make(kWantsHistory, {B, C, P})};
-  if (B == 0 || C == 0 || O == 0 || T == 0) {
+  if (B == 0 || O == 0 || T == 0) {
     for (Tensor* grad : {&grads.x, &grads.weight, &grads.bias, &grads.history}) {
       if (grad->numel() > 0) torch::stable::zero_(*grad);
     }

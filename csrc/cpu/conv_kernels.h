@@ -227,7 +227,7 @@ inline void run_product(const Product<T>& p, T* scratch, const Emit& emit) {
       continue;
     }
     const ptrdiff_t vectors = ceil_div(count, Lanes<T>), panel_width = vectors * Lanes<T>;
-    for (ptrdiff_t r0 = 0; r0 < depth; r0 += kDepth) {
+    for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += kDepth) {
       const ptrdiff_t deep = smaller(kDepth, depth - r0);
       for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
         ptrdiff_t c = r0 / p.taps, k = r0 % p.taps;

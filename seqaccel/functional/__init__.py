@@ -1,7 +1,8 @@
 """The operators as functions."""
 
 from seqaccel.functional.attention import hierarchical_attention
+from seqaccel.functional.conv import causal_conv1d
 from seqaccel.functional.rnn import lstm
 from seqaccel.functional.scan import linear_scan, sru
 
-__all__ = ["hierarchical_attention", "linear_scan", "lstm", "sru"]
+__all__ = ["causal_conv1d", "hierarchical_attention", "linear_scan", "lstm", "sru"]

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu}
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
 
 _WORD = 0xFFFFFFFF
 
@@ -64,7 +69,11 @@ def causal_conv1d(
     padded = padded.view(batch, groups, channels // groups, context + length)
     w = weight.view(groups, outputs // groups, group_channels, taps)
     y = sum(
-        torch.einsum("goc,bgct->bgot", w[..., k], padded[..., k * dilation : k * dilation + length])
+        torch.einsum(
+            "goc,bgct->bgot",
+            w[..., k],
+            padded[..., k * dilation : k * dilation + length],
+        )
         for k in range(taps)
     ).reshape(batch, outputs, length)
     if bias is not None:
@@ -73,7 +82,9 @@ def causal_conv1d(
         y = ACTIVATIONS[activation](y)
     if dropout > 0:
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
-        y = torch.where(dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0)
+        y = torch.where(
+            dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0
+        )
     if residual is not None:
         y = y + residual
     return torch.relu(y) if relu else y

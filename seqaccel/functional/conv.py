@@ -1,0 +1,422 @@
+"""Dilated causal convolution: the public call, its checks, shape functions, autograd and choice of backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqaccel import _extension, backends
+from seqaccel.functional import _common
+from seqaccel.reference import conv as reference
+
+__all__ = ["causal_conv1d"]
+
+ACTIVATIONS = (None, *reference.ACTIVATIONS)
+BACKENDS = ("reference", "cpp", "triton", "torch")
+
+#: ``wants`` bits of the backward operators, in the order of their results.
+_X, _WEIGHT, _BIAS, _RESIDUAL, _HISTORY = 1, 2, 4, 8, 16
+
+
+def _saved_kind(activation: str, relu: bool, dropout: float, has_residual: bool) -> str:
+    """What the forward operators keep for the backward beside y: ``"nothing"``, ``"active"`` (bytes) or ``"pre"``."""
+    if activation == "none":
+        return "nothing"
+    if activation == "relu":
+        return "active" if has_residual else "nothing"
+    if activation == "silu" or has_residual or relu or dropout > 0:
+        return "pre"
+    return "nothing"
+
+
+def _forward_fake(
+    x,
+    weight,
+    bias,
+    residual,
+    history,
+    seed,
+    dilation,
+    groups,
+    activation,
+    relu,
+    dropout,
+    save,
+):
+    shape = (x.shape[0], weight.shape[0], x.shape[2])
+    kind = (
+        _saved_kind(activation, relu, dropout, residual is not None)
+        if save
+        else "nothing"
+    )
+    saved = x.new_empty(
+        (0,) if kind == "nothing" else shape,
+        dtype=torch.uint8 if kind == "active" else x.dtype,
+    )
+    return x.new_empty(shape), saved
+
+
+def _backward_fake(
+    grad_y,
+    y,
+    saved,
+    x,
+    weight,
+    history,
+    seed,
+    addend,
+    dilation,
+    groups,
+    activation,
+    relu,
+    dropout,
+    has_residual,
+    wants,
+):
+    context = (weight.shape[2] - 1) * dilation
+    shapes = (
+        x.shape,
+        weight.shape,
+        weight.shape[:1],
+        grad_y.shape,
+        (*x.shape[:2], context),
+    )
+    return tuple(
+        x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes)
+    )
+
+
+if _extension.cpp_error is None:
+    torch.library.register_fake("seqaccel::causal_conv1d_forward")(_forward_fake)
+    torch.library.register_fake("seqaccel::causal_conv1d_backward")(_backward_fake)
+
+
+def _operators(backend: str):
+    if backend == "cpp":
+        return (
+            torch.ops.seqaccel.causal_conv1d_forward,
+            torch.ops.seqaccel.causal_conv1d_backward,
+        )
+    from seqaccel.kernels import conv as triton_kernels
+
+    return triton_kernels.causal_conv1d_forward, triton_kernels.causal_conv1d_backward
+
+
+class _CausalConv1d(torch.autograd.Function):
+    """Saves x, the weight, y where an activation's derivative is taken from it, and what ``_saved_kind`` says."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        residual,
+        history,
+        seed,
+        backend,
+        dilation,
+        groups,
+        activation,
+        relu,
+        dropout,
+    ):
+        forward, _ = _operators(backend)
+        y, saved = forward(
+            x,
+            weight,
+            bias,
+            residual,
+            history,
+            seed,
+            dilation,
+            groups,
+            activation,
+            relu,
+            dropout,
+            True,
+        )
+        kind = _saved_kind(activation, relu, dropout, residual is not None)
+        needs_y = relu or (activation != "none" and kind == "nothing")
+        ctx.save_for_backward(
+            x, weight, bias, residual, history, seed, y if needs_y else None, saved
+        )
+        ctx.options = (dilation, groups, activation, relu, dropout)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, bias, residual, history, seed, y, saved = ctx.saved_tensors
+        dilation, groups, activation, relu, dropout = ctx.options
+        needs = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+
+            def differentiable(x, weight, bias, residual, history):
+                return reference.causal_conv1d(
+                    x,
+                    weight,
+                    bias,
+                    residual,
+                    history,
+                    seed,
+                    dilation=dilation,
+                    groups=groups,
+                    activation=None if activation == "none" else activation,
+                    relu=relu,
+                    dropout=dropout,
+                )
+
+            grads = _common.differentiable_backward(
+                differentiable, (x, weight, bias, residual, history), (grad_y,), needs
+            )
+            return (*grads, *[None] * 7)
+        # Without a relu around it the residual's gradient is that of y.
+        own_residual = needs[3] and relu
+        wants = sum(
+            1 << i for i, need in enumerate(needs) if need and (i != 3 or own_residual)
+        )
+        _, backward = _operators(ctx.backend)
+        grads = backward(
+            grad_y,
+            y,
+            saved,
+            x,
+            weight,
+            history,
+            seed,
+            None,
+            dilation,
+            groups,
+            activation,
+            relu,
+            dropout,
+            residual is not None,
+            wants,
+        )
+        grads = [
+            grad if need else None for grad, need in zip(grads, needs, strict=True)
+        ]
+        if needs[3] and not relu:
+            grads[3] = grad_y
+        return (*grads, *[None] * 7)
+
+
+def _check(
+    x,
+    weight,
+    bias,
+    dilation,
+    groups,
+    activation,
+    output_activation,
+    dropout,
+    residual,
+    history,
+) -> None:
+    name = "causal_conv1d"
+    tensors = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "history": history,
+    }
+    for argument, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(
+                f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}"
+            )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name}: expected x to have a floating point dtype, but got {x.dtype}"
+        )
+    for argument, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise RuntimeError(
+                f"{name}: expected {argument} to have the dtype of x, {x.dtype}, but got {t.dtype}"
+            )
+        if t.device != x.device:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} and x on {x.device}"
+            )
+    for argument, value in (("dilation", dilation), ("groups", groups)):
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise TypeError(
+                f"{name}(): argument '{argument}' must be int, not {type(value).__name__}"
+            )
+        if value < 1:
+            raise ValueError(
+                f"{name}: expected {argument} to be positive, but got {value}"
+            )
+    if x.dim() != 3:
+        raise ValueError(
+            f"{name}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}"
+        )
+    if weight.dim() != 3 or weight.shape[2] < 1:
+        raise ValueError(
+            f"{name}: expected weight to be 3D (O, C / groups, K) with K >= 1, but got a tensor of size {list(weight.shape)}"
+        )
+    batch, channels, length = x.shape
+    outputs, group_channels, taps = weight.shape
+    if channels != group_channels * groups:
+        raise ValueError(
+            f"{name}: given groups={groups} and weight of size {list(weight.shape)}, expected x to have "
+            f"{group_channels * groups} channels, but got {channels} channels instead"
+        )
+    if outputs % groups:
+        raise ValueError(
+            f"{name}: expected the output channels of weight to be divisible by groups={groups}, but got {outputs}"
+        )
+    shapes = {
+        "bias": (outputs,),
+        "residual": (batch, outputs, length),
+        "history": (batch, channels, (taps - 1) * dilation),
+    }
+    for argument, shape in shapes.items():
+        t = tensors[argument]
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"{name}: expected {argument} to have shape {tuple(shape)}, but got {tuple(t.shape)}"
+            )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{name}: expected activation to be one of {ACTIVATIONS}, but got {activation!r}"
+        )
+    if output_activation not in (None, "relu"):
+        raise ValueError(
+            f"{name}: expected output_activation to be None or 'relu', but got {output_activation!r}"
+        )
+    if not 0 <= dropout <= 1:
+        raise ValueError(
+            f"dropout probability has to be between 0 and 1, but got {dropout}"
+        )
+
+
+def _torch_conv(
+    x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout
+) -> Tensor:
+    """The same from torch's own operators (``F.conv1d``); dropout draws its mask as torch does."""
+    context = (weight.shape[2] - 1) * dilation
+    if x.numel() == 0:  # F.conv1d refuses an output of length 0
+        y = reference.causal_conv1d(x, weight, bias, dilation=dilation, groups=groups)
+    else:
+        padded = (
+            F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
+        )
+        y = F.conv1d(padded, weight, bias, dilation=dilation, groups=groups)
+    if activation is not None:
+        y = reference.ACTIVATIONS[activation](y)
+    y = F.dropout(y, dropout, training=dropout > 0)
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+    output_activation: str | None = None,
+    history: Tensor | None = None,
+) -> Tensor:
+    r"""Dilated causal convolution with its epilogue fused: an output sees the present and the past only.
+
+    .. math::
+        v_{b,o,t} &= b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,t-(K-1-k)d} \\
+        y &= \psi(r + \mathrm{dropout}(\varphi(v)))
+
+    with x zero (or ``history``) before its start: the output is as long as the input.
+
+    Args:
+        x: input (B, C, T).
+        weight: (O, C / groups, K), as :class:`torch.nn.Conv1d` has it; the last tap meets the present.
+        bias: (O,). Default: none.
+        dilation: distance d between taps, in time steps. Default: 1
+        groups: blocks of channels convolved apart; ``groups=C`` is depthwise. Default: 1
+        activation: :math:`\varphi`: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"silu"`` or None. Default: None
+        dropout: probability that an activation is zeroed, the others being scaled by 1/(1-p). Default: 0
+        residual: r (B, O, T), added after the dropout. Default: none.
+        output_activation: :math:`\psi`: ``"relu"`` or None. Default: None
+        history: the (K-1)d inputs before x (B, C, (K-1)d), as a stream carries them. Default: zeros.
+
+    Returns:
+        y (B, O, T).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message names it.
+
+    Saved for the backward, beside x and the weight: y for relu, tanh and sigmoid; a byte an element for relu with a residual;
+    v for silu, and for tanh and sigmoid where y is not the activation. The dropout mask is recomputed from a seed that torch's
+    generator gives (on the ``torch`` backend it is ``F.dropout``'s). float16 and bfloat16 are computed in float32 on a CPU.
+    A backward that is itself differentiated runs on the reference.
+
+    Source: van den Oord et al., WaveNet, 2016; Bai, Kolter, Koltun, 2018.
+
+    Example:
+        >>> import torch, seqaccel.functional as SF
+        >>> x, weight = torch.ones(1, 1, 5), torch.ones(1, 1, 3)
+        >>> SF.causal_conv1d(x, weight, dilation=2, activation="relu")
+        tensor([[[1., 1., 2., 2., 3.]]])
+    """
+    _check(
+        x,
+        weight,
+        bias,
+        dilation,
+        groups,
+        activation,
+        output_activation,
+        dropout,
+        residual,
+        history,
+    )
+    x, weight, bias, residual, history = _common.autocast(
+        x, weight, bias, residual, history
+    )
+    relu = output_activation == "relu"
+    options = {
+        "dilation": dilation,
+        "groups": groups,
+        "activation": activation,
+        "relu": relu,
+        "dropout": dropout,
+    }
+    backend = backends.choose("causal_conv1d", x, BACKENDS)
+    if backend == "torch":
+        return _torch_conv(x, weight, bias, residual, history, **options)
+    seed = (
+        torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device)
+        if dropout > 0
+        else None
+    )
+    if backend == "reference" or _common.transforms_active():
+        return reference.causal_conv1d(
+            x, weight, bias, residual, history, seed, **options
+        )
+    dtype = x.dtype
+    if backend == "cpp":
+        to = _common.compute_dtype(dtype)
+        x, weight, bias, residual, history = (
+            None if t is None else t.to(to)
+            for t in (x, weight, bias, residual, history)
+        )
+    arguments = (dilation, groups, activation or "none", relu, float(dropout))
+    if _common.needs_grad(x, weight, bias, residual, history):
+        y = _CausalConv1d.apply(
+            x, weight, bias, residual, history, seed, backend, *arguments
+        )
+    else:
+        y, _ = _operators(backend)[0](
+            x, weight, bias, residual, history, seed, *arguments, False
+        )
+    return y.to(dtype)

@@ -1,0 +1,455 @@
+"""Causal convolutions and the temporal convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
+
+from seqaccel.functional.conv import ACTIVATIONS, causal_conv1d
+from seqaccel.nn.streaming import State, Streaming
+
+__all__ = ["TCN", "CausalConv1d", "TemporalBlock"]
+
+
+def _next_history(history: Tensor, x: Tensor) -> Tensor:
+    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has. The result shares no memory with either."""
+    context, length = history.shape[-1], x.shape[-1]
+    if length >= context:
+        return x[..., length - context :].clone()
+    return torch.cat([history[..., length:], x], -1)
+
+
+class CausalConv1d(Streaming, nn.Module):
+    r"""Dilated causal 1-D convolution: :func:`seqaccel.functional.causal_conv1d` with the parameters of :class:`torch.nn.Conv1d`.
+
+    .. math::
+        y_{b,o,t} = \varphi\Bigl(b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,t-(K-1-k)d}\Bigr)
+
+    The output is as long as the input, and step t sees nothing after t. ``torch.nn.utils.parametrizations.weight_norm`` works on it.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: taps K; an int or a tuple of one.
+        dilation: distance between taps. Default: 1
+        groups: blocks of channels convolved apart. Default: 1
+        bias: whether there is a bias. Default: True
+        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"silu"`` or None. Default: None
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: (O, C / groups, K), uniform in ±1/sqrt(C/groups · K) at first, as torch.nn.Conv1d's.
+        bias: (O,), likewise.
+
+    Shape: x (B, C, T) or (C, T); output (B, O, T) or (O, T).
+    State of B streams: ``(history,)``, history (B, C, (K-1)·dilation). A step costs O(K·C·O/groups) and one copy of the history.
+
+    Example:
+        >>> import torch, seqaccel.nn as snn
+        >>> conv = snn.CausalConv1d(4, 8, 3, dilation=2, activation="relu")
+        >>> y = conv(torch.randn(2, 4, 10))
+        >>> state = conv.init_state(2)
+        >>> y_t, state = conv.step(torch.randn(2, 4), state)
+        >>> y.shape, y_t.shape
+        (torch.Size([2, 8, 10]), torch.Size([2, 8]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        *,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = (
+            in_channels,
+            out_channels,
+            groups,
+        )
+        self.kernel_size = (
+            kernel_size if isinstance(kernel_size, int) else kernel_size[0]
+        )
+        self.dilation = dilation if isinstance(dilation, int) else dilation[0]
+        self.activation = activation
+        for name in ("groups", "kernel_size", "dilation"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be a positive integer, but got {getattr(self, name)}"
+                )
+        if in_channels % groups:
+            raise ValueError(
+                f"in_channels must be divisible by groups, but got {in_channels} and {groups}"
+            )
+        if out_channels % groups:
+            raise ValueError(
+                f"out_channels must be divisible by groups, but got {out_channels} and {groups}"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {ACTIVATIONS}, but got {activation!r}"
+            )
+        self.weight = nn.Parameter(
+            torch.empty(
+                out_channels,
+                in_channels // groups,
+                self.kernel_size,
+                device=device,
+                dtype=dtype,
+            )
+        )
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_channels, device=device, dtype=dtype)
+            )
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters as torch.nn.Conv1d does (through a parametrization of the weight, where there is one)."""
+        weight = self.weight.detach()
+        if weight.numel() == 0:
+            return
+        bound = (weight.shape[1] * self.kernel_size) ** -0.5
+        nn.init.uniform_(weight, -bound, bound)
+        if is_parametrized(self, "weight"):
+            self.weight = weight
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def context(self) -> int:
+        """How many time steps before the present an output sees: (K-1)·dilation."""
+        return (self.kernel_size - 1) * self.dilation
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        dropout: float = 0.0,
+        residual: Tensor | None = None,
+        output_activation: str | None = None,
+        history: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, C, T) or (C, T); the keyword arguments are :func:`~seqaccel.functional.causal_conv1d`'s."""
+        unbatched = x.dim() == 2
+        if unbatched:
+            x = x.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+            history = None if history is None else history.unsqueeze(0)
+        y = causal_conv1d(
+            x,
+            self.weight,
+            self.bias,
+            dilation=self.dilation,
+            groups=self.groups,
+            activation=self.activation,
+            dropout=dropout,
+            residual=residual,
+            output_activation=output_activation,
+            history=history,
+        )
+        return y.squeeze(0) if unbatched else y
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """``(history,)``: zeros (batch_size, in_channels, context)."""
+        weight = self.weight
+        return (
+            torch.zeros(
+                batch_size,
+                self.in_channels,
+                self.context,
+                device=device or weight.device,
+                dtype=dtype or weight.dtype,
+            ),
+        )
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x (B, C, T): y (B, O, T) and the state after it."""
+        (history,) = state
+        return self.forward(x, history=history), (_next_history(history, x),)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """x_t (B, C): y_t (B, O) and the state after it."""
+        y, state = self.extend(x_t.unsqueeze(-1), state)
+        return y.squeeze(-1), state
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        )
+        if self.dilation != 1:
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.bias is None:
+            text += ", bias=False"
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        return text
+
+
+class TemporalBlock(Streaming, nn.Module):
+    r"""One level of a :class:`TCN`.
+
+    .. math::
+        z &= \mathrm{dropout}(\mathrm{relu}(W_1 * x + b_1)) \\
+        y &= \mathrm{relu}(x' + \mathrm{dropout}(\mathrm{relu}(W_2 * z + b_2)))
+
+    with causal dilated convolutions, weights W = g·v/‖v‖ (the norm over each output channel), and x' = x, or its 1×1 convolution
+    ``downsample`` where the numbers of channels differ. Each line is one operator.
+
+    Args:
+        in_channels, out_channels: numbers of channels.
+        kernel_size: taps of both convolutions.
+        dilation: of both.
+        dropout: probability, in training. Default: 0.2
+
+    State: ``(history of conv1, history of conv2)``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        dilation: int,
+        dropout: float = 0.2,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        options = {
+            "dilation": dilation,
+            "activation": "relu",
+            "device": device,
+            "dtype": dtype,
+        }
+        self.conv1 = weight_norm(
+            CausalConv1d(in_channels, out_channels, kernel_size, **options)
+        )
+        self.conv2 = weight_norm(
+            CausalConv1d(out_channels, out_channels, kernel_size, **options)
+        )
+        self.downsample = (
+            CausalConv1d(in_channels, out_channels, 1, device=device, dtype=dtype)
+            if in_channels != out_channels
+            else None
+        )
+        self.dropout = dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter as torch.nn.Conv1d does, but the weight of ``downsample`` from N(0, 0.01²).
+
+        That is what locuslab's code does in effect: it overwrites ``conv1.weight`` and ``conv2.weight`` too, but those are
+        recomputed from g and v, which it leaves alone.
+        """
+        self.conv1.reset_parameters()
+        self.conv2.reset_parameters()
+        if self.downsample is not None:
+            self.downsample.reset_parameters()
+            nn.init.normal_(self.downsample.weight, 0.0, 0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, T): y (B, O, T)."""
+        return self._run(x, None, None)[1]
+
+    def _run(
+        self, x: Tensor, history1: Tensor | None, history2: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dropout = self.dropout if self.training else 0.0
+        z = self.conv1(x, dropout=dropout, history=history1)
+        residual = x if self.downsample is None else self.downsample(x)
+        y = self.conv2(
+            z,
+            dropout=dropout,
+            residual=residual,
+            output_activation="relu",
+            history=history2,
+        )
+        return z, y
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """``(history of conv1, history of conv2)``: zeros (batch_size, channels, context)."""
+        where = {"device": device, "dtype": dtype}
+        return (
+            *self.conv1.init_state(batch_size, **where),
+            *self.conv2.init_state(batch_size, **where),
+        )
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x (B, C, T): y (B, O, T) and the state after it."""
+        z, y = self._run(x, *state)
+        return y, (_next_history(state[0], x), _next_history(state[1], z))
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """x_t (B, C): y_t (B, O) and the state after it."""
+        y, state = self.extend(x_t.unsqueeze(-1), state)
+        return y.squeeze(-1), state
+
+
+class TCN(Streaming, nn.Module):
+    r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i.
+
+    Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight norm
+    (``weight_g``, ``weight_v``) or torch's parametrizations, with or without its duplicates ``network.{i}.net.0.*`` (conv1) and
+    ``network.{i}.net.4.*`` (conv2).
+
+    Args:
+        num_inputs: input channels.
+        num_channels: output channels of each level.
+        kernel_size: taps of every convolution. Default: 2
+        dropout: probability, in training. Default: 0.2
+        device, dtype: of the parameters.
+
+    Attributes:
+        network: ``torch.nn.Sequential`` of the blocks. Parameters of level i: ``network.{i}.conv{1,2}.bias``,
+            ``network.{i}.conv{1,2}.parametrizations.weight.original{0,1}`` (g and v) and ``network.{i}.downsample.{weight,bias}``.
+        receptive_field: time steps that an output sees, itself included.
+
+    Shape: x (B, num_inputs, T); output (B, num_channels[-1], T).
+    State of B streams: a tuple of the blocks' states.
+
+    Source: Bai, Kolter, Koltun, An Empirical Evaluation of Generic Convolutional and Recurrent Networks, 2018.
+
+    Example:
+        >>> import torch, seqaccel.nn as snn
+        >>> tcn = snn.TCN(4, [8, 8], kernel_size=3).eval()
+        >>> x = torch.randn(2, 4, 10)
+        >>> state = tcn.init_state(2)
+        >>> first, state = tcn.extend(x[..., :7], state)
+        >>> rest, state = tcn.extend(x[..., 7:], state)
+        >>> torch.allclose(torch.cat([first, rest], -1), tcn(x), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_channels: Sequence[int],
+        kernel_size: int = 2,
+        dropout: float = 0.2,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        num_channels = list(num_channels)
+        if not num_channels:
+            raise ValueError("num_channels must not be empty")
+        if not 0 <= dropout <= 1:
+            raise ValueError(
+                f"dropout probability has to be between 0 and 1, but got {dropout}"
+            )
+        self.num_inputs, self.num_channels, self.kernel_size, self.dropout = (
+            num_inputs,
+            num_channels,
+            kernel_size,
+            dropout,
+        )
+        widths = [num_inputs, *num_channels]
+        self.network = nn.Sequential(
+            *(
+                TemporalBlock(
+                    widths[i], widths[i + 1], kernel_size, 2**i, dropout, device, dtype
+                )
+                for i in range(len(num_channels))
+            )
+        )
+
+    @property
+    def receptive_field(self) -> int:
+        return 1 + 2 * sum(
+            (self.kernel_size - 1) * 2**i for i in range(len(self.num_channels))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, num_inputs, T): y (B, num_channels[-1], T)."""
+        return self.network(x)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """A tuple of the blocks' states, all zeros."""
+        return tuple(
+            block.init_state(batch_size, device=device, dtype=dtype)
+            for block in self.network
+        )
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """x (B, num_inputs, T): y (B, num_channels[-1], T) and the state after it."""
+        states = []
+        for block, block_state in zip(self.network, state, strict=True):
+            x, block_state = block.extend(x, block_state)
+            states.append(block_state)
+        return x, tuple(states)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """x_t (B, num_inputs): y_t (B, num_channels[-1]) and the state after it."""
+        y, state = self.extend(x_t.unsqueeze(-1), state)
+        return y.squeeze(-1), state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        convert_locuslab_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_inputs}, {self.num_channels}, kernel_size={self.kernel_size}, dropout={self.dropout}"
+
+
+def convert_locuslab_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
+    """Renames, in place, the keys of a locuslab ``TemporalConvNet`` to :class:`TCN`'s.
+
+    ``net.0`` is ``conv1`` and ``net.4`` is ``conv2``; ``weight_g`` and ``weight_v`` are the parametrization's ``original0`` and
+    ``original1``. A plain ``weight`` (weight norm removed) becomes v, and its norm g.
+    """
+    modules = {"conv1": "conv1", "conv2": "conv2", "net.0": "conv1", "net.4": "conv2"}
+    weights = {"weight_g": "original0", "weight_v": "original1"}
+    start = f"{prefix}network."
+    for key in [key for key in state_dict if key.startswith(start)]:
+        level, _, rest = key[len(start) :].partition(".")
+        module = next((m for m in modules if rest.startswith(f"{m}.")), None)
+        if not level.isdigit() or module is None:
+            continue
+        parameter = rest[len(module) + 1 :]
+        target = f"{start}{level}.{modules[module]}."
+        value = state_dict.pop(key)
+        if parameter == "weight":
+            state_dict.setdefault(f"{target}parametrizations.weight.original1", value)
+            norm = torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
+            state_dict.setdefault(f"{target}parametrizations.weight.original0", norm)
+            continue
+        if parameter in weights:
+            parameter = f"parametrizations.weight.{weights[parameter]}"
+        if parameter.startswith("parametrizations") or parameter == "bias":
+            state_dict.setdefault(f"{target}{parameter}", value)
+        else:
+            state_dict[key] = value
