@@ -54,6 +54,7 @@ struct RowDropout {
   uint64_t threshold;
 
   SEQACCEL_INLINE RowDropout(const ConvEpilogue& epilogue, ptrdiff_t row) {
+    if (epilogue.dropout == 0) return;
     for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
     key = dropout_key(epilogue.seed, uint64_t(row));
     threshold = uint64_t(epilogue.dropout * 4294967296.0 + 0.5);
