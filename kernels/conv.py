@@ -38,7 +38,9 @@ def _tanh(x):
     far = (1 - e) / (1 + e)
     far = tl.where(x < 0, -far, far)
     s = x * x
-    near = x * (1 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * 0.0218694885))))
+    near = x * (
+        1 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * 0.0218694885)))
+    )
     return tl.where(tl.abs(x) < 0.2, near, far)
 
 
@@ -217,7 +219,9 @@ def conv_depthwise_weight_kernel(
         t = i % steps * BT + tl.arange(0, BT)
         g = tl.load(p_g + (b * rows + row) * T + t, mask=t < tl.where(b < B, T, 0), other=0.0)
         at = t + S - T - (K - 1 - k) * dilation
-        x = tl.load(p_x + (b * channels + row // fan_out) * S + at, mask=(at >= 0) & (at < tl.where(b < B, S, 0)), other=0.0)
+        x = tl.load(
+            p_x + (b * channels + row // fan_out) * S + at, mask=(at >= 0) & (at < tl.where(b < B, S, 0)), other=0.0
+        )
         acc += g.to(tl.float32) * x.to(tl.float32)
     tl.store(p_partial + (i_s * rows + row) * K + k, tl.sum(acc, 0))
 
@@ -350,9 +354,7 @@ def causal_conv1d_forward(
     kind = saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
     saved = x.new_empty((0,) if kind == "nothing" else shape, dtype=torch.uint8 if kind == "active" else x.dtype)
     pre, active = saved if kind == "pre" else None, saved if kind == "active" else None
-    _product(
-        x, weight, bias, residual, seed, y, pre, active, first, -1, dilation, groups, activation, relu, dropout
-    )
+    _product(x, weight, bias, residual, seed, y, pre, active, first, -1, dilation, groups, activation, relu, dropout)
     return y, saved
 
 
@@ -484,7 +486,16 @@ def _configurations() -> list[Configuration]:
     table.append(
         Configuration(
             conv_gradient_kernel,
-            {"p_grad_y": p, "p_y": p, "p_active": "*u8", "p_seed": "*i64", "p_g": p, "p_grad_residual": p, "T": "i32", **extra},
+            {
+                "p_grad_y": p,
+                "p_y": p,
+                "p_active": "*u8",
+                "p_seed": "*i64",
+                "p_g": p,
+                "p_grad_residual": p,
+                "T": "i32",
+                **extra,
+            },
             {**epilogue, "p_pre": None, **block},
         )
     )

@@ -1,8 +1,9 @@
 // Dropout masks that are recomputed instead of stored.
 //
-// Element t of row r (r counts all dimensions but the last) is kept when hash(t; key(seed, r)) >= round(p * 2^32). The key is
-// splitmix64 of the seed and the row; the hash is a 32-bit multiply-xorshift finaliser with the key's halves added before the
-// first and the second multiplication. seqaccel/reference/conv.py holds the same function in tensor arithmetic.
+// Element t of row r (r counts all dimensions but the last) is kept when hash(t; key(seed, r)) >= round(p * 2^32). The
+// key is splitmix64 of the seed and the row; the hash is a 32-bit multiply-xorshift finaliser with the key's halves
+// added before the first and the second multiplication. seqaccel/reference/conv.py holds the same function in tensor
+// arithmetic.
 #pragma once
 
 #include <stdint.h>

@@ -14,7 +14,8 @@ Activation parse_activation(const std::string& name) {
   for (int i = 0; i < 5; ++i) {
     if (name == names[i]) return Activation(i);
   }
-  STD_TORCH_CHECK(false, "seqaccel: activation must be 'none', 'relu', 'tanh', 'sigmoid' or 'silu', but got '", name, "'");
+  STD_TORCH_CHECK(false, "seqaccel: activation must be 'none', 'relu', 'tanh', 'sigmoid' or 'silu', but got '", name,
+                  "'");
   return Activation::none;
 }
 
@@ -25,14 +26,13 @@ ConvShape check_inputs(const Tensor& x, const Tensor& weight, const OptionalTens
   check_tensor(x, "x", {-1, -1, -1}, dtype);
   STD_TORCH_CHECK(dilation >= 1 && groups >= 1, "seqaccel: dilation and groups must be positive, but got ", dilation,
                   " and ", groups);
-  STD_TORCH_CHECK(x.size(1) % groups == 0, "seqaccel: the channels of x, ", x.size(1), ", must be divisible by groups, ",
-                  groups);
+  STD_TORCH_CHECK(x.size(1) % groups == 0, "seqaccel: the channels of x, ", x.size(1),
+                  ", must be divisible by groups, ", groups);
   check_tensor(weight, "weight", {-1, x.size(1) / groups, -1}, dtype);
-  STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(2) >= 1,
-                  "seqaccel: weight must have a multiple of ", groups, " output channels and at least one tap, but has shape ",
-                  shape_string(weight));
-  const ConvShape shape = {ptrdiff_t(x.size(0)),      ptrdiff_t(x.size(1)),      ptrdiff_t(weight.size(0)),
-                           ptrdiff_t(x.size(2)),      ptrdiff_t(weight.size(2)), ptrdiff_t(dilation),
+  STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(2) >= 1, "seqaccel: weight must have a multiple of ",
+                  groups, " output channels and at least one tap, but has shape ", shape_string(weight));
+  const ConvShape shape = {ptrdiff_t(x.size(0)), ptrdiff_t(x.size(1)),      ptrdiff_t(weight.size(0)),
+                           ptrdiff_t(x.size(2)), ptrdiff_t(weight.size(2)), ptrdiff_t(dilation),
                            ptrdiff_t(groups)};
   STD_TORCH_CHECK(dilation <= (int64_t(1) << 40) / weight.size(2), "seqaccel: dilation ", dilation, " is too large");
   if (history) check_tensor(*history, "history", {x.size(0), x.size(1), shape.context()}, dtype);
@@ -127,11 +127,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   const Saved kind = save ? saved_kind(epilogue, residual.has_value()) : Saved::nothing;
   Tensor y = new_empty(x, {shape.batch, shape.out_channels, shape.length});
   const int64_t none[] = {0}, full[] = {shape.batch, shape.out_channels, shape.length};
-  Tensor saved = torch::stable::new_empty(
-      x,
-      kind == Saved::nothing ? torch::headeronly::IntHeaderOnlyArrayRef(none, 1)
-                             : torch::headeronly::IntHeaderOnlyArrayRef(full, 3),
-      kind == Saved::active ? ScalarType::Byte : dtype);
+  Tensor saved = torch::stable::new_empty(x,
+                                          kind == Saved::nothing ? torch::headeronly::IntHeaderOnlyArrayRef(none, 1)
+                                                                 : torch::headeronly::IntHeaderOnlyArrayRef(full, 3),
+                                          kind == Saved::active ? ScalarType::Byte : dtype);
   if (y.numel() == 0) return {y, saved};
   if (dtype == ScalarType::Float) {
     run_forward<float>(shape, epilogue, x, weight, bias, residual, history, y, saved, kind);
@@ -182,10 +181,11 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad_y, OptionalTensor y, Tensor saved, Tensor x, Tensor weight, OptionalTensor history, OptionalTensor seed,
-    OptionalTensor addend, int64_t dilation, int64_t groups, std::string activation, bool relu, double dropout,
-    bool has_residual, int64_t wants) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, OptionalTensor y, Tensor saved, Tensor x,
+                                                            Tensor weight, OptionalTensor history, OptionalTensor seed,
+                                                            OptionalTensor addend, int64_t dilation, int64_t groups,
+                                                            std::string activation, bool relu, double dropout,
+                                                            bool has_residual, int64_t wants) {
   const ConvShape shape = check_inputs(x, weight, history, dilation, groups);
   const ConvEpilogue epilogue = make_epilogue(activation, relu, dropout, seed);
   const ScalarType dtype = x.scalar_type();

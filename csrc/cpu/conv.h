@@ -54,12 +54,12 @@ struct ConvBackward {
   const T* x;
   const T* weight;
   const T* history;
-  const T* addend;    // [B, C, T], added to grad_x; null: zeros
-  T* grad_x;          // null: not wanted, as for the others
-  T* grad_weight;     // [O, C / groups, K]
-  T* grad_bias;       // [O]
-  T* grad_residual;   // [B, O, T]
-  T* grad_history;    // [B, C, P]
+  const T* addend;   // [B, C, T], added to grad_x; null: zeros
+  T* grad_x;         // null: not wanted, as for the others
+  T* grad_weight;    // [O, C / groups, K]
+  T* grad_bias;      // [O]
+  T* grad_residual;  // [B, O, T]
+  T* grad_history;   // [B, C, P]
   void* workspace;
   int threads;
 };

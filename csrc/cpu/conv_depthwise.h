@@ -1,5 +1,6 @@
-// Depthwise causal convolution (one input channel a group): every tap is a shifted row, K multiply-adds an element, bound by the
-// loads from the first-level cache. Outputs whose taps reach before the start (the head) read a small padded copy instead.
+// Depthwise causal convolution (one input channel a group): every tap is a shifted row, K multiply-adds an element,
+// bound by the loads from the first-level cache. Outputs whose taps reach before the start (the head) read a small
+// padded copy instead.
 #pragma once
 
 #include "conv_epilogue.h"
@@ -87,14 +88,16 @@ inline void depthwise_forward(const ConvForward<T>& p, T* scratch) {
 #pragma omp for schedule(static)
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = b * s.in_channels + o / s.group_out();
-      depthwise_row(s, p.x + c * s.length, p.history ? p.history + (c + 1) * context : nullptr, p.weight + o * s.kernel_size, mine,
+      depthwise_row(s, p.x + c * s.length, p.history ? p.history + (c + 1) * context : nullptr,
+                    p.weight + o * s.kernel_size, mine,
                     [&](ptrdiff_t t, ptrdiff_t n, const T* acc) { finish_row(p, o, b, t, n, acc); });
     }
   }
 }
 
 // grad_x[u] = sum over the channel's outputs and taps of w[k] g[u + (K-1-k) d], u from -P when grad_history is wanted;
-// grad_weight[k] = sum over b, t of g[t] x[t - (K-1-k) d]. g [B, O, T]. A thread owns its channels over the whole batch.
+// grad_weight[k] = sum over b, t of g[t] x[t - (K-1-k) d]. g [B, O, T]. A thread owns its channels over the whole
+// batch.
 template <typename T>
 inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
   const ConvShape& s = p.shape;

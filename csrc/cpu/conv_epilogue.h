@@ -1,5 +1,5 @@
-// What surrounds the convolution's product, row by row: y = relu?(residual + dropout(activation(v))), v = conv + bias, and
-// the gradient of v from that of y. The derivative of the activation a comes from the least that tells it:
+// What surrounds the convolution's product, row by row: y = relu?(residual + dropout(activation(v))), v = conv + bias,
+// and the gradient of v from that of y. The derivative of the activation a comes from the least that tells it:
 //
 //   a           saved by the forward                          derivative
 //   none        nothing                                       1
@@ -74,7 +74,9 @@ struct RowDropout {
   }
 };
 
-inline double dropout_scale(const ConvEpilogue& epilogue) { return epilogue.dropout < 1 ? 1 / (1 - epilogue.dropout) : 0; }
+inline double dropout_scale(const ConvEpilogue& epilogue) {
+  return epilogue.dropout < 1 ? 1 / (1 - epilogue.dropout) : 0;
+}
 
 template <typename T, Activation kind>
 SEQACCEL_INLINE Vec<T> activate(Vec<T> v) {
@@ -92,9 +94,11 @@ SEQACCEL_INLINE Vec<T> activate(Vec<T> v) {
   }
 }
 
-// acc holds conv for channel `channel` and n time steps from t on of sequence b; it may be read up to a whole vector past n.
+// acc holds conv for channel `channel` and n time steps from t on of sequence b; it may be read up to a whole vector
+// past n.
 template <typename T, Activation kind>
-inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
+                          const T* acc) {
   const ptrdiff_t row = b * p.shape.out_channels + channel;
   const ptrdiff_t offset = row * p.shape.length + t;
   const T bias = p.bias ? p.bias[channel] : T(0);
@@ -123,7 +127,8 @@ inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t 
 }
 
 template <typename T>
-inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
+                       const T* acc) {
   switch (p.epilogue.activation) {
     case Activation::relu:
       return finish_row_of<T, Activation::relu>(p, channel, b, t, n, acc);

@@ -5,14 +5,15 @@
 //   weight     dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]
 //
 // All three run on one register tile, kRows x kVectors vectors: rows are broadcast, columns are vectors.
-// forward and data: rows are output channels (W in its own layout; for data, transposed once a call), columns are time steps of
-// the flattened batch. The columns' operand is copied into a panel [taps of channels, columns] that stays in the caches; the copy
-// shifts, pads, takes the history in, and is used by every output channel (it costs 1 / (4 channels) of the product).
-// weight: rows are (c, k), read from x where it lies; columns are output channels, the operand is g transposed by blocks. Partial
-// sums are kept a thread and added in the order of the threads: the result depends on the number of threads, not on timing.
+// forward and data: rows are output channels (W in its own layout; for data, transposed once a call), columns are time
+// steps of the flattened batch. The columns' operand is copied into a panel [taps of channels, columns] that stays in
+// the caches; the copy shifts, pads, takes the history in, and is used by every output channel (it costs 1 / (4
+// channels) of the product). weight: rows are (c, k), read from x where it lies; columns are output channels, the
+// operand is g transposed by blocks. Partial sums are kept a thread and added in the order of the threads: the result
+// depends on the number of threads, not on timing.
 //
-// 6 x 4 of 32 registers (6 x 2 of 16) keeps 24 (12) independent sums, more than latency times throughput needs, and divides the
-// usual lengths and channel counts: four vectors are 64 columns.
+// 6 x 4 of 32 registers (6 x 2 of 16) keeps 24 (12) independent sums, more than latency times throughput needs, and
+// divides the usual lengths and channel counts: four vectors are 64 columns.
 #pragma once
 
 #include "conv.h"
@@ -29,24 +30,33 @@ constexpr int kVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 template <typename T>
 constexpr ptrdiff_t kColumns = kVectors * Lanes<T>;
 constexpr ptrdiff_t kDepth = 256;       // rows of a panel: 64 KB, a sixteenth of the second-level cache
-constexpr ptrdiff_t kWeightSteps = 128;  // time steps a weight-gradient tile runs over
-constexpr ptrdiff_t kFewColumns = 8;     // up to here columns are dot products with the weight's rows, and nothing is packed
+constexpr ptrdiff_t kFlush = 48;        // terms summed in a register
+constexpr ptrdiff_t kWeightSteps = 96;  // time steps a weight-gradient tile runs over
+constexpr ptrdiff_t kFewColumns =
+    8;  // up to here columns are dot products with the weight's rows, and nothing is packed
 
 inline ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
-// out[MR, NV vectors] (+)= A[MR, depth] * panel[depth, NV vectors]
+// out[MR, NV vectors] (+)= A[MR, depth] * panel[depth, NV vectors]. A sum of n terms in one register is off by about
+// sqrt(n) roundings; flushing it to memory every kFlush terms keeps the error near that of the sums of torch's
+// operator.
 template <typename T, int MR, int NV>
-void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T* out, ptrdiff_t out_stride, bool accumulate) {
-  Vec<T> acc[MR][NV] = {};
-  tile_multiply<T, MR, NV>(acc, a, a_stride, panel, depth);
+void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T* out, ptrdiff_t out_stride,
+              bool accumulate) {
+  const ptrdiff_t blocks = larger(1, ceil_div(depth, kFlush));
+  for (ptrdiff_t block = 0; block < blocks; ++block) {
+    const ptrdiff_t k = depth * block / blocks, n = depth * (block + 1) / blocks - k;
+    Vec<T> acc[MR][NV] = {};
+    tile_multiply<T, MR, NV>(acc, a + k, a_stride, panel + k * NV * Lanes<T>, n);
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      T* to = out + m * out_stride + v * Lanes<T>;
-      store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
+      for (int v = 0; v < NV; ++v) {
+        T* to = out + m * out_stride + v * Lanes<T>;
+        store(to, accumulate || block ? load(to) + acc[m][v] : acc[m][v]);
+      }
     }
   }
 }
@@ -169,7 +179,8 @@ inline void dot_rows(const T* a, ptrdiff_t rows, ptrdiff_t depth, const T* colum
   for (; m < rows; ++m) dot_tile<T, 1, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
 }
 
-// emit(channel, b, t, n, values) for every run of finished columns. Called by the whole team; scratch is the thread's own.
+// emit(channel, b, t, n, values) for every run of finished columns. Called by the whole team; scratch is the thread's
+// own.
 template <typename T, typename Emit>
 inline void run_product(const Product<T>& p, T* scratch, const Emit& emit) {
   const ptrdiff_t depth = p.depth(), steps = p.steps(), columns = p.batch * steps, team = omp_get_num_threads();
@@ -243,16 +254,16 @@ inline void run_product(const Product<T>& p, T* scratch, const Emit& emit) {
       }
       for (ptrdiff_t block = first_block; block < last_block; ++block) {
         const ptrdiff_t row = blocks.begin(block), end = blocks.begin(block + 1);
-        multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, out + (row - first_row) * kColumns<T>,
-                                             kColumns<T>, r0 > 0);
+        multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep,
+                                             out + (row - first_row) * kColumns<T>, kColumns<T>, r0 > 0);
         if (r0 + deep == depth) emit_rows(row, end);
       }
     }
   }
 }
 
-// In-register transposition of a square of vectors: after the stage of distance h, lane l of r[i] is what lane l ^ h of r[i ^ h]
-// was where bit h of i and l differ.
+// In-register transposition of a square of vectors: after the stage of distance h, lane l of r[i] is what lane l ^ h of
+// r[i ^ h] was where bit h of i and l differ.
 template <typename T>
 SEQACCEL_INLINE void transpose_square(Vec<T> (&r)[Lanes<T>]) {
   constexpr int L = Lanes<T>;
@@ -275,7 +286,8 @@ SEQACCEL_INLINE void transpose_square(Vec<T> (&r)[Lanes<T>]) {
 
 // out[t, j] = rows[j * stride + t], t < steps, j < width; rows past `count` repeat the last (their sums are not used).
 template <typename T>
-inline void transpose_panel(const T* rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t width, T* out) {
+inline void transpose_panel(const T* rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t width,
+                            T* out) {
   constexpr ptrdiff_t L = Lanes<T>;
   for (ptrdiff_t t = 0; t < steps; t += L) {
     const int m = int(smaller(L, steps - t));
@@ -308,8 +320,8 @@ struct WeightPanels {
 };
 
 template <typename T>
-inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const T* g, ptrdiff_t b, ptrdiff_t begin,
-                                ptrdiff_t end, T* panel, T* partial) {
+inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const T* g, ptrdiff_t b,
+                                ptrdiff_t begin, ptrdiff_t end, T* panel, T* partial) {
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
   const WeightPanels<T> panels(O);
   const RowBlocks blocks(C);
@@ -318,8 +330,8 @@ inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history
     const T* hg = history ? history + (b * s.in_channels + group * C) * context : nullptr;
     for (ptrdiff_t j = 0; j < panels.count; ++j) {
       const ptrdiff_t width = panels.width(j), first = j * kColumns<T>;
-      transpose_panel<T>(g + (b * s.out_channels + group * O + first) * s.length + begin, s.length, O - first, end - begin, width,
-                         panel);
+      transpose_panel<T>(g + (b * s.out_channels + group * O + first) * s.length + begin, s.length, O - first,
+                         end - begin, width, panel);
       T* sums = partial + (group * panels.padded + first) * K * C;
       for (ptrdiff_t block = 0; block < blocks.count; ++block) {
         const ptrdiff_t c = blocks.begin(block), rows = blocks.begin(block + 1) - c;
@@ -329,7 +341,8 @@ inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history
           const ptrdiff_t middle = smaller(larger(begin, shift), end);  // x from here on, the history before
           T* to = sums + (k * C + c) * width;
           if (middle < end) {
-            multiply(xg + c * s.length + middle - shift, s.length, panel + (middle - begin) * width, end - middle, to, width, true);
+            multiply(xg + c * s.length + middle - shift, s.length, panel + (middle - begin) * width, end - middle, to,
+                     width, true);
           }
           if (hg && begin < middle) {
             multiply(hg + c * context + context + begin - shift, context, panel, middle - begin, to, width, true);
@@ -352,7 +365,8 @@ struct Workspace {
 
 template <typename T>
 size_t forward_workspace_of(const ConvShape& s, int threads) {
-  const ptrdiff_t each = s.depthwise() ? depthwise_scratch(s) : product_scratch<T>(s.group_out(), s.group_in() * s.kernel_size);
+  const ptrdiff_t each =
+      s.depthwise() ? depthwise_scratch(s) : product_scratch<T>(s.group_out(), s.group_in() * s.kernel_size);
   return size_t(threads) * ceil_div(each * sizeof(T), 64) * 64;
 }
 
@@ -379,11 +393,11 @@ template <typename T>
 void forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
   if (s.depthwise()) return depthwise_forward(p, static_cast<T*>(p.workspace));
-  const Product<T> product = {p.weight,       {p.x, p.history, s.in_channels, s.length, s.context()},
-                              s.batch,        s.groups,
-                              s.group_out(),  s.group_in(),
-                              s.kernel_size,  s.dilation,
-                              /*first=*/0,    /*direction=*/-1};
+  const Product<T> product = {p.weight,      {p.x, p.history, s.in_channels, s.length, s.context()},
+                              s.batch,       s.groups,
+                              s.group_out(), s.group_in(),
+                              s.kernel_size, s.dilation,
+                              /*first=*/0,   /*direction=*/-1};
   const ptrdiff_t size = ceil_div(product_scratch<T>(product.rows, product.depth()) * ptrdiff_t(sizeof(T)), 64) * 64;
 #pragma omp parallel num_threads(p.threads)
   {
@@ -441,11 +455,16 @@ void backward(const ConvBackward<T>& p) {
     if (!s.depthwise()) {
       T* const scratch = scratches + me * (sizes.scratch + 16) / 16 * 16;
       if (wants_data) {
-        const Product<T> product = {transposed, {g, nullptr, s.out_channels, s.length, 0},
-                                    s.batch,    s.groups,
-                                    C,          O,
-                                    K,          s.dilation,
-                                    p.grad_history ? -context : 0, /*direction=*/1};
+        const Product<T> product = {transposed,
+                                    {g, nullptr, s.out_channels, s.length, 0},
+                                    s.batch,
+                                    s.groups,
+                                    C,
+                                    O,
+                                    K,
+                                    s.dilation,
+                                    p.grad_history ? -context : 0,
+                                    /*direction=*/1};
         run_product(product, scratch, [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
           const ptrdiff_t row = b * s.in_channels + channel, before = t < 0 ? smaller(n, -t) : 0;
           if (before) memcpy(p.grad_history + (row + 1) * context + t, acc, before * sizeof(T));
@@ -465,7 +484,8 @@ void backward(const ConvBackward<T>& p) {
         const ptrdiff_t items = s.batch * chunks;
         for (ptrdiff_t item = items * me / team; item < items * (me + 1) / team; ++item) {
           const ptrdiff_t begin = item % chunks * kWeightSteps;
-          add_weight_gradient(s, p.x, p.history, g, item / chunks, begin, smaller(begin + kWeightSteps, s.length), scratch, partial);
+          add_weight_gradient(s, p.x, p.history, g, item / chunks, begin, smaller(begin + kWeightSteps, s.length),
+                              scratch, partial);
         }
 #pragma omp barrier
         const WeightPanels<T> panels(O);
@@ -477,7 +497,8 @@ void backward(const ConvBackward<T>& p) {
           for (ptrdiff_t c = 0; c < C; ++c) {
             for (ptrdiff_t k = 0; k < K; ++k) {
               T sum = 0;
-              for (ptrdiff_t thread = 0; thread < team; ++thread) sum += from[thread * sizes.partial + (k * C + c) * width];
+              for (ptrdiff_t thread = 0; thread < team; ++thread)
+                sum += from[thread * sizes.partial + (k * C + c) * width];
               p.grad_weight[(row * C + c) * K + k] = sum;
             }
           }
@@ -493,12 +514,13 @@ inline size_t forward_workspace(const ConvShape& s, size_t element, int threads)
 }
 
 inline size_t backward_workspace(const ConvShape& s, size_t element, int threads) {
-  return element == sizeof(float) ? backward_workspace_of<float>(s, threads) : backward_workspace_of<double>(s, threads);
+  return element == sizeof(float) ? backward_workspace_of<float>(s, threads)
+                                  : backward_workspace_of<double>(s, threads);
 }
 
 extern const ConvKernels conv_kernels;
-const ConvKernels conv_kernels = {forward_workspace, backward_workspace, forward<float>, forward<double>, backward<float>,
-                                  backward<double>};
+const ConvKernels conv_kernels = {forward_workspace, backward_workspace, forward<float>,
+                                  forward<double>,   backward<float>,    backward<double>};
 
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel

@@ -45,11 +45,7 @@ def _forward_fake(
     save,
 ):
     shape = (x.shape[0], weight.shape[0], x.shape[2])
-    kind = (
-        _saved_kind(activation, relu, dropout, residual is not None)
-        if save
-        else "nothing"
-    )
+    kind = _saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
     saved = x.new_empty(
         (0,) if kind == "nothing" else shape,
         dtype=torch.uint8 if kind == "active" else x.dtype,
@@ -82,9 +78,7 @@ def _backward_fake(
         grad_y.shape,
         (*x.shape[:2], context),
     )
-    return tuple(
-        x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes)
-    )
+    return tuple(x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes))
 
 
 if _extension.cpp_error is None:
@@ -139,9 +133,7 @@ class _CausalConv1d(torch.autograd.Function):
         )
         kind = _saved_kind(activation, relu, dropout, residual is not None)
         needs_y = relu or (activation != "none" and kind == "nothing")
-        ctx.save_for_backward(
-            x, weight, bias, residual, history, seed, y if needs_y else None, saved
-        )
+        ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
         ctx.options = (dilation, groups, activation, relu, dropout)
         ctx.backend = backend
         return y
@@ -174,9 +166,7 @@ class _CausalConv1d(torch.autograd.Function):
             return (*grads, *[None] * 7)
         # Without a relu around it the residual's gradient is that of y.
         own_residual = needs[3] and relu
-        wants = sum(
-            1 << i for i, need in enumerate(needs) if need and (i != 3 or own_residual)
-        )
+        wants = sum(1 << i for i, need in enumerate(needs) if need and (i != 3 or own_residual))
         _, backward = _operators(ctx.backend)
         grads = backward(
             grad_y,
@@ -195,9 +185,7 @@ class _CausalConv1d(torch.autograd.Function):
             residual is not None,
             wants,
         )
-        grads = [
-            grad if need else None for grad, need in zip(grads, needs, strict=True)
-        ]
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if needs[3] and not relu:
             grads[3] = grad_y
         return (*grads, *[None] * 7)
@@ -225,37 +213,25 @@ def _check(
     }
     for argument, t in tensors.items():
         if t is not None and not isinstance(t, Tensor):
-            raise TypeError(
-                f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}"
-            )
+            raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}")
     if not x.is_floating_point():
-        raise TypeError(
-            f"{name}: expected x to have a floating point dtype, but got {x.dtype}"
-        )
+        raise TypeError(f"{name}: expected x to have a floating point dtype, but got {x.dtype}")
     for argument, t in tensors.items():
         if t is None:
             continue
         if t.dtype != x.dtype:
-            raise RuntimeError(
-                f"{name}: expected {argument} to have the dtype of x, {x.dtype}, but got {t.dtype}"
-            )
+            raise RuntimeError(f"{name}: expected {argument} to have the dtype of x, {x.dtype}, but got {t.dtype}")
         if t.device != x.device:
             raise RuntimeError(
                 f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} and x on {x.device}"
             )
     for argument, value in (("dilation", dilation), ("groups", groups)):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-            raise TypeError(
-                f"{name}(): argument '{argument}' must be int, not {type(value).__name__}"
-            )
+            raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}")
         if value < 1:
-            raise ValueError(
-                f"{name}: expected {argument} to be positive, but got {value}"
-            )
+            raise ValueError(f"{name}: expected {argument} to be positive, but got {value}")
     if x.dim() != 3:
-        raise ValueError(
-            f"{name}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[2] < 1:
         raise ValueError(
             f"{name}: expected weight to be 3D (O, C / groups, K) with K >= 1, but got a tensor of size {list(weight.shape)}"
@@ -279,34 +255,22 @@ def _check(
     for argument, shape in shapes.items():
         t = tensors[argument]
         if t is not None and t.shape != shape:
-            raise ValueError(
-                f"{name}: expected {argument} to have shape {tuple(shape)}, but got {tuple(t.shape)}"
-            )
+            raise ValueError(f"{name}: expected {argument} to have shape {tuple(shape)}, but got {tuple(t.shape)}")
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{name}: expected activation to be one of {ACTIVATIONS}, but got {activation!r}"
-        )
+        raise ValueError(f"{name}: expected activation to be one of {ACTIVATIONS}, but got {activation!r}")
     if output_activation not in (None, "relu"):
-        raise ValueError(
-            f"{name}: expected output_activation to be None or 'relu', but got {output_activation!r}"
-        )
+        raise ValueError(f"{name}: expected output_activation to be None or 'relu', but got {output_activation!r}")
     if not 0 <= dropout <= 1:
-        raise ValueError(
-            f"dropout probability has to be between 0 and 1, but got {dropout}"
-        )
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
 
 
-def _torch_conv(
-    x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout
-) -> Tensor:
+def _torch_conv(x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout) -> Tensor:
     """The same from torch's own operators (``F.conv1d``); dropout draws its mask as torch does."""
     context = (weight.shape[2] - 1) * dilation
-    if x.numel() == 0:  # F.conv1d refuses an output of length 0
+    if x.numel() == 0 or weight.numel() == 0:  # F.conv1d refuses these
         y = reference.causal_conv1d(x, weight, bias, dilation=dilation, groups=groups)
     else:
-        padded = (
-            F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
-        )
+        padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
         y = F.conv1d(padded, weight, bias, dilation=dilation, groups=groups)
     if activation is not None:
         y = reference.ACTIVATIONS[activation](y)
@@ -380,9 +344,7 @@ def causal_conv1d(
         residual,
         history,
     )
-    x, weight, bias, residual, history = _common.autocast(
-        x, weight, bias, residual, history
-    )
+    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, history)
     relu = output_activation == "relu"
     options = {
         "dilation": dilation,
@@ -394,29 +356,18 @@ def causal_conv1d(
     backend = backends.choose("causal_conv1d", x, BACKENDS)
     if backend == "torch":
         return _torch_conv(x, weight, bias, residual, history, **options)
-    seed = (
-        torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device)
-        if dropout > 0
-        else None
-    )
+    seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference" or _common.transforms_active():
-        return reference.causal_conv1d(
-            x, weight, bias, residual, history, seed, **options
-        )
+        return reference.causal_conv1d(x, weight, bias, residual, history, seed, **options)
     dtype = x.dtype
     if backend == "cpp":
         to = _common.compute_dtype(dtype)
         x, weight, bias, residual, history = (
-            None if t is None else t.to(to)
-            for t in (x, weight, bias, residual, history)
+            None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
         )
     arguments = (dilation, groups, activation or "none", relu, float(dropout))
     if _common.needs_grad(x, weight, bias, residual, history):
-        y = _CausalConv1d.apply(
-            x, weight, bias, residual, history, seed, backend, *arguments
-        )
+        y = _CausalConv1d.apply(x, weight, bias, residual, history, seed, backend, *arguments)
     else:
-        y, _ = _operators(backend)[0](
-            x, weight, bias, residual, history, seed, *arguments, False
-        )
+        y, _ = _operators(backend)[0](x, weight, bias, residual, history, seed, *arguments, False)
     return y.to(dtype)

@@ -78,28 +78,18 @@ class CausalConv1d(Streaming, nn.Module):
             out_channels,
             groups,
         )
-        self.kernel_size = (
-            kernel_size if isinstance(kernel_size, int) else kernel_size[0]
-        )
+        self.kernel_size = kernel_size if isinstance(kernel_size, int) else kernel_size[0]
         self.dilation = dilation if isinstance(dilation, int) else dilation[0]
         self.activation = activation
         for name in ("groups", "kernel_size", "dilation"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be a positive integer, but got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name} must be a positive integer, but got {getattr(self, name)}")
         if in_channels % groups:
-            raise ValueError(
-                f"in_channels must be divisible by groups, but got {in_channels} and {groups}"
-            )
+            raise ValueError(f"in_channels must be divisible by groups, but got {in_channels} and {groups}")
         if out_channels % groups:
-            raise ValueError(
-                f"out_channels must be divisible by groups, but got {out_channels} and {groups}"
-            )
+            raise ValueError(f"out_channels must be divisible by groups, but got {out_channels} and {groups}")
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {ACTIVATIONS}, but got {activation!r}"
-            )
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
         self.weight = nn.Parameter(
             torch.empty(
                 out_channels,
@@ -110,9 +100,7 @@ class CausalConv1d(Streaming, nn.Module):
             )
         )
         if bias:
-            self.bias = nn.Parameter(
-                torch.empty(out_channels, device=device, dtype=dtype)
-            )
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -193,9 +181,7 @@ class CausalConv1d(Streaming, nn.Module):
         return y.squeeze(-1), state
 
     def extra_repr(self) -> str:
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        )
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         if self.dilation != 1:
             text += f", dilation={self.dilation}"
         if self.groups != 1:
@@ -243,12 +229,8 @@ class TemporalBlock(Streaming, nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        self.conv1 = weight_norm(
-            CausalConv1d(in_channels, out_channels, kernel_size, **options)
-        )
-        self.conv2 = weight_norm(
-            CausalConv1d(out_channels, out_channels, kernel_size, **options)
-        )
+        self.conv1 = weight_norm(CausalConv1d(in_channels, out_channels, kernel_size, **options))
+        self.conv2 = weight_norm(CausalConv1d(out_channels, out_channels, kernel_size, **options))
         self.downsample = (
             CausalConv1d(in_channels, out_channels, 1, device=device, dtype=dtype)
             if in_channels != out_channels
@@ -273,9 +255,7 @@ class TemporalBlock(Streaming, nn.Module):
         """x (B, C, T): y (B, O, T)."""
         return self._run(x, None, None)[1]
 
-    def _run(
-        self, x: Tensor, history1: Tensor | None, history2: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, history1: Tensor | None, history2: Tensor | None) -> tuple[Tensor, Tensor]:
         dropout = self.dropout if self.training else 0.0
         z = self.conv1(x, dropout=dropout, history=history1)
         residual = x if self.downsample is None else self.downsample(x)
@@ -362,9 +342,7 @@ class TCN(Streaming, nn.Module):
         if not num_channels:
             raise ValueError("num_channels must not be empty")
         if not 0 <= dropout <= 1:
-            raise ValueError(
-                f"dropout probability has to be between 0 and 1, but got {dropout}"
-            )
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         self.num_inputs, self.num_channels, self.kernel_size, self.dropout = (
             num_inputs,
             num_channels,
@@ -374,18 +352,14 @@ class TCN(Streaming, nn.Module):
         widths = [num_inputs, *num_channels]
         self.network = nn.Sequential(
             *(
-                TemporalBlock(
-                    widths[i], widths[i + 1], kernel_size, 2**i, dropout, device, dtype
-                )
+                TemporalBlock(widths[i], widths[i + 1], kernel_size, 2**i, dropout, device, dtype)
                 for i in range(len(num_channels))
             )
         )
 
     @property
     def receptive_field(self) -> int:
-        return 1 + 2 * sum(
-            (self.kernel_size - 1) * 2**i for i in range(len(self.num_channels))
-        )
+        return 1 + 2 * sum((self.kernel_size - 1) * 2**i for i in range(len(self.num_channels)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, num_inputs, T): y (B, num_channels[-1], T)."""
@@ -399,10 +373,7 @@ class TCN(Streaming, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> State:
         """A tuple of the blocks' states, all zeros."""
-        return tuple(
-            block.init_state(batch_size, device=device, dtype=dtype)
-            for block in self.network
-        )
+        return tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.network)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, num_inputs, T): y (B, num_channels[-1], T) and the state after it."""

@@ -82,9 +82,7 @@ def causal_conv1d(
         y = ACTIVATIONS[activation](y)
     if dropout > 0:
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
-        y = torch.where(
-            dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0
-        )
+        y = torch.where(dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0)
     if residual is not None:
         y = y + residual
     return torch.relu(y) if relu else y

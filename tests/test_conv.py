@@ -1,0 +1,768 @@
+"""Dilated causal convolutions: the operator on every backend, CausalConv1d, TCN."""
+
+import copy
+import doctest
+import importlib
+import pickle
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from tolerances import assert_as_good_as, assert_close, error
+
+import seqaccel
+import seqaccel.functional as SF
+import seqaccel.nn as snn
+from seqaccel.functional.conv import ACTIVATIONS
+from seqaccel.reference import conv as reference
+
+ISAS = ["portable", "avx2", "avx512"]
+
+
+def usable(isa):
+    try:
+        with seqaccel.backends.isa(isa):
+            return True
+    except RuntimeError:
+        return False
+
+
+USABLE_ISAS = [isa for isa in ISAS if usable(isa)]
+
+# B, C, O, T, K, dilation, groups: every tail of a register tile, one to many panels, taps beyond the start, few columns.
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 3, 5, 7, 2, 1, 1),
+    (1, 7, 13, 64, 3, 2, 1),
+    (3, 17, 6, 129, 3, 40, 1),
+    (2, 65, 70, 151, 2, 3, 1),
+    (1, 130, 9, 33, 5, 8, 1),
+    (2, 6, 10, 100, 3, 5, 2),
+    (2, 12, 12, 700, 4, 3, 12),
+    (3, 5, 15, 40, 3, 30, 5),
+    (1, 40, 70, 3, 3, 1, 1),
+    (8, 20, 12, 1, 3, 2, 1),
+    (70, 4, 4, 2, 2, 1, 2),
+]
+REAL_SHAPES = [
+    (4, 96, 150, 640, 3, 16, 1),
+    (2, 64, 64, 1024, 3, 4, 1),
+    (2, 150, 150, 512, 6, 1, 1),
+    (2, 64, 64, 512, 4, 2, 4),
+    (2, 128, 128, 512, 4, 2, 128),
+]
+EPILOGUES = [
+    dict(),
+    dict(activation="relu"),
+    dict(activation="relu", residual=True, output_activation="relu"),
+    dict(activation="tanh", history=True),
+    dict(activation="sigmoid", residual=True),
+    dict(activation="silu", history=True, output_activation="relu"),
+]
+
+
+def inputs(shape, dtype=torch.float32, residual=False, history=False, bias=True):
+    """The tensors of a call by argument name, in float64's values rounded to ``dtype``."""
+    B, C, O, T, K, dilation, groups = shape
+    generator = torch.Generator().manual_seed(B + 10 * C + 100 * O + 1000 * T)
+    sizes = {"x": (B, C, T), "weight": (O, C // groups, K)}
+    if bias:
+        sizes["bias"] = (O,)
+    if residual:
+        sizes["residual"] = (B, O, T)
+    if history:
+        sizes["history"] = (B, C, (K - 1) * dilation)
+    tensors = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    tensors["weight"] /= max(1, C // groups * K) ** 0.5
+    return {name: t.to(dtype) for name, t in tensors.items()}
+
+
+def run(function, tensors, options, grad=None):
+    """Output and gradients of every tensor, for the gradient ``grad`` of the output."""
+    tensors = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    y = function(**tensors, **options)
+    if grad is None:
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(y, list(tensors.values()), grad.to(y.dtype), allow_unused=True, materialize_grads=True)
+    return {"y": y, **{f"grad of {name}": g for name, g in zip(tensors, grads, strict=True)}}
+
+
+def on(backend):
+    def function(**arguments):
+        with seqaccel.backend(backend):
+            return SF.causal_conv1d(**arguments)
+
+    return function
+
+
+def stock(x, weight, bias=None, residual=None, history=None, activation=None, output_activation=None, **options):
+    """The same from torch.nn.functional, independent of the package."""
+    context = (weight.shape[2] - 1) * options["dilation"]
+    y = F.conv1d(F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1), weight, bias, **options)
+    y = {None: lambda v: v, "relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu}[activation](y)
+    y = y if residual is None else y + residual
+    return F.relu(y) if output_activation == "relu" else y
+
+
+def case(shape, epilogue, dtype=torch.float32):
+    options = {k: v for k, v in epilogue.items() if not isinstance(v, bool)}
+    tensors = inputs(shape, dtype, **{k: v for k, v in epilogue.items() if isinstance(v, bool)})
+    return tensors, {"dilation": shape[5], "groups": shape[6], **options}
+
+
+def assert_accurate(ours, theirs, exact):
+    """Outputs and gradients within twice torch's own error; those of fewer than 4096 elements within the family's bound."""
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        if value.numel() >= 4096:
+            assert_as_good_as(value, theirs[name], exact[name], what=name)
+        else:
+            assert_close(value, exact[name], "conv", value.dtype, backward=name != "y", what=name)
+
+
+def assert_within_bound(ours, exact):
+    for name, value in ours.items():
+        assert_close(value, exact[name], "conv", value.dtype, backward=name != "y", what=f"{name} {tuple(value.shape)}")
+
+
+def identity(shape):
+    return "-".join(map(str, shape)) if isinstance(shape, tuple) else None
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_reference_is_torch(epilogue):
+    for shape in SHAPES:
+        tensors, options = case(shape, epilogue, torch.float64)
+        expected = run(stock, tensors, options)
+        for name, value in run(on("reference"), tensors, options).items():
+            assert error(value, expected[name]) < 1e-13, (shape, name)
+
+
+@pytest.mark.parametrize("isa", USABLE_ISAS)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_cpp_matches_reference(epilogue, isa, poison):
+    for shape in SHAPES:
+        tensors, options = case(shape, epilogue, torch.float64)
+        expected = run(on("reference"), tensors, options)
+        narrow = {name: t.float() for name, t in tensors.items()}
+        exact = run(on("reference"), {name: t.double() for name, t in narrow.items()}, options)
+        with seqaccel.backends.isa(isa):
+            for name, value in run(on("cpp"), tensors, options).items():
+                assert error(value, expected[name]) < 1e-13, (shape, name)
+            assert_within_bound(run(on("cpp"), narrow, options), exact)
+
+
+@pytest.mark.parametrize("epilogue", [EPILOGUES[0], EPILOGUES[2], EPILOGUES[3]], ids=str)
+@pytest.mark.parametrize("shape", REAL_SHAPES, ids=identity)
+def test_cpp_at_a_real_size_is_as_accurate_as_torch(shape, epilogue):
+    tensors, options = case(shape, epilogue)
+    exact = run(stock, {name: t.double() for name, t in tensors.items()}, options)
+    theirs = run(stock, tensors, options)
+    for isa in USABLE_ISAS:
+        with seqaccel.backends.isa(isa):
+            assert_accurate(run(on("cpp"), tensors, options), theirs, exact)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_triton_matches_reference(epilogue, poison):
+    for i in (1, 2, 6, 8, 10):
+        tensors, options = case(SHAPES[i], epilogue)
+        exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+        assert_within_bound(run(on("triton"), tensors, options), exact)
+
+
+def test_triton_at_a_real_size_is_as_accurate_as_torch():
+    tensors, options = case((1, 64, 64, 256, 3, 4, 1), EPILOGUES[2])
+    exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+    assert_accurate(run(on("triton"), tensors, options), run(stock, tensors, options), exact)
+
+
+def test_triton_configurations_compile_without_spills():
+    from offline import check_configurations
+
+    check_configurations("seqaccel.kernels.conv")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+@pytest.mark.parametrize("shape", REAL_SHAPES, ids=identity)
+def test_triton_on_a_gpu(shape, epilogue, dtype):
+    tensors, options = case(shape, epilogue, dtype)
+    tensors = {name: t.cuda() for name, t in tensors.items()}
+    exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+    assert_accurate(run(on("triton"), tensors, options), run(stock, tensors, options), exact)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_cpp_on_any_shape(data):
+    groups = data.draw(st.sampled_from([1, 1, 2, 3]))
+    shape = (
+        data.draw(st.integers(0, 4)),
+        groups * data.draw(st.integers(1, 20)),
+        groups * data.draw(st.integers(1, 20)),
+        data.draw(st.integers(0, 150)),
+        data.draw(st.integers(1, 6)),
+        data.draw(st.integers(1, 60)),
+        groups,
+    )
+    epilogue = dict(
+        activation=data.draw(st.sampled_from(ACTIVATIONS)),
+        output_activation=data.draw(st.sampled_from([None, "relu"])),
+        residual=data.draw(st.booleans()),
+        history=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+    )
+    tensors, options = case(shape, epilogue, torch.float64)
+    with seqaccel.backends.isa(data.draw(st.sampled_from(USABLE_ISAS))):
+        ours = run(on("cpp"), tensors, options)
+    for name, value in run(on("reference"), tensors, options).items():
+        assert error(ours[name], value) < 1e-13, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3, 2, 2), (1, 3, 6, 4, 2, 1, 3), (2, 2, 3, 9, 2, 3, 1)], ids=identity)
+def test_gradients_of_every_order(shape, backend):
+    tensors = inputs(shape, torch.float64, residual=True, history=True)
+    names = list(tensors)
+    values = [t.requires_grad_() for t in tensors.values()]
+    for activation in ACTIVATIONS:
+        for output_activation in (None, "relu"):
+
+            def function(*arguments, options=(activation, output_activation)):
+                torch.manual_seed(7)
+                return on(backend)(
+                    **dict(zip(names, arguments, strict=True)),
+                    dilation=shape[5],
+                    groups=shape[6],
+                    dropout=0.25,
+                    activation=options[0],
+                    output_activation=options[1],
+                )
+
+            assert torch.autograd.gradcheck(function, values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual", "history"])
+def test_one_gradient_alone(needed):
+    shape = (2, 6, 7, 30, 3, 4, 1)
+    tensors, options = case(shape, dict(activation="relu", residual=True, history=True))
+    everything = run(on("cpp"), tensors, options)
+    tensors[needed].requires_grad_()
+    y = on("cpp")(**tensors, **options)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    (found,) = torch.autograd.grad(y, tensors[needed], grad)
+    assert torch.equal(found, everything[f"grad of {needed}"])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_draws_the_mask_of_the_reference(p, activation, backend):
+    tensors, options = case((2, 5, 7, 45, 2, 3, 1), dict(activation=activation, residual=True))
+    results = []
+    for name in (backend, "reference"):
+        torch.manual_seed(11)
+        results.append(run(on(name), tensors, {**options, "dropout": p}))
+    for name, value in results[0].items():
+        assert error(value, results[1][name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_mask_is_bernoulli(p):
+    masks = torch.stack([reference.dropout_mask(torch.tensor([seed]), (4, 8, 4096), p) for seed in (0, 1, 2)]).double()
+    n, std = masks.numel(), (p * (1 - p)) ** 0.5
+    assert abs(masks.mean() - (1 - p)) < 5 * std / n**0.5
+    centred = (masks - (1 - p)) / std
+    for lag in (1, 2, 16, 1024):
+        assert abs((centred[..., lag:] * centred[..., :-lag]).mean()) < 5 / n**0.5, f"time steps {lag} apart"
+    rows = centred.flatten(0, 2)
+    between = (rows @ rows.T / rows.shape[1]).fill_diagonal_(0)  # seeds, batches and channels against each other
+    assert between.abs().max() < 6 / rows.shape[1] ** 0.5
+
+
+def test_dropout_follows_torchs_generator():
+    tensors, options = case((2, 5, 7, 45, 2, 3, 1), dict(activation="relu"))
+    first, second = (on("cpp")(**tensors, **options, dropout=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    again = on("cpp")(**tensors, **options, dropout=0.5)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_operators_pass_opcheck(backend, epilogue):
+    if backend == "triton":
+        import seqaccel.kernels.conv  # noqa: F401  registers the operators
+    suffix = "" if backend == "cpp" else "_triton"
+    forward = getattr(torch.ops.seqaccel, f"causal_conv1d_forward{suffix}").default
+    backward = getattr(torch.ops.seqaccel, f"causal_conv1d_backward{suffix}").default
+    tensors, options = case((2, 4, 6, 20, 3, 2, 2), epilogue)
+    relu = options.get("output_activation") == "relu"
+    activation = options.get("activation") or "none"
+    seed = torch.tensor([3])
+    # An interpreted Triton kernel cannot be traced.
+    tests = ("test_schema", "test_faketensor") if backend == "cpp" else ("test_schema",)
+    for dropout in (0.0, 0.5):
+        optional = [tensors.get(name) for name in ("x", "weight", "bias", "residual", "history")]
+        arguments = (*optional, seed, 2, 2, activation, relu, dropout, True)
+        torch.library.opcheck(forward, arguments, test_utils=tests)
+        y, saved = forward(*arguments)
+        for wants in (31, 5):
+            torch.library.opcheck(
+                backward,
+                (
+                    torch.randn_like(y), y, saved, tensors["x"], tensors["weight"], tensors.get("history"), seed,
+                    torch.randn_like(tensors["x"]), 2, 2, activation, relu, dropout, "residual" in tensors, wants,
+                ),
+                test_utils=tests,
+            )  # fmt: skip
+
+
+def test_operators_refuse_what_would_read_out_of_bounds():
+    forward, backward = torch.ops.seqaccel.causal_conv1d_forward, torch.ops.seqaccel.causal_conv1d_backward
+    x, w = torch.randn(2, 4, 9), torch.randn(6, 2, 3)
+    good = dict(x=x, weight=w, bias=None, residual=None, history=None, seed=None)
+    plain = (2, 2, "relu", False, 0.0, True)
+    y, saved = forward(*good.values(), *plain)
+    wrong = [
+        ("x", torch.randn(2, 4)),
+        ("x", x.half()),
+        ("weight", w.double()),
+        ("weight", torch.randn(6, 4, 3)),
+        ("weight", torch.randn(5, 2, 3)),
+        ("weight", torch.randn(6, 2, 0)),
+        ("bias", torch.randn(5)),
+        ("residual", torch.randn(2, 6, 8)),
+        ("history", torch.randn(2, 4, 3)),
+    ]
+    for name, value in wrong:
+        with pytest.raises(RuntimeError, match=name):
+            forward(*{**good, name: value}.values(), *plain)
+    for options in [(0, 2, "relu"), (2, 0, "relu"), (2, 3, "relu"), (1 << 60, 2, "relu"), (2, 2, "nosuch")]:
+        with pytest.raises(RuntimeError):
+            forward(*good.values(), *options, False, 0.0, True)
+    for dropout in (-0.1, 1.1, float("nan"), 0.5):  # 0.5: there is no seed
+        with pytest.raises(RuntimeError, match="dropout"):
+            forward(*good.values(), 2, 2, "relu", False, dropout, True)
+    rest = (None, None, 2, 2, "relu", False, 0.0, False, 31)
+    backward(y, y, saved, x, w, None, *rest)
+    for arguments in [
+        (y[..., :-1], y, saved, x, w, None),
+        (y, None, saved, x, w, None),
+        (y, y[:1], saved, x, w, None),
+        (y, y, saved, x, w, torch.randn(2, 4, 5)),
+    ]:
+        with pytest.raises(RuntimeError):
+            backward(*arguments, *rest)
+    with pytest.raises(RuntimeError, match="saved"):  # a residual's relu keeps bytes
+        backward(y, y, saved, x, w, None, *rest[:-2], True, 31)
+
+
+def test_errors_name_the_argument():
+    x, w = torch.randn(2, 4, 9), torch.randn(6, 4, 3)
+    for arguments, options, kind, message in [
+        (([1.0], w), {}, TypeError, "argument 'x' must be Tensor, not list"),
+        ((x.long(), w), {}, TypeError, "x to have a floating point dtype"),
+        ((x[0], w), {}, ValueError, "expected x to be 3D"),
+        ((x, w[0]), {}, ValueError, "expected weight to be 3D"),
+        ((x, w[..., :0]), {}, ValueError, "K >= 1"),
+        ((x, w.double()), {}, RuntimeError, "expected weight to have the dtype of x"),
+        ((x, w[:, :3]), {}, ValueError, r"expected x to have 3 channels, but got 4 channels instead"),
+        ((x, w[:5, :2]), {"groups": 2}, ValueError, "divisible by groups=2, but got 5"),
+        ((x, w, torch.randn(5)), {}, ValueError, r"expected bias to have shape \(6,\), but got \(5,\)"),
+        ((x, w), {"residual": x}, ValueError, r"expected residual to have shape \(2, 6, 9\)"),
+        ((x, w), {"history": x}, ValueError, r"expected history to have shape \(2, 4, 2\)"),
+        ((x, w), {"dilation": 0}, ValueError, "expected dilation to be positive, but got 0"),
+        ((x, w), {"groups": 1.0}, TypeError, "argument 'groups' must be int, not float"),
+        ((x, w), {"activation": "gelu"}, ValueError, "expected activation to be one of"),
+        ((x, w), {"output_activation": "tanh"}, ValueError, "expected output_activation to be"),
+        ((x, w), {"dropout": 1.5}, ValueError, "dropout probability has to be between 0 and 1, but got 1.5"),
+        ((x, w.to("meta")), {}, RuntimeError, "on the same device, but weight is on meta"),
+    ]:
+        with pytest.raises(kind, match=message):
+            SF.causal_conv1d(*arguments, **options)
+    with pytest.raises(RuntimeError, match="no backend 'cuda'"), seqaccel.backend("cuda"):
+        SF.causal_conv1d(x, w)
+    with pytest.raises(RuntimeError, match="float32, float16 and bfloat16"), seqaccel.backend("triton"):
+        SF.causal_conv1d(x.double(), w.double())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "torch"])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 6, 9, 3, 2, 1), (2, 4, 6, 0, 3, 2, 1), (2, 0, 6, 9, 3, 2, 1), (2, 4, 0, 9, 3, 2, 1)]
+)
+def test_empty(shape, backend):
+    tensors, options = case(shape, dict(activation="relu", residual=True, output_activation="relu"))
+    expected = run(on("reference"), tensors, options)
+    for name, value in run(on(backend), tensors, options).items():
+        assert value.shape == expected[name].shape
+        assert error(value, expected[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_any_layout(backend):
+    tensors, options = case((3, 6, 8, 21, 3, 2, 1), dict(activation="relu", residual=True, history=True))
+    expected = run(on("reference"), tensors, options)
+    strided = {
+        "x": tensors["x"].transpose(1, 2).contiguous().transpose(1, 2),
+        "weight": tensors["weight"].flip(0).flip(0).permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "bias": torch.stack([tensors["bias"], tensors["bias"]], 1)[:, 0],
+        "residual": tensors["residual"][:, :1].expand(3, 8, 21),
+        "history": tensors["history"].transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    tensors["residual"] = strided["residual"].contiguous()
+    expected = run(on("reference"), tensors, options)
+    y = on(backend)(**strided, **options)
+    assert error(y, expected["y"]) < 1e-6
+    strided["x"].requires_grad_()
+    grad = torch.ones(()).expand(3, 8, 21)
+    (found,) = torch.autograd.grad(on(backend)(**strided, **options), strided["x"], grad)
+    assert error(found, run(on("reference"), tensors, options, torch.ones(3, 8, 21))["grad of x"]) < 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_deterministic(threads):
+    tensors, options = case((5, 33, 40, 300, 3, 7, 1), dict(activation="relu", residual=True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = run(on("cpp"), tensors, options)
+        for _ in range(5):
+            for name, value in run(on("cpp"), tensors, options).items():
+                assert torch.equal(value, first[name]), name
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_and_infinity_pass_as_in_torch():
+    tensors, options = case((1, 3, 4, 40, 2, 3, 1), dict(activation="relu"))
+    tensors["x"][0, 0, 5], tensors["x"][0, 1, 20] = float("nan"), float("inf")
+    expected = run(stock, tensors, options)
+    found = run(on("cpp"), tensors, options)
+    for name in ("y", "grad of x"):
+        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, equal_nan=True), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    tensors, options = case((2, 20, 30, 50, 3, 2, 1), dict(activation="relu", residual=True), dtype)
+    exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+    for name, value in run(on("cpp"), tensors, options).items():
+        assert value.dtype == dtype
+        assert error(value, exact[name]) <= torch.finfo(dtype).eps, name
+
+
+def test_autocast():
+    conv = snn.CausalConv1d(8, 8, 3, activation="relu")
+    x = torch.randn(2, 8, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+    assert error(y, conv(x)) < 0.02
+
+
+def test_functorch():
+    conv = snn.CausalConv1d(4, 4, 3, activation="tanh")
+    parameters, x = dict(conv.named_parameters()), torch.randn(5, 2, 4, 9)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(conv, parameters, (x,)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(5):
+        conv.zero_grad()
+        loss(parameters, x[i]).backward()
+        assert torch.allclose(grads["weight"][i], conv.weight.grad, atol=1e-4)
+
+
+def test_torch_backend_is_torch():
+    for epilogue in EPILOGUES:
+        tensors, options = case(SHAPES[3], epilogue, torch.float64)
+        expected = run(stock, tensors, options)
+        for name, value in run(on("torch"), tensors, options).items():
+            assert error(value, expected[name]) < 1e-13, name
+
+
+def test_cpp_runs_no_operator_of_torchs():
+    tcn, x = snn.TCN(8, [16, 16], 3), torch.randn(2, 8, 100)
+    with torch.profiler.profile() as profile, seqaccel.backend("cpp"):
+        tcn(x).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "seqaccel::causal_conv1d_backward" in names
+    assert not [name for name in names if "conv" in name.lower() and not ("seqaccel" in name or "CausalConv1d" in name)]
+    assert not [name for name in names if "mkldnn" in name or name in ("aten::bmm", "aten::mm", "aten::addmm")]
+
+
+# --- modules ---
+
+
+def modules():
+    return {
+        "conv": snn.CausalConv1d(5, 6, 3, dilation=4, activation="relu"),
+        "grouped": snn.CausalConv1d(6, 12, 2, dilation=3, groups=6, bias=False),
+        "one tap": snn.CausalConv1d(5, 6, 1),
+        "tcn": snn.TCN(5, [7, 7, 4], 3),
+    }
+
+
+def width(module):
+    return module.num_inputs if isinstance(module, snn.TCN) else module.in_channels
+
+
+def test_causal_conv1d_is_conv1d():
+    torch.manual_seed(3)
+    theirs = nn.Conv1d(6, 8, 3, dilation=2, groups=2)
+    torch.manual_seed(3)
+    ours = snn.CausalConv1d(6, 8, (3,), dilation=(2,), groups=2)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 30)
+    expected = theirs(F.pad(x, (4, 0)))
+    assert torch.allclose(ours(x), expected, atol=1e-5)
+    assert torch.allclose(ours(x[0]), expected[0], atol=1e-5)
+    assert repr(ours) == "CausalConv1d(6, 8, kernel_size=3, dilation=2, groups=2)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(in_channels=5, groups=2), "in_channels must be divisible by groups"),
+        (dict(out_channels=5, groups=2), "out_channels must be divisible by groups"),
+        (dict(kernel_size=0), "kernel_size must be a positive integer"),
+        (dict(activation="gelu"), "activation must be one of"),
+    ],
+)
+def test_causal_conv1d_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        snn.CausalConv1d(**{**dict(in_channels=4, out_channels=4, kernel_size=3), **arguments})
+
+
+def test_weight_norm():
+    conv = nn.utils.parametrizations.weight_norm(snn.CausalConv1d(4, 6, 3))
+    plain = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3))
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 4, 12)
+    assert torch.allclose(conv(x), plain(F.pad(x, (2, 0))), atol=1e-6)
+
+
+class Chomp(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        return x[..., : -self.size].contiguous()
+
+
+class PeerBlock(nn.Module):
+    """A level of the public TCN from torch.nn: pads both sides, cuts the right one."""
+
+    def __init__(self, inputs, outputs, taps, dilation, dropout, weight_norm):
+        super().__init__()
+        padding = (taps - 1) * dilation
+        self.conv1 = weight_norm(nn.Conv1d(inputs, outputs, taps, padding=padding, dilation=dilation))
+        self.conv2 = weight_norm(nn.Conv1d(outputs, outputs, taps, padding=padding, dilation=dilation))
+        first = [self.conv1, Chomp(padding), nn.ReLU(), nn.Dropout(dropout)]
+        second = [self.conv2, Chomp(padding), nn.ReLU(), nn.Dropout(dropout)]
+        self.net = nn.Sequential(*first, *second)
+        self.downsample = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x):
+        return F.relu(self.net(x) + (x if self.downsample is None else self.downsample(x)))
+
+
+class Peer(nn.Module):
+    def __init__(self, inputs, channels, taps=2, dropout=0.2, weight_norm=nn.utils.weight_norm):
+        super().__init__()
+        widths = [inputs, *channels]
+        self.network = nn.Sequential(
+            *(PeerBlock(widths[i], widths[i + 1], taps, 2**i, dropout, weight_norm) for i in range(len(channels)))
+        )
+
+    def forward(self, x):
+        return self.network(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("style", ["old", "new", "removed"])
+@pytest.mark.parametrize("keys", ["all", "without duplicates", "only duplicates"])
+def test_tcn_loads_locuslab_checkpoints(style, keys):
+    new = nn.utils.parametrizations.weight_norm
+    peer = Peer(3, [5, 5, 7], 3, weight_norm=new if style == "new" else nn.utils.weight_norm)
+    for block in peer.network:
+        for conv in (block.conv1, block.conv2):
+            if style != "new":
+                nn.init.uniform_(conv.weight_g, 0.5, 1.5)
+            if style == "removed":
+                nn.utils.remove_weight_norm(conv)
+    state = peer.state_dict()
+    if keys == "without duplicates":
+        state = {k: v for k, v in state.items() if ".net." not in k}
+    elif keys == "only duplicates":
+        state = {k: v for k, v in state.items() if ".net." in k or "downsample" in k}
+    before = dict(state)
+    tcn = snn.TCN(3, [5, 5, 7], 3)
+    assert tcn.load_state_dict(state).missing_keys == []
+    assert dict(state) == before, "the caller's dictionary changed"
+    x = torch.randn(2, 3, 40)
+    grad = torch.randn(2, 7, 40)
+    ours, theirs = tcn.eval()(x), peer.eval()(x)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    ours.backward(grad)
+    theirs.backward(grad)
+    assert torch.allclose(tcn.network[0].conv1.bias.grad, peer.network[0].conv1.bias.grad, rtol=1e-4, atol=1e-4)
+    again = snn.TCN(3, [5, 5, 7], 3)
+    again.load_state_dict(tcn.state_dict())
+    assert torch.equal(again.eval()(x), ours)
+
+
+def test_tcn_inside_a_module_loads_and_reports_what_does_not_fit():
+    peer, tcn = nn.ModuleDict({"tcn": Peer(3, [4], 2)}), nn.ModuleDict({"tcn": snn.TCN(3, [4], 2)})
+    tcn.load_state_dict(peer.state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key.*tcn.network.0.conv3.weight"):
+        tcn.load_state_dict({**peer.state_dict(), "tcn.network.0.conv3.weight": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        snn.TCN(3, [5], 2).load_state_dict(peer["tcn"].state_dict())
+
+
+def test_tcn_starts_as_the_peer_does():
+    """In effect: conv1 and conv2 keep torch.nn.Conv1d's draw, the 1x1 convolution's weight is N(0, 0.01^2)."""
+    block = snn.TCN(64, [128], 4).network[0]
+    bound = (64 * 4) ** -0.5
+    weight = block.conv1.weight
+    assert weight.abs().max() <= bound * 1.001 and abs(weight.std() / (bound / 3**0.5) - 1) < 0.02
+    assert abs(block.downsample.weight.std() / 0.01 - 1) < 0.05
+    assert torch.allclose(
+        block.conv1.parametrizations.weight.original0.flatten(), weight.flatten(1).norm(dim=1), rtol=1e-5
+    )
+
+
+def test_tcn_is_causal_with_the_receptive_field_it_names():
+    tcn = snn.TCN(2, [6, 6, 6], 3).double().eval()
+    assert tcn.receptive_field == 1 + 2 * 2 * 7
+    x = torch.randn(1, 2, 80, dtype=torch.float64, requires_grad=True)
+    grad = torch.autograd.grad(tcn(x)[0, :, 60].abs().sum(), x)[0].abs().sum((0, 1))
+    assert grad[61:].eq(0).all() and grad[: 60 - tcn.receptive_field + 1].eq(0).all()
+
+
+def test_tcn_trains_with_dropout_as_torch_does_on_average():
+    tcn, x = snn.TCN(4, [16], 2, dropout=0.3), torch.randn(1, 4, 20)
+    block = tcn.network[0]
+    z = torch.stack([block.conv1(x, dropout=0.3) for _ in range(400)])
+    clean = block.conv1(x)
+    positive = clean > 0.05
+    assert ((z.mean(0) / clean)[positive].mean() - 1).abs() < 0.02
+    assert ((z == 0).float().mean(0)[positive].mean() - 0.3).abs() < 0.02
+    assert not torch.equal(tcn(x), tcn(x)) and torch.equal(tcn.eval()(x), tcn(x))
+
+
+@pytest.mark.parametrize("name", list(modules()))
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_chunking_gives_what_one_call_gives(name, data):
+    module = modules()[name].double().eval()
+    x = torch.randn(3, width(module), 40, dtype=torch.float64)
+    cuts = sorted(data.draw(st.lists(st.integers(0, 40), max_size=6)))
+    state, parts = module.init_state(3), []
+    for begin, end in zip([0, *cuts], [*cuts, 40], strict=True):
+        if end - begin == 1 and data.draw(st.booleans()):
+            y, state = module.step(x[..., begin], state)
+            parts.append(y.unsqueeze(-1))
+        else:
+            y, state = module.extend(x[..., begin:end], state)
+            parts.append(y)
+    assert torch.allclose(torch.cat(parts, -1), module(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_streams_are_independent(name, tmp_path):
+    module = modules()[name].double().eval()
+    x = torch.randn(4, width(module), 30, dtype=torch.float64)
+    with torch.no_grad():
+        _, state = module.extend(x[..., :10], module.init_state(4))
+    torch.save(state, tmp_path / "state.pt")
+    kept = copy.deepcopy(state)
+    state = module.reset(torch.load(tmp_path / "state.pt"), torch.tensor([False, True, False, True]))
+    y, _ = module.extend(x[..., 10:], state)
+    for stream, start in enumerate([0, 10, 0, 10]):
+        assert torch.allclose(y[stream], module(x[stream : stream + 1, :, start:])[0, :, 10 - start :], atol=1e-12)
+    chosen = torch.tensor([2, 0, 2])
+    y, _ = module.extend(x[chosen][..., 10:], module.select(kept, chosen))
+    assert torch.allclose(y, module(x)[chosen][..., 10:], atol=1e-12)
+
+
+def test_gradient_flows_through_the_state():
+    conv = snn.CausalConv1d(3, 4, 3, dilation=2, activation="tanh").double()
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    first, state = conv.extend(x[..., :5], conv.init_state(2))
+    second, _ = conv.extend(x[..., 5:], state)
+    (through,) = torch.autograd.grad(torch.cat([first, second], -1).square().sum(), x)
+    (whole,) = torch.autograd.grad(conv(x).square().sum(), x)
+    assert torch.allclose(through, whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_copies_pickles_and_dtypes(name):
+    module = modules()[name].eval()
+    x = torch.randn(2, width(module), 25)
+    expected = module(x)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)) if "tcn" not in name else copy.copy(module)):
+        assert torch.equal(twin(x), expected)
+    other = copy.deepcopy(module)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), expected)
+    assert error(copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16()), expected) < 0.05
+    assert error(copy.deepcopy(module).double()(x.double()), expected) < 1e-6
+    assert module.to("meta")(x.to("meta")).shape == expected.shape
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_compile_and_export(name):
+    torch._dynamo.reset()
+    module = modules()[name].eval()
+    x = torch.randn(2, width(module), 25)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("B"), 2: torch.export.Dim("T")},))
+    again = torch.randn(3, width(module), 31)
+    assert torch.allclose(exported.module()(again), module(again), atol=1e-6)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    grad = torch.randn_like(module(x))
+    results = []
+    for function in (module, compiled):
+        module.zero_grad()
+        y = function(x)
+        y.backward(grad)
+        results.append([y, *(p.grad for p in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    step = torch.compile(module.step, fullgraph=True, backend="aot_eager")
+    state = module.init_state(2)
+    assert torch.allclose(step(x[..., 0], state)[0], module.step(x[..., 0], state)[0], atol=1e-6)
+
+
+def test_compiled_training_runs_the_operators_with_inductor():
+    torch._dynamo.reset()
+    tcn, x = snn.TCN(3, [4, 4], 2, dropout=0.0), torch.randn(2, 3, 20)
+    tcn(x).sum().backward()
+    expected = [p.grad.clone() for p in tcn.parameters()]
+    tcn.zero_grad()
+    torch.compile(tcn, fullgraph=True)(x).sum().backward()
+    for p, grad in zip(tcn.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad, grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["seqaccel.functional.conv", "seqaccel.nn.conv"])
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    assert isinstance(module, types.ModuleType)
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
