@@ -1,15 +1,15 @@
 """Dilated causal convolution on a GPU (not yet run on one: ``auto`` does not choose it).
 
-An implicit matrix product, tap by tap: for tap k the operand is x shifted by ``s_k = (K-1-k) dilation``, so a tile of outputs
-[BO, BT] adds ``W_k [BO, BC] @ x[BC, BT at t - s_k]`` over channels and taps, and nothing is unfolded in memory.
+An implicit matrix product, tap by tap: for tap k the operand is x shifted by ``s_k = (K-1-k) dilation``, so a tile of
+outputs [BO, BT] adds ``W_k [BO, BC] @ x[BC, BT at t - s_k]`` over channels and taps, and nothing is unfolded in memory.
 
     forward   y[o, t]     = sum_{k,c} W[o, c, k] x[c, t - s_k]      then bias, activation, dropout, residual, relu
     data      dx[c, t]    = sum_{k,o} W[o, c, k] g[o, t + s_k]      the same kernel, direction +1, W transposed
     weight    dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]         partial sums over parts of the batch, added by torch
 
-The weight is permuted to [K, O, C] first, so that a tile of it is read in rows. Depthwise convolutions have kernels without a
-matrix product. A history is joined to x first; ``first`` is then where the outputs begin. Letters: o outputs, c channels,
-t time steps, k taps, B batch, G groups.
+The weight is permuted to [K, O, C] first, so that a tile of it is read in rows. Depthwise convolutions have kernels
+without a matrix product. A history is joined to x first; ``first`` is then where the outputs begin. Letters: o outputs,
+c channels, t time steps, k taps, B batch, G groups.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _finish(
     acc, channel, row, t, valid, p_bias, p_residual, p_seed, p_y, p_pre, p_active, L, threshold, scale,
     ACTIVATION: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Bias, activation, dropout, residual, relu; stores. ``channel`` and ``row`` are columns, ``t`` a row of indices."""
+    """Bias, activation, dropout, residual, relu; stores. ``channel`` and ``row`` are columns, ``t`` a row."""
     o_y = row * L + t
     v = acc
     if p_bias is not None:
@@ -189,7 +189,7 @@ def conv_depthwise_kernel(
     T, L, first, channels, rows, fan_in, fan_out, K, dilation, threshold, scale,
     DIRECTION: tl.constexpr, ACTIVATION: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """One row of outputs from ``fan_in`` rows of x; ``fan_out`` rows of outputs share them. weight [max(rows, channels), K]."""
+    """One row of outputs from ``fan_in`` rows of x, which ``fan_out`` rows share; weight [max(rows, channels), K]."""
     row = tl.program_id(0).to(tl.int64)
     i_b, channel = row // rows, row % rows
     o_t = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -210,7 +210,7 @@ def conv_depthwise_kernel(
 def conv_depthwise_weight_kernel(
     p_g, p_x, p_partial, B, T, S, channels, rows, fan_out, K, dilation, per_split, BT: tl.constexpr
 ):
-    """partial[i, o, k] = sum over the i-th part of the batch, and over t, of g[b, o, t] x[b, o // fan_out, S - T + t - s_k]."""
+    """partial[i, o, k] = sum over the i-th part of the batch, and t, of g[b, o, t] x[b, o // fan_out, S-T+t - s_k]."""
     row, k, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     steps = tl.cdiv(T, BT)
     acc = tl.zeros([BT], dtype=tl.float32)
@@ -292,7 +292,7 @@ def _product(
         return
     threshold = min(round(dropout * 2**32), 0xFFFFFFFF)
     shared = (dilation, threshold, _scale(dropout))
-    if group_channels == 1 and groups > 1 or rows == groups > 1:
+    if (group_channels == 1 and groups > 1) or rows == groups > 1:
         fan_in, fan_out = channels // groups, rows // groups
         wrap(conv_depthwise_kernel)[(batch * rows, triton.cdiv(steps, _STRIP))](
             x, weight, bias, residual, seed, y, pre, active,
@@ -320,7 +320,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def saved_kind(activation: str, relu: bool, dropout: float, has_residual: bool) -> str:
-    """What the forward keeps for the backward beside y: ``"nothing"``, ``"active"`` (bytes) or ``"pre"`` (conv + bias)."""
+    """What the forward keeps for the backward beside y: ``"nothing"``, ``"active"`` (bytes) or ``"pre"``."""
     if activation == "none":
         return "nothing"
     if activation == "relu":
@@ -376,7 +376,7 @@ def causal_conv1d_backward(
     has_residual: bool,
     wants: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty where not wanted."""
+    """As ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty if not wanted."""
     _check(x)
     grad_y, y, saved, x, weight, addend = _contiguous(grad_y, y, saved, x, weight, addend)
     batch, channels, length = x.shape
@@ -392,8 +392,8 @@ def causal_conv1d_backward(
         g = torch.empty_like(grad_y)
         if g.numel():
             wrap(conv_gradient_kernel)[(rows, triton.cdiv(length, _STRIP))](
-                grad_y, y, saved if kind == "pre" else None, saved if kind == "active" else None, seed, g, grad_residual,
-                length, min(round(dropout * 2**32), 0xFFFFFFFF), _scale(dropout),
+                grad_y, y, saved if kind == "pre" else None, saved if kind == "active" else None, seed, g,
+                grad_residual, length, min(round(dropout * 2**32), 0xFFFFFFFF), _scale(dropout),
                 ACTIVATION=activation, RELU=relu, DROPOUT=dropout > 0, BT=_STRIP, num_warps=4,
             )  # fmt: skip
 
@@ -418,8 +418,8 @@ def causal_conv1d_backward(
             partial = x.new_zeros((splits, outputs, taps), dtype=torch.float32)
             if g.numel():
                 wrap(conv_depthwise_weight_kernel)[(outputs, taps, splits)](
-                    g, seen, partial, batch, length, seen.shape[2], channels, outputs, outputs // channels, taps, dilation,
-                    per_split, BT=_STRIP, num_warps=4,
+                    g, seen, partial, batch, length, seen.shape[2], channels, outputs, outputs // channels, taps,
+                    dilation, per_split, BT=_STRIP, num_warps=4,
                 )  # fmt: skip
             grad_weight = partial.sum(0).view(weight.shape).to(x.dtype)
         else:
@@ -466,7 +466,7 @@ def _configurations() -> list[Configuration]:
             table.append(Configuration(conv_weight_kernel, weight, shape, warps, 2))
     p, block = "*fp32", {"BT": _STRIP}
     rows = dict.fromkeys(("T", "L", "first", "channels", "rows", "fan_in", "fan_out", "K", "dilation"), "i32")
-    tensors = {name: p for name in ("p_x", "p_weight", "p_bias", "p_residual", "p_y")}
+    tensors = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_y"), p)
     epilogue = {"ACTIVATION": "relu", "RELU": True, "DROPOUT": True}
     table.append(
         Configuration(

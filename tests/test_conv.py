@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from tolerances import assert_as_good_as, assert_close, error
+from torch import nn
 
 import seqaccel
 import seqaccel.functional as SF
@@ -33,7 +33,7 @@ def usable(isa):
 
 USABLE_ISAS = [isa for isa in ISAS if usable(isa)]
 
-# B, C, O, T, K, dilation, groups: every tail of a register tile, one to many panels, taps beyond the start, few columns.
+# B, C, O, T, K, dilation, groups: every tail of a register tile, many panels, taps beyond the start, few columns.
 SHAPES = [
     (1, 1, 1, 1, 1, 1, 1),
     (2, 3, 5, 7, 2, 1, 1),
@@ -115,7 +115,7 @@ def case(shape, epilogue, dtype=torch.float32):
 
 
 def assert_accurate(ours, theirs, exact):
-    """Outputs and gradients within twice torch's own error; those of fewer than 4096 elements within the family's bound."""
+    """Outputs and gradients within twice torch's own error; those of fewer than 4096 elements within the bound."""
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype
         if value.numel() >= 4096:
@@ -629,7 +629,7 @@ def test_tcn_loads_locuslab_checkpoints(style, keys):
 def test_tcn_inside_a_module_loads_and_reports_what_does_not_fit():
     peer, tcn = nn.ModuleDict({"tcn": Peer(3, [4], 2)}), nn.ModuleDict({"tcn": snn.TCN(3, [4], 2)})
     tcn.load_state_dict(peer.state_dict())
-    with pytest.raises(RuntimeError, match="Unexpected key.*tcn.network.0.conv3.weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*tcn\.network\.0\.conv3\.weight"):
         tcn.load_state_dict({**peer.state_dict(), "tcn.network.0.conv3.weight": torch.ones(1)})
     with pytest.raises(RuntimeError, match="size mismatch"):
         snn.TCN(3, [5], 2).load_state_dict(peer["tcn"].state_dict())

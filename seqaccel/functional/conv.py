@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -223,7 +225,8 @@ def _check(
             raise RuntimeError(f"{name}: expected {argument} to have the dtype of x, {x.dtype}, but got {t.dtype}")
         if t.device != x.device:
             raise RuntimeError(
-                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} and x on {x.device}"
+                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} "
+                f"and x on {x.device}"
             )
     for argument, value in (("dilation", dilation), ("groups", groups)):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
@@ -234,7 +237,8 @@ def _check(
         raise ValueError(f"{name}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[2] < 1:
         raise ValueError(
-            f"{name}: expected weight to be 3D (O, C / groups, K) with K >= 1, but got a tensor of size {list(weight.shape)}"
+            f"{name}: expected weight to be 3D (O, C / groups, K) with K >= 1, but got a tensor of size "
+            f"{list(weight.shape)}"
         )
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape
@@ -317,12 +321,13 @@ def causal_conv1d(
         y (B, O, T).
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message names it.
+        TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message says
+            which one.
 
-    Saved for the backward, beside x and the weight: y for relu, tanh and sigmoid; a byte an element for relu with a residual;
-    v for silu, and for tanh and sigmoid where y is not the activation. The dropout mask is recomputed from a seed that torch's
-    generator gives (on the ``torch`` backend it is ``F.dropout``'s). float16 and bfloat16 are computed in float32 on a CPU.
-    A backward that is itself differentiated runs on the reference.
+    Saved for the backward, beside x and the weight: y for relu, tanh and sigmoid; a byte an element for relu with a
+    residual; v for silu, and for tanh and sigmoid where y is not the activation. The dropout mask is recomputed from a
+    seed that torch's generator gives (on the ``torch`` backend it is ``F.dropout``'s). float16 and bfloat16 are computed
+    in float32 on a CPU. A backward that is itself differentiated runs on the reference.
 
     Source: van den Oord et al., WaveNet, 2016; Bai, Kolter, Koltun, 2018.
 
@@ -344,9 +349,9 @@ def causal_conv1d(
         residual,
         history,
     )
-    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, history)
+    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, history)  # type: ignore[assignment]
     relu = output_activation == "relu"
-    options = {
+    options: dict[str, Any] = {
         "dilation": dilation,
         "groups": groups,
         "activation": activation,
@@ -362,7 +367,7 @@ def causal_conv1d(
     dtype = x.dtype
     if backend == "cpp":
         to = _common.compute_dtype(dtype)
-        x, weight, bias, residual, history = (
+        x, weight, bias, residual, history = (  # type: ignore[assignment]
             None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
         )
     arguments = (dilation, groups, activation or "none", relu, float(dropout))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ __all__ = ["TCN", "CausalConv1d", "TemporalBlock"]
 
 
 def _next_history(history: Tensor, x: Tensor) -> Tensor:
-    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has. The result shares no memory with either."""
+    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has; shares no memory with them."""
     context, length = history.shape[-1], x.shape[-1]
     if length >= context:
         return x[..., length - context :].clone()
@@ -25,12 +25,13 @@ def _next_history(history: Tensor, x: Tensor) -> Tensor:
 
 
 class CausalConv1d(Streaming, nn.Module):
-    r"""Dilated causal 1-D convolution: :func:`seqaccel.functional.causal_conv1d` with the parameters of :class:`torch.nn.Conv1d`.
+    r"""Dilated causal 1-D convolution with the parameters of :class:`torch.nn.Conv1d`.
 
     .. math::
         y_{b,o,t} = \varphi\Bigl(b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,t-(K-1-k)d}\Bigr)
 
-    The output is as long as the input, and step t sees nothing after t. ``torch.nn.utils.parametrizations.weight_norm`` works on it.
+    The output is as long as the input, and step t sees nothing after t. The operator is
+    :func:`seqaccel.functional.causal_conv1d`. ``torch.nn.utils.parametrizations.weight_norm`` works on the module.
 
     Args:
         in_channels: C.
@@ -47,7 +48,8 @@ class CausalConv1d(Streaming, nn.Module):
         bias: (O,), likewise.
 
     Shape: x (B, C, T) or (C, T); output (B, O, T) or (O, T).
-    State of B streams: ``(history,)``, history (B, C, (K-1)·dilation). A step costs O(K·C·O/groups) and one copy of the history.
+    State of B streams: ``(history,)``, history (B, C, (K-1)·dilation). A step costs O(K·C·O/groups) and one copy of the
+    history.
 
     Example:
         >>> import torch, seqaccel.nn as snn
@@ -106,14 +108,14 @@ class CausalConv1d(Streaming, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the parameters as torch.nn.Conv1d does (through a parametrization of the weight, where there is one)."""
+        """Draws the parameters as torch.nn.Conv1d does, through the weight's parametrization where there is one."""
         weight = self.weight.detach()
         if weight.numel() == 0:
             return
         bound = (weight.shape[1] * self.kernel_size) ** -0.5
         nn.init.uniform_(weight, -bound, bound)
         if is_parametrized(self, "weight"):
-            self.weight = weight
+            self.weight = weight  # type: ignore[assignment]
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
@@ -200,8 +202,8 @@ class TemporalBlock(Streaming, nn.Module):
         z &= \mathrm{dropout}(\mathrm{relu}(W_1 * x + b_1)) \\
         y &= \mathrm{relu}(x' + \mathrm{dropout}(\mathrm{relu}(W_2 * z + b_2)))
 
-    with causal dilated convolutions, weights W = g·v/‖v‖ (the norm over each output channel), and x' = x, or its 1×1 convolution
-    ``downsample`` where the numbers of channels differ. Each line is one operator.
+    with causal dilated convolutions, weights W = g·v/‖v‖ (the norm over each output channel), and x' = x, or its 1×1
+    convolution ``downsample`` where the numbers of channels differ. Each line is one operator.
 
     Args:
         in_channels, out_channels: numbers of channels.
@@ -242,8 +244,8 @@ class TemporalBlock(Streaming, nn.Module):
     def reset_parameters(self) -> None:
         """Draws every parameter as torch.nn.Conv1d does, but the weight of ``downsample`` from N(0, 0.01²).
 
-        That is what locuslab's code does in effect: it overwrites ``conv1.weight`` and ``conv2.weight`` too, but those are
-        recomputed from g and v, which it leaves alone.
+        That is what locuslab's code does in effect: it overwrites ``conv1.weight`` and ``conv2.weight`` too, but those
+        are recomputed from g and v, which it leaves alone.
         """
         self.conv1.reset_parameters()
         self.conv2.reset_parameters()
@@ -296,9 +298,9 @@ class TemporalBlock(Streaming, nn.Module):
 class TCN(Streaming, nn.Module):
     r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i.
 
-    Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight norm
-    (``weight_g``, ``weight_v``) or torch's parametrizations, with or without its duplicates ``network.{i}.net.0.*`` (conv1) and
-    ``network.{i}.net.4.*`` (conv2).
+    Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight
+    norm (``weight_g``, ``weight_v``) or torch's parametrizations, with or without its duplicates
+    ``network.{i}.net.0.*`` (conv1) and ``network.{i}.net.4.*`` (conv2).
 
     Args:
         num_inputs: input channels.
@@ -309,7 +311,8 @@ class TCN(Streaming, nn.Module):
 
     Attributes:
         network: ``torch.nn.Sequential`` of the blocks. Parameters of level i: ``network.{i}.conv{1,2}.bias``,
-            ``network.{i}.conv{1,2}.parametrizations.weight.original{0,1}`` (g and v) and ``network.{i}.downsample.{weight,bias}``.
+            ``network.{i}.conv{1,2}.parametrizations.weight.original{0,1}`` (g and v) and
+            ``network.{i}.downsample.{weight,bias}``.
         receptive_field: time steps that an output sees, itself included.
 
     Shape: x (B, num_inputs, T); output (B, num_channels[-1], T).
@@ -358,6 +361,10 @@ class TCN(Streaming, nn.Module):
         )
 
     @property
+    def _blocks(self) -> list[TemporalBlock]:
+        return cast(list[TemporalBlock], list(self.network))
+
+    @property
     def receptive_field(self) -> int:
         return 1 + 2 * sum((self.kernel_size - 1) * 2**i for i in range(len(self.num_channels)))
 
@@ -373,12 +380,12 @@ class TCN(Streaming, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> State:
         """A tuple of the blocks' states, all zeros."""
-        return tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.network)
+        return tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self._blocks)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, num_inputs, T): y (B, num_channels[-1], T) and the state after it."""
         states = []
-        for block, block_state in zip(self.network, state, strict=True):
+        for block, block_state in zip(self._blocks, state, strict=True):
             x, block_state = block.extend(x, block_state)
             states.append(block_state)
         return x, tuple(states)
@@ -399,8 +406,8 @@ class TCN(Streaming, nn.Module):
 def convert_locuslab_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
     """Renames, in place, the keys of a locuslab ``TemporalConvNet`` to :class:`TCN`'s.
 
-    ``net.0`` is ``conv1`` and ``net.4`` is ``conv2``; ``weight_g`` and ``weight_v`` are the parametrization's ``original0`` and
-    ``original1``. A plain ``weight`` (weight norm removed) becomes v, and its norm g.
+    ``net.0`` is ``conv1`` and ``net.4`` is ``conv2``; ``weight_g`` and ``weight_v`` are the parametrization's
+    ``original0`` and ``original1``. A plain ``weight`` (weight norm removed) becomes v, and its norm g.
     """
     modules = {"conv1": "conv1", "conv2": "conv2", "net.0": "conv1", "net.4": "conv2"}
     weights = {"weight_g": "original0", "weight_v": "original1"}

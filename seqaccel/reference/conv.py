@@ -1,7 +1,7 @@
 """Dilated causal convolution.
 
-``v[b,o,t] = bias[o] + sum_{c,k} weight[o,c,k] * x[b,c,t - (K-1-k) dilation]``, where ``x`` before its start is ``history`` or zero;
-``y = relu?(residual + dropout(activation(v)))``.
+``v[b,o,t] = bias[o] + sum_{c,k} weight[o,c,k] * x[b,c,t - (K-1-k) dilation]``, where ``x`` before its start is
+``history`` or zero; ``y = relu?(residual + dropout(activation(v)))``.
 """
 
 import torch
@@ -29,7 +29,8 @@ def _logical_shift(z: Tensor, n: int) -> Tensor:
 def dropout_mask(seed: Tensor, shape: tuple[int, int, int], p: float) -> Tensor:
     """Which elements a dropout of probability ``p`` keeps: bool of ``shape`` (B, C, T).
 
-    A counter-based generator (``csrc/common/dropout.h``): element t of row r is kept when hash(t; key(seed, r)) >= round(p * 2**32).
+    A counter-based generator (``csrc/common/dropout.h``): element t of row r is kept when
+    hash(t; key(seed, r)) >= round(p * 2**32).
     """
     batch, channels, length = shape
     row = torch.arange(1, batch * channels + 1, device=seed.device)
@@ -61,26 +62,24 @@ def causal_conv1d(
     relu: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, O, T), history (B, C, (K-1)*dilation): y (B, O, T)."""
+    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, O, T), history (B, C, (K-1) d): y (B, O, T)."""
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape
     context = (taps - 1) * dilation
     padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
     padded = padded.view(batch, groups, channels // groups, context + length)
     w = weight.view(groups, outputs // groups, group_channels, taps)
-    y = sum(
-        torch.einsum(
-            "goc,bgct->bgot",
-            w[..., k],
-            padded[..., k * dilation : k * dilation + length],
-        )
+    products = [
+        torch.einsum("goc,bgct->bgot", w[..., k], padded[..., k * dilation : k * dilation + length])
         for k in range(taps)
-    ).reshape(batch, outputs, length)
+    ]
+    y = sum(products[1:], products[0]).reshape(batch, outputs, length)
     if bias is not None:
         y = y + bias.unsqueeze(-1)
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     if dropout > 0:
+        assert seed is not None
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         y = torch.where(dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0)
     if residual is not None:
