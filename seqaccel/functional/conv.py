@@ -326,8 +326,8 @@ def causal_conv1d(
 
     Saved for the backward, beside x and the weight: y for relu, tanh and sigmoid; a byte an element for relu with a
     residual; v for silu, and for tanh and sigmoid where y is not the activation. The dropout mask is recomputed from a
-    seed that torch's generator gives (on the ``torch`` backend it is ``F.dropout``'s). float16 and bfloat16 are computed
-    in float32 on a CPU. A backward that is itself differentiated runs on the reference.
+    seed that torch's generator gives (on the ``torch`` backend it is ``F.dropout``'s). float16 and bfloat16 are
+    computed in float32 on a CPU. A backward that is itself differentiated runs on the reference.
 
     Source: van den Oord et al., WaveNet, 2016; Bai, Kolter, Koltun, 2018.
 
