@@ -35,7 +35,10 @@ def main() -> None:
             assert y_t.isfinite().all()
     stock = torch.nn.LSTM(64, 32)
     stock.load_state_dict(lstm.state_dict())
-    torch.testing.assert_close(lstm(x)[0], stock(x)[0])
+    expected = stock(x)[0].detach()
+    torch.testing.assert_close(lstm(x)[0].detach(), expected)
+    torch.testing.assert_close(seqaccel.Session(lstm, batch_size=2).extend(x.detach()), expected)
+    assert type(seqaccel.convert(stock)) is snn.LSTM
 
 
 if __name__ == "__main__":
