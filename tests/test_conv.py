@@ -464,6 +464,7 @@ def test_autocast():
     x = torch.randn(2, 8, 20)
     with torch.autocast("cpu", torch.bfloat16):
         y = conv(x)
+        assert conv(y).dtype == torch.bfloat16
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert conv.weight.grad.dtype == torch.float32

@@ -193,6 +193,12 @@ class _CausalConv1d(torch.autograd.Function):
         return (*grads, *[None] * 7)
 
 
+def _check_types(**tensors) -> None:
+    for argument, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or argument in ("x", "weight")):
+            raise TypeError(f"causal_conv1d(): argument '{argument}' must be Tensor, not {type(t).__name__}")
+
+
 def _check(
     x,
     weight,
@@ -213,9 +219,6 @@ def _check(
         "residual": residual,
         "history": history,
     }
-    for argument, t in tensors.items():
-        if t is not None and not isinstance(t, Tensor):
-            raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected x to have a floating point dtype, but got {x.dtype}")
     for argument, t in tensors.items():
@@ -337,6 +340,8 @@ def causal_conv1d(
         >>> SF.causal_conv1d(x, weight, dilation=2, activation="relu")
         tensor([[[1., 1., 2., 2., 3.]]])
     """
+    _check_types(x=x, weight=weight, bias=bias, residual=residual, history=history)
+    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, history)  # type: ignore[assignment]
     _check(
         x,
         weight,
@@ -349,7 +354,6 @@ def causal_conv1d(
         residual,
         history,
     )
-    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, history)  # type: ignore[assignment]
     relu = output_activation == "relu"
     options: dict[str, Any] = {
         "dilation": dilation,
