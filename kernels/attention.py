@@ -188,8 +188,8 @@ def attention_forward_kernel(
         for level in range(1, levels + 1):
             above = _above(span, fanout, T)
             bias = tl.log(span.to(tl.float32)) if MASS_BIAS else 0.0
-            for part in range(1 if CAUSAL else 3):
-                begin, end = _node_run(part, t, T, span, above, fanout, level == levels, w)
+            for side in range(1 if CAUSAL else 3):
+                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
                 b_out, b_most, b_sum = _attend(
                     b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * D, begin, end, bias, o_t,
                     scale, False, D, BD, BN, PRECISION,
@@ -280,8 +280,8 @@ def attention_query_gradient_kernel(
         for level in range(1, levels + 1):
             above = _above(span, fanout, T)
             bias = tl.log(span.to(tl.float32)) if MASS_BIAS else 0.0
-            for part in range(1 if CAUSAL else 3):
-                begin, end = _node_run(part, t, T, span, above, fanout, level == levels, w)
+            for side in range(1 if CAUSAL else 3):
+                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
                 b_dq = _query_gradient(
                     b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * D, begin, end,
                     bias, o_t, scale, False, D, BD, BN, PRECISION,
@@ -471,7 +471,7 @@ def _block(D: int) -> int:
 #: the query, gradients of key and value. Chosen so that nothing spills on sm_80, sm_90 and sm_100.
 _TILES = {
     ("forward", 4): {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
-    ("forward", 2): {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+    ("forward", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     ("query", 4): {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     ("query", 2): {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     ("key", 4): {64: (32, 32, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},

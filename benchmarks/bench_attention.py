@@ -1,0 +1,128 @@
+"""Hierarchical attention beside torch's dense attention, which is the comparison: the two compute different things."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from harness import Case, suite
+
+import seqaccel
+from seqaccel.functional import hierarchical_attention
+
+SIZES = {
+    "T=2048": dict(B=1, H=4, T=2048, D=64, causal=True),
+    "T=8192": dict(B=1, H=4, T=8192, D=64, causal=True),
+    "T=8192,bidirectional": dict(B=1, H=4, T=8192, D=64, causal=False),
+}
+BLOCK, NEAR = 64, 2
+
+
+@functools.cache
+def pairs(T: int, causal: bool) -> int:
+    """Pairs of a query and a node that it sees, with BLOCK tokens a block and a fanout of BLOCK."""
+    block = torch.arange(T // BLOCK)
+    total, span = 0, 1
+    while span <= T:
+        nodes, above = T // span, span * BLOCK
+        cell = block * BLOCK // span
+        parent = block * BLOCK // above
+        node = torch.arange(nodes)
+        orphan = node >= T // above * BLOCK
+        seen = ((parent[:, None] - node // BLOCK).abs() < NEAR) | orphan
+        if span == 1:
+            own = node[None] // BLOCK == block[:, None]
+            total += int((seen & ~own & ((node[None] < block[:, None] * BLOCK) | (not causal))).sum()) * BLOCK
+            total += T * (BLOCK + 1) // 2 if causal else T * BLOCK
+        else:
+            seen &= (cell[:, None] - node >= NEAR) if causal else ((cell[:, None] - node).abs() >= NEAR)
+            total += int(seen.sum()) * BLOCK
+        span = above
+    return total
+
+
+def make_inputs(B, H, T, D, device="cpu", dtype=torch.float32):
+    return [torch.randn(B, H, T, D, device=device, dtype=dtype) for _ in range(4)]
+
+
+def forward_case(B, H, T, D, causal, backend="cpp", device="cpu", dtype=torch.float32):
+    q, k, v, _ = make_inputs(B, H, T, D, device, dtype)
+
+    def ours(pool=None):
+        with seqaccel.backend(backend), torch.no_grad():
+            return hierarchical_attention(q, k, v, pool, causal=causal)
+
+    def dense():
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    size = q.element_size()
+    return Case(
+        {f"seqaccel[{backend}]": ours, "torch": dense},
+        flops=4 * B * H * D * pairs(T, causal),
+        bytes=4 * B * H * T * D * size,
+        dtype=dtype,
+    )
+
+
+def training_case(B, H, T, D, causal, backend="cpp", device="cpu", dtype=torch.float32):
+    *inputs, grad = make_inputs(B, H, T, D, device, dtype)
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def ours():
+        with seqaccel.backend(backend):
+            return torch.autograd.grad(hierarchical_attention(*leaves, causal=causal), leaves, grad)
+
+    def dense():
+        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=causal), leaves, grad)
+
+    return Case(
+        {f"seqaccel[{backend}]": ours, "torch": dense},
+        flops=14 * B * H * D * pairs(T, causal),  # two products forward, five backward
+        bytes=8 * B * H * T * D * inputs[0].element_size(),
+        dtype=dtype,
+    )
+
+
+@suite(SIZES, ["seqaccel[cpp]", "torch"])
+def bench_hierarchical_attention_forward(B, H, T, D, causal):
+    return forward_case(B, H, T, D, causal)
+
+
+@suite(SIZES, ["seqaccel[cpp]", "torch"])
+def bench_hierarchical_attention_training(B, H, T, D, causal):
+    return training_case(B, H, T, D, causal)
+
+
+@suite([dict(B=1, T=4096), dict(B=16, T=4096)], ["seqaccel[reference]", "torch"])
+def bench_hierarchical_attention_step(B, T):
+    """One step of a stream of age T, beside one query of dense attention over a cache of T tokens."""
+    attention = seqaccel.nn.HierarchicalAttention(256, 4, batch_first=True)
+    with torch.no_grad():
+        _, state = attention.extend(torch.randn(1, T, 256), attention.init_state(1))
+        state = attention.select(state, torch.zeros(B, dtype=torch.int64))
+    x, keys, values = torch.randn(B, 256), torch.randn(B, 4, T, 64), torch.randn(B, 4, T, 64)
+
+    def ours():
+        with torch.no_grad():
+            return attention.step(x, state)
+
+    def dense():
+        with torch.no_grad():
+            q = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)[:, :256].view(B, 4, 1, 64)
+            return attention.out_proj(F.scaled_dot_product_attention(q, keys, values).view(B, 256))
+
+    return Case(
+        {"seqaccel[reference]": ours, "torch": dense},
+        flops=2 * B * 4 * 256 * 256 + 4 * B * 4 * 64 * 254,
+        bytes=4 * (4 * 256 * 256 + 2 * B * 4 * 254 * 64),
+    )
+
+
+@suite(SIZES, ["seqaccel[triton]", "torch"], device="cuda")
+def bench_hierarchical_attention_forward_gpu(B, H, T, D, causal):
+    return forward_case(16 * B, H, T, D, causal, "triton", "cuda", torch.bfloat16)
+
+
+@suite(SIZES, ["seqaccel[triton]", "torch"], device="cuda")
+def bench_hierarchical_attention_training_gpu(B, H, T, D, causal):
+    return training_case(16 * B, H, T, D, causal, "triton", "cuda", torch.bfloat16)

@@ -1,0 +1,323 @@
+"""HierarchicalAttention, the module: torch.nn.MultiheadAttention's place, streaming, errors."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import seqaccel
+from seqaccel.nn import HierarchicalAttention
+
+
+def module(E=8, heads=2, **keywords):
+    keywords = {**dict(batch_first=True, block_size=4), **keywords}
+    made = HierarchicalAttention(E, heads, **keywords).double()
+    if made.pool_query is not None:
+        nn.init.normal_(made.pool_query)
+    return made
+
+
+# In MultiheadAttention's place
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [dict(), dict(kdim=5, vdim=7)], ids=["self", "kdim"])
+def test_dense_levels_are_multihead_attention(bias, widths):
+    stock = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True, **widths).double()
+    ours = HierarchicalAttention(8, 2, bias=bias, batch_first=True, levels=0, **widths).double()
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    ours.load_state_dict(stock.state_dict())
+    q, k, v = (torch.randn(3, 20, w, dtype=torch.float64) for w in (8, widths.get("kdim", 8), widths.get("vdim", 8)))
+    mask = nn.Transformer.generate_square_subsequent_mask(20, dtype=torch.float64)
+    expected = stock(q, k, v, attn_mask=mask, is_causal=True, need_weights=False)[0]
+    torch.testing.assert_close(ours(q, k, v)[0], expected)
+    torch.testing.assert_close(ours(q, k, v, attn_mask=mask)[0], expected)
+    both_ways = HierarchicalAttention(8, 2, bias=bias, batch_first=True, levels=0, causal=False, **widths).double()
+    both_ways.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(both_ways(q, k, v)[0], stock(q, k, v)[0])
+
+
+def test_signatures_are_multihead_attentions():
+    for name in ("__init__", "forward"):
+        stock = list(inspect.signature(getattr(nn.MultiheadAttention, name)).parameters)
+        assert list(inspect.signature(getattr(HierarchicalAttention, name)).parameters)[: len(stock)] == stock
+    assert isinstance(HierarchicalAttention(8, 2), nn.MultiheadAttention)
+
+
+def test_layouts():
+    attention, x = module(batch_first=False), torch.randn(30, 2, 8, dtype=torch.float64)
+    first = copy.deepcopy(attention)
+    first.batch_first = True
+    out = attention(x, x, x)[0]
+    torch.testing.assert_close(out, first(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0].transpose(0, 1))
+    torch.testing.assert_close(attention(x[:, 1], x[:, 1], x[:, 1])[0], out[:, 1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_encoder_layer_trains_and_evaluates_alike(causal, norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first).double()
+    keys = list(layer.state_dict())
+    layer.self_attn = module(causal=causal)
+    assert list(layer.state_dict()) == keys
+    x = torch.randn(2, 50, 8, dtype=torch.float64)
+    trained = layer.train()(x)
+    layer.eval()
+    with torch.no_grad():
+        evaluated = layer(x)
+    with torch.inference_mode():
+        inferred = layer(x)
+    assert torch.equal(trained, evaluated)
+    assert torch.equal(trained, inferred)
+    dense = copy.deepcopy(layer)
+    dense.self_attn = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    dense.self_attn.load_state_dict(layer.self_attn.state_dict())
+    assert not torch.allclose(dense(x), evaluated)  # so the dense fast path would have shown
+
+
+def test_transformer_encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    layer.self_attn = module()
+    encoder = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(2, 50, 8, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(50, dtype=torch.float64)
+    padding = torch.zeros(2, 50, dtype=torch.bool)
+    padding[1, 30:] = True
+    trained = encoder.train()(x)
+    encoder.eval()
+    with torch.no_grad():
+        assert torch.equal(encoder(x), trained)
+        assert torch.equal(encoder(x, mask=mask), trained)
+        assert torch.equal(encoder(x, mask=mask, is_causal=True), trained)
+        padded = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(padded[1, :30], encoder(x[1:, :30])[0])
+    torch.testing.assert_close(padded[0], trained[0])
+
+
+def test_transformer_decoder_layer():
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    layer.self_attn = module()
+    x = torch.randn(2, 30, 8, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(30, dtype=torch.float64)
+    trained = layer(x, x, tgt_mask=mask, tgt_is_causal=True)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x, x, tgt_mask=mask), trained)
+
+
+def test_pool_query_is_learned():
+    attention = module(pool_query=2)
+    assert attention.state_dict()["pool_query"].shape == (2, 2, 4)
+    x = torch.randn(2, 50, 8, dtype=torch.float64)
+    attention(x, x, x)[0].square().sum().backward()
+    assert attention.pool_query.grad.abs().min() > 0
+    fresh = HierarchicalAttention(8, 2, batch_first=True, block_size=4, pool_query=1).double()
+    mean = HierarchicalAttention(8, 2, batch_first=True, block_size=4).double()
+    mean.load_state_dict({k: v for k, v in fresh.state_dict().items() if k != "pool_query"})
+    torch.testing.assert_close(fresh(x, x, x)[0], mean(x, x, x)[0])
+
+
+def test_copies_and_dtypes():
+    attention, x = module(pool_query=1, fanout=3, levels=2), torch.randn(2, 40, 8, dtype=torch.float64)
+    out = attention(x, x, x)[0]
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        assert torch.equal(other(x, x, x)[0], out)
+        assert other._qkv_same_embed_dim is False
+    assert "fanout=3" in repr(attention) and "levels=2" in repr(attention) and "pool_query=1" in repr(attention)
+    half = attention.to(torch.bfloat16)(*[x.bfloat16()] * 3)[0]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), out, rtol=0, atol=0.05)
+    attention._reset_parameters()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module().float()(*[x.float()] * 3)[0].dtype == torch.bfloat16
+
+
+def test_compile_and_export():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    layer.self_attn = HierarchicalAttention(8, 2, batch_first=True, block_size=4)
+    x = torch.randn(2, 50, 8)
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    assert layer.self_attn.in_proj_weight.grad is not None
+    layer.eval()
+    program = torch.export.export(layer, (x,))
+    assert any("hierarchical_attention_forward" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), expected)
+
+
+# Streaming
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(0, 90),
+    block_size=st.integers(2, 8),
+    fanout=st.one_of(st.none(), st.integers(2, 4)),
+    levels=st.one_of(st.none(), st.integers(0, 3)),
+    w=st.integers(1, 3),
+    P=st.integers(0, 2),
+    mass_bias=st.booleans(),
+    chunks=st.lists(st.integers(0, 25), max_size=6),
+)
+def test_any_split_into_chunks_is_forward(T, block_size, fanout, levels, w, P, mass_bias, chunks):
+    attention = module(
+        pool_query=P, block_size=block_size, fanout=fanout, levels=levels, local_blocks=w, mass_bias=mass_bias
+    )
+    x = torch.randn(2, T, 8, dtype=torch.float64)
+    state, outputs, begin = attention.init_state(2), [], 0
+    for size in [*chunks, T]:
+        y, state = attention.extend(x[:, begin : begin + size], state)
+        outputs.append(y)
+        begin = min(T, begin + size)
+    torch.testing.assert_close(torch.cat(outputs, 1), attention(x, x, x)[0], rtol=0, atol=1e-12)
+    assert (state[0] == T).all()
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(pool_query=1, fanout=2), dict(levels=1), dict(levels=0)], ids=str)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_steps_are_forward(keywords, batch_first):
+    attention = module(batch_first=batch_first, local_blocks=1, **keywords)
+    x = torch.randn(2, 45, 8, dtype=torch.float64)
+    x = x if batch_first else x.transpose(0, 1)
+    state, time = attention.init_state(2), 1 if batch_first else 0
+    steps = []
+    for x_t in x.unbind(time):
+        y_t, state = attention.step(x_t, state)
+        assert y_t.shape == (2, 8)
+        steps.append(y_t)
+    torch.testing.assert_close(torch.stack(steps, time), attention(x, x, x)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(pool_query=1, fanout=2), dict(levels=1), dict(levels=0)], ids=str)
+def test_streams_have_ages_of_their_own(keywords):
+    attention, x = module(**keywords), torch.randn(3, 100, 8, dtype=torch.float64)
+    _, state = attention.extend(x[:, :37], attention.init_state(3))
+    state = attention.reset(state, torch.tensor([False, True, False]))
+    assert state[0].tolist() == [37, 0, 37]
+    y, state = attention.extend(x[:, 37:59], state)
+    torch.testing.assert_close(y[0], attention(*[x[:1, :59]] * 3)[0][0, 37:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(y[1], attention(*[x[1:2, 37:59]] * 3)[0][0], rtol=0, atol=1e-12)
+    before = [p.clone() for part in state[1:] for p in part]
+    picked = attention.select(state, torch.tensor([2, 1, 1, 0]))
+    y, _ = attention.extend(x[[2, 1, 1, 0], 59:], picked)
+    torch.testing.assert_close(y[0], attention(*[x[2:]] * 3)[0][0, 59:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(y[1], attention(*[x[1:2, 37:]] * 3)[0][0, 22:], rtol=0, atol=1e-12)
+    assert torch.equal(y[1], y[2])
+    # States are values: nothing above changed this one.
+    assert all(torch.equal(a, b) for a, b in zip(before, [p for part in state[1:] for p in part], strict=True))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer)
+    assert torch.equal(attention.extend(x[:, 59:], loaded)[0], attention.extend(x[:, 59:], state)[0])
+
+
+def test_the_state_grows_with_the_logarithm_of_the_age():
+    attention = module(E=2, heads=1, block_size=2, local_blocks=1)
+    state, sizes = attention.init_state(1), []
+    for _ in range(4):
+        _, state = attention.extend(torch.randn(1, 200, 2, dtype=torch.float64), state)
+        sizes.append(sum(p.numel() for part in state[1:] for p in part))
+    levels = len(state) - 1
+    assert levels <= 11  # 2^10 > 800
+    assert sizes[-1] <= 20 * levels
+    assert sizes[-1] < 1.35 * sizes[0]
+
+
+def test_gradients_flow_through_a_chunk():
+    attention, x = module(pool_query=1), torch.randn(1, 40, 8, dtype=torch.float64)
+    y, _ = attention.extend(x, attention.init_state(1))
+    y.square().sum().backward()
+    streamed = {name: p.grad.clone() for name, p in attention.named_parameters()}
+    attention.zero_grad()
+    attention(x, x, x)[0].square().sum().backward()
+    for name, p in attention.named_parameters():
+        torch.testing.assert_close(streamed[name], p.grad)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dropout=0.1), "dropout: .* expected 0, but got 0.1"),
+        (dict(add_bias_kv=True), "add_bias_kv"),
+        (dict(add_zero_attn=True), "add_zero_attn"),
+        (dict(num_heads=3), "embed_dim must be a positive multiple of num_heads, but got embed_dim=8, num_heads=3"),
+        (dict(block_size=1), "block_size: expected an int of at least 2, but got 1"),
+        (dict(fanout=0), "fanout: expected"),
+        (dict(levels=-2), "levels: expected"),
+        (dict(local_blocks=0), "local_blocks: expected"),
+        (dict(pool_query=-1), "pool_query: expected"),
+    ],
+)
+def test_constructor_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HierarchicalAttention(**{**dict(embed_dim=8, num_heads=2), **arguments})
+
+
+def test_forward_errors():
+    attention, x = module(), torch.randn(2, 10, 8, dtype=torch.float64)
+    causal = torch.ones(10, 10, dtype=torch.bool).triu(1)
+    assert attention(x, x, x, attn_mask=causal)[1] is None
+    bad = [
+        (dict(need_weights=True), "need_weights"),
+        (dict(key=x[:, :9]), r"key: expected batch and length of query, \(2, 10\), but got \(2, 9\)"),
+        (dict(value=x[..., :7]), "value: expected last dimension 8, but got 7"),
+        (dict(query=x[0]), "expected all of them 2-D or 3-D"),
+        (dict(attn_mask=causal.flip(0)), "takes the causal mask only"),
+        (dict(attn_mask=torch.randn(10, 10)), "takes the causal mask only"),
+        (dict(attn_mask=causal[:5, :5]), "takes the causal mask only"),
+        (dict(key_padding_mask=torch.zeros(2, 9, dtype=torch.bool)), r"key_padding_mask: expected shape \(2, 10\)"),
+        (dict(key_padding_mask=torch.arange(10).expand(2, 10) < 3), "padding after each sequence only"),
+        (dict(key_padding_mask=torch.randn(2, 10)), "padding after each sequence only"),
+    ]
+    for change, message in bad:
+        with pytest.raises(ValueError, match=message):
+            attention(**{**dict(query=x, key=x, value=x), **change})
+    both_ways = module(causal=False)
+    for change in (dict(is_causal=True), dict(attn_mask=causal)):
+        with pytest.raises(ValueError, match="not causal"):
+            both_ways(x, x, x, **change)
+    with pytest.raises(ValueError, match="causal modules only"):
+        both_ways(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+
+
+def test_streaming_errors():
+    with pytest.raises(RuntimeError, match="cannot run on a stream"):
+        module(causal=False).init_state(1)
+    with pytest.raises(RuntimeError, match="cannot run on a stream"):
+        module(kdim=5).init_state(1)
+    attention = module()
+    state = attention.init_state(2)
+    with pytest.raises(ValueError, match=r"x: expected shape \(2, T, 8\), but got \(3, 5, 8\)"):
+        attention.extend(torch.randn(3, 5, 8), state)
+    with pytest.raises(ValueError, match="x_t: expected shape"):
+        attention.step(torch.randn(2, 1, 8), state)
+    with pytest.raises(ValueError, match="mask to be bool"):
+        attention.reset(state, torch.zeros(3))
+
+
+def test_doctest():
+    import doctest
+
+    import seqaccel.nn.attention as tested
+
+    result = doctest.testmod(tested)
+    assert result.attempted and not result.failed
+
+
+def test_backend_is_forced_through_the_module():
+    attention, x = module().float(), torch.randn(1, 30, 8)
+    with seqaccel.backend("reference"):
+        expected = attention(x, x, x)[0]
+    with seqaccel.backend("cpp"):
+        torch.testing.assert_close(attention(x, x, x)[0], expected)
