@@ -2,18 +2,17 @@
 
 Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l, the query at t sees it iff
 
-    |c_l - j| >= w (level >= 1),  and its parent does not exist, is not complete, or is nearer than w to c_{l+1},
+    |c_l - j| >= w (level >= 1), and its parent does not exist, is not complete, or is nearer than w to c_{l+1},
 
-and, where causal, it ends at t or before. So for a tile of queries of one aligned block the nodes of a level are one run
-(causal: all on the left) or at most three, and for a tile of nodes the queries are one run (causal) or two; both follow
-from the tile's place alone. A program takes BM queries (forward, gradient of the query) or BN nodes of any level
+and, where causal, it ends at t or before. So for a tile of queries of one aligned block the nodes of a level are one
+run (causal: all on the left) or at most three, and for a tile of nodes the queries are one run (causal) or two; both
+follow from the tile's place alone. A program takes BM queries (forward, gradient of the query) or BN nodes of any level
 (gradients of key and value, no atomics); the gradient then flows down the pyramid, a program a node.
 
     p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 
 Products of float32 are IEEE unless torch's TF32 switch is on. Scores, sums and gradients are float32.
 """
-
 
 import torch
 import triton
@@ -470,12 +469,12 @@ def _block(D: int) -> int:
 #: (query rows BM, key rows BN, warps, stages) by kernel, element size and padded head dimension: forward, gradient of
 #: the query, gradients of key and value. Chosen so that nothing spills on sm_80, sm_90 and sm_100.
 _TILES = {
-    ("forward", 4): {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
+    ("forward", 4): {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
     ("forward", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     ("query", 4): {64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     ("query", 2): {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     ("key", 4): {64: (32, 32, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
-    ("key", 2): {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    ("key", 2): {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
 
 

@@ -1,4 +1,4 @@
-"""Hierarchical attention by brute force, in float64, straight from the definition: an explicit list of nodes a query."""
+"""Hierarchical attention by brute force, in float64, from the definition: an explicit list of nodes a query."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from attention_cases import all_spans, brute_force, cover
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offline import check_configurations
-from tolerances import assert_as_good_as, assert_close
+from tolerances import assert_as_good_as, assert_close, error
 
 import seqaccel
 from seqaccel import backends
@@ -437,9 +437,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message for *_, message in BAD])
-def test_errors(change, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[message for *_, message in BAD])
+def test_errors(change, kind, message):
+    with pytest.raises(kind, match=message):
         hierarchical_attention(**{**dict(query=Q, key=Q, value=Q), **change})
 
 
@@ -481,4 +481,54 @@ def test_doctest():
     assert result.attempted and not result.failed
 
 
-_ = check_configurations
+# Triton, in the interpreter where there is no GPU
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_forward_and_gradients(poison, case):
+    if case[0] == 1:
+        pytest.skip("the gradients are 0 in exact arithmetic")
+    inputs, keywords, grad_out, expected, expected_grads = solved(case)
+    inputs = [t if t is None else t.to(DEVICE) for t in inputs]
+    with seqaccel.backend("triton"):
+        out, grads = with_grads(lambda *x: hierarchical_attention(*x, **keywords), inputs, grad_out.to(DEVICE))
+    assert_close(out, expected, "attention", torch.float32, what="out")
+    for name, grad, wanted in zip(("query", "key", "value", "pool_query"), grads, expected_grads, strict=False):
+        if wanted.abs().max() > 1e-12:
+            assert_close(grad, wanted, "attention", torch.float32, backward=True, what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 10, 4), (2, 2, 0, 4), (1, 2, 1, 4)])
+def test_triton_at_the_edges(shape):
+    inputs = [torch.randn(shape, device=DEVICE) for _ in range(3)] + [torch.randn(1, 2, 4, device=DEVICE)]
+    with seqaccel.backend("triton"):
+        out, grads = with_grads(
+            lambda *x: hierarchical_attention(*x, block_size=4), inputs, torch.ones(shape, device=DEVICE)
+        )
+        with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16, but got torch.float64"):
+            hierarchical_attention(*[t.double() for t in inputs], block_size=4)
+    torch.testing.assert_close(out, inputs[2])  # one token attends to itself
+    torch.testing.assert_close(grads[2], torch.ones(shape, device=DEVICE))
+
+
+def test_triton_configurations_compile():
+    check_configurations("seqaccel.kernels.attention")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_triton_on_a_gpu(case, dtype):
+    inputs, keywords, grad_out, *_ = solved(case)
+    inputs = [t if t is None else t.to(dtype) for t in inputs]
+    expected, expected_grads = expected_of(inputs, keywords, grad_out.to(dtype))
+    inputs = [t if t is None else t.cuda() for t in inputs]
+    with seqaccel.backend("triton"):
+        out, grads = with_grads(lambda *x: hierarchical_attention(*x, **keywords), inputs, grad_out.to(dtype).cuda())
+    # Half precision rounds weights, pooled keys and saved outputs too, not only the result.
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}[dtype]
+    assert error(out, expected) <= limit
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert error(grad, wanted) <= limit

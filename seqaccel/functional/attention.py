@@ -1,6 +1,6 @@
 """Hierarchical attention: the public function, its checks, autograd and choice of backend."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | N
 
 
 class _HierarchicalAttention(torch.autograd.Function):
-    """Saves the inputs, the output, one logsumexp a query and the pooled keys and values (1 / (block_size - 1) of them)."""
+    """Saves the inputs, the output, one logsumexp a query, and the pooled keys and values (1 / (block_size - 1))."""
 
     @staticmethod
     def forward(ctx, backend, options, query, key, value, pool_query):
@@ -121,7 +121,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
             )
         if tensor.device != query.device:
             raise ValueError(
-                f"hierarchical_attention: expected {name} to be on query's device, {query.device}, but it is on {tensor.device}"
+                f"hierarchical_attention: expected {name} to be on query's device, {query.device}, "
+                f"but it is on {tensor.device}"
             )
         if tensor.dim() != (3 if name == "pool_query" else 4):
             layout = "(P, key heads, D)" if name == "pool_query" else "(B, heads, T, D)"
@@ -131,11 +132,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
     B, H, T, D = query.shape
     if key.shape[0] != B or key.shape[2] != T or key.shape[3] != D:
         raise ValueError(
-            f"hierarchical_attention: expected key to have shape ({B}, heads, {T}, {D}), as query, but got {tuple(key.shape)}"
+            f"hierarchical_attention: expected key to have shape ({B}, heads, {T}, {D}), as query, "
+            f"but got {tuple(key.shape)}"
         )
     if value.shape != key.shape:
         raise ValueError(
-            f"hierarchical_attention: expected value to have key's shape, {tuple(key.shape)}, but got {tuple(value.shape)}"
+            f"hierarchical_attention: expected value to have key's shape, {tuple(key.shape)}, "
+            f"but got {tuple(value.shape)}"
         )
     G = key.shape[1]
     if H < 1 or G < 1 or H % G:
@@ -170,10 +173,10 @@ def hierarchical_attention(
     A node of level :math:`\ell` stands for :math:`S_\ell` tokens, :math:`S_0 = 1`, :math:`S_1` = ``block_size``,
     :math:`S_{\ell+1}` = ``fanout`` :math:`S_\ell`; its key and value pool its children's with the weights
     :math:`\mathrm{softmax}_c(s\, p_\ell \cdot k_c)`, or their mean. In one softmax, with logits
-    :math:`s\, q_t \cdot \bar k + \log S_\ell`, the query at t attends to the tokens of its own block (up to itself where
-    causal) and of ``local_blocks - 1`` blocks before, to the level-1 nodes back to the start of its level-2 block and of
-    ``local_blocks - 1`` of those before, and so on: every position counts exactly once, through O(log T) nodes. Not causal:
-    the same to the right. Tokens of an incomplete node stay at finer levels.
+    :math:`s\, q_t \cdot \bar k + \log S_\ell`, the query at t attends to the tokens of its own block (up to itself
+    where causal) and of ``local_blocks - 1`` blocks before, to the level-1 nodes back to the start of its level-2 block
+    and of ``local_blocks - 1`` of those before, and so on: every position counts exactly once, through O(log T) nodes.
+    Not causal: the same to the right. Tokens of an incomplete node stay at finer levels.
 
     Args:
         query: (B, H, T, D).
@@ -185,7 +188,7 @@ def hierarchical_attention(
         levels: number of summary levels; 0 is dense attention. Default: as many as T needs
         local_blocks: how many blocks of each level are seen node by node, the own one counted. Default: 2
         causal: nothing after t counts. Default: ``True``
-        mass_bias: adds :math:`\log S_\ell`, so that a node counts for as many tokens as it stands for. Default: ``True``
+        mass_bias: adds :math:`\log S_\ell`: a node counts for as many tokens as it stands for. Default: ``True``
         scale: s of the logits and of the pooling. Default: :math:`1/\sqrt{D}`
 
     Returns:
@@ -222,7 +225,8 @@ def hierarchical_attention(
         bool(mass_bias),
         query.shape[-1] ** -0.5 if scale is None else float(scale),
     )
-    query, key, value, pool_query = _common.autocast(query, key, value, pool_query)
+    tensors: tuple[Any, ...] = _common.autocast(query, key, value, pool_query)
+    query, key, value, pool_query = tensors
     if _common.transforms_active():
         return _reference(query, key, value, pool_query, options)
     backend = backends.choose("hierarchical_attention", query, BACKENDS)

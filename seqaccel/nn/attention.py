@@ -1,4 +1,4 @@
-"""Hierarchical attention as a module: ``torch.nn.MultiheadAttention``'s place, training in parallel, running step by step."""
+"""Hierarchical attention in ``torch.nn.MultiheadAttention``'s place: trains in parallel, runs step by step."""
 
 import math
 from typing import Any
@@ -16,18 +16,18 @@ __all__ = ["HierarchicalAttention"]
 class HierarchicalAttention(Streaming, nn.MultiheadAttention):
     r"""Multi-head attention over a pyramid of the sequence, in O(T log T).
 
-    Stands where ``torch.nn.MultiheadAttention`` stands, ``torch.nn.TransformerEncoderLayer`` included, with its constructor,
-    its ``forward`` and its state_dict:
+    Stands where ``torch.nn.MultiheadAttention`` stands, ``torch.nn.TransformerEncoderLayer`` included, with its
+    constructor, its ``forward`` and its state_dict:
 
     .. math::
         \mathrm{out} = W_o\,[\mathrm{head}_1, \ldots] + b_o, \quad
-        \mathrm{head}_i = \mathrm{HierarchicalAttention}(W_q^i\, query + b_q^i, W_k^i\, key + b_k^i, W_v^i\, value + b_v^i)
+        \mathrm{head}_i = \mathrm{Attention}(W_q^i\, query + b_q^i, W_k^i\, key + b_k^i, W_v^i\, value + b_v^i)
 
-    with :func:`seqaccel.functional.hierarchical_attention`. A causal module streams (:meth:`init_state`, :meth:`extend`,
-    :meth:`step`): a state holds O(log T) keys and values a head.
+    with :func:`seqaccel.functional.hierarchical_attention`. A causal module streams (:meth:`init_state`,
+    :meth:`extend`, :meth:`step`): a state holds O(log T) keys and values a head.
 
-    ``TransformerEncoderLayer`` has a fast path for evaluation that takes the module's weights and runs dense attention. This
-    module reports ``_qkv_same_embed_dim = False``, which turns that path off: training and evaluation compute the same.
+    ``TransformerEncoderLayer`` has a fast path for evaluation that takes the module's weights and runs dense attention.
+    This module reports ``_qkv_same_embed_dim = False``, which turns that path off: training and evaluation agree.
 
     Args:
         embed_dim: width E of the model.
@@ -38,8 +38,8 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         kdim, vdim: width of key and value. Default: E
         batch_first: (B, T, E) rather than (T, B, E). Default: ``False``
         device, dtype: of the parameters.
-        pool_query: rows P of a learned ``pool_query`` (P, num_heads, E / num_heads), zero at first: level l pools with row
-            min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
+        pool_query: rows P of a learned ``pool_query`` (P, num_heads, E / num_heads), zero at first: level l pools with
+            row min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
         block_size, fanout, levels, local_blocks, causal, mass_bias: of
             :func:`seqaccel.functional.hierarchical_attention`.
 
@@ -90,12 +90,11 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         if dropout != 0:
             raise ValueError(f"dropout: attention weights cannot be dropped here, expected 0, but got {dropout}")
         if add_bias_kv or add_zero_attn:
-            raise ValueError(
-                "add_bias_kv, add_zero_attn: not supported, a key of no position has no place in the pyramid"
-            )
+            raise ValueError("add_bias_kv, add_zero_attn: a key of no position has no place in the pyramid")
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
-                f"embed_dim must be a positive multiple of num_heads, but got embed_dim={embed_dim}, num_heads={num_heads}"
+                "embed_dim must be a positive multiple of num_heads, "
+                f"but got embed_dim={embed_dim}, num_heads={num_heads}"
             )
         least = {
             "pool_query": (pool_query, 0),
@@ -160,8 +159,8 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         Args:
             query: (T, B, E), (B, T, E) where ``batch_first``, or (T, E).
             key, value: of the same length; widths ``kdim`` and ``vdim``.
-            key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. Causal modules only: there
-                padding changes no output before it, and outputs at the padding are of no meaning.
+            key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. Causal modules only:
+                there padding changes no output before it, and outputs at the padding are of no meaning.
             need_weights: must be ``False``: there is no (T, T) matrix of weights.
             attn_mask: ``None`` or, in a causal module, the causal mask.
             average_attn_weights: no meaning here.
@@ -171,9 +170,7 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
             The output, laid out as ``query``, and ``None``.
         """
         if need_weights:
-            raise ValueError(
-                "need_weights: hierarchical attention has no (T, T) weights to return; pass need_weights=False"
-            )
+            raise ValueError("need_weights: there are no (T, T) weights to return; pass need_weights=False")
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError("query, key, value: nested tensors are not supported")
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
@@ -223,8 +220,8 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
                 raise ValueError(f"{name}: expected last dimension {width}, but got {tensor.shape[2]}")
             if tensor.shape[:2] != query.shape[:2]:
                 raise ValueError(
-                    f"{name}: expected batch and length of query, {tuple(query.shape[:2])}, but got {tuple(tensor.shape[:2])}; "
-                    "hierarchical attention is over one sequence"
+                    f"{name}: expected batch and length of query, {tuple(query.shape[:2])}, "
+                    f"but got {tuple(tensor.shape[:2])}; hierarchical attention is over one sequence"
                 )
 
     def _check_masks(
@@ -311,7 +308,7 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
 
     def _matching_state(self, state: State, first: Tensor) -> State:
         B, device, dtype = first.shape[0], first.device, state[1][0].dtype
-        fresh = [torch.zeros_like(first)]
+        fresh: list[Any] = [torch.zeros_like(first)]
         for level, part in enumerate(state[1:]):
             new = self._new_level(level, B, device, dtype)
             fresh.append(
@@ -332,8 +329,10 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         state = self._grown(state, max(ages, default=0) + x.shape[1])
         outputs = []
         for begin in range(0, x.shape[1], self.block_size):
-            chunk = [t[:, :, begin : begin + self.block_size] for t in (q, k, v)]
-            out, state = self._extend_chunk(*chunk, state, [age + begin for age in ages])
+            end = begin + self.block_size
+            out, state = self._extend_chunk(
+                q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], state, [age + begin for age in ages]
+            )
             outputs.append(out)
         out = torch.cat(outputs, dim=2) if outputs else q
         y = self.out_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
@@ -421,7 +420,7 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
 
     @staticmethod
     def _put(ring: Tensor, place: Tensor, exists: Tensor, rows: Tensor) -> Tensor:
-        """``ring`` (B, heads, slots, D) with ``rows`` (B, heads, n, D) at slots ``place`` (B, n) where ``exists`` (B, n)."""
+        """``ring`` (B, heads, slots, D) with ``rows`` (B, heads, n, D) at ``place`` where ``exists``, both (B, n)."""
         if ring.shape[2] == 0:
             return ring
         index = place.unsqueeze(1).unsqueeze(3).expand_as(rows)

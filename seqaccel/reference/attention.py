@@ -10,7 +10,7 @@ __all__ = ["hierarchical_attention", "level_spans", "pool_level"]
 
 
 def level_spans(length: int, block_size: int, fanout: int, levels: int | None) -> list[int]:
-    """Tokens a node stands for, S_0 = 1, S_1, ..., for the levels that hold a complete node within ``length`` tokens."""
+    """Tokens a node stands for, S_0 = 1, S_1, ..., on the levels that hold a complete node in ``length`` tokens."""
     spans = [1]
     factor = block_size
     while (levels is None or len(spans) <= levels) and spans[-1] * factor <= length:
@@ -51,9 +51,9 @@ def hierarchical_attention(
 ) -> Tensor:
     """Each query attends, in one softmax, to near tokens one by one and to farther ones through nodes that pool them.
 
-    Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l the cell of the query at t, the query
-    sees the node iff |c_l - j| >= local_blocks (always, on level 0), and its parent is not complete, or is too near to be
-    seen itself: |c_{l+1} - parent| < local_blocks; where ``causal``, only nodes that end at t or before.
+    Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l the cell of the query at t, the
+    query sees the node iff |c_l - j| >= local_blocks (always, on level 0), and its parent is not complete, or is too
+    near to be seen itself: |c_{l+1} - parent| < local_blocks; where ``causal``, only nodes that end at t or before.
     """
     B, H, T, D = query.shape
     G = key.shape[1]
