@@ -16,10 +16,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+#: Asked once: Dynamo of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)
+)
+
+
+def autocast_on(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; never for one that does not know it, such as ``meta``."""
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device_type = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not autocast_on(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -26,7 +26,7 @@ def _operator(name: str, backend: str) -> Callable[..., Any]:
 def _in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """A running sum is no matrix product: as torch does for cumsum, autocast means float32 here."""
     device_type = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device_type):
+    if not _common.autocast_on(device_type):
         return tensors
     narrow = (torch.float16, torch.bfloat16)
     return tuple(t.float() if t is not None and t.dtype in narrow else t for t in tensors)
