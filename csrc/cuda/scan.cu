@@ -81,16 +81,17 @@ __global__ void __launch_bounds__(kThreads) linear_scan_forward_kernel(const Lin
   const int64_t batch = blockIdx.x / blocks, channel = blockIdx.x % blocks * kChannels + threadIdx.x % kChannels;
   const bool valid = channel < p.width;
   const int64_t column = batch * p.steps * p.width + channel;
+  const int64_t stride = p.reverse ? -p.width : p.width;  // from one step of the scan to the next
   T state = valid && p.h_0 ? p.h_0[batch * p.width + channel] : T(0);
   for (int64_t start = 0; start < p.steps; start += kTile) {
     const int64_t first = start + threadIdx.x / kChannels * kSteps;
+    const int here = !valid ? 0 : p.steps - first < kSteps ? int(p.steps - first) : kSteps;  // steps this thread has
+    const int64_t at = column + (p.reverse ? p.steps - 1 - first : first) * p.width;
     T a[kSteps], b[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int64_t step = first + i, at = column + (p.reverse ? p.steps - 1 - step : step) * p.width;
-      const bool inside = valid && step < p.steps;
-      a[i] = inside ? p.a[at] : T(1);
-      b[i] = inside ? p.b[at] : T(0);
+      a[i] = i < here ? p.a[at + i * stride] : T(1);
+      b[i] = i < here ? p.b[at + i * stride] : T(0);
     }
     T map_a = T(1), map_b = T(0), total_a, total_b;
 #pragma unroll
@@ -102,9 +103,8 @@ __global__ void __launch_bounds__(kThreads) linear_scan_forward_kernel(const Lin
     T h = apply_map(map_a, state, map_b);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int64_t step = first + i, at = column + (p.reverse ? p.steps - 1 - step : step) * p.width;
       h = a[i] * h + b[i];
-      if (valid && step < p.steps) p.h[at] = h;
+      if (i < here) p.h[at + i * stride] = h;
     }
     state = apply_map(total_a, state, total_b);
   }
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) linear_scan_forward_kernel(const Lin
 
 // The same scan against time, its coefficients one step off; see csrc/cpu/scan_kernels.h.
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads) linear_scan_backward_kernel(const LinearScanBackward<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) linear_scan_backward_kernel(const LinearScanBackward<T> p) {
   constexpr int kTile = kThreads / kChannels * kSteps;
   const int64_t blocks = (p.width + kChannels - 1) / kChannels;
   const int64_t batch = blockIdx.x / blocks, channel = blockIdx.x % blocks * kChannels + threadIdx.x % kChannels;
@@ -122,13 +122,13 @@ __global__ void __launch_bounds__(kThreads) linear_scan_backward_kernel(const Li
   T state = T(0);
   for (int64_t start = 0; start < p.steps; start += kTile) {
     const int64_t first = start + threadIdx.x / kChannels * kSteps;
+    const int here = !valid ? 0 : p.steps - first < kSteps ? int(p.steps - first) : kSteps;  // steps this thread has
+    const int64_t at = column + (p.reverse ? first : p.steps - 1 - first) * p.width;
     T a[kSteps], b[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int64_t step = first + i, at = column + (p.reverse ? step : p.steps - 1 - step) * p.width;
-      const bool inside = valid && step < p.steps;
-      a[i] = inside && step > 0 ? p.a[at - stride] : T(1);
-      b[i] = inside ? p.grad_h[at] : T(0);
+      a[i] = i < here && first + i > 0 ? p.a[at + (i - 1) * stride] : T(1);
+      b[i] = i < here ? p.grad_h[at + i * stride] : T(0);
     }
     T map_a = T(1), map_b = T(0), total_a, total_b;
 #pragma unroll
@@ -140,14 +140,13 @@ __global__ void __launch_bounds__(kThreads) linear_scan_backward_kernel(const Li
     T grad = apply_map(map_a, state, map_b);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int64_t step = first + i, at = column + (p.reverse ? step : p.steps - 1 - step) * p.width;
       grad = a[i] * grad + b[i];
-      if (valid && step < p.steps) {
-        const bool last = step == p.steps - 1;
-        const T before = !last ? p.h[at + stride] : p.h_0 ? p.h_0[edge] : T(0);
-        p.grad_b[at] = grad;
-        p.grad_a[at] = grad * before;
-        if (last) p.grad_h_0[edge] = p.a[at] * grad;
+      if (i < here) {
+        const bool last = first + i == p.steps - 1;
+        const T before = !last ? p.h[at + (i + 1) * stride] : p.h_0 ? p.h_0[edge] : T(0);
+        p.grad_b[at + i * stride] = grad;
+        p.grad_a[at + i * stride] = grad * before;
+        if (last) p.grad_h_0[edge] = p.a[at + i * stride] * grad;
       }
     }
     state = apply_map(total_a, state, total_b);
