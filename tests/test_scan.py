@@ -14,7 +14,7 @@ from tolerances import assert_close
 
 import seqaccel
 from seqaccel import backends
-from seqaccel.functional import linear_scan, sru
+from seqaccel.functional import linear_scan, sru, sru_layer
 from seqaccel.reference import scan as reference
 
 DOUBLE = torch.float64
@@ -360,6 +360,45 @@ def test_sru_one_result_used(backend):
             torch.testing.assert_close(
                 torch.zeros_like(t) if a is None else a, torch.zeros_like(t) if e is None else e, rtol=1e-5, atol=1e-6
             )
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("case", ["same", "other", "projected", "frozen"])
+def test_sru_layer_is_the_product_and_the_recurrence(backend, case, poison):
+    s = to(sru_inputs(6, 3, 4, highway="projected" if case == "projected" else "input", masks=True), DOUBLE)
+    features = 4 if case == "same" else 5
+    x = s["x"]
+    given_input = x if case == "same" else rounded(6, 3, features).requires_grad_(case != "frozen")
+    weight = rounded(features, 16 if case == "projected" else 12).requires_grad_()
+    masks = {name: s[name] for name in ("mask_c", "mask_pad", "scale_x")}
+    leaves = [t for t in (given_input, weight, x, s["weight_c"], s["bias"], s["c_0"]) if t is not None]
+    leaves = list({id(t): t for t in leaves if t.requires_grad}.values())
+    with seqaccel.backend(backend):
+        actual = sru_layer(given_input, weight, x, s["weight_c"], s["bias"], s["c_0"], **masks)
+        expected = reference.sru(given_input @ weight, x, s["weight_c"], s["bias"], s["c_0"], *masks.values())
+        grads = rounded(6, 3, 4), rounded(3, 4)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+        found = torch.autograd.grad(actual, leaves, grads, retain_graph=True)
+        again = torch.autograd.grad(actual, leaves, grads)
+        for f, g, e in zip(found, again, torch.autograd.grad(expected, leaves, grads), strict=True):
+            torch.testing.assert_close(f, e)
+            assert torch.equal(f, g)
+        if backend != "triton":
+
+            def function(*tensors):
+                by_id = {id(t): v for t, v in zip(leaves, tensors, strict=True)}
+                operands = (given_input, weight, x, s["weight_c"], s["bias"], s["c_0"])
+                return sru_layer(*(by_id.get(id(t), t) for t in operands), **masks)
+
+            assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_sru_layer_errors():
+    with pytest.raises(ValueError, match=r"expected input \(T, B, I\) and weight"):
+        sru_layer(torch.ones(4, 2, 3), torch.ones(4, 9), None, torch.ones(6), torch.ones(6))
+    with pytest.raises(ValueError, match="9 or 12 features, but got 10"):
+        sru_layer(torch.ones(4, 2, 3), torch.ones(3, 10, requires_grad=True), None, torch.ones(6), torch.ones(6))
 
 
 def test_sru_weights_of_each_step():

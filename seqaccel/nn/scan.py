@@ -160,33 +160,29 @@ class SRUCell(nn.Module):
         mask_c = None
         if self.training and self.dropout > 0:
             mask_c = self._dropout_mask(batch, self.output_size, self.dropout)
-        u, weight_c = self._products(x)
-        if mask_pad is not None:
-            mask_pad = mask_pad.to(torch.bool)
-        h, c_n = functional.sru(
-            u,
-            skip,
-            weight_c,
-            self.bias,
-            c0,
-            mask_c=mask_c,
-            mask_pad=mask_pad,
-            scale_x=self.scale_x if self.rescale and skip is not None else None,
-            directions=2 if self.bidirectional else 1,
-            use_tanh=self.use_tanh,
-        )
-        if self.amp_recurrence_fp16 and u.dtype == torch.float16:
+        options: dict[str, Any] = {
+            "mask_c": mask_c,
+            "mask_pad": None if mask_pad is None else mask_pad.to(torch.bool),
+            "scale_x": self.scale_x if self.rescale and skip is not None else None,
+            "directions": 2 if self.bidirectional else 1,
+            "use_tanh": self.use_tanh,
+        }
+        if self.custom_m is None:
+            if self.weight_proj is not None:
+                x = x @ self.weight_proj
+            h, c_n = functional.sru_layer(x, self.weight, skip, self.weight_c, self.bias, c0, **options)
+        else:
+            u, weight_c = self._custom(x)
+            h, c_n = functional.sru(u, skip, weight_c, self.bias, c0, **options)
+        half = self.amp_recurrence_fp16 and torch.is_autocast_enabled(x.device.type)
+        if half and torch.get_autocast_dtype(x.device.type) == torch.float16:
             h, c_n = h.half(), c_n.half()
         if self.layer_norm is not None and self.normalize_after:
             h = self.layer_norm(h)
         return h, c_n
 
-    def _products(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """u (T, B, output_size * k), and the recurrent weights."""
-        if self.custom_m is None:
-            if self.weight_proj is not None:
-                x = x @ self.weight_proj
-            return x @ self.weight, self.weight_c
+    def _custom(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """u (T, B, output_size * k) of ``custom_m``, and the recurrent weights."""
         result = self.custom_m(x)
         parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if len(parts) > 2:

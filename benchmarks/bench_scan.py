@@ -1,0 +1,158 @@
+"""Linear scan and SRU, beside what one would have run instead.
+
+`sru` is the package of that name (2.6), whose training on a CPU is a Python loop; `torch.nn.LSTM` has the same width.
+`torch loop` is the recurrence written in PyTorch; `torch a*b`, the product of the same tensors, moves as much
+memory forward and shows what a memory-bound operator of torch reaches.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import torch
+from harness import Case, suite
+
+import seqaccel
+from seqaccel.reference import scan as reference
+
+
+def load_sru():
+    """The `sru` package, or None: it compiles its C++ code when it is imported."""
+    if importlib.util.find_spec("sru") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sru
+    return sru
+
+
+def on(backend, function):
+    """The function with one backend forced."""
+
+    def run():
+        with seqaccel.backend(backend):
+            return function()
+
+    return run
+
+
+def training(module, x, grad):
+    """Forward, and backward to the input and every parameter."""
+    x = x.clone().requires_grad_()
+
+    def run():
+        module.zero_grad()
+        x.grad = None
+        module(x)[0].backward(grad)
+
+    return run
+
+
+def inference(module, x):
+    """Forward without autograd."""
+
+    @torch.no_grad()
+    def run():
+        return module(x)[0]
+
+    return run
+
+
+def linear_scan_case(B, T, D, device, backends, train):
+    a, b = torch.rand(B, T, D, device=device), torch.randn(B, T, D, device=device)
+    grad = torch.randn_like(b)
+    leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+
+    def run(function):
+        if train:
+            return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+        return lambda: function(a, b)
+
+    contenders = {f"seqaccel[{name}]": on(name, run(seqaccel.functional.linear_scan)) for name in backends}
+    contenders |= {"torch loop": run(reference.linear_scan), "torch a*b": run(torch.mul)}
+    arrays, operations = (8, 5) if train else (3, 2)
+    return Case(contenders, flops=operations * B * T * D, bytes=4 * arrays * B * T * D)
+
+
+LINEAR = [{"B": 8, "T": 1024, "D": 256}, {"B": 1, "T": 4096, "D": 1024}, {"B": 4, "T": 4096, "D": 1}]
+LINEAR_ROWS = ["torch loop", "torch a*b"]
+
+
+@suite(LINEAR, ["seqaccel[cpp]", *LINEAR_ROWS])
+def bench_linear_scan_inference(B, T, D):
+    return linear_scan_case(B, T, D, "cpu", ["cpp"], train=False)
+
+
+@suite(LINEAR, ["seqaccel[cpp]", *LINEAR_ROWS])
+def bench_linear_scan_training(B, T, D):
+    return linear_scan_case(B, T, D, "cpu", ["cpp"], train=True)
+
+
+@suite(
+    [{"B": 8, "T": 16384, "D": 1536}, {"B": 64, "T": 65536, "D": 1}],
+    ["seqaccel[cuda]", "seqaccel[triton]", "torch a*b"],
+    "cuda",
+)
+def bench_linear_scan_training_gpu(B, T, D):
+    case = linear_scan_case(B, T, D, "cuda", ["cuda", "triton"], train=True)
+    del case.contenders["torch loop"]
+    return case
+
+
+def sru_case(B, T, d, device, backends, train):
+    torch.manual_seed(0)
+    ours, lstm = seqaccel.nn.SRU(d, d, num_layers=1).to(device), torch.nn.LSTM(d, d).to(device)
+    x, grad = torch.randn(T, B, d, device=device), torch.randn(T, B, d, device=device)
+
+    def run(module):
+        return training(module, x, grad) if train else inference(module, x)
+
+    contenders = {f"seqaccel[{name}]": on(name, run(ours)) for name in backends}
+    contenders["torch.nn.LSTM"] = run(lstm)
+    if package := load_sru():
+        theirs = package.SRU(d, d, num_layers=1).to(device)
+        theirs.load_state_dict(ours.state_dict())
+        contenders["sru"] = run(theirs)
+    products = 3 if train else 1
+    elements, weights = T * B * d, 3 * d * d
+    arrays = 1 + 3 + 1 + 1 if not train else (1 + 3 + 2) + (1 + 3 + 1 + 1 + 3 + 1)
+    return Case(contenders, flops=products * 2 * elements * 3 * d, bytes=4 * (arrays * elements + products * weights))
+
+
+SRU = [{"B": 32, "T": 128, "d": 256}, {"B": 1, "T": 1024, "d": 512}, {"B": 16, "T": 256, "d": 256}]
+SRU_ROWS = ["torch.nn.LSTM", "sru"]
+
+
+@suite(SRU, ["seqaccel[cpp]", *SRU_ROWS])
+def bench_sru_training(B, T, d):
+    return sru_case(B, T, d, "cpu", ["cpp"], train=True)
+
+
+@suite(SRU, ["seqaccel[cpp]", *SRU_ROWS])
+def bench_sru_inference(B, T, d):
+    return sru_case(B, T, d, "cpu", ["cpp"], train=False)
+
+
+@suite([{"B": 64, "T": 1024, "d": 1024}], ["seqaccel[cuda]", "seqaccel[triton]", *SRU_ROWS], "cuda")
+def bench_sru_training_gpu(B, T, d):
+    return sru_case(B, T, d, "cuda", ["cuda", "triton"], train=True)
+
+
+@suite([{"H": 256, "layers": 2}], ["seqaccel[cpp]", "torch.nn.LSTM"])
+def bench_sru_step(H, layers):
+    model, lstm = seqaccel.nn.SRU(H, H, num_layers=layers).eval(), torch.nn.LSTM(H, H, num_layers=layers)
+    x = torch.randn(1, H)
+    state = model.init_state(1)
+    h_c = torch.zeros(layers, 1, H), torch.zeros(layers, 1, H)
+
+    @torch.no_grad()
+    def step():
+        return model.step(x, state)
+
+    @torch.no_grad()
+    def stock():
+        return lstm(x[None], h_c)
+
+    contenders = {"seqaccel[cpp]": on("cpp", step), "torch.nn.LSTM": stock}
+    return Case(contenders, flops=layers * 2 * 3 * H * H, bytes=4 * layers * 3 * H * H)
