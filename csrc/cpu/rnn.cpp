@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kGates = 4;
 constexpr int64_t kFewRows = 8;                          // up to here a product reads the rows of the weight as they are
+constexpr int64_t kNarrow = 16, kSlice = 128;            // columns, and terms of a partial sum, of a sliced product
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
 
 bool run(const RnnForward<float>& pass) { return active_rnn_kernels().lstm_forward_float(pass); }
@@ -154,6 +155,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Te
   return {output, h_n, c_n, gates, cells};
 }
 
+// out = a b, a [M, K], b [K, N]. MKL sums a product of few columns in one chain over K, whose rounding error grows with
+// the square root of K: such a product is taken in slices.
+template <typename T>
+void product(Tensor& out, const Tensor& a, const Tensor& b) {
+  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
+  if (N >= kNarrow || K <= kSlice) return mm_out(out, a, b);
+  for (int64_t k = 0; k < K; k += kSlice) {
+    matmul(Matmul<T>{M, N, std::min(kSlice, K - k), a.const_data_ptr<T>() + k * a.stride(1), a.stride(0), a.stride(1),
+                     b.const_data_ptr<T>() + k * b.stride(0), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(), N,
+                     k > 0});
+  }
+}
+
 template <typename T>
 bool all_zero(const Tensor& t) {
   const T* data = t.const_data_ptr<T>();
@@ -245,17 +259,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   (single ? backward_steps<float> : backward_steps<double>)(sizes, grad_output, grad_h_n, grad_c_n, c_0, weight_hh, gates,
                                                             cells, valid, reverse, grad_gates, grad_h_0, grad_c_0,
                                                             grad_bias);
+  const auto multiply = single ? product<float> : product<double>;
+  const Tensor rows = steps_of(grad_gates, 0, T);
   if (needs_input) {
-    Tensor rows = steps_of(grad_input, 0, T);
-    mm_out(rows, steps_of(grad_gates, 0, T), weight_ih);
+    Tensor flat = steps_of(grad_input, 0, T);
+    multiply(flat, rows, weight_ih);
   }
-  if (needs_weight_ih) {
-    mm_out(grad_weight_ih, torch::stable::transpose(steps_of(grad_gates, 0, T), 0, 1), steps_of(input, 0, T));
-  }
+  if (needs_weight_ih) multiply(grad_weight_ih, torch::stable::transpose(rows, 0, 1), steps_of(input, 0, T));
   if (needs_weight_hh) {
     if (T > 1) {
-      mm_out(grad_weight_hh, torch::stable::transpose(steps_of(grad_gates, reverse ? 0 : 1, T - 1), 0, 1),
-             steps_of(output, reverse ? 1 : 0, T - 1));
+      multiply(grad_weight_hh, torch::stable::transpose(steps_of(grad_gates, reverse ? 0 : 1, T - 1), 0, 1),
+               steps_of(output, reverse ? 1 : 0, T - 1));
     }
     (single ? add_first_step<float> : add_first_step<double>)(sizes, grad_gates, h_0, valid, reverse, grad_weight_hh,
                                                               T > 1);

@@ -31,6 +31,8 @@ constexpr int kRows = SEQACCEL_REGISTERS >= 32 ? 6 : 2;     // rows of a registe
 constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
 constexpr ptrdiff_t kChunk = 48;                            // rows between a product and its update: 12 KB of L1
 constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
+constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
+constexpr ptrdiff_t kBiasRows = 8;                          // rows summed before they join the gradient of the bias
 constexpr ptrdiff_t kDirectRows = 4;
 constexpr ptrdiff_t kRowsPerThread = 8;
 constexpr int kColumns = 4;  // vectors of units in a block of the backward pass
@@ -106,26 +108,32 @@ SEQACCEL_INLINE void transpose(Vec<T>* v) {
 
 // ---------------------------------------------------------------- products
 
-// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row.
+// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row. The sum over K is one of
+// partial sums of kPartial products: rounding errors grow with the square root of the terms of a chain.
 template <typename T, int MR, int NV>
 void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add) {
-  Vec<T> acc[MR][NV];
-#pragma GCC unroll 32
-  for (int i = 0; i < MR * NV; ++i) acc[i / NV][i % NV] = add ? load(out + i * Lanes<T>) : Vec<T>{};
-  for (ptrdiff_t k = 0; k < K; ++k) {
-    Vec<T> b[NV];
+  for (ptrdiff_t k0 = 0; k0 < K; k0 += kPartial) {
+    const ptrdiff_t k1 = min_of(K, k0 + kPartial);
+    Vec<T> acc[MR][NV] = {};
+    for (ptrdiff_t k = k0; k < k1; ++k) {
+      Vec<T> b[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
+      for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const Vec<T> x = broadcast(a[m * a_row + k]);
+      for (int m = 0; m < MR; ++m) {
+        const Vec<T> x = broadcast(a[m * a_row + k]);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
+        for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
+      }
+      panel += panel_row;
     }
-    panel += panel_row;
-  }
+    const bool first = !add && k0 == 0;
 #pragma GCC unroll 32
-  for (int i = 0; i < MR * NV; ++i) store(out + i * Lanes<T>, acc[i / NV][i % NV]);
+    for (int i = 0; i < MR * NV; ++i) {
+      T* const sum = out + i * Lanes<T>;
+      store(sum, first ? acc[i / NV][i % NV] : load(sum) + acc[i / NV][i % NV]);
+    }
+  }
 }
 
 // out [rows, NV vectors] = a [rows, K] * panel.
@@ -537,9 +545,19 @@ template <typename T>
 struct BackwardState {
   T* grad_h;  // [B, stride]: of the state that a row has not reached yet; every row's before the first step
   T* grad_c;  // [B, stride]
-  T* bias;    // [parts, G, stride]
+  T* bias;    // [parts, 2, G, stride]: the sum and what rounding took from it
   ptrdiff_t stride;
 };
+
+// (*sum + *lost) += x, *lost being what rounding took (Knuth's two-sum).
+template <typename T>
+SEQACCEL_INLINE void add_compensated(T* sum, T* lost, Vec<T> x) {
+  const Vec<T> old = load(sum);
+  const Vec<T> next = old + x;
+  const Vec<T> taken = next - old;
+  store(lost, load(lost) + ((old - (next - taken)) + (x - taken)));
+  store(sum, next);
+}
 
 // The steps of one iteration of the backward pass: t is undone now, `later` was undone before it (-1: none), and
 // `earlier` comes after it (-1: none). t = -1: only the gradient of the initial state is left.
@@ -554,6 +572,14 @@ void backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, con
   const int units = int(min_of(L, p.hidden - unit));
   const ptrdiff_t H = p.hidden;
   Vec<T> sums[G] = {};
+  const auto add_to_bias = [&] {
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      T* const sum = bias + g * state.stride + unit;
+      add_compensated(sum, sum + G * state.stride, sums[g]);
+      sums[g] = Vec<T>{};
+    }
+  };
   for (ptrdiff_t b = b0; b < b1; ++b) {
     const ptrdiff_t length = p.lengths ? p.lengths[b] : p.steps;
     T* const held = state.grad_h + b * state.stride + unit;
@@ -587,12 +613,9 @@ void backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, con
       store_some(grad_gates + g * H, grad_pre[g], units);
       sums[g] += grad_pre[g];
     }
+    if ((b + 1 - b0) % kBiasRows == 0) add_to_bias();
   }
-#pragma GCC unroll 8
-  for (int g = 0; g < G; ++g) {
-    T* const sum = bias + g * state.stride + unit;
-    store(sum, load(sum) + sums[g]);
-  }
+  add_to_bias();
 }
 
 template <class Cell, typename T>
@@ -611,7 +634,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
   state.stride = blocks * kWidth + L;
   Workspace workspace;
   const size_t panels_at = workspace.reserve<T>((blocks - packed_from) * panel_size);
-  const size_t state_at = workspace.reserve<T>((2 * B + threads * G) * state.stride);
+  const size_t state_at = workspace.reserve<T>((2 * B + 2 * threads * G) * state.stride);
   const size_t barriers_at = workspace.reserve<Barrier>(threads);
   if (!workspace.allocate()) return false;
   T* const panels = workspace.at<T>(panels_at);
@@ -620,7 +643,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
   state.grad_h = workspace.at<T>(state_at);
   state.grad_c = state.grad_h + B * state.stride;
   state.bias = state.grad_c + B * state.stride;
-  memset(state.bias, 0, sizeof(T) * size_t(threads * G * state.stride));
+  memset(state.bias, 0, sizeof(T) * size_t(2 * threads * G * state.stride));
   int parts = 1;
 
 #pragma omp parallel num_threads(threads)
@@ -642,7 +665,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
 #pragma omp barrier
     if (!share.idle) {
       alignas(64) T product[kChunk * kWidth];
-      T* const bias = state.bias + share.part * G * state.stride;
+      T* const bias = state.bias + share.part * 2 * G * state.stride;
       for (ptrdiff_t s = p.steps - 1; s >= -1; --s) {
         const ptrdiff_t later = p.reverse ? p.steps - 2 - s : s + 1, earlier = p.reverse ? p.steps - s : s - 1;
         const BackwardStep step = {s < 0 ? -1 : (p.reverse ? p.steps - 1 - s : s), s + 1 < p.steps ? later : -1,
@@ -668,8 +691,11 @@ bool rnn_backward(const RnnBackward<T>& p) {
   }
   for (int g = 0; g < G; ++g) {
     for (ptrdiff_t k = 0; k < H; ++k) {
-      T sum = state.bias[g * state.stride + k];
-      for (int part = 1; part < parts; ++part) sum += state.bias[(part * G + g) * state.stride + k];
+      T sum = T(0);
+      for (int part = 0; part < parts; ++part) {
+        const T* const at = state.bias + (part * 2 * G + g) * state.stride + k;
+        sum += at[0] + at[G * state.stride];
+      }
       p.grad_bias[g * H + k] = sum;
     }
   }
