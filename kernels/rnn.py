@@ -1,15 +1,18 @@
-"""LSTM on a GPU: one layer, one direction, in Triton. Not yet run on a GPU: verified in Triton's interpreter and compiled offline.
+"""LSTM on a GPU: one layer, one direction, in Triton.
+
+Not yet run on a GPU: verified in Triton's interpreter and compiled offline.
 
     pre = W_ih x_t + W_hh h' + b;  i, f, o = sigmoid(pre), g = tanh(pre);  c = f c' + i g;  h = o tanh(c)
 
 The input projection and the weight gradients are one matrix product each over all steps. Between them:
 
-- H <= 64 in 16 bits, or H <= 32 in float32 with torch's TF32 switch on: one launch for all steps. A program owns ``BLOCK_B`` rows of
-  the batch and walks through time; programs never wait for each other. W_hh is read from L2 at every step, one gate's tile at a
-  time. With more units, or float32 without tensor cores, the tiles spill.
+- H <= 64 in 16 bits, or H <= 32 in float32 with torch's TF32 switch on: one launch for all steps. A program owns
+  ``BLOCK_B`` rows of the batch and walks through time; programs never wait for each other. W_hh is read from L2 at
+  every step, one gate's tile at a time. With more units, or float32 without tensor cores, the tiles spill.
 - else one ``torch.mm`` and one pointwise launch a step.
 
-State is float32; input and weights may be float32, float16 or bfloat16. Past a row's length the state stays and the output is 0.
+State is float32; input and weights may be float32, float16 or bfloat16. Past a row's length the state stays and the
+output is 0.
 The operators are opaque custom operators, not traced ones: under torch.compile a loop over steps would be unrolled.
 
 T time, B batch, I input, H hidden; gates [T, B, 4H] in the order i, f, g, o.
@@ -374,8 +377,9 @@ def lstm_forward(
     elif steps and batch:
         transposed = weight_hh.t()
         for s in range(steps):
+            t = steps - 1 - s if reverse else s
             lstm_forward_point_kernel[(batch, triton.cdiv(hidden, POINTS))](
-                gates, h @ transposed, bias, lengths, h, c, output, cells, steps - 1 - s if reverse else s, batch, hidden,
+                gates, h @ transposed, bias, lengths, h, c, output, cells, t, batch, hidden,
                 SAVE=save, BLOCK=POINTS, num_warps=4,
             )  # fmt: skip
     return output, h, c.to(input.dtype, copy=True), gates if save else gates.new_empty(0), cells
@@ -412,7 +416,7 @@ def lstm_backward(
     needs_weight_ih: bool,
     needs_weight_hh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, h_0, c_0, weight_ih, weight_hh and the sum of the biases; an empty one where it is not needed."""
+    """Gradients of input, h_0, c_0, weight_ih, weight_hh and the biases; an empty one where it is not needed."""
     steps, batch, hidden = output.shape
     weight_hh, c_0 = weight_hh.contiguous(), c_0.contiguous()
     grad_output = None if grad_output is None else grad_output.contiguous()
@@ -482,7 +486,9 @@ def _configurations() -> list[Configuration]:
     for kind, hidden, precision in (("bf16", 32, "ieee"), ("bf16", 64, "ieee"), ("fp32", 32, "tf32")):
         p, options = f"*{kind}", _whole_options(hidden)
         types = {
-            **dict.fromkeys(("p_weight", "p_gates", "p_output", "p_h", "p_bias", "p_c_0", "p_grad_output", "p_grad_gates"), p),
+            **dict.fromkeys(
+                ("p_weight", "p_gates", "p_output", "p_h", "p_bias", "p_c_0", "p_grad_output", "p_grad_gates"), p
+            ),
             **dict.fromkeys(("p_c", "p_cells", "p_dh", "p_dc"), "*fp32"),
             **dict.fromkeys(("T", "B", "H"), "i32"),
             "p_lengths": "*i64",
@@ -493,7 +499,9 @@ def _configurations() -> list[Configuration]:
     for kind in ("fp32", "bf16"):
         p = f"*{kind}"
         types = {
-            **dict.fromkeys(("p_product", "p_gates", "p_output", "p_h", "p_bias", "p_c_0", "p_grad_output", "p_grad_gates"), p),
+            **dict.fromkeys(
+                ("p_product", "p_gates", "p_output", "p_h", "p_bias", "p_c_0", "p_grad_output", "p_grad_gates"), p
+            ),
             **dict.fromkeys(("p_c", "p_cells", "p_dh", "p_dc"), "*fp32"),
             **dict.fromkeys(("t", "earlier", "B", "H"), "i32"),
             "p_lengths": "*i64",

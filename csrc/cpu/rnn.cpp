@@ -11,8 +11,8 @@ namespace seqaccel {
 namespace {
 
 constexpr int64_t kGates = 4;
-constexpr int64_t kFewRows = 8;                          // up to here a product reads the rows of the weight as they are
-constexpr int64_t kNarrow = 16, kSlice = 128;            // columns, and terms of a partial sum, of a sliced product
+constexpr int64_t kFewRows = 8;                // up to here a product reads the rows of the weight as they are
+constexpr int64_t kNarrow = 16, kSlice = 128;  // columns, and terms of a partial sum, of a sliced product
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
 
 bool run(const RnnForward<float>& pass) { return active_rnn_kernels().lstm_forward_float(pass); }
@@ -110,10 +110,10 @@ void forward_steps(const Sizes& sizes, const Tensor& input, const Tensor& h_0, c
     }
     check_workspace(run(RnnForward<T>{
         steps, sizes.batch, sizes.hidden, first, reverse, lengths.empty() ? nullptr : lengths.data(),
-        done ? h_n.const_data_ptr<T>() : h_0.const_data_ptr<T>(), done ? c_n.const_data_ptr<T>() : c_0.const_data_ptr<T>(),
-        weight_hh.const_data_ptr<T>(), bias.empty() ? nullptr : bias.data(), gates.mutable_data_ptr<T>(),
-        output.mutable_data_ptr<T>() + first * rows, cells ? cells->mutable_data_ptr<T>() : nullptr,
-        h_n.mutable_data_ptr<T>(), c_n.mutable_data_ptr<T>()}));
+        done ? h_n.const_data_ptr<T>() : h_0.const_data_ptr<T>(),
+        done ? c_n.const_data_ptr<T>() : c_0.const_data_ptr<T>(), weight_hh.const_data_ptr<T>(),
+        bias.empty() ? nullptr : bias.data(), gates.mutable_data_ptr<T>(), output.mutable_data_ptr<T>() + first * rows,
+        cells ? cells->mutable_data_ptr<T>() : nullptr, h_n.mutable_data_ptr<T>(), c_n.mutable_data_ptr<T>()}));
   }
 }
 
@@ -132,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Te
   h_0 = to_contiguous(h_0);
   c_0 = to_contiguous(c_0);
 
-  const int64_t step_bytes = std::max<int64_t>(1, sizes.batch * kGates * sizes.hidden * (dtype == ScalarType::Double ? 8 : 4));
+  const int64_t step_bytes =
+      std::max<int64_t>(1, sizes.batch * kGates * sizes.hidden * (dtype == ScalarType::Double ? 8 : 4));
   const int64_t chunk = save ? sizes.steps : std::min(sizes.steps, std::max<int64_t>(1, kProjectionBytes / step_bytes));
   Tensor output = new_empty(input, {sizes.steps, sizes.batch, sizes.hidden});
   Tensor gates = new_empty(input, {chunk, sizes.batch, kGates * sizes.hidden});
@@ -148,8 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Te
     forward_steps<float>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<float>(bias_ih, bias_hh), valid, reverse,
                          output, h_n, c_n, gates, kept);
   } else {
-    forward_steps<double>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<double>(bias_ih, bias_hh), valid, reverse,
-                          output, h_n, c_n, gates, kept);
+    forward_steps<double>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<double>(bias_ih, bias_hh), valid,
+                          reverse, output, h_n, c_n, gates, kept);
   }
   if (!save) gates = new_empty(input, {0});
   return {output, h_n, c_n, gates, cells};
@@ -176,8 +177,8 @@ bool all_zero(const Tensor& t) {
 
 // grad_weight_hh (+)= D^T h_0, D [B, 4H] the gradients of each row's first step.
 template <typename T>
-void add_first_step(const Sizes& sizes, const Tensor& grad_gates, const Tensor& h_0, const std::vector<int64_t>& lengths,
-                    bool reverse, Tensor& grad_weight, bool accumulate) {
+void add_first_step(const Sizes& sizes, const Tensor& grad_gates, const Tensor& h_0,
+                    const std::vector<int64_t>& lengths, bool reverse, Tensor& grad_weight, bool accumulate) {
   if (all_zero<T>(h_0)) {
     if (!accumulate) torch::stable::zero_(grad_weight);
     return;
@@ -204,12 +205,12 @@ void backward_steps(const Sizes& sizes, const OptionalTensor& grad_output, const
                     const OptionalTensor& grad_c_n, const Tensor& c_0, const Tensor& weight_hh, const Tensor& gates,
                     const Tensor& cells, const std::vector<int64_t>& lengths, bool reverse, Tensor& grad_gates,
                     Tensor& grad_h_0, Tensor& grad_c_0, Tensor& grad_bias) {
-  check_workspace(run(RnnBackward<T>{
-      sizes.steps, sizes.batch, sizes.hidden, reverse, lengths.empty() ? nullptr : lengths.data(),
-      data_or_null<T>(grad_output), data_or_null<T>(grad_h_n), data_or_null<T>(grad_c_n), c_0.const_data_ptr<T>(),
-      weight_hh.const_data_ptr<T>(), gates.const_data_ptr<T>(), cells.const_data_ptr<T>(),
-      grad_gates.mutable_data_ptr<T>(), grad_h_0.mutable_data_ptr<T>(), grad_c_0.mutable_data_ptr<T>(),
-      grad_bias.mutable_data_ptr<T>()}));
+  check_workspace(
+      run(RnnBackward<T>{sizes.steps, sizes.batch, sizes.hidden, reverse, lengths.empty() ? nullptr : lengths.data(),
+                         data_or_null<T>(grad_output), data_or_null<T>(grad_h_n), data_or_null<T>(grad_c_n),
+                         c_0.const_data_ptr<T>(), weight_hh.const_data_ptr<T>(), gates.const_data_ptr<T>(),
+                         cells.const_data_ptr<T>(), grad_gates.mutable_data_ptr<T>(), grad_h_0.mutable_data_ptr<T>(),
+                         grad_c_0.mutable_data_ptr<T>(), grad_bias.mutable_data_ptr<T>()}));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
@@ -248,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   Tensor grad_c_0 = new_empty(input, {B, H});
   Tensor grad_bias = new_empty(input, {width});
   if (T == 0 || B == 0) {
-    for (Tensor* grad : {&grad_weight_ih, &grad_weight_hh, &grad_bias, &grad_h_0, &grad_c_0}) torch::stable::zero_(*grad);
+    for (Tensor* grad : {&grad_weight_ih, &grad_weight_hh, &grad_bias, &grad_h_0, &grad_c_0})
+      torch::stable::zero_(*grad);
     if (grad_h_n) torch::stable::copy_(grad_h_0, *grad_h_n);
     if (grad_c_n) torch::stable::copy_(grad_c_0, *grad_c_n);
     return {grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias};
@@ -256,9 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
 
   Tensor grad_gates = new_empty(input, {T, B, width});
   const bool single = dtype == ScalarType::Float;
-  (single ? backward_steps<float> : backward_steps<double>)(sizes, grad_output, grad_h_n, grad_c_n, c_0, weight_hh, gates,
-                                                            cells, valid, reverse, grad_gates, grad_h_0, grad_c_0,
-                                                            grad_bias);
+  (single ? backward_steps<float> : backward_steps<double>)(sizes, grad_output, grad_h_n, grad_c_n, c_0, weight_hh,
+                                                            gates, cells, valid, reverse, grad_gates, grad_h_0,
+                                                            grad_c_0, grad_bias);
   const auto multiply = single ? product<float> : product<double>;
   const Tensor rows = steps_of(grad_gates, 0, T);
   if (needs_input) {
@@ -286,7 +288,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, Tensor c_0, "
       "Tensor weight_ih, Tensor weight_hh, Tensor output, Tensor gates, Tensor cells, Tensor? lengths, bool reverse, "
-      "bool needs_input, bool needs_weight_ih, bool needs_weight_hh) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool needs_input, bool needs_weight_ih, bool needs_weight_hh) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {

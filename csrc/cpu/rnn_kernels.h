@@ -14,237 +14,23 @@
 // barrier that yields after a bounded spin. On odd steps the blocks run backwards, so that those read last, still in
 // L2, come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two Zen 4 cores with
 // 1 MB of L2 each.
-#include <stdlib.h>
-
 #include "common/cells.h"
-#include "gemm.h"
 #include "rnn.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "rnn_products.h"
+#include "rnn_team.h"
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-constexpr int kRows = SEQACCEL_REGISTERS >= 32 ? 6 : 2;     // rows of a register tile, beside 4 vectors
-constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
-constexpr ptrdiff_t kChunk = 48;                            // rows between a product and its update: 12 KB of L1
-constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
-constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
-constexpr ptrdiff_t kBiasRows = 8;                          // rows summed before they join the gradient of the bias
+constexpr ptrdiff_t kChunk = 48;    // rows between a product and its update: 12 KB of L1
+constexpr ptrdiff_t kBiasRows = 8;  // rows summed before they join the gradient of the bias
 constexpr ptrdiff_t kDirectRows = 4;
-constexpr ptrdiff_t kRowsPerThread = 8;
-constexpr int kColumns = 4;  // vectors of units in a block of the backward pass
 
 template <typename T>
 struct Functions {
   SEQACCEL_INLINE static Vec<T> sigmoid(Vec<T> x) { return sigmoid_vec<T>(x); }
   SEQACCEL_INLINE static Vec<T> tanh(Vec<T> x) { return tanh_vec<T>(x); }
 };
-
-SEQACCEL_INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-SEQACCEL_INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-
-template <typename T>
-SEQACCEL_INLINE Vec<T> load_some(const T* p, int n) {
-  return n == Lanes<T> ? load(p) : load(p, n);
-}
-
-template <typename T>
-SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
-  if (n == Lanes<T>) {
-    store(p, v);
-  } else {
-    store(p, v, n);
-  }
-}
-
-// ---------------------------------------------------------------- lanes to rows
-
-// Groups of W lanes of [a | b]: the even ones, and (High) the odd ones.
-template <typename T, int W, bool High>
-SEQACCEL_INLINE Vec<T> pick_groups(Vec<T> a, Vec<T> b) {
-  typename VecTypes<T>::Int index = {};
-#pragma GCC unroll 16
-  for (int lane = 0; lane < Lanes<T>; ++lane) index[lane] = 2 * (lane / W) * W + lane % W + (High ? W : 0);
-  return __builtin_shuffle(a, b, index);
-}
-
-// Lane i of the result is the sum of the lanes of v[i]; v is overwritten. Pairwise, in a fixed order.
-template <typename T, int W = Lanes<T> / 2>
-SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    v[i] = pick_groups<T, W, false>(v[2 * i], v[2 * i + 1]) + pick_groups<T, W, true>(v[2 * i], v[2 * i + 1]);
-  }
-  if constexpr (W > 1) {
-    return transposed_sum<T, W / 2>(v);
-  } else {
-    return v[0];
-  }
-}
-
-// Transposes the square v[Lanes][Lanes]: log2 rounds of interleaving its halves.
-template <typename T, int Rounds = Lanes<T>>
-SEQACCEL_INLINE void transpose(Vec<T>* v) {
-  constexpr int L = Lanes<T>;
-  typename VecTypes<T>::Int low = {}, high = {};
-#pragma GCC unroll 16
-  for (int lane = 0; lane < L; ++lane) {
-    low[lane] = lane / 2 + (lane % 2) * L;
-    high[lane] = low[lane] + L / 2;
-  }
-  Vec<T> next[L];
-#pragma GCC unroll 16
-  for (int i = 0; i < L / 2; ++i) {
-    next[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
-    next[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) v[i] = next[i];
-  if constexpr (Rounds > 2) transpose<T, Rounds / 2>(v);
-}
-
-// ---------------------------------------------------------------- products
-
-// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row. The sum over K is one of
-// partial sums of kPartial products: rounding errors grow with the square root of the terms of a chain.
-template <typename T, int MR, int NV>
-void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add) {
-  for (ptrdiff_t k0 = 0; k0 < K; k0 += kPartial) {
-    const ptrdiff_t k1 = min_of(K, k0 + kPartial);
-    Vec<T> acc[MR][NV] = {};
-    for (ptrdiff_t k = k0; k < k1; ++k) {
-      Vec<T> b[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const Vec<T> x = broadcast(a[m * a_row + k]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
-      }
-      panel += panel_row;
-    }
-    const bool first = !add && k0 == 0;
-#pragma GCC unroll 32
-    for (int i = 0; i < MR * NV; ++i) {
-      T* const sum = out + i * Lanes<T>;
-      store(sum, first ? acc[i / NV][i % NV] : load(sum) + acc[i / NV][i % NV]);
-    }
-  }
-}
-
-// out [rows, NV vectors] = a [rows, K] * panel.
-template <typename T, int NV>
-void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
-                   T* out) {
-  const ptrdiff_t tiles = panel_count(rows, kRows);
-  const ptrdiff_t depth = tiles == 1 ? K : kDepthBlock;
-  for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
-    const ptrdiff_t k = min_of(depth, K - k0);
-    for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
-      const ptrdiff_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-      const T* const x = a + first * a_row + k0;
-      const T* const w = panel + k0 * panel_row;
-      T* const y = out + first * NV * Lanes<T>;
-      switch (last - first) {
-        case 1:
-          rnn_tile<T, 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
-          break;
-        case 2:
-          rnn_tile<T, 2, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
-          break;
-        case 3:
-          rnn_tile<T, kRows >= 3 ? 3 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
-          break;
-        case 4:
-          rnn_tile<T, kRows >= 4 ? 4 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
-          break;
-        case 5:
-          rnn_tile<T, kRows >= 5 ? 5 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
-          break;
-        default:
-          rnn_tile<T, kRows, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
-      }
-    }
-  }
-}
-
-// out [MR, G, L]: lane q of gate g is x [m] . weight[g * gate_stride + q * K ...] for q < units, else 0.
-template <typename T, int G, int MR>
-void dot_tile(const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_stride, ptrdiff_t K, int units, T* out) {
-  constexpr int L = Lanes<T>;
-  typedef typename VecTypes<T>::Int Int;
-  const ptrdiff_t full = K / L * L;
-  const int tail = int(K - full);
-  // What is left of a row is the end of its last L values, or the whole of a shorter row.
-  const ptrdiff_t tail_start = K >= L ? K - L : 0;
-  const int tail_count = K >= L ? L : tail;
-  Int keep = {};
-  for (int lane = 0; lane < L; ++lane) keep[lane] = K < L || lane >= L - tail ? -1 : 0;
-  Vec<T> x_tail[MR] = {};
-  for (int m = 0; m < MR && tail; ++m) {
-    x_tail[m] = (Vec<T>)((Int)load_some(x + m * x_row + tail_start, tail_count) & keep);
-  }
-  Vec<T> sums[MR][G][L];
-  for (int q = 0; q < L; ++q) {
-    Vec<T> acc[MR][G] = {};
-    if (q < units) {
-      const T* const row = weight + q * K;
-      for (ptrdiff_t k = 0; k < full; k += L) {
-        Vec<T> w[G];
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) w[g] = load(row + g * gate_stride + k);
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-          const Vec<T> value = load(x + m * x_row + k);
-#pragma GCC unroll 8
-          for (int g = 0; g < G; ++g) acc[m][g] += value * w[g];
-        }
-      }
-      if (tail) {
-#pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) {
-          const Vec<T> w = (Vec<T>)((Int)load_some(row + g * gate_stride + tail_start, tail_count) & keep);
-#pragma GCC unroll 8
-          for (int m = 0; m < MR; ++m) acc[m][g] += x_tail[m] * w;
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) sums[m][g][q] = acc[m][g];
-    }
-  }
-  for (int m = 0; m < MR; ++m) {
-    for (int g = 0; g < G; ++g) store(out + (m * G + g) * L, transposed_sum<T>(sums[m][g]));
-  }
-}
-
-template <typename T, int G>
-void dot_product(ptrdiff_t rows, const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_stride, ptrdiff_t K,
-                 int units, T* out) {
-  for (ptrdiff_t m = 0; m < rows; m += kDotRows) {
-    const T* const from = x + m * x_row;
-    T* const to = out + m * G * Lanes<T>;
-    switch (min_of(rows - m, kDotRows)) {
-      case 1:
-        dot_tile<T, G, 1>(from, x_row, weight, gate_stride, K, units, to);
-        break;
-      case 2:
-        dot_tile<T, G, 2>(from, x_row, weight, gate_stride, K, units, to);
-        break;
-      case 3:
-        dot_tile<T, G, kDotRows >= 3 ? 3 : 1>(from, x_row, weight, gate_stride, K, units, to);
-        break;
-      default:
-        dot_tile<T, G, kDotRows>(from, x_row, weight, gate_stride, K, units, to);
-    }
-  }
-}
 
 template <typename T>
 void row_product(const RowProduct<T>& p) {
@@ -274,133 +60,6 @@ void row_product(const RowProduct<T>& p) {
     }
   }
 }
-
-// ---------------------------------------------------------------- packing
-
-// panel [H, G, L] of the units u*L ...: lane q of gate g at k is weight[g*H + u*L + q][k]; zero past the last unit.
-template <typename T, int G>
-void pack_units(T* panel, const T* weight, ptrdiff_t H, ptrdiff_t u) {
-  constexpr int L = Lanes<T>;
-  const int units = int(min_of(L, H - u * L));
-  for (int g = 0; g < G; ++g) {
-    const T* const rows = weight + (g * H + u * L) * H;
-    for (ptrdiff_t k = 0; k < H; k += L) {
-      const int count = int(min_of(L, H - k));
-      Vec<T> square[L];
-      for (int q = 0; q < L; ++q) square[q] = q < units ? load_some(rows + q * H + k, count) : Vec<T>{};
-      transpose<T>(square);
-      for (int i = 0; i < count; ++i) store(panel + ((k + i) * G + g) * L, square[i]);
-    }
-  }
-}
-
-// panel [rows, kColumns * L] of the columns j * kColumns * L ... of weight [rows, H]; zero past the last column.
-template <typename T>
-void pack_columns(T* panel, const T* weight, ptrdiff_t rows, ptrdiff_t H, ptrdiff_t j) {
-  constexpr int L = Lanes<T>;
-  for (ptrdiff_t k = 0; k < rows; ++k) {
-    for (int v = 0; v < kColumns; ++v) {
-      const ptrdiff_t column = (j * kColumns + v) * L;
-      const int count = int(max_of(0, min_of(L, H - column)));
-      store(panel + (k * kColumns + v) * L, count > 0 ? load_some(weight + k * H + column, count) : Vec<T>{});
-    }
-  }
-}
-
-// ---------------------------------------------------------------- threads
-
-struct Barrier {
-  alignas(64) int arrived;
-  alignas(64) int phase;
-};
-
-inline void wait_for_all(Barrier& barrier, int threads) {
-  if (threads == 1) return;
-  const int phase = __atomic_load_n(&barrier.phase, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(&barrier.arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-    __atomic_store_n(&barrier.arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&barrier.phase, phase + 1, __ATOMIC_RELEASE);
-    return;
-  }
-  for (int spins = 0; __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins > 4096) {
-      sched_yield();
-    } else {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#elif defined(__aarch64__)
-      __asm__ __volatile__("yield");
-#endif
-    }
-  }
-}
-
-// How `threads` share a layer: parts of the batch, and in each part groups of units.
-struct Split {
-  int parts, groups;
-  int threads() const { return parts * groups; }
-};
-
-inline Split split_work(int threads, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t weights, ptrdiff_t weight_bytes,
-                        ptrdiff_t blocks) {
-  if (double(steps) * double(batch) * double(weights) < 262144.0) return {1, 1};
-  const ptrdiff_t rows = weight_bytes <= 262144 ? 1 : kRowsPerThread;
-  int parts = threads;
-  while (parts > 1 && (threads % parts != 0 || batch / parts < rows)) --parts;
-  const ptrdiff_t useful = max_of(1, batch / parts * weights / 16384);  // about 0.5 us of work a step for each thread
-  return {parts, int(min_of(threads / parts, min_of(useful, blocks)))};
-}
-
-// A thread's share: rows [b0, b1) of the batch, blocks [u0, u1), the barrier of its part.
-struct Share {
-  ptrdiff_t b0, b1, u0, u1;
-  int part, group;
-  bool idle;
-};
-
-inline Share share_of(const Split& split, int thread, ptrdiff_t batch, ptrdiff_t blocks) {
-  Share share;
-  share.part = thread / split.groups;
-  share.group = thread % split.groups;
-  share.idle = thread >= split.threads();
-  share.b0 = batch * share.part / split.parts;
-  share.b1 = batch * (share.part + 1) / split.parts;
-  share.u0 = blocks * share.group / split.groups;
-  share.u1 = blocks * (share.group + 1) / split.groups;
-  return share;
-}
-
-// 64-byte aligned pieces of one allocation; measured first, handed out afterwards.
-class Workspace {
- public:
-  template <typename T>
-  size_t reserve(ptrdiff_t count) {
-    const size_t offset = bytes_;
-    bytes_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return offset;
-  }
-  bool allocate() {
-    constexpr size_t kHugePage = size_t(2) << 20;
-    const size_t align = bytes_ >= 2 * kHugePage ? kHugePage : 64;
-    base_ = static_cast<char*>(aligned_alloc(align, (bytes_ + align - 1) / align * align + align));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (base_ != nullptr && align == kHugePage) madvise(base_, bytes_ / align * align, MADV_HUGEPAGE);
-#endif
-    return base_ != nullptr;
-  }
-  template <typename T>
-  T* at(size_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
-  }
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { free(base_); }
-
- private:
-  char* base_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 // ---------------------------------------------------------------- forward
 
@@ -497,7 +156,8 @@ bool rnn_forward(const RnnForward<T>& p) {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
     const Split split = split_work(team, p.steps, B, weights, weight_bytes, blocks);
     const Share share = share_of(split, thread, B, blocks);
-    for (ptrdiff_t u = thread; u < blocks && !direct; u += team) pack_units<T, G>(panels + u * panel_size, p.weight, H, u);
+    for (ptrdiff_t u = thread; u < blocks && !direct; u += team)
+      pack_units<T, G>(panels + u * panel_size, p.weight, H, u);
     for (ptrdiff_t u = share.u0; u < share.u1 && !share.idle; ++u) {
       const int units = int(min_of(L, H - u * L));
       for (ptrdiff_t b = share.b0; b < share.b1; ++b) {
@@ -520,7 +180,8 @@ bool rnn_forward(const RnnForward<T>& p) {
               dot_product<T, G>(rows, h_prev + b * state.stride, state.stride, p.weight + u * L * H, H * H, H,
                                 int(min_of(L, H - u * L)), pre);
             } else {
-              panel_product<T, G>(rows, h_prev + b * state.stride, state.stride, panels + u * panel_size, G * L, H, pre);
+              panel_product<T, G>(rows, h_prev + b * state.stride, state.stride, panels + u * panel_size, G * L, H,
+                                  pre);
             }
             forward_update<Cell, T>(p, state, s, t, b, end, u, pre);
           }
@@ -658,8 +319,10 @@ bool rnn_backward(const RnnBackward<T>& p) {
     for (ptrdiff_t unit = share.u0 * kWidth; unit < share.u1 * kWidth && !share.idle; unit += L) {
       const int units = int(max_of(0, min_of(L, H - unit)));
       for (ptrdiff_t b = share.b0; b < share.b1; ++b) {
-        store(state.grad_h + b * state.stride + unit, p.grad_h_n ? load_some(p.grad_h_n + b * H + unit, units) : Vec<T>{});
-        store(state.grad_c + b * state.stride + unit, p.grad_c_n ? load_some(p.grad_c_n + b * H + unit, units) : Vec<T>{});
+        store(state.grad_h + b * state.stride + unit,
+              p.grad_h_n ? load_some(p.grad_h_n + b * H + unit, units) : Vec<T>{});
+        store(state.grad_c + b * state.stride + unit,
+              p.grad_c_n ? load_some(p.grad_c_n + b * H + unit, units) : Vec<T>{});
       }
     }
 #pragma omp barrier
@@ -678,7 +341,8 @@ bool rnn_backward(const RnnBackward<T>& p) {
             const ptrdiff_t end = min_of(b + kChunk, share.b1);
             if (step.later >= 0) {
               const ptrdiff_t rows = running_rows(p.lengths, step.later, b, end) - b;
-              panel_product<T, kColumns>(rows, p.grad_gates + (step.later * B + b) * K, K, panel, panel_row, K, product);
+              panel_product<T, kColumns>(rows, p.grad_gates + (step.later * B + b) * K, K, panel, panel_row, K,
+                                         product);
             }
             for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
               backward_update<Cell, T>(p, state, step, b, end, (j * kColumns + v) * L, product + v * L, bias);
@@ -704,8 +368,12 @@ bool rnn_backward(const RnnBackward<T>& p) {
 
 extern const RnnKernels rnn_kernels;
 const RnnKernels rnn_kernels = {
-    rnn_forward<LstmCell, float>,  rnn_forward<LstmCell, double>, rnn_backward<LstmCell, float>,
-    rnn_backward<LstmCell, double>, row_product<float>,            row_product<double>,
+    rnn_forward<LstmCell, float>,
+    rnn_forward<LstmCell, double>,
+    rnn_backward<LstmCell, float>,
+    rnn_backward<LstmCell, double>,
+    row_product<float>,
+    row_product<double>,
 };
 
 }  // namespace SEQACCEL_ISA

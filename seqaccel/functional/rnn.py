@@ -64,9 +64,7 @@ class _LSTM(torch.autograd.Function):
         output, h_n, c_n, gates, cells = _operators(backend)[0](
             input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, True
         )
-        ctx.save_for_backward(
-            input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates, cells
-        )
+        ctx.save_for_backward(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates, cells)
         ctx.reverse, ctx.backend = reverse, backend
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
@@ -122,12 +120,12 @@ def _torch_lstm(
         output, h_n, c_n = torch._VF.lstm(input, state, weights, has_biases, 1, 0.0, False, False, False)
     else:
         packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)
-        state = tuple(part.index_select(1, packed.sorted_indices) for part in state)
+        state = (h_0[packed.sorted_indices].unsqueeze(0), c_0[packed.sorted_indices].unsqueeze(0))
         data, h_n, c_n = torch._VF.lstm(
             packed.data, packed.batch_sizes, state, weights, has_biases, 1, 0.0, False, False
         )
         output, _ = pad_packed_sequence(packed._replace(data=data), total_length=steps)
-        h_n, c_n = (part.index_select(1, packed.unsorted_indices) for part in (h_n, c_n))
+        h_n, c_n = h_n[:, packed.unsorted_indices], c_n[:, packed.unsorted_indices]
     if reverse:
         output = _reverse_in_time(output, lengths)
     return output, h_n[0], c_n[0]
@@ -158,9 +156,7 @@ def _check_lstm(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_
         if tuple(tensor.shape) != shape:
             raise ValueError(f"lstm: expected {name} to have shape {shape}, but got {tuple(tensor.shape)}")
         if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"lstm: expected {name} to have the dtype of input, {input.dtype}, but got {tensor.dtype}"
-            )
+            raise TypeError(f"lstm: expected {name} to have the dtype of input, {input.dtype}, but got {tensor.dtype}")
         if tensor.device != input.device:
             raise RuntimeError(
                 "lstm: expected all tensors to be on the same device, "
@@ -200,8 +196,9 @@ def lstm(
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t) \qquad \text{or} \quad W_{hr} (o_t \odot \tanh(c_t))
 
-    float16 and bfloat16 are computed in float32 by the backend ``cpp``. Training keeps the input and, with H hidden units, 6 H
-    values a step and row for the backward pass (the output among them). Gradients of gradients go through the reference.
+    float16 and bfloat16 are computed in float32 by the backend ``cpp``. Training keeps the input and, with H hidden
+    units, 6 H values a step and row for the backward pass, the output among them: 24 H bytes in float32. Gradients of
+    gradients go through the reference.
 
     Args:
         input: (T, B, I).
@@ -211,8 +208,8 @@ def lstm(
         bias_ih: b, (4 * H,). Default: none.
         bias_hh: b', (4 * H,). Default: none.
         weight_hr: projection, (P, H); only the backends ``reference`` and ``torch`` have it. Default: none.
-        lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state stays.
-            Default: every sequence has T steps.
+        lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
+            stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
 
     Returns:
@@ -242,7 +239,7 @@ def lstm(
         h_0, c_0 = state
         if c_0 is h_0:
             c_0 = h_0.clone()  # Dynamo takes no autograd.Function that is given one tensor twice
-    input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = _common.autocast(
+    input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = _common.autocast(  # type: ignore[assignment]
         input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
     )
     _check_lstm(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths)
@@ -260,7 +257,7 @@ def lstm(
         )
         return output, (h_n, c_n)
     dtype = input.dtype
-    tensors = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    tensors: tuple[Tensor | None, ...] = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
     if backend == "cpp":
         compute = _common.compute_dtype(dtype)
         if dtype != compute:

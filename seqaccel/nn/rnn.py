@@ -23,7 +23,8 @@ class LSTM(Streaming, torch.nn.RNNBase):
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t)
 
-    Parameters, their names, initialisation and state_dict are torch.nn.LSTM's, and so are the layouts of inputs and outputs.
+    Parameters, their names, initialisation and state_dict are torch.nn.LSTM's, and so are the layouts of inputs and
+    outputs.
 
     Args:
         input_size: I, features of the input.
@@ -32,14 +33,16 @@ class LSTM(Streaming, torch.nn.RNNBase):
         bias: has ``bias_ih`` and ``bias_hh``. Default: ``True``.
         batch_first: input and output are (B, T, ·), not (T, B, ·). Default: ``False``.
         dropout: probability of zeroing an output of any layer but the last, in training. Default: 0.
-        bidirectional: a second set of weights runs from the last step to the first; outputs are concatenated. Default: ``False``.
-        proj_size: P > 0: h is projected to P features by ``weight_hr``. Only the backends ``reference`` and ``torch`` have it; on the
-            default backend ``torch`` serves. Default: 0, no projection.
+        bidirectional: a second set of weights runs from the last step to the first; outputs are concatenated. Default:
+            ``False``.
+        proj_size: P > 0: h is projected to P features by ``weight_hr``. Only the backends ``reference`` and ``torch``
+            have it; on the default backend ``torch`` serves. Default: 0, no projection.
         device, dtype: of the parameters.
 
     Shapes, with D directions and L layers:
-        - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a PackedSequence; hx =
-          (h_0, c_0), (D * L, B, P or H) and (D * L, B, H), by default zero. Returns output (T, B, D * H) and (h_n, c_n).
+        - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
+          PackedSequence; hx = (h_0, c_0), (D * L, B, P or H) and (D * L, B, H), by default zero. Returns output
+          (T, B, D * (P or H)) and (h_n, c_n).
         - streaming: the state is (h, c), (B, L, P or H) and (B, L, H). A bidirectional module does not stream.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Recurrent layers in plain PyTorch: one layer, one direction. T time, B batch, I input, H hidden, P = H or the projection."""
+"""Recurrent layers in plain PyTorch: one layer, one direction.
+
+T time, B batch, I input, H hidden, P the width of h: H, or the projection's.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,10 @@ def lstm(
     lengths: Tensor | None = None,  # (B,)
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (T, B, P) and the last h (B, P) and c (B, H). Past a sequence's length the output is 0 and the state stays."""
+    """Outputs (T, B, P) and the last h (B, P) and c (B, H).
+
+    Past a sequence's length the output is 0 and the state stays.
+    """
     steps = input.shape[0]
     projection = F.linear(input, weight_ih, bias_ih)
     h, c, outputs = h_0, c_0, []

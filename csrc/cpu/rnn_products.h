@@ -1,0 +1,252 @@
+// The products of a recurrent step: register tiles against packed panels of a weight, or dot products along its own
+// rows.
+#pragma once
+
+#include "gemm.h"
+
+namespace seqaccel {
+namespace SEQACCEL_ISA {
+
+constexpr int kRows = SEQACCEL_REGISTERS >= 32 ? 6 : 2;     // rows of a register tile, beside 4 vectors
+constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
+constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
+constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
+constexpr int kColumns = 4;                                 // vectors of a panel of columns
+
+SEQACCEL_INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+SEQACCEL_INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+template <typename T>
+SEQACCEL_INLINE Vec<T> load_some(const T* p, int n) {
+  return n == Lanes<T> ? load(p) : load(p, n);
+}
+
+template <typename T>
+SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
+  if (n == Lanes<T>) {
+    store(p, v);
+  } else {
+    store(p, v, n);
+  }
+}
+
+// ---------------------------------------------------------------- lanes to rows
+
+// Groups of W lanes of [a | b]: the even ones, and (High) the odd ones.
+template <typename T, int W, bool High>
+SEQACCEL_INLINE Vec<T> pick_groups(Vec<T> a, Vec<T> b) {
+  typename VecTypes<T>::Int index = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < Lanes<T>; ++lane) index[lane] = 2 * (lane / W) * W + lane % W + (High ? W : 0);
+  return __builtin_shuffle(a, b, index);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; v is overwritten. Pairwise, in a fixed order.
+template <typename T, int W = Lanes<T> / 2>
+SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    v[i] = pick_groups<T, W, false>(v[2 * i], v[2 * i + 1]) + pick_groups<T, W, true>(v[2 * i], v[2 * i + 1]);
+  }
+  if constexpr (W > 1) {
+    return transposed_sum<T, W / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
+// Transposes the square v[Lanes][Lanes]: log2 rounds of interleaving its halves.
+template <typename T, int Rounds = Lanes<T>>
+SEQACCEL_INLINE void transpose(Vec<T>* v) {
+  constexpr int L = Lanes<T>;
+  typename VecTypes<T>::Int low = {}, high = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) {
+    low[lane] = lane / 2 + (lane % 2) * L;
+    high[lane] = low[lane] + L / 2;
+  }
+  Vec<T> next[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L / 2; ++i) {
+    next[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
+    next[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = next[i];
+  if constexpr (Rounds > 2) transpose<T, Rounds / 2>(v);
+}
+
+// ---------------------------------------------------------------- products
+
+// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row. The sum over K is one
+// of partial sums of kPartial products: rounding errors grow with the square root of the terms of a chain.
+template <typename T, int MR, int NV>
+void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add) {
+  for (ptrdiff_t k0 = 0; k0 < K; k0 += kPartial) {
+    const ptrdiff_t k1 = min_of(K, k0 + kPartial);
+    Vec<T> acc[MR][NV] = {};
+    for (ptrdiff_t k = k0; k < k1; ++k) {
+      Vec<T> b[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const Vec<T> x = broadcast(a[m * a_row + k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
+      }
+      panel += panel_row;
+    }
+    const bool first = !add && k0 == 0;
+#pragma GCC unroll 32
+    for (int i = 0; i < MR * NV; ++i) {
+      T* const sum = out + i * Lanes<T>;
+      store(sum, first ? acc[i / NV][i % NV] : load(sum) + acc[i / NV][i % NV]);
+    }
+  }
+}
+
+// out [rows, NV vectors] = a [rows, K] * panel.
+template <typename T, int NV>
+void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
+                   T* out) {
+  const ptrdiff_t tiles = panel_count(rows, kRows);
+  const ptrdiff_t depth = tiles == 1 ? K : kDepthBlock;
+  for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
+    const ptrdiff_t k = min_of(depth, K - k0);
+    for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
+      const ptrdiff_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
+      const T* const x = a + first * a_row + k0;
+      const T* const w = panel + k0 * panel_row;
+      T* const y = out + first * NV * Lanes<T>;
+      switch (last - first) {
+        case 1:
+          rnn_tile<T, 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 2:
+          rnn_tile<T, 2, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 3:
+          rnn_tile<T, kRows >= 3 ? 3 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 4:
+          rnn_tile<T, kRows >= 4 ? 4 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        case 5:
+          rnn_tile<T, kRows >= 5 ? 5 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          break;
+        default:
+          rnn_tile<T, kRows, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+      }
+    }
+  }
+}
+
+// out [MR, G, L]: lane q of gate g is x [m] . weight[g * gate_stride + q * K ...] for q < units, else 0.
+template <typename T, int G, int MR>
+void dot_tile(const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_stride, ptrdiff_t K, int units, T* out) {
+  constexpr int L = Lanes<T>;
+  typedef typename VecTypes<T>::Int Int;
+  const ptrdiff_t full = K / L * L;
+  const int tail = int(K - full);
+  // What is left of a row is the end of its last L values, or the whole of a shorter row.
+  const ptrdiff_t tail_start = K >= L ? K - L : 0;
+  const int tail_count = K >= L ? L : tail;
+  Int keep = {};
+  for (int lane = 0; lane < L; ++lane) keep[lane] = K < L || lane >= L - tail ? -1 : 0;
+  Vec<T> x_tail[MR] = {};
+  for (int m = 0; m < MR && tail; ++m) {
+    x_tail[m] = (Vec<T>)((Int)load_some(x + m * x_row + tail_start, tail_count) & keep);
+  }
+  Vec<T> sums[MR][G][L];
+  for (int q = 0; q < L; ++q) {
+    Vec<T> acc[MR][G] = {};
+    if (q < units) {
+      const T* const row = weight + q * K;
+      for (ptrdiff_t k = 0; k < full; k += L) {
+        Vec<T> w[G];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) w[g] = load(row + g * gate_stride + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const Vec<T> value = load(x + m * x_row + k);
+#pragma GCC unroll 8
+          for (int g = 0; g < G; ++g) acc[m][g] += value * w[g];
+        }
+      }
+      if (tail) {
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) {
+          const Vec<T> w = (Vec<T>)((Int)load_some(row + g * gate_stride + tail_start, tail_count) & keep);
+#pragma GCC unroll 8
+          for (int m = 0; m < MR; ++m) acc[m][g] += x_tail[m] * w;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) sums[m][g][q] = acc[m][g];
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int g = 0; g < G; ++g) store(out + (m * G + g) * L, transposed_sum<T>(sums[m][g]));
+  }
+}
+
+template <typename T, int G>
+void dot_product(ptrdiff_t rows, const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_stride, ptrdiff_t K,
+                 int units, T* out) {
+  for (ptrdiff_t m = 0; m < rows; m += kDotRows) {
+    const T* const from = x + m * x_row;
+    T* const to = out + m * G * Lanes<T>;
+    switch (min_of(rows - m, kDotRows)) {
+      case 1:
+        dot_tile<T, G, 1>(from, x_row, weight, gate_stride, K, units, to);
+        break;
+      case 2:
+        dot_tile<T, G, 2>(from, x_row, weight, gate_stride, K, units, to);
+        break;
+      case 3:
+        dot_tile<T, G, kDotRows >= 3 ? 3 : 1>(from, x_row, weight, gate_stride, K, units, to);
+        break;
+      default:
+        dot_tile<T, G, kDotRows>(from, x_row, weight, gate_stride, K, units, to);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- packing
+
+// panel [H, G, L] of the units u*L ...: lane q of gate g at k is weight[g*H + u*L + q][k]; zero past the last unit.
+template <typename T, int G>
+void pack_units(T* panel, const T* weight, ptrdiff_t H, ptrdiff_t u) {
+  constexpr int L = Lanes<T>;
+  const int units = int(min_of(L, H - u * L));
+  for (int g = 0; g < G; ++g) {
+    const T* const rows = weight + (g * H + u * L) * H;
+    for (ptrdiff_t k = 0; k < H; k += L) {
+      const int count = int(min_of(L, H - k));
+      Vec<T> square[L];
+      for (int q = 0; q < L; ++q) square[q] = q < units ? load_some(rows + q * H + k, count) : Vec<T>{};
+      transpose<T>(square);
+      for (int i = 0; i < count; ++i) store(panel + ((k + i) * G + g) * L, square[i]);
+    }
+  }
+}
+
+// panel [rows, kColumns * L] of the columns j * kColumns * L ... of weight [rows, H]; zero past the last column.
+template <typename T>
+void pack_columns(T* panel, const T* weight, ptrdiff_t rows, ptrdiff_t H, ptrdiff_t j) {
+  constexpr int L = Lanes<T>;
+  for (ptrdiff_t k = 0; k < rows; ++k) {
+    for (int v = 0; v < kColumns; ++v) {
+      const ptrdiff_t column = (j * kColumns + v) * L;
+      const int count = int(max_of(0, min_of(L, H - column)));
+      store(panel + (k * kColumns + v) * L, count > 0 ? load_some(weight + k * H + column, count) : Vec<T>{});
+    }
+  }
+}
+
+}  // namespace SEQACCEL_ISA
+}  // namespace seqaccel
