@@ -564,5 +564,18 @@ def test_a_missing_backend_is_an_error():
         linear_scan(a, a)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_a_gpu(backend, dtype, poison):
+    with torch.device("cuda"), seqaccel.backend(backend):
+        for sizes in [(2, 7, 5), (1, 5000, 1), (3, 700, 8), (2, 3000, 40), (4, 64, 2000), (1, 1, 1)]:
+            for reverse, with_h_0 in itertools.product([False, True], [False, True]):
+                check_linear(sizes, dtype, reverse, with_h_0)
+        for sizes in [(5, 2, 3), (70, 3, 17), (33, 4, 300), (1, 1, 1)]:
+            for directions, highway, masks in itertools.product([1, 2], ["none", "input", "projected"], [False, True]):
+                check_sru(sizes, dtype, directions, highway, masks, use_tanh=masks)
+
+
 def test_triton_configurations():
     check_configurations("seqaccel.kernels.scan")

@@ -83,9 +83,10 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
     .. math::
         h_t = a_t \odot h_{t-1} + b_t \qquad \text{or, reversed,} \qquad h_t = a_t \odot h_{t+1} + b_t
 
-    The state is carried in float32 (float64 for float64 inputs); autocast runs it in float32. Along a dimension whose
-    elements are adjacent in memory (``dim=-1``) the kernels form products of up to 16 neighbouring coefficients, which
-    overflow where these are huge though the result is not.
+    The state is carried in float32 (float64 for float64 inputs); autocast runs it in float32. Where elements of one
+    sequence are adjacent in memory (``dim=-1``), and on a GPU, kernels form products of neighbouring coefficients (up
+    to 16; up to 2048 on a GPU): coefficients that are infinite, or so large that these products overflow, can give NaN
+    where the loop would not.
 
     Args:
         a: coefficients, with the steps along ``dim``, e.g. (B, T, D). ``a`` and ``b`` may be broadcast against each
@@ -432,13 +433,11 @@ def sru_layer(
             "sru_layer: expected input (T, B, I) and weight (I, directions * H * k), "
             f"but got {tuple(input.shape)} and {tuple(weight.shape)}"
         )
-    _check_alike(
-        "sru_layer", "input", input, {} if torch.is_autocast_enabled(input.device.type) else {"weight": weight}
-    )
+    _check_alike("sru_layer", "input", input, {} if _common.autocast_on(input.device.type) else {"weight": weight})
     fused = (
         input.dtype in (torch.float32, torch.float64)
         and weight_c.dim() == 1
-        and not torch.is_autocast_enabled(input.device.type)
+        and not _common.autocast_on(input.device.type)
         and not _common.transforms_active()
         and _common.needs_grad(input, weight, x, weight_c, bias, c_0)
     )
