@@ -1,0 +1,219 @@
+"""Dilated causal convolutions and the TCN against the same from ``F.conv1d``.
+
+The stock contender pads on the left and runs ``F.conv1d``, relu and, in a TCN, dropout as separate operators, with the
+same weight norm on both sides. ``pytorch-tcn`` joins where it is installed.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from harness import Case, suite
+from torch import nn
+
+import seqaccel
+import seqaccel.functional as SF
+import seqaccel.nn as snn
+
+CONVOLUTIONS = [
+    {"B": 8, "C": 150, "T": 512, "K": 6, "d": 1},
+    {"B": 8, "C": 150, "T": 512, "K": 6, "d": 8},
+    {"B": 4, "C": 64, "T": 4096, "K": 3, "d": 64},
+    {"B": 1, "C": 25, "T": 784, "K": 7, "d": 8},
+    {"B": 16, "C": 256, "T": 1024, "K": 3, "d": 16},
+]
+NETWORKS = [{"B": 8, "C": 64, "T": 1024, "K": 3, "levels": 4}]
+
+
+def forced(function, backend="cpp"):
+    def run():
+        with seqaccel.backend(backend):
+            return function()
+
+    return run
+
+
+def convolution(B, C, T, K, d, groups=1):
+    """The tensors of a case, and our and torch's forward: x, weight, bias -> relu(conv)."""
+    x = torch.randn(B, C, T)
+    weight = torch.randn(C, C // groups, K) / (C // groups * K) ** 0.5
+    bias = torch.randn(C)
+
+    def ours(x, weight, bias):
+        return SF.causal_conv1d(x, weight, bias, dilation=d, groups=groups, activation="relu")
+
+    def stock(x, weight, bias):
+        return torch.relu(F.conv1d(F.pad(x, ((K - 1) * d, 0)), weight, bias, dilation=d, groups=groups))
+
+    return [x, weight, bias], ours, stock
+
+
+def inference(function, tensors):
+    def run():
+        with torch.inference_mode():
+            return function(*tensors)
+
+    return run
+
+
+def training(function, tensors):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    grad = torch.randn(tensors[0].shape[0], tensors[1].shape[0], tensors[0].shape[2])
+
+    def run():
+        return torch.autograd.grad(function(*tensors), tensors, grad)
+
+    return run
+
+
+def cost(B, C, T, K, groups=1):
+    """Operations of one convolution, and its bytes: x and the weight read, y written."""
+    return 2 * B * C * C // groups * T * K, 4 * (2 * B * C * T + C * C // groups * K)
+
+
+@suite(CONVOLUTIONS, ["seqaccel[cpp]", "torch"])
+def bench_causal_conv1d_inference(B, C, T, K, d):
+    tensors, ours, stock = convolution(B, C, T, K, d)
+    flops, moved = cost(B, C, T, K)
+    return Case(
+        {"seqaccel[cpp]": forced(inference(ours, tensors)), "torch": inference(stock, tensors)},
+        flops=flops,
+        bytes=moved,
+    )
+
+
+@suite(CONVOLUTIONS, ["seqaccel[cpp]", "torch"])
+def bench_causal_conv1d_training(B, C, T, K, d):
+    tensors, ours, stock = convolution(B, C, T, K, d)
+    flops, moved = cost(B, C, T, K)
+    return Case(
+        {"seqaccel[cpp]": forced(training(ours, tensors)), "torch": training(stock, tensors)},
+        flops=3 * flops,
+        bytes=3 * moved,
+    )
+
+
+@suite(
+    [{"B": 8, "C": 256, "T": 1024, "K": 4, "d": 1}, {"B": 4, "C": 64, "T": 4096, "K": 3, "d": 64}],
+    ["seqaccel[cpp]", "torch"],
+)
+def bench_depthwise_training(B, C, T, K, d):
+    tensors, ours, stock = convolution(B, C, T, K, d, groups=C)
+    flops, moved = cost(B, C, T, K, groups=C)
+    return Case(
+        {"seqaccel[cpp]": forced(training(ours, tensors)), "torch": training(stock, tensors)},
+        flops=3 * flops,
+        bytes=3 * moved,
+    )
+
+
+class StockBlock(nn.Module):
+    """A TCN level as one writes it in torch."""
+
+    def __init__(self, channels, kernel_size, dilation, dropout):
+        super().__init__()
+        self.context, self.dropout = (kernel_size - 1) * dilation, dropout
+        self.conv1, self.conv2 = (
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(channels, channels, kernel_size, dilation=dilation))
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        z = x
+        for conv in (self.conv1, self.conv2):
+            z = F.dropout(torch.relu(conv(F.pad(z, (self.context, 0)))), self.dropout, self.training)
+        return torch.relu(z + x)
+
+
+def networks(C, K, levels, dropout):
+    """Our TCN, torch's, and pytorch-tcn's where it is installed, by contender."""
+    modules = {
+        "seqaccel[cpp]": snn.TCN(C, [C] * levels, K, dropout),
+        "torch": nn.Sequential(*(StockBlock(C, K, 2**i, dropout) for i in range(levels))),
+    }
+    if importlib.util.find_spec("pytorch_tcn"):
+        from pytorch_tcn import TCN
+
+        modules["pytorch-tcn"] = TCN(C, [C] * levels, K, dropout=dropout)
+    return modules
+
+
+def network_cost(B, C, T, K, levels):
+    flops, moved = cost(B, C, T, K)
+    return 2 * levels * flops, 2 * levels * moved
+
+
+def train(module, x, grad):
+    def run():
+        module.zero_grad(set_to_none=True)
+        module(x).backward(grad)
+
+    return run
+
+
+def contenders(modules, make):
+    return {
+        name: forced(make(module)) if name.startswith("seqaccel") else make(module) for name, module in modules.items()
+    }
+
+
+@suite([{**size, "dropout": p} for size in NETWORKS for p in (0.2, 0.0)], ["seqaccel[cpp]", "torch", "pytorch-tcn"])
+def bench_tcn_training(B, C, T, K, levels, dropout):
+    x, grad = torch.randn(B, C, T), torch.randn(B, C, T)
+    flops, moved = network_cost(B, C, T, K, levels)
+    modules = networks(C, K, levels, dropout)
+    return Case(contenders(modules, lambda module: train(module, x, grad)), flops=3 * flops, bytes=3 * moved)
+
+
+@suite(NETWORKS, ["seqaccel[cpp]", "torch", "pytorch-tcn"])
+def bench_tcn_inference(B, C, T, K, levels):
+    x = torch.randn(B, C, T)
+    flops, moved = network_cost(B, C, T, K, levels)
+    modules = networks(C, K, levels, 0.0)
+    return Case(
+        contenders(modules, lambda module: inference(module.eval(), [x])),
+        flops=flops,
+        bytes=moved,
+    )
+
+
+@suite([{"B": B, "C": 64, "K": 3, "levels": 4} for B in (1, 64)], ["seqaccel[cpp]", "torch"])
+def bench_tcn_step(B, C, K, levels):
+    """One time step: ours from its carried state; torch over the receptive field, as it has no state."""
+    modules = networks(C, K, levels, 0.0)
+    ours, stock = modules["seqaccel[cpp]"].eval(), modules["torch"].eval()
+    state, x_t = ours.init_state(B), torch.randn(B, C)
+    window = torch.randn(B, C, ours.receptive_field)
+    flops, _ = network_cost(B, C, 1, K, levels)
+    weights = 2 * levels * C * C * K
+    return Case(
+        {
+            "seqaccel[cpp]": forced(inference(ours.step, [x_t, state])),
+            "torch": inference(lambda x: stock(x)[..., -1], [window]),
+        },
+        flops=flops,
+        bytes=4 * (weights + 2 * sum(part.numel() for block in state for part in block)),
+    )
+
+
+@suite(
+    [{"B": 32, "C": 256, "T": 4096, "K": 3, "d": 16, "dtype": dtype} for dtype in ("float32", "bfloat16")],
+    ["seqaccel[triton]", "torch"],
+    device="cuda",
+)
+def bench_causal_conv1d_training_gpu(B, C, T, K, d, dtype):
+    tensors, ours, stock = convolution(B, C, T, K, d)
+    kind = getattr(torch, dtype)
+    tensors = [t.to("cuda", kind).requires_grad_() for t in tensors]
+    grad = torch.randn(B, C, T, device="cuda", dtype=kind)
+    flops, moved = cost(B, C, T, K)
+
+    def training(function):
+        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
+
+    return Case(
+        {"seqaccel[triton]": forced(training(ours), "triton"), "torch": training(stock)},
+        flops=3 * flops,
+        bytes=3 * moved * kind.itemsize // 4,
+        dtype=kind,
+    )
