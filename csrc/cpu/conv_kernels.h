@@ -30,7 +30,7 @@ constexpr int kVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 template <typename T>
 constexpr ptrdiff_t kColumns = kVectors * Lanes<T>;
 constexpr ptrdiff_t kDepth = 256;       // rows of a panel: 64 KB, a sixteenth of the second-level cache
-constexpr ptrdiff_t kFlush = 48;        // terms summed in a register
+constexpr ptrdiff_t kFlush = 64;        // terms summed in a register
 constexpr ptrdiff_t kWeightSteps = 96;  // time steps a weight-gradient tile runs over
 constexpr ptrdiff_t kFewColumns =
     8;  // up to here columns are dot products with the weight's rows, and nothing is packed
