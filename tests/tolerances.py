@@ -23,8 +23,8 @@ class Bound:
 
 BOUNDS: dict[str, Bound] = {
     "rnn": Bound(
-        reason="float64 against the float64 reference (float32 has torch's error to go by): the same sums of at most some hundred "
-        "products in another order, a few hundred roundings of 1.1e-16 each",
+        reason="float64 against the float64 reference (float32 has torch's error to go by): the same sums of at most "
+        "some hundred products in another order, a few hundred roundings of 1.1e-16 each",
         forward={torch.float64: 1e-14},
         backward={torch.float64: 1e-13},
     ),
