@@ -96,6 +96,13 @@ struct Signal {
   const T* history;  // [batch, channels, context], the time steps before; null: zeros
   ptrdiff_t channels, length, context;
 
+  // Brings value(b, c, t) ... value(b, c, t + n - 1) into the second-level cache.
+  SEQACCEL_INLINE void prefetch(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n) const {
+    if (t < 0 || t + n > length) return;
+    const T* row = values + (b * channels + c) * length + t;
+    for (ptrdiff_t i = 0; i < n; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+  }
+
   // out[i] = value(b, c, t + i), zero outside
   SEQACCEL_INLINE void copy(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
     const T* row = values + (b * channels + c) * length;
@@ -190,8 +197,9 @@ inline void run_product(const Product<T>& p, T* scratch, const Emit& emit) {
   const ptrdiff_t width = few ? few_columns : kColumns<T>;
   const ptrdiff_t tiles = ceil_div(columns, width);
   const RowBlocks blocks(p.rows);
+  const ptrdiff_t newest = p.direction < 0 ? p.taps - 1 : 0;  // the tap that reads furthest ahead
   const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * p.groups), blocks.count));
-#pragma omp for schedule(dynamic) nowait
+#pragma omp for schedule(dynamic, 4) nowait
   for (ptrdiff_t item = 0; item < tiles * p.groups * parts; ++item) {
     const ptrdiff_t part = item % parts, group = item / parts % p.groups, tile = item / parts / p.groups;
     const ptrdiff_t begin = tile * width, count = smaller(width, columns - begin);
@@ -244,6 +252,7 @@ inline void run_product(const Product<T>& p, T* scratch, const Emit& emit) {
         ptrdiff_t c = r0 / p.taps, k = r0 % p.taps;
         for (ptrdiff_t r = 0; r < deep; ++r) {
           p.signal.copy(b, group * p.channels + c, t + p.shift(k), n, panel + r * panel_width + column);
+          if (k == newest) p.signal.prefetch(b, group * p.channels + c, t + n + p.shift(k), n);
           if (++k == p.taps) k = 0, ++c;
         }
       });
