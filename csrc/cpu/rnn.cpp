@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kGates = 4;
 constexpr int64_t kFewRows = 8;                // up to here a product reads the rows of the weight as they are
+constexpr int64_t kFusedRows = 12;             // of a thread
 constexpr int64_t kNarrow = 16, kSlice = 128;  // columns, and terms of a partial sum, of a sliced product
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
 
@@ -94,26 +95,41 @@ template <typename T>
 void forward_steps(const Sizes& sizes, const Tensor& input, const Tensor& h_0, const Tensor& c_0,
                    const Tensor& weight_ih, const Tensor& weight_hh, const std::vector<T>& bias,
                    const std::vector<int64_t>& lengths, bool reverse, Tensor& output, Tensor& h_n, Tensor& c_n,
-                   Tensor& gates, Tensor* cells) {
-  const int64_t chunk = gates.size(0), rows = sizes.batch * sizes.hidden;
+                   Tensor& gates, Tensor* cells, bool fused) {
+  const int64_t chunk = fused ? sizes.steps : gates.size(0), rows = sizes.batch * sizes.hidden;
   const Tensor weight_t = torch::stable::transpose(weight_ih, 0, 1);
   for (int64_t done = 0; done < sizes.steps; done += chunk) {
     const int64_t steps = std::min(chunk, sizes.steps - done);
     const int64_t first = reverse ? sizes.steps - done - steps : done;
-    if (steps * sizes.batch <= kFewRows) {
-      run(RowProduct<T>{steps * sizes.batch, kGates * sizes.hidden, sizes.input,
-                        input.const_data_ptr<T>() + first * sizes.batch * sizes.input, weight_ih.const_data_ptr<T>(),
+    const T* const x = input.const_data_ptr<T>() + first * sizes.batch * sizes.input;
+    if (!fused && steps * sizes.batch <= kFewRows) {
+      run(RowProduct<T>{steps * sizes.batch, kGates * sizes.hidden, sizes.input, x, weight_ih.const_data_ptr<T>(),
                         gates.mutable_data_ptr<T>()});
-    } else {
+    } else if (!fused) {
       Tensor projection = steps_of(gates, 0, steps);
       mm_out(projection, steps_of(input, first, steps), weight_t);
     }
-    check_workspace(run(RnnForward<T>{
-        steps, sizes.batch, sizes.hidden, first, reverse, lengths.empty() ? nullptr : lengths.data(),
-        done ? h_n.const_data_ptr<T>() : h_0.const_data_ptr<T>(),
-        done ? c_n.const_data_ptr<T>() : c_0.const_data_ptr<T>(), weight_hh.const_data_ptr<T>(),
-        bias.empty() ? nullptr : bias.data(), gates.mutable_data_ptr<T>(), output.mutable_data_ptr<T>() + first * rows,
-        cells ? cells->mutable_data_ptr<T>() : nullptr, h_n.mutable_data_ptr<T>(), c_n.mutable_data_ptr<T>()}));
+    RnnForward<T> pass{steps,
+                       sizes.batch,
+                       sizes.hidden,
+                       first,
+                       reverse,
+                       lengths.empty() ? nullptr : lengths.data(),
+                       done ? h_n.const_data_ptr<T>() : h_0.const_data_ptr<T>(),
+                       done ? c_n.const_data_ptr<T>() : c_0.const_data_ptr<T>(),
+                       weight_hh.const_data_ptr<T>(),
+                       bias.empty() ? nullptr : bias.data(),
+                       gates.numel() ? gates.mutable_data_ptr<T>() : nullptr,
+                       output.mutable_data_ptr<T>() + first * rows,
+                       cells ? cells->mutable_data_ptr<T>() : nullptr,
+                       h_n.mutable_data_ptr<T>(),
+                       c_n.mutable_data_ptr<T>()};
+    if (fused) {
+      pass.input = x;
+      pass.weight_ih = weight_ih.const_data_ptr<T>();
+      pass.inputs = sizes.input;
+    }
+    check_workspace(run(pass));
   }
 }
 
@@ -136,7 +152,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Te
       std::max<int64_t>(1, sizes.batch * kGates * sizes.hidden * (dtype == ScalarType::Double ? 8 : 4));
   const int64_t chunk = save ? sizes.steps : std::min(sizes.steps, std::max<int64_t>(1, kProjectionBytes / step_bytes));
   Tensor output = new_empty(input, {sizes.steps, sizes.batch, sizes.hidden});
-  Tensor gates = new_empty(input, {chunk, sizes.batch, kGates * sizes.hidden});
+  // Rows enough for each thread to run at the machine's peak: a product over all steps would only write and read its
+  // result once more.
+  const bool fused =
+      sizes.steps >= 4 && sizes.input > 0 && sizes.batch >= kFusedRows * torch::stable::get_num_threads();
+  Tensor gates = fused && !save ? new_empty(input, {0}) : new_empty(input, {chunk, sizes.batch, kGates * sizes.hidden});
   Tensor cells = save ? new_empty(input, {sizes.steps, sizes.batch, sizes.hidden}) : new_empty(input, {0});
   if (sizes.steps == 0 || sizes.batch == 0) {
     if (!save) gates = new_empty(input, {0});
@@ -147,10 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Te
   Tensor* const kept = save ? &cells : nullptr;
   if (dtype == ScalarType::Float) {
     forward_steps<float>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<float>(bias_ih, bias_hh), valid, reverse,
-                         output, h_n, c_n, gates, kept);
+                         output, h_n, c_n, gates, kept, fused);
   } else {
     forward_steps<double>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<double>(bias_ih, bias_hh), valid,
-                          reverse, output, h_n, c_n, gates, kept);
+                          reverse, output, h_n, c_n, gates, kept, fused);
   }
   if (!save) gates = new_empty(input, {0});
   return {output, h_n, c_n, gates, cells};

@@ -19,11 +19,15 @@ struct RnnForward {
   const T* c_0;            // [B, H]; may be c_n
   const T* weight;         // [G*H, H]
   const T* bias;           // [G*H], or null
-  T* gates;                // [steps, B, G*H]: W_ih x; overwritten by the activated gates if cells is not null
+  T* gates;                // [steps, B, G*H]: W_ih x, if input is null; takes the activated gates, if cells is not null
   T* output;               // [steps, B, H]
   T* cells;                // [steps, B, H], or null: nothing is kept for a backward pass
   T* h_n;                  // [B, H]
   T* c_n;                  // [B, H]
+  // Not null: W_ih x is calculated step by step, beside W_hh h.
+  const T* input = nullptr;      // [steps, B, I]
+  const T* weight_ih = nullptr;  // [G*H, I]
+  int64_t inputs = 0;            // I
 };
 
 template <typename T>

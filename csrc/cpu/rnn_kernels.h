@@ -6,8 +6,9 @@
 // Step t of the backward pass, for a block of 4 L units:
 //   grad_h [rows, 4 L] = grad_gates[t+1] [rows, G*H] * panel [G*H, 4 L]
 //   grad_gates[t], grad_c = Cell::backward(gates[t], c', c, grad_h + grad_output[t], grad_c)
-// Panels of W_hh are packed once a call. Up to kDirectRows rows the product is bound by reading W_hh, and its own rows
-// do as well: dot products along them forward, 4 vectors of each backward; nothing is packed.
+// Panels of W_hh are packed once a call; with enough rows a thread, W_ih's stand before them in one panel of K = I + H,
+// and the input's part of the pre-activations never leaves L1. Up to kDirectRows rows the product is bound by reading
+// W_hh, and its own rows do as well: dot products along them forward, 4 vectors of each backward; nothing is packed.
 //
 // Threads. The batch is split first: its parts never wait for each other. Where there are too few rows to hide the
 // reading of W_hh from L3 (kRowsPerThread), units are split too, and the threads of a part meet once a step at a
@@ -84,7 +85,7 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, ptrdif
   for (int g = 0; g < G; ++g) bias[g] = load(state.bias + g * state.stride + u * L);
   for (ptrdiff_t b = b0; b < b1; ++b) {
     const ptrdiff_t row = t * p.batch + b;
-    T* const gates_out = p.gates + row * G * p.hidden + u * L;
+    T* const gates_out = p.gates ? p.gates + row * G * p.hidden + u * L : nullptr;
     T* const output = p.output + row * p.hidden + u * L;
     T* const cells = p.cells ? p.cells + row * p.hidden + u * L : nullptr;
     T* const c = state.c + b * state.stride + u * L;
@@ -100,7 +101,8 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, ptrdif
     Vec<T> sum[G], gates[G], c_new, h_new;
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
-      sum[g] = load(pre + ((b - b0) * G + g) * L) + (load_some(gates_out + g * p.hidden, units) + bias[g]);
+      const Vec<T> rest = p.input ? bias[g] : load_some(gates_out + g * p.hidden, units) + bias[g];
+      sum[g] = load(pre + ((b - b0) * G + g) * L) + rest;
     }
     Cell::template forward<Functions<T>>(sum, load(c), gates, c_new, h_new);
     store(c, c_new);
@@ -125,10 +127,11 @@ bool rnn_forward(const RnnForward<T>& p) {
   constexpr int G = Cell::kGates, L = Lanes<T>;
   const ptrdiff_t H = p.hidden, B = p.batch;
   const ptrdiff_t blocks = panel_count(H, L);
-  const bool direct = H >= L && (B <= kDirectRows || p.steps * B <= 16);
+  const bool direct = H >= L && p.input == nullptr && (B <= kDirectRows || p.steps * B <= 16);
   const ptrdiff_t weights = G * H * H;
   const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
-  const ptrdiff_t panel_size = H * G * L;
+  const ptrdiff_t inputs = p.input ? p.inputs : 0;
+  const ptrdiff_t panel_size = (inputs + H) * G * L;
   const int threads = split_work(omp_get_max_threads(), p.steps, B, weights, weight_bytes, blocks).threads();
 
   ForwardState<T> state;
@@ -156,8 +159,11 @@ bool rnn_forward(const RnnForward<T>& p) {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
     const Split split = split_work(team, p.steps, B, weights, weight_bytes, blocks);
     const Share share = share_of(split, thread, B, blocks);
-    for (ptrdiff_t u = thread; u < blocks && !direct; u += team)
-      pack_units<T, G>(panels + u * panel_size, p.weight, H, u);
+    for (ptrdiff_t u = thread; u < blocks && !direct; u += team) {
+      T* const panel = panels + u * panel_size;
+      pack_units<T, G>(panel, p.weight_ih, H, inputs, u);
+      pack_units<T, G>(panel + inputs * G * L, p.weight, H, H, u);
+    }
     for (ptrdiff_t u = share.u0; u < share.u1 && !share.idle; ++u) {
       const int units = int(min_of(L, H - u * L));
       for (ptrdiff_t b = share.b0; b < share.b1; ++b) {
@@ -180,8 +186,12 @@ bool rnn_forward(const RnnForward<T>& p) {
               dot_product<T, G>(rows, h_prev + b * state.stride, state.stride, p.weight + u * L * H, H * H, H,
                                 int(min_of(L, H - u * L)), pre);
             } else {
-              panel_product<T, G>(rows, h_prev + b * state.stride, state.stride, panels + u * panel_size, G * L, H,
-                                  pre);
+              const T* const panel = panels + u * panel_size;
+              if (p.input) {
+                panel_product<T, G>(rows, p.input + (t * B + b) * inputs, inputs, panel, G * L, inputs, pre);
+              }
+              panel_product<T, G>(rows, h_prev + b * state.stride, state.stride, panel + inputs * G * L, G * L, H, pre,
+                                  inputs > 0);
             }
             forward_update<Cell, T>(p, state, s, t, b, end, u, pre);
           }

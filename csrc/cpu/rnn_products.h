@@ -106,10 +106,10 @@ void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, 
   }
 }
 
-// out [rows, NV vectors] = a [rows, K] * panel.
+// out [rows, NV vectors] (+)= a [rows, K] * panel.
 template <typename T, int NV>
 void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
-                   T* out) {
+                   T* out, bool add = false) {
   const ptrdiff_t tiles = panel_count(rows, kRows);
   const ptrdiff_t depth = tiles == 1 ? K : kDepthBlock;
   for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
@@ -121,22 +121,22 @@ void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, 
       T* const y = out + first * NV * Lanes<T>;
       switch (last - first) {
         case 1:
-          rnn_tile<T, 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          rnn_tile<T, 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
           break;
         case 2:
-          rnn_tile<T, 2, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          rnn_tile<T, 2, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
           break;
         case 3:
-          rnn_tile<T, kRows >= 3 ? 3 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          rnn_tile<T, kRows >= 3 ? 3 : 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
           break;
         case 4:
-          rnn_tile<T, kRows >= 4 ? 4 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          rnn_tile<T, kRows >= 4 ? 4 : 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
           break;
         case 5:
-          rnn_tile<T, kRows >= 5 ? 5 : 1, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          rnn_tile<T, kRows >= 5 ? 5 : 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
           break;
         default:
-          rnn_tile<T, kRows, NV>(x, a_row, w, panel_row, k, y, k0 > 0);
+          rnn_tile<T, kRows, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
       }
     }
   }
@@ -218,17 +218,17 @@ void dot_product(ptrdiff_t rows, const T* x, ptrdiff_t x_row, const T* weight, p
 
 // ---------------------------------------------------------------- packing
 
-// panel [H, G, L] of the units u*L ...: lane q of gate g at k is weight[g*H + u*L + q][k]; zero past the last unit.
+// panel [K, G, L] of the units u*L ...: lane q of gate g at k is weight[g*H + u*L + q][k]; zero past the last unit.
 template <typename T, int G>
-void pack_units(T* panel, const T* weight, ptrdiff_t H, ptrdiff_t u) {
+void pack_units(T* panel, const T* weight, ptrdiff_t H, ptrdiff_t K, ptrdiff_t u) {
   constexpr int L = Lanes<T>;
   const int units = int(min_of(L, H - u * L));
   for (int g = 0; g < G; ++g) {
-    const T* const rows = weight + (g * H + u * L) * H;
-    for (ptrdiff_t k = 0; k < H; k += L) {
-      const int count = int(min_of(L, H - k));
+    const T* const rows = weight + (g * H + u * L) * K;
+    for (ptrdiff_t k = 0; k < K; k += L) {
+      const int count = int(min_of(L, K - k));
       Vec<T> square[L];
-      for (int q = 0; q < L; ++q) square[q] = q < units ? load_some(rows + q * H + k, count) : Vec<T>{};
+      for (int q = 0; q < L; ++q) square[q] = q < units ? load_some(rows + q * K + k, count) : Vec<T>{};
       transpose<T>(square);
       for (int i = 0; i < count; ++i) store(panel + ((k + i) * G + g) * L, square[i]);
     }
