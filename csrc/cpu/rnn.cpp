@@ -11,7 +11,7 @@ namespace seqaccel {
 namespace {
 
 constexpr int64_t kGates = 4;
-constexpr int64_t kFewRows = 8;                // up to here a product reads the rows of the weight as they are
+constexpr int64_t kFewRows = 32;               // up to here a product reads the rows of the weight as they are
 constexpr int64_t kFusedRows = 12;             // of a thread
 constexpr int64_t kNarrow = 16, kSlice = 128;  // columns, and terms of a partial sum, of a sliced product
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass

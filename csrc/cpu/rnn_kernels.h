@@ -127,7 +127,7 @@ bool rnn_forward(const RnnForward<T>& p) {
   constexpr int G = Cell::kGates, L = Lanes<T>;
   const ptrdiff_t H = p.hidden, B = p.batch;
   const ptrdiff_t blocks = panel_count(H, L);
-  const bool direct = H >= L && p.input == nullptr && (B <= kDirectRows || p.steps * B <= 16);
+  const bool direct = H >= L && p.input == nullptr && (B <= kDirectRows || p.steps * B <= 64);
   const ptrdiff_t weights = G * H * H;
   const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
   const ptrdiff_t inputs = p.input ? p.inputs : 0;
@@ -294,7 +294,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
   constexpr int G = Cell::kGates, L = Lanes<T>, kWidth = kColumns * L;
   const ptrdiff_t H = p.hidden, B = p.batch, K = G * H;
   const ptrdiff_t blocks = panel_count(H, kWidth), whole = H / kWidth;
-  const bool direct = B <= kDirectRows || p.steps * B <= 16;
+  const bool direct = B <= kDirectRows || p.steps * B <= 64;
   const ptrdiff_t packed_from = direct ? whole : 0;  // blocks before it are read from the weight itself
   const ptrdiff_t weights = K * H;
   const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
