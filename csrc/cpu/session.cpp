@@ -13,7 +13,7 @@ namespace seqaccel {
 namespace {
 
 constexpr int64_t kGates = 4;
-constexpr int64_t kFewRows = 8;  // up to here the rows of a weight are read as they are
+constexpr int64_t kFewRows = 32;  // up to here the rows of a weight are read as they are
 
 struct Layer {
   std::vector<float> weight_ih, weight_hh, bias;
