@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import seqaccel
@@ -297,7 +298,8 @@ def training_losses(kind, text, seed, onednn, steps=30, batch=16, length=64):
 def test_training_differs_no_more_than_torch_differs_from_itself():
     """The mean difference in training loss over 30 steps: ours from torch's, torch's with oneDNN from without.
 
-    A run in which rounding tips something over differs a hundred times more than the next: the median of 9 runs counts.
+    Rounding that tips something over makes one run differ a hundred times more than the next, so 9 runs of each are
+    compared by their ranks: ours must not be the larger ones (one-sided Mann-Whitney test at 1 in 200).
     """
     text = library_text(400_000)
     ours_from_torch, torch_from_itself = [], []
@@ -308,7 +310,8 @@ def test_training_differs_no_more_than_torch_differs_from_itself():
         assert torch_loss[-5:].mean() < torch_loss[0] - 1.5, "the model did not learn: nothing was compared"
         ours_from_torch.append((our_loss - torch_loss).abs().mean())
         torch_from_itself.append((training_losses(torch.nn.LSTM, text, seed, onednn=False) - torch_loss).abs().mean())
-    assert torch.stack(ours_from_torch).median() <= torch.stack(torch_from_itself).median()
+    larger = mannwhitneyu(torch.stack(ours_from_torch), torch.stack(torch_from_itself), alternative="greater")
+    assert larger.pvalue > 0.005, (ours_from_torch, torch_from_itself)
 
 
 @pytest.mark.parametrize("module", [seqaccel.functional.rnn, seqaccel.nn.rnn], ids=lambda m: m.__name__)
