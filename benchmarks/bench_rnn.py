@@ -17,11 +17,11 @@ SIZES = [
 ]
 
 
-def layers(B: int, T: int, H: int):
+def layers(B: int, T: int, H: int, device: str = "cpu"):
     """Ours and torch's with the same weights, an input (T, B, H) and a gradient of the output."""
-    stock, ours = torch.nn.LSTM(H, H), seqaccel.nn.LSTM(H, H)
+    stock, ours = torch.nn.LSTM(H, H, device=device), seqaccel.nn.LSTM(H, H, device=device)
     ours.load_state_dict(stock.state_dict())
-    return ours, stock, torch.randn(T, B, H), torch.randn(T, B, H)
+    return ours, stock, torch.randn(T, B, H, device=device), torch.randn(T, B, H, device=device)
 
 
 def onnx_session(stock: torch.nn.LSTM, x: torch.Tensor):
@@ -68,9 +68,8 @@ def bench_lstm_inference(B, T, H):
     return Case(contenders, **cost(B, T, H, 1))
 
 
-@suite(SIZES, ["seqaccel[cpp]", "torch"])
-def bench_lstm_training(B, T, H):
-    ours, stock, x, grad = layers(B, T, H)
+def training_case(B: int, T: int, H: int, backend: str, device: str) -> Case:
+    ours, stock, x, grad = layers(B, T, H, device)
     x.requires_grad_()
 
     def train(module, backend):
@@ -81,7 +80,18 @@ def bench_lstm_training(B, T, H):
 
         return run
 
-    return Case({"seqaccel[cpp]": train(ours, "cpp"), "torch": train(stock, "auto")}, **cost(B, T, H, 3))
+    contenders = {f"seqaccel[{backend}]": train(ours, backend), "torch": train(stock, "auto")}
+    return Case(contenders, **cost(B, T, H, 3))
+
+
+@suite(SIZES, ["seqaccel[cpp]", "torch"])
+def bench_lstm_training(B, T, H):
+    return training_case(B, T, H, "cpp", "cpu")
+
+
+@suite([dict(B=16, T=1024, H=768), dict(B=64, T=256, H=512)], ["seqaccel[triton]", "torch"], device="cuda")
+def bench_lstm_training_gpu(B, T, H):
+    return training_case(B, T, H, "triton", "cuda")
 
 
 @suite([dict(B=1, H=256), dict(B=8, H=256)], ["seqaccel[cpp]", "torch"])
