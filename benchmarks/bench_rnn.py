@@ -1,103 +1,203 @@
-"""LSTM beside torch.nn.LSTM and ONNX Runtime: inference, training, one step at a time."""
+"""LSTM, GRU and RNN beside torch.nn, ONNX Runtime and OpenVINO; the other cells beside our LSTM; one step at a time.
 
-import io
+``python -m benchmarks.report --bars FILE.json`` prints what these suites say about the bars of the recurrent cells.
 
+The ceiling of a recurrence: its operations at the GEMM rate, or its recurrent weights, read once a step and sweep over
+time, at the cache bandwidth over their footprint, whichever takes longer.
+"""
+
+import contextlib
+import functools
+
+import pytest
 import torch
 from harness import Case, suite
+from rnn_peers import peers
 
 import seqaccel
 
-SIZES = [
-    dict(B=1, T=1, H=256),
-    dict(B=1, T=128, H=256),
-    dict(B=1, T=128, H=512),
-    dict(B=16, T=128, H=256),
-    dict(B=32, T=128, H=512),
-    dict(B=64, T=100, H=128),
-]
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+TABLE = [dict(B=B, H=H, T=128) for H in (128, 256, 512, 1024) for B in (1, 4, 16, 64)]
+PEERS = ["torch", "onnxruntime", "openvino"]
+CELLS = {
+    "peephole": ("PeepholeLSTM", {}),
+    "layer_norm": ("LayerNormLSTM", {}),
+    "multiplicative": ("MultiplicativeLSTM", {}),
+}
 
 
-def layers(B: int, T: int, H: int, device: str = "cpu"):
+def ours_of(name: str):
+    """Our class of that name; skips where there is none."""
+    if not hasattr(seqaccel.nn, name):
+        pytest.skip(f"seqaccel.nn.{name} is not there")
+    return getattr(seqaccel.nn, name)
+
+
+def layers(kind: str, B: int, T: int, H: int, device: str = "cpu"):
     """Ours and torch's with the same weights, an input (T, B, H) and a gradient of the output."""
-    stock, ours = torch.nn.LSTM(H, H, device=device), seqaccel.nn.LSTM(H, H, device=device)
+    stock, ours = getattr(torch.nn, kind)(H, H, device=device), ours_of(kind)(H, H, device=device)
     ours.load_state_dict(stock.state_dict())
     return ours, stock, torch.randn(T, B, H, device=device), torch.randn(T, B, H, device=device)
 
 
-def onnx_session(stock: torch.nn.LSTM, x: torch.Tensor):
-    """A function that runs the layer in ONNX Runtime, or None where it is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-    except ImportError:
-        return None
-    file = io.BytesIO()
-    try:
-        torch.onnx.export(stock.eval(), (x,), file, dynamo=False)
-    except Exception:  # the exporter is not there in every torch
-        return None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
+def cost(gates: int, B: int, T: int, H: int, training: bool = False) -> dict[str, float]:
+    """Input and recurrent product forward, twice as much backward; W_hh read once a step forward and backward."""
+    weight = gates * H * H
+    return {
+        "flops": (3 if training else 1) * 2.0 * T * B * 2 * weight,
+        "bytes": (2 if training else 1) * 4.0 * T * weight,
+        "footprint": 4.0 * weight,
+    }
 
 
-def cost(B: int, T: int, H: int, passes: int) -> dict[str, float]:
-    """Two products of T * B rows with 4H x H weights a pass; input, output and weights read or written once a pass."""
-    return {"flops": passes * 2.0 * T * B * 8 * H * H, "bytes": passes * 4.0 * (2 * T * B * H + 8 * H * H)}
+def inference(function, *arguments, backend="auto"):
+    def run():
+        with torch.no_grad(), seqaccel.backend(backend):
+            return function(*arguments)
+
+    return run
 
 
-@suite(SIZES, ["seqaccel[cpp]", "torch", "onnxruntime"])
+def training(module, x, grad, backend="auto"):
+    x = x.requires_grad_()
+
+    def run():
+        with seqaccel.backend(backend):
+            output = module(x)[0]
+            data = output.data if isinstance(output, torch.nn.utils.rnn.PackedSequence) else output
+            return torch.autograd.grad(data, [x, *module.parameters()], grad)
+
+    return run
+
+
+def inference_case(kind: str, B: int, T: int, H: int) -> Case:
+    ours, stock, x, _ = layers(kind, B, T, H)
+    contenders = {"seqaccel[cpp]": inference(ours, x, backend="cpp"), "torch": inference(stock, x)}
+    return Case(contenders | peers(stock, x), **cost(GATES[kind], B, T, H))
+
+
+def training_case(kind: str, B: int, T: int, H: int, backend: str = "cpp", device: str = "cpu") -> Case:
+    ours, stock, x, grad = layers(kind, B, T, H, device)
+    contenders = {f"seqaccel[{backend}]": training(ours, x, grad, backend), "torch": training(stock, x, grad)}
+    return Case(contenders, **cost(GATES[kind], B, T, H, True))
+
+
+@suite(TABLE, ["seqaccel[cpp]", *PEERS])
 def bench_lstm_inference(B, T, H):
-    ours, stock, x, _ = layers(B, T, H)
-
-    def run_ours():
-        with torch.no_grad(), seqaccel.backend("cpp"):
-            ours(x)
-
-    def run_stock():
-        with torch.no_grad():
-            stock(x)
-
-    contenders = {"seqaccel[cpp]": run_ours, "torch": run_stock}
-    peer = onnx_session(stock, x)
-    if peer is not None:
-        contenders["onnxruntime"] = peer
-    return Case(contenders, **cost(B, T, H, 1))
+    return inference_case("LSTM", B, T, H)
 
 
-def training_case(B: int, T: int, H: int, backend: str, device: str) -> Case:
-    ours, stock, x, grad = layers(B, T, H, device)
-    x.requires_grad_()
-
-    def train(module, backend):
-        def run():
-            with seqaccel.backend(backend):
-                output = module(x)[0]
-                torch.autograd.grad(output, [x, *module.parameters()], grad)
-
-        return run
-
-    contenders = {f"seqaccel[{backend}]": train(ours, backend), "torch": train(stock, "auto")}
-    return Case(contenders, **cost(B, T, H, 3))
-
-
-@suite(SIZES, ["seqaccel[cpp]", "torch"])
+@suite(TABLE, ["seqaccel[cpp]", "torch"])
 def bench_lstm_training(B, T, H):
-    return training_case(B, T, H, "cpp", "cpu")
+    return training_case("LSTM", B, T, H)
+
+
+@suite(TABLE, ["seqaccel[cpp]", *PEERS])
+def bench_gru_inference(B, T, H):
+    return inference_case("GRU", B, T, H)
+
+
+@suite(TABLE, ["seqaccel[cpp]", "torch"])
+def bench_gru_training(B, T, H):
+    return training_case("GRU", B, T, H)
+
+
+@suite(TABLE, ["seqaccel[cpp]", *PEERS])
+def bench_rnn_inference(B, T, H):
+    return inference_case("RNN", B, T, H)
+
+
+@suite(TABLE, ["seqaccel[cpp]", "torch"])
+def bench_rnn_training(B, T, H):
+    return training_case("RNN", B, T, H)
+
+
+@suite(
+    [dict(cell=cell, B=B, H=H, T=128) for cell in CELLS for B, H in ((4, 256), (16, 256), (16, 512))],
+    ["seqaccel[cpp]", "seqaccel[cpp] LSTM"],
+)
+def bench_cell_training(cell, B, T, H):
+    """Another cell beside our LSTM of the same size."""
+    name, options = CELLS[cell]
+    x, grad = torch.randn(T, B, H), torch.randn(T, B, H)
+    modules = {"seqaccel[cpp]": ours_of(name)(H, H, **options), "seqaccel[cpp] LSTM": seqaccel.nn.LSTM(H, H)}
+    return Case(
+        {contender: training(module, x, grad, "cpp") for contender, module in modules.items()},
+        **cost(5 if cell == "multiplicative" else 4, B, T, H, True),
+    )
+
+
+@suite(
+    [dict(mode=mode, B=B, H=H, T=128) for mode in ("inference", "training") for B, H in ((16, 256), (64, 512))],
+    ["seqaccel[cpp]", "seqaccel[cpp] padded", "torch"],
+)
+def bench_lstm_packed(mode, B, T, H):
+    """Lengths drawn from 1 ... T, beside the same batch without lengths, and torch.nn.LSTM on the packed sequence."""
+    ours, stock, x, grad = layers("LSTM", B, T, H)
+    lengths = torch.randint(1, T + 1, (B,), generator=torch.Generator().manual_seed(0))
+    lengths[0] = T
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    if mode == "inference":
+        contenders = {
+            "seqaccel[cpp]": inference(ours, packed, backend="cpp"),
+            "seqaccel[cpp] padded": inference(ours, x, backend="cpp"),
+            "torch": inference(stock, packed),
+        }
+    else:
+        data = packed.data.requires_grad_()
+        packed_grad = torch.randn_like(data)
+
+        def train(module, backend):
+            sequence = packed._replace(data=data)
+
+            def run():
+                with seqaccel.backend(backend):
+                    output = module(sequence)[0].data
+                    return torch.autograd.grad(output, [data, *module.parameters()], packed_grad)
+
+            return run
+
+        contenders = {
+            "seqaccel[cpp]": train(ours, "cpp"),
+            "seqaccel[cpp] padded": training(ours, x, grad, "cpp"),
+            "torch": train(stock, "auto"),
+        }
+    costs = cost(4, B, T, H, mode == "training")
+    return Case(contenders, **costs | {"flops": costs["flops"] * float(lengths.sum()) / (B * T)})
+
+
+@suite([dict(B=1, H=512)], ["seqaccel[cpp]", "seqaccel[cpp] bfloat16", "seqaccel[cpp] int8", "onnxruntime"])
+def bench_lstm_session_step(B, H):
+    """One step of one stream, with weights in each precision: the ceiling is to read both float32 weights once."""
+    ours, stock, x, _ = layers("LSTM", B, 1, H)
+    contenders = {"seqaccel[cpp]": functools.partial(seqaccel.Session(ours, B).step, x[0])}
+    for weights in ("bfloat16", "int8"):
+        with contextlib.suppress(ValueError):  # a precision that sessions do not have
+            session = seqaccel.Session(ours, B, weights)
+            contenders[f"seqaccel[cpp] {weights}"] = functools.partial(session.step, x[0])
+    costs = {"flops": 2.0 * B * 8 * H * H, "bytes": 4.0 * 8 * H * H}
+    return Case(contenders | peers(stock, x, ("onnxruntime",)), **costs)
+
+
+@suite([dict(B=B, H=H, T=128) for H in (256, 512) for B in (1, 16)], ["seqaccel[cpp]", "torch"])
+def bench_lstm_inference_bfloat16(B, T, H):
+    ours, stock, x, _ = layers("LSTM", B, T, H)
+    ours, stock, x = ours.bfloat16(), stock.bfloat16(), x.bfloat16()
+    costs = cost(4, B, T, H)
+    costs = {"flops": costs["flops"], "bytes": costs["bytes"] / 2, "footprint": costs["footprint"] / 2}
+    contenders = {"seqaccel[cpp]": inference(ours, x, backend="cpp"), "torch": inference(stock, x)}
+    return Case(contenders, dtype=torch.bfloat16, **costs)
 
 
 @suite([dict(B=16, T=1024, H=768), dict(B=64, T=256, H=512)], ["seqaccel[triton]", "torch"], device="cuda")
 def bench_lstm_training_gpu(B, T, H):
-    return training_case(B, T, H, "triton", "cuda")
+    return training_case("LSTM", B, T, H, "triton", "cuda")
 
 
 @suite([dict(B=1, H=256), dict(B=8, H=256)], ["seqaccel[cpp]", "torch"])
 def bench_lstm_stream(B, H):
     """16 steps, one at a time, the state carried."""
-    ours, stock, x, _ = layers(B, 16, H)
+    ours, stock, x, _ = layers("LSTM", B, 16, H)
 
     def run_ours():
         with torch.no_grad(), seqaccel.backend("cpp"):
@@ -111,4 +211,4 @@ def bench_lstm_stream(B, H):
             for t in range(16):
                 _, state = stock(x[t : t + 1], state)
 
-    return Case({"seqaccel[cpp]": run_ours, "torch": run_stock}, **cost(B, 16, H, 1))
+    return Case({"seqaccel[cpp]": run_ours, "torch": run_stock}, **cost(4, B, 16, H))

@@ -29,7 +29,9 @@ once. A contender that a machine lacks is left out of the case, and its row is s
 
 What is done with a case:
 
-- All contenders run interleaved in one process, round by round, in rotating order, with the garbage collector off.
+- All contenders run interleaved in one process, round by round, in rotating order, with the garbage collector off. A
+  pause before each round, and a call outside the clock where it is short, keep the threads and caches of one contender
+  out of the next one's time.
 - The machine's ceilings (GEMM rate, copy bandwidth from memory, copy bandwidth at the case's footprint) are measured
   before and after. If one moved by more than 10% the run is void: it is repeated, up to three times in all, and what is
   void then is recorded as void and reported so.
@@ -86,6 +88,9 @@ STOCK = (
     "aten::cumprod",
 )
 
+#: Seconds between one contender's round and the next one's: the threads of the one before stop spinning meanwhile.
+PAUSE = 0.02
+
 #: Seconds a case may take, ceilings and repeats not counted; ``--seconds`` sets it.
 seconds_per_case = 3.0
 
@@ -98,6 +103,7 @@ class Case:
         contenders: functions of no arguments by name, ours first.
         flops: floating-point operations of the job.
         bytes: bytes the job moves at the least.
+        footprint: bytes of the memory they lie in, where the job goes over it more than once. Default: ``bytes``
         dtype: of the GEMM whose rate is the ceiling.
         forbidden: operators that a contender of ours must not run; a name stands for all that begin with it.
         device: set by ``suite``.
@@ -106,6 +112,7 @@ class Case:
     contenders: Mapping[str, Callable[[], object]]
     flops: float
     bytes: float
+    footprint: float | None = None
     dtype: torch.dtype = torch.float32
     forbidden: Sequence[str] = STOCK
     device: str = "cpu"
@@ -209,6 +216,9 @@ def _rounds_cpu(case: Case, budget: float) -> dict[str, list[float]]:
     try:
         for round_ in itertools.count():
             for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
+                time.sleep(PAUSE)
+                if loops[name] > 1:
+                    case.contenders[name]()
                 times[name].append(_seconds(case.contenders[name], loops[name], "cpu"))
             if (round_ >= 4 and time.perf_counter() - start > budget) or round_ >= 300:
                 return times
@@ -279,10 +289,10 @@ class Measured:
 def measure(case: Case, attempts: int = 3) -> Measured:
     """Runs a case; a run whose ceilings moved is repeated, ``attempts`` runs in all."""
     for name, function in case.contenders.items():
-        if name in ("seqaccel[cpp]", "seqaccel[triton]", "seqaccel[cuda]"):
+        if name.startswith(("seqaccel[cpp]", "seqaccel[triton]", "seqaccel[cuda]")):
             assert_own_kernels(function, case.forbidden)
     rounds = _rounds_cuda if case.device == "cuda" else _rounds_cpu
-    probe = Probe(case.bytes, case.device, case.dtype)
+    probe = Probe(case.footprint or case.bytes, case.device, case.dtype)
     for attempt in range(1, attempts + 1):
         before = probe()
         times = rounds(case, seconds_per_case)

@@ -1,6 +1,7 @@
 """Makes a table and plots of benchmark results.
 
-``python -m benchmarks.report FILE.json [--markdown] [--plots FOLDER]``. Ours is the median round, a peer's figure its
+``python -m benchmarks.report FILE.json [--markdown] [--plots FOLDER]``; with ``--bars`` the geometric means of the
+recurrent suites beside their bars. Several files are read as one. Ours is the median round, a peer's figure its
 fastest round. "speed of ours" is how many times as fast ours is as this contender (in brackets: fastest round over
 fastest round). "ceiling" is the share of what the machine could have done in that time, by operations or by bytes,
 whichever binds.
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import pathlib
 import sys
+from collections.abc import Callable, Iterable
 
 HEADER = ("case", "contender", "time", "GFLOP/s", "GB/s", "ceiling", "speed of ours")
 
@@ -27,6 +30,17 @@ def read(path: pathlib.Path) -> dict:
     except (ValueError, KeyError, TypeError):
         sys.exit(f"{path} is not a result of pytest benchmarks --benchmark-json")
     return data
+
+
+def read_all(paths: Iterable[pathlib.Path]) -> dict:
+    """Several results as one; of a case that was run again, the last that is not void."""
+    results = [read(path) for path in paths]
+    rows: dict[tuple[str, str], dict] = {}
+    for row in itertools.chain.from_iterable(data["benchmarks"] for data in results):
+        key = row["group"], row["extra_info"]["contender"]
+        if key not in rows or not row["extra_info"]["void"]:
+            rows[key] = row
+    return results[-1] | {"benchmarks": sorted(rows.values(), key=lambda row: row["group"])}
 
 
 def duration(seconds: float) -> str:
@@ -124,14 +138,140 @@ def plot(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
     return written
 
 
+def speed_over(peer: str) -> Callable[[dict[str, dict]], float | None]:
+    return lambda case: case[peer]["speed_of_ours_over_this"] if peer in case else None
+
+
+def time_over(peer: str) -> Callable[[dict[str, dict]], float | None]:
+    return lambda case: 1 / case[peer]["speed_of_ours_over_this"] if peer in case else None
+
+
+def speed_over_faster_peer(case: dict[str, dict]) -> float | None:
+    speeds = [case[peer]["speed_of_ours_over_this"] for peer in ("onnxruntime", "openvino") if peer in case]
+    return min(speeds, default=None)
+
+
+def share_of_ceiling(case: dict[str, dict]) -> float | None:
+    return next(info["percent_of_ceiling"] / 100 for info in case.values() if info["contender"] == info["ours"])
+
+
+def batch(low: int, high: int) -> Callable[[dict[str, int]], bool]:
+    return lambda size: low <= size["B"] <= high
+
+
+def hidden(low: int, high: int) -> Callable[[dict[str, int]], bool]:
+    return lambda size: low <= size["H"] <= high
+
+
+def any_size(size: dict[str, int]) -> bool:
+    return True
+
+
+INFERENCE = ("lstm_inference", "gru_inference", "rnn_inference")
+TABLE = (*INFERENCE, "lstm_training", "gru_training", "rnn_training")
+
+#: What is compared, suites, sizes, figure of a case, bar of the geometric mean, bar of the worst case (None: none). The
+#: bar is a least, or with "<" in front of the name a most.
+BARS = (
+    ("LSTM inference, B <= 4, over torch", ("lstm_inference",), batch(1, 4), speed_over("torch"), 1.25, 0.9),
+    ("LSTM inference, B >= 16, over torch", ("lstm_inference",), batch(16, 64), speed_over("torch"), 0.97, 0.9),
+    ("LSTM training over torch", ("lstm_training",), any_size, speed_over("torch"), 1.2, 0.9),
+    ("GRU inference over torch", ("gru_inference",), any_size, speed_over("torch"), 2.0, 1.0),
+    ("GRU training over torch", ("gru_training",), any_size, speed_over("torch"), 2.5, 1.0),
+    ("RNN inference over torch", ("rnn_inference",), any_size, speed_over("torch"), 1.7, 0.95),
+    ("RNN training over torch", ("rnn_training",), any_size, speed_over("torch"), 2.2, 0.95),
+    *(
+        (f"{suite.replace('_', ' ')} over the faster peer", (suite,), any_size, speed_over_faster_peer, 1.05, 0.85)
+        for suite in INFERENCE
+    ),
+    ("all inference over the faster peer", INFERENCE, any_size, speed_over_faster_peer, 1.05, 0.85),
+    *(
+        (f"{suite.replace('_', ' ')}, ceiling, H >= 256", (suite,), hidden(256, 1024), share_of_ceiling, 0.8, None)
+        for suite in TABLE
+    ),
+    *(
+        (f"{suite.replace('_', ' ')}, ceiling, H = 128", (suite,), hidden(128, 128), share_of_ceiling, 0.65, None)
+        for suite in TABLE
+    ),
+    ("all, ceiling, H >= 256", TABLE, hidden(256, 1024), share_of_ceiling, 0.8, None),
+    ("all, ceiling, H = 128", TABLE, hidden(128, 128), share_of_ceiling, 0.65, None),
+    *(
+        (
+            f"< {cell} LSTM training, time over LSTM",
+            ("cell_training",),
+            lambda size, cell=cell: size["cell"] == cell,
+            time_over("seqaccel[cpp] LSTM"),
+            bar,
+            None,
+        )
+        for cell, bar in (("peephole", 1.1), ("layer_norm", 1.4), ("multiplicative", 1.5))
+    ),
+    ("< packed LSTM, time over padded", ("lstm_packed",), any_size, time_over("seqaccel[cpp] padded"), 0.65, None),
+    ("session step, share of weight reading", ("lstm_session_step",), any_size, share_of_ceiling, 0.8, None),
+    ("session step over ONNX Runtime", ("lstm_session_step",), any_size, speed_over("onnxruntime"), 1.05, None),
+    (
+        "session step, bfloat16 over float32",
+        ("lstm_session_step",),
+        any_size,
+        time_over("seqaccel[cpp] bfloat16"),
+        1.6,
+        None,
+    ),
+    ("session step, int8 over float32", ("lstm_session_step",), any_size, time_over("seqaccel[cpp] int8"), 2.5, None),
+    ("bfloat16 LSTM inference over torch", ("lstm_inference_bfloat16",), any_size, speed_over("torch"), 1.2, 1.0),
+)
+
+
+def print_bars(data: dict) -> None:
+    """One line a bar: the geometric mean of its cases and the worst of them."""
+    cases: dict[tuple[str, str], dict[str, dict]] = {}
+    for info in (row["extra_info"] for row in data["benchmarks"]):
+        cases.setdefault((info["suite"], info["size"]), {})[info["contender"]] = info
+    print(f"{'':44} {'mean':>6} {'bar':>6} {'worst':>6} {'bar':>6}  cases")
+    for name, suites, wanted, figure, mean_bar, worst_bar in BARS:
+        found: dict[str, float] = {}
+        void = 0
+        for (suite, size), case in cases.items():
+            numbers = {
+                key: int(value) if value.isdigit() else value
+                for key, value in (part.split("=") for part in size.split(","))
+            }
+            if suite not in suites or not wanted(numbers):
+                continue
+            if any(info["void"] for info in case.values()):
+                void += 1
+                continue
+            value = figure(case)
+            if value is not None:
+                found[f"{suite}[{size}]"] = value
+        note = f" ({void} void)" if void else ""
+        if not found:
+            print(f"{name:44} {'-':>6} {mean_bar:6.2f} {'-':>6} {worst_bar or '':>6}{note}")
+            continue
+        most = name.startswith("<")
+        mean = math.exp(sum(map(math.log, found.values())) / len(found))
+        worst = (max if most else min)(found, key=found.__getitem__)
+        met = (mean <= mean_bar if most else mean >= mean_bar) and (worst_bar is None or found[worst] >= worst_bar)
+        print(
+            f"{name:44} {mean:6.2f} {mean_bar:6.2f} {found[worst]:6.2f} {worst_bar or '':>6}  {len(found)}{note}, "
+            f"worst {worst}{'' if met else '  MISSED'}"
+        )
+    print(machine(data))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=pathlib.Path, help="what pytest benchmarks --benchmark-json=FILE wrote")
+    parser.add_argument(
+        "files", type=pathlib.Path, nargs="+", metavar="FILE", help="what pytest benchmarks --benchmark-json=FILE wrote"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--plots", type=pathlib.Path, metavar="FOLDER", help="write one PNG a suite there")
+    parser.add_argument("--bars", action="store_true", help="print the recurrent suites' means beside their bars")
     options = parser.parse_args(arguments)
-    data = read(options.file)
-    if options.markdown:
+    data = read_all(options.files)
+    if options.bars:
+        print_bars(data)
+    elif options.markdown:
         print_markdown(data)
     else:
         print_table(data)
