@@ -28,6 +28,7 @@ CXX_FLAGS = [
     "-Wno-psabi",
 ]
 INSTRUCTION_SETS = ["portable", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+BF16_KERNELS = {"session_kernels"}  # compiled for AVX-512 with BF16 and VNNI too
 
 
 def kernel_sources():
@@ -37,7 +38,8 @@ def kernel_sources():
     sources = []
     for kernels in sorted(ROOT.glob("csrc/cpu/**/*_kernels.h")):
         include = kernels.relative_to(ROOT / "csrc").as_posix()
-        for isa in INSTRUCTION_SETS:
+        wide = ["avx512_bf16"] if kernels.stem in BF16_KERNELS and len(INSTRUCTION_SETS) > 1 else []
+        for isa in INSTRUCTION_SETS + wide:
             text = f'#define SEQACCEL_ISA_{isa.upper()}\n#include "cpu/isa.h"\n#include "{include}"\n'
             source = folder / f"{kernels.stem}_{isa}.cpp"
             if not source.exists() or source.read_text() != text:

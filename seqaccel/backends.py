@@ -74,7 +74,8 @@ def isa(name: str) -> Iterator[None]:
     """Runs the C++ kernels compiled for one instruction set inside the block.
 
     Args:
-        name: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process.
+        name: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512_bf16"`` (AVX-512 with BF16 and VNNI; where a kernel
+            has no use for them, AVX-512) or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process.
 
     Raises:
         RuntimeError: unknown, or this processor does not have it.

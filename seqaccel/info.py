@@ -12,7 +12,7 @@ import torch
 import seqaccel
 from seqaccel import backends
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def _version(package: str) -> str:

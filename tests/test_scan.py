@@ -31,7 +31,7 @@ def instruction_sets():
     if backends.why_missing("cpp", "cpu") is not None:
         return []
     names = ["portable", "avx2", "avx512"]
-    return names[: names.index(torch.ops.seqaccel.best_isa()) + 1]
+    return names[: names.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16")) + 1]
 
 
 def to(tensors, dtype, grad=True):

@@ -8,7 +8,7 @@
 namespace seqaccel {
 namespace {
 
-const char* const kNames[] = {"portable", "avx2", "avx512"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -16,7 +16,8 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return bf16 ? Isa::avx512_bf16 : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
 #else
   return Isa::portable;
 #endif
@@ -25,14 +26,14 @@ Isa best_isa() {
 Isa parse_isa(const std::string& name) {
   const Isa best = best_isa();
   if (name == "auto") return best;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (name == kNames[i]) {
       STD_TORCH_CHECK(i <= int(best), "instruction set '", name,
                       "' is not available on this processor, which has up to '", kNames[int(best)], "'");
       return Isa(i);
     }
   }
-  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected 'auto', 'portable', 'avx2' or 'avx512'");
+  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected 'auto', 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
   return best;
 }
 

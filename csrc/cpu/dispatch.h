@@ -3,7 +3,7 @@
 
 namespace seqaccel {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 // The best one this processor has, or what SEQACCEL_ISA or set_isa asked for.
 Isa active_isa();
@@ -22,6 +22,7 @@ Isa active_isa();
   }                                           \
   inline const Type& active_##table() {       \
     switch (active_isa()) {                   \
+      case Isa::avx512_bf16:                  \
       case Isa::avx512:                       \
         return avx512::table;                 \
       case Isa::avx2:                         \
@@ -30,12 +31,40 @@ Isa active_isa();
         return portable::table;               \
     }                                         \
   }
+
+// The same for a kernel file that setup.py compiles for AVX-512 with BF16 and VNNI too (BF16_KERNELS).
+#define SEQACCEL_DECLARE_KERNELS_BF16(Type, table) \
+  namespace portable {                             \
+  extern const Type table;                         \
+  }                                                \
+  namespace avx2 {                                 \
+  extern const Type table;                         \
+  }                                                \
+  namespace avx512 {                               \
+  extern const Type table;                         \
+  }                                                \
+  namespace avx512_bf16 {                          \
+  extern const Type table;                         \
+  }                                                \
+  inline const Type& active_##table() {            \
+    switch (active_isa()) {                        \
+      case Isa::avx512_bf16:                       \
+        return avx512_bf16::table;                 \
+      case Isa::avx512:                            \
+        return avx512::table;                      \
+      case Isa::avx2:                              \
+        return avx2::table;                        \
+      default:                                     \
+        return portable::table;                    \
+    }                                              \
+  }
 #else
 #define SEQACCEL_DECLARE_KERNELS(Type, table) \
   namespace portable {                        \
   extern const Type table;                    \
   }                                           \
   inline const Type& active_##table() { return portable::table; }
+#define SEQACCEL_DECLARE_KERNELS_BF16(Type, table) SEQACCEL_DECLARE_KERNELS(Type, table)
 #endif
 
 }  // namespace seqaccel

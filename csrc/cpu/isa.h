@@ -11,7 +11,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(SEQACCEL_ISA_AVX512)
+#if defined(SEQACCEL_ISA_AVX512_BF16)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,bmi,bmi2")
+#define SEQACCEL_ISA avx512_bf16
+#define SEQACCEL_VECTOR_BYTES 64
+#define SEQACCEL_REGISTERS 32
+#elif defined(SEQACCEL_ISA_AVX512)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #define SEQACCEL_ISA avx512
 #define SEQACCEL_VECTOR_BYTES 64
