@@ -1,7 +1,6 @@
 """The LSTM module: torch.nn.LSTM's twin, streams, and training on real text."""
 
 import copy
-import doctest
 import io
 import pathlib
 import pickle
@@ -15,8 +14,6 @@ from scipy.stats import mannwhitneyu
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import seqaccel
-import seqaccel.functional.rnn
-import seqaccel.nn.rnn
 from seqaccel.functional import lstm
 
 # ---- the module ----
@@ -312,8 +309,3 @@ def test_training_differs_no_more_than_torch_differs_from_itself():
         torch_from_itself.append((training_losses(torch.nn.LSTM, text, seed, onednn=False) - torch_loss).abs().mean())
     larger = mannwhitneyu(torch.stack(ours_from_torch), torch.stack(torch_from_itself), alternative="greater")
     assert larger.pvalue > 0.005, (ours_from_torch, torch_from_itself)
-
-
-@pytest.mark.parametrize("module", [seqaccel.functional.rnn, seqaccel.nn.rnn], ids=lambda m: m.__name__)
-def test_examples(module):
-    assert doctest.testmod(module).attempted and not doctest.testmod(module).failed

@@ -1,49 +1,170 @@
 """Recurrent layers in plain PyTorch: one layer, one direction.
 
-T time, B batch, I input, H hidden, P the width of h: H, or the projection's.
+T time, B batch, I input, H hidden, G gates, P the width of h: H, or the projection's. A cell is a function of
+    x        its input projection at one step, without bias (B, G*H),
+    h, c     the old state (B, P) and (B, H); c is None where the cell has none,
+    weights  of the layer, in the order of ``seqaccel.functional.rnn``; the first is weight_ih,
+that returns the new h and c.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Weights = Sequence[Any]  # of tensors, None where the layer does without
+State = tuple[Tensor, Tensor | None]
 
-def lstm_cell(pre: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """New h and c (B, H) from the pre-activations (B, 4H) and the old c: torch.nn.LSTM's cell, gates i, f, g, o."""
+EPSILON = 1e-5  # of layer norm
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, EPSILON)
+
+
+def _lstm_gates(pre: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The new c and o from the pre-activations (B, 4H) in the order i, f, g, o."""
     i, f, g, o = pre.chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    return f.sigmoid() * c + i.sigmoid() * g.tanh(), o.sigmoid()
 
 
-def lstm(
+def rnn_tanh_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh = weights
+    return (_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh)).tanh(), None
+
+
+def rnn_relu_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh = weights
+    return (_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh)).relu(), None
+
+
+def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    c, o = _lstm_gates(_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh), c)
+    h = o * c.tanh()
+    return (h if weight_hr is None else F.linear(h, weight_hr)), c
+
+
+def gru_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh = weights
+    x_r, x_z, x_n = _plus(x, bias_ih).chunk(3, -1)
+    h_r, h_z, h_n = F.linear(h, weight_hh, bias_hh).chunk(3, -1)
+    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    n = (x_n + r * h_n).tanh()
+    return (1 - z) * n + z * h, None
+
+
+def gru_reset_before_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh = weights
+    size = h.shape[-1]
+    x = _plus(_plus(x, bias_ih), bias_hh)
+    r, z = (x[..., : 2 * size] + F.linear(h, weight_hh[: 2 * size])).sigmoid().chunk(2, -1)
+    n = (x[..., 2 * size :] + F.linear(r * h, weight_hh[2 * size :])).tanh()
+    return (1 - z) * n + z * h, None
+
+
+def peephole_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole = weights
+    p_i, p_f, p_o = weight_peephole
+    i, f, g, o = (_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, -1)
+    c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
+    h = (o + p_o * c).sigmoid() * c.tanh()
+    return (h if weight_hr is None else F.linear(h, weight_hr)), c
+
+
+def _layer_norm_lstm(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """The new c, normalised, o, and the new c as it is."""
+    _, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight, ln_c_weight, ln_c_bias = weights
+    pre = _norm(x, ln_ih_weight) + _norm(F.linear(h, weight_hh), ln_hh_weight)
+    c, o = _lstm_gates(_plus(_plus(pre, bias_ih), bias_hh), c)
+    return _norm(c, ln_c_weight, ln_c_bias), o, c
+
+
+def layer_norm_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
+    normalized, o, c = _layer_norm_lstm(x, h, c, weights)
+    return o * normalized.tanh(), c
+
+
+def layer_norm_lstm_normalized_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
+    normalized, o, _ = _layer_norm_lstm(x, h, c, weights)
+    return o * normalized.tanh(), normalized
+
+
+def layer_norm_gru_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight = weights
+    a_r, a_z, a_n = _plus(_norm(x, ln_ih_weight), bias_ih).chunk(3, -1)
+    d_r, d_z, d_n = _plus(_norm(F.linear(h, weight_hh), ln_hh_weight), bias_hh).chunk(3, -1)
+    r, z = (a_r + d_r).sigmoid(), (a_z + d_z).sigmoid()
+    n = (a_n + r * d_n).tanh()
+    return (1 - z) * n + z * h, None
+
+
+def multiplicative_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
+    """x is the projection by weight_ih and weight_mx together (B, 5H)."""
+    _, weight_hh, bias_ih, bias_hh, _, weight_mh = weights
+    x, x_m = x.split([4 * h.shape[-1], h.shape[-1]], -1)
+    m = x_m * F.linear(h, weight_mh)
+    c, o = _lstm_gates(_plus(x, bias_ih) + F.linear(m, weight_hh, bias_hh), c)
+    return o * c.tanh(), c
+
+
+CELLS: dict[str, Callable[..., State]] = {
+    "rnn_tanh": rnn_tanh_cell,
+    "rnn_relu": rnn_relu_cell,
+    "lstm": lstm_cell,
+    "gru": gru_cell,
+    "gru_reset_before": gru_reset_before_cell,
+    "peephole_lstm": peephole_lstm_cell,
+    "layer_norm_lstm": layer_norm_lstm_cell,
+    "layer_norm_lstm_normalized_cell": layer_norm_lstm_normalized_cell,
+    "layer_norm_gru": layer_norm_gru_cell,
+    "multiplicative_lstm": multiplicative_lstm_cell,
+}
+
+
+def layer(
+    cell: str,
     input: Tensor,  # (T, B, I)
     h_0: Tensor,  # (B, P)
-    c_0: Tensor,  # (B, H)
-    weight_ih: Tensor,  # (4H, I)
-    weight_hh: Tensor,  # (4H, P)
-    bias_ih: Tensor | None = None,  # (4H,)
-    bias_hh: Tensor | None = None,  # (4H,)
-    weight_hr: Tensor | None = None,  # (P, H)
+    c_0: Tensor | None,  # (B, H)
+    weights: Weights,
     lengths: Tensor | None = None,  # (B,)
+    zoneout_h: Tensor | None = None,  # (T, B, P) or one element
+    zoneout_c: Tensor | None = None,  # (T, B, H) or one element
     reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Outputs (T, B, P) and the last h (B, P) and c (B, H).
 
-    Past a sequence's length the output is 0 and the state stays.
+    Zoneout Z makes each new state Z * old + (1 - Z) * new, the output being the new h so blended. Past a sequence's
+    length the output is 0 and the state stays.
     """
-    steps = input.shape[0]
-    projection = F.linear(input, weight_ih, bias_ih)
+    step, steps, weight_ih = CELLS[cell], input.shape[0], weights[0]
+    if cell == "multiplicative_lstm":
+        weight_ih = torch.cat((weight_ih, weights[4]))
+    projection = F.linear(input, weight_ih)
+
+    def blend(z: Tensor | None, old: Any, new: Any, t: int) -> Any:
+        if z is None or new is None:
+            return new
+        z = z.reshape(()) if z.numel() == 1 else z[t]
+        return z * old + (1 - z) * new
+
     h, c, outputs = h_0, c_0, []
     for t in reversed(range(steps)) if reverse else range(steps):
-        h_new, c_new = lstm_cell(projection[t] + F.linear(h, weight_hh, bias_hh), c)
-        if weight_hr is not None:
-            h_new = F.linear(h_new, weight_hr)
+        h_new, c_new = step(projection[t], h, c, weights)
+        h_new, c_new = blend(zoneout_h, h, h_new, t), blend(zoneout_c, c, c_new, t)
         if lengths is None:
             h, c, output = h_new, c_new, h_new
         else:
             running = (t < lengths).unsqueeze(-1)
-            h, c = torch.where(running, h_new, h), torch.where(running, c_new, c)
             output = torch.where(running, h_new, torch.zeros_like(h_new))
+            h, c = torch.where(running, h_new, h), None if c is None else torch.where(running, c_new, c)
         outputs.append(output)
     if reverse:
         outputs.reverse()

@@ -1,0 +1,94 @@
+"""The recurrent cells: what every part above the kernels needs to know of each. A new cell is a row of ``CELLS``."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["CELLS", "CellSpec", "saved_shapes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call, as far as speed depends on it."""
+
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    dtype: torch.dtype
+    ragged: bool  # has lengths
+    training: bool  # autograd records
+
+
+def _ours(problem: Problem) -> bool:
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class CellSpec:
+    """A cell.
+
+    Attributes:
+        gates: G; weight_ih, weight_hh and the biases have G * H rows.
+        has_cell_state: has c beside h.
+        extra: names and shapes of its weights behind weight_ih, weight_hh, bias_ih, bias_hh; a letter a dimension: G for G * H,
+            H, P, I, or a number.
+        optional: the weights that may be missing.
+        zoneout: takes zoneout.
+        backends: those it has.
+        without_projection: those of them that do not project.
+        torch_is_faster: whether torch's operator, where it has this cell, was measured faster on a CPU: then ``auto``
+            takes it.
+    """
+
+    gates: int
+    has_cell_state: bool = False
+    extra: dict[str, str] = dataclasses.field(default_factory=dict)
+    optional: tuple[str, ...] = ("bias_ih", "bias_hh")
+    zoneout: bool = True
+    backends: tuple[str, ...] = ("reference",)
+    without_projection: tuple[str, ...] = ()
+    torch_is_faster: Callable[[Problem], bool] = _ours
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Names and shapes of all weights, in the operators' order."""
+        return {"weight_ih": "GI", "weight_hh": "GP", "bias_ih": "G", "bias_hh": "G"} | self.extra
+
+    @property
+    def projects(self) -> bool:
+        """Takes weight_hr."""
+        return "weight_hr" in self.extra
+
+
+_PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
+_LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
+
+CELLS: dict[str, CellSpec] = {
+    "rnn_tanh": CellSpec(1, zoneout=False, backends=("reference", "torch")),
+    "rnn_relu": CellSpec(1, zoneout=False, backends=("reference", "torch")),
+    "lstm": CellSpec(
+        4,
+        True,
+        {"weight_hr": "PH"},
+        _PROJECTION,
+        backends=("reference", "cpp", "triton", "torch"),
+        without_projection=("cpp", "triton"),
+    ),
+    "gru": CellSpec(3, backends=("reference", "torch")),
+    "gru_reset_before": CellSpec(3),
+    "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
+    "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),
+    "layer_norm_lstm_normalized_cell": CellSpec(4, True, _LAYER_NORM_LSTM),
+    "layer_norm_gru": CellSpec(3, False, {"ln_ih_weight": "G", "ln_hh_weight": "G"}),
+    "multiplicative_lstm": CellSpec(4, True, {"weight_mx": "HI", "weight_mh": "HH"}),
+}
+
+
+def saved_shapes(cell: str, T: int, B: int, I: int, H: int, P: int) -> list[tuple[int, ...]]:
+    """What ``rnn_forward`` of the C++ backend keeps for the backward pass, where it is told to save."""
+    gates = {"gru": 4}.get(cell, CELLS[cell].gates)
+    if cell in ("rnn_tanh", "rnn_relu"):
+        return []
+    return [(T, B, gates * H), *([(T, B, H)] if CELLS[cell].has_cell_state else [])]

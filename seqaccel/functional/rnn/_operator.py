@@ -1,0 +1,292 @@
+"""One layer and direction of any cell: checks, shape functions, autograd and the choice of backend."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqaccel import _extension, backends
+from seqaccel.functional import _common
+from seqaccel.functional.rnn import _torch
+from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem, saved_shapes
+from seqaccel.reference import rnn as reference
+
+Zoneout = float | Tensor | None
+Weights = Sequence[Tensor | None]
+
+
+def _operators(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if backend == "cpp":
+        if not hasattr(torch.ops.seqaccel, "rnn_forward"):
+            return _of_lstm(torch.ops.seqaccel.lstm_forward, torch.ops.seqaccel.lstm_backward)
+        return torch.ops.seqaccel.rnn_forward.default, torch.ops.seqaccel.rnn_backward.default
+    from seqaccel.kernels import rnn as kernels
+
+    if not hasattr(kernels, "rnn_forward"):
+        return _of_lstm(kernels.lstm_forward, kernels.lstm_backward)
+    return kernels.rnn_forward, kernels.rnn_backward
+
+
+def _of_lstm(lstm_forward, lstm_backward):
+    """The generic pair from operators of the LSTM alone."""
+
+    def forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+        output, h_n, c_n, *saved = lstm_forward(input, h_0, c_0, *weights[:4], lengths, reverse, save)
+        return output, h_n, c_n, saved if save else []
+
+    def backward(
+        cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output, saved,
+        reverse, needs,
+    ):  # fmt: skip
+        grads = lstm_backward(
+            grad_output, grad_h_n, grad_c_n, input, h_0, c_0, *weights[:2], output, *saved, lengths, reverse, *needs[:3]
+        )
+        return *grads[:3], [*grads[3:], grads[5], None]
+
+    return forward, backward
+
+
+def _forward_fake(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+    T, B, I = input.shape
+    P, H = weights[1].shape[1], weights[1].shape[0] // CELLS[cell].gates
+    return (
+        input.new_empty((T, B, P)),
+        input.new_empty((B, P)),
+        input.new_empty((B, H) if c_0 is not None else (0,)),
+        [input.new_empty(shape) for shape in saved_shapes(cell, T, B, I, H, P)] if save else [],
+    )
+
+
+def _backward_fake(
+    cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output, saved,
+    reverse, needs,
+):  # fmt: skip
+    return (
+        input.new_empty(input.shape if needs[0] else (0,)),
+        input.new_empty(h_0.shape),
+        input.new_empty(c_0.shape if c_0 is not None else (0,)),
+        [
+            input.new_empty(weight.shape if need and weight is not None else (0,))
+            for weight, need in zip(weights, needs[1:], strict=True)
+        ],
+    )
+
+
+if _extension.cpp_error is None and hasattr(torch.ops.seqaccel, "rnn_forward"):
+    torch.library.register_fake("seqaccel::rnn_forward")(_forward_fake)
+    torch.library.register_fake("seqaccel::rnn_backward")(_backward_fake)
+elif _extension.cpp_error is None:
+
+    def _lstm_forward_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, save):
+        steps, batch, hidden = input.shape[0], input.shape[1], weight_hh.shape[1]
+        sequence = (steps, batch, hidden)
+        return (
+            input.new_empty(sequence),
+            input.new_empty((batch, hidden)),
+            input.new_empty((batch, hidden)),
+            input.new_empty((steps, batch, 4 * hidden) if save else (0,)),
+            input.new_empty(sequence if save else (0,)),
+        )
+
+    def _lstm_backward_fake(
+        grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weight_ih, weight_hh, output, gates, cells, lengths, reverse,
+        needs_input, needs_weight_ih, needs_weight_hh,
+    ):  # fmt: skip
+        return (
+            input.new_empty(input.shape if needs_input else (0,)),
+            input.new_empty(h_0.shape),
+            input.new_empty(c_0.shape),
+            input.new_empty(weight_ih.shape if needs_weight_ih else (0,)),
+            input.new_empty(weight_hh.shape if needs_weight_hh else (0,)),
+            input.new_empty(weight_hh.shape[:1]),
+        )
+
+    torch.library.register_fake("seqaccel::lstm_forward")(_lstm_forward_fake)
+    torch.library.register_fake("seqaccel::lstm_backward")(_lstm_backward_fake)
+
+
+class _Layer(torch.autograd.Function):
+    """Saves the input, the output and what ``saved_shapes`` lists."""
+
+    @staticmethod
+    def forward(ctx, cell, backend, reverse, lengths, zoneout_h, zoneout_c, input, h_0, c_0, *weights):
+        output, h_n, c_n, saved = _operators(backend)[0](
+            cell, input, h_0, c_0, list(weights), lengths, zoneout_h, zoneout_c, reverse, True
+        )
+        ctx.save_for_backward(lengths, zoneout_h, zoneout_c, output, input, h_0, c_0, *weights, *saved)
+        ctx.cell, ctx.backend, ctx.reverse, ctx.weights = cell, backend, reverse, len(weights)
+        ctx.set_materialize_grads(False)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n):
+        cell, reverse = ctx.cell, ctx.reverse
+        lengths, zoneout_h, zoneout_c, output, *rest = ctx.saved_tensors
+        inputs, saved = rest[: 3 + ctx.weights], rest[3 + ctx.weights :]
+        needs = ctx.needs_input_grad[6:]
+        input, h_0, c_0, *weights = inputs
+        if c_0 is None:
+            grad_c_n = None
+        if torch.is_grad_enabled():
+
+            def again(input, h_0, c_0, *weights):
+                outputs = reference.layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
+                return outputs if c_0 is not None else outputs[:2]
+
+            grad_outputs = (grad_output, grad_h_n, grad_c_n)[: 2 if c_0 is None else 3]
+            return *[None] * 6, *_common.differentiable_backward(again, inputs, grad_outputs, needs)
+        grad_input, grad_h_0, grad_c_0, grad_weights = _operators(ctx.backend)[1](
+            cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output,
+            saved, reverse, [needs[0], *needs[3:]],
+        )  # fmt: skip
+        grads = (grad_input, grad_h_0, grad_c_0, *grad_weights)
+        return *[None] * 6, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+# ---- checks ----
+
+
+def _check(name: str, cell: str, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: Weights) -> None:
+    spec = CELLS[cell]
+    gates, weight_hh = spec.gates, weights[1]
+    if input.dim() != 3:
+        raise ValueError(f"{name}: expected input to have 3 dimensions (T, B, I), but got shape {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise TypeError(f"{name}: expected input to be floating point, but got {input.dtype}")
+    if weight_hh is None or weight_hh.dim() != 2 or weight_hh.shape[0] % gates or weight_hh.shape[0] == 0:
+        rows = "H" if gates == 1 else f"{gates} * H"
+        found = None if weight_hh is None else tuple(weight_hh.shape)
+        raise ValueError(f"{name}: expected weight_hh to have shape ({rows}, H), but got {found}")
+    hidden = weight_hh.shape[0] // gates
+    projection = weights[4] if spec.projects else None
+    sizes = {"B": input.shape[1], "I": input.shape[2], "G": gates * hidden, "H": hidden, "3": 3}
+    sizes["P"] = hidden if projection is None else projection.shape[0]
+    dtype, device = input.dtype, input.device
+    named = zip(weights, spec.weights.items(), strict=True)
+    expected = [(tensor, key, shape) for tensor, (key, shape) in named]
+    for tensor, key, shape in [*expected, (h_0, "h_0", "BP"), (c_0, "c_0", "BH")]:
+        if tensor is None:
+            if key == "c_0" or key in spec.optional:
+                continue
+            raise TypeError(f"{name}: expected {key} to be a tensor, but got None")
+        if tensor.shape != torch.Size([sizes[letter] for letter in shape]):
+            wanted = tuple(sizes[letter] for letter in shape)
+            raise ValueError(f"{name}: expected {key} to have shape {wanted}, but got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {key} to have the dtype of input, {dtype}, but got {tensor.dtype}")
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{name}: expected all tensors to be on the same device, "
+                f"but input is on {device} and {key} is on {tensor.device}"
+            )
+
+
+def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
+    if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
+        raise ValueError(
+            f"{name}: expected lengths to be torch.int64 of shape ({batch},), "
+            f"but got {lengths.dtype} of {tuple(lengths.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not _common.transforms_active() and batch:
+        shortest, longest = (int(bound) for bound in lengths.aminmax())
+        if shortest < 1 or longest > steps:
+            raise ValueError(
+                f"{name}: expected lengths to be between 1 and {steps}, but they range from {shortest} to {longest}"
+            )
+
+
+def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
+    """Blend factors as the operators take them: (T, B, width), or one for all."""
+    if zoneout is None:
+        return None
+    if not isinstance(zoneout, Tensor):
+        if not 0 <= zoneout <= 1:
+            raise ValueError(f"{name}: expected {key} to be between 0 and 1, but got {zoneout}")
+        return None if zoneout == 0 else torch.full((1,), float(zoneout), dtype=dtype, device=input.device)
+    shape = (input.shape[0], input.shape[1], width)
+    if zoneout.numel() == 1:
+        zoneout = zoneout.reshape(1)
+    elif tuple(zoneout.shape) != shape:
+        raise ValueError(f"{name}: expected {key} to be a number or of shape {shape}, but got {tuple(zoneout.shape)}")
+    return zoneout.detach().to(input.device, dtype)
+
+
+def _supported(spec: CellSpec, projected: bool, zoneout: bool) -> tuple[str, ...]:
+    left_out = (spec.without_projection if projected else ()) + (("torch",) if zoneout else ())
+    return tuple(backend for backend in spec.backends if backend not in left_out)
+
+
+def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Dynamo takes no autograd.Function that is given one tensor twice, as tied weights are."""
+    return [
+        t if t is None or all(t is not earlier for earlier in tensors[:i]) else t.view_as(t)
+        for i, t in enumerate(tensors)
+    ]
+
+
+# ---- the call ----
+
+
+def layer(
+    name: str,
+    cell: str,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Weights,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    zoneout_h: Zoneout = None,
+    zoneout_c: Zoneout = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """output (T, B, P), h_n (B, P) and, where the cell has it, c_n (B, H); ``name`` is the public function's.
+
+    A state that is None is zero. Zoneout is None, a number, or blend factors.
+    """
+    spec = CELLS[cell]
+    weight_hh, projection = weights[1], weights[4] if spec.projects else None
+    if h_0 is None and weight_hh is not None:
+        batch, hidden = input.shape[1] if input.dim() == 3 else 0, weight_hh.shape[0] // spec.gates
+        h_0 = weight_hh.new_zeros(batch, hidden if projection is None else projection.shape[0])
+        c_0 = weight_hh.new_zeros(batch, hidden) if spec.has_cell_state else None
+    input, h_0, c_0, *weights = _common.autocast(input, h_0, c_0, *weights)  # type: ignore[assignment]
+    _check(name, cell, input, h_0, c_0, weights)  # type: ignore[arg-type]
+    assert h_0 is not None
+    steps, batch = input.shape[:2]
+    if lengths is not None:
+        _check_lengths(name, lengths, steps, batch)
+    zoned = zoneout_h is not None or zoneout_c is not None
+    hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
+    recorded = _common.needs_grad(input, h_0, c_0, *weights)
+    prefer = None
+    if "torch" in spec.backends and input.device.type == "cpu":
+        problem = Problem(steps, batch, input.shape[2], hidden, input.dtype, lengths is not None, recorded)
+        prefer = "torch" if spec.torch_is_faster(problem) else None
+    backend = backends.choose(name, input, _supported(spec, projection is not None, zoned), prefer=prefer)
+    dtype, transformed = input.dtype, _common.transforms_active()
+    compute = _common.compute_dtype(dtype) if backend == "cpp" and not transformed else dtype
+    factors_h = _factors(name, "zoneout of h", zoneout_h, input, h_0.shape[1], compute)
+    factors_c = _factors(name, "zoneout of c", zoneout_c, input, hidden, compute) if spec.has_cell_state else None
+    if backend == "torch" and not transformed:
+        return _torch.layer(cell, input, h_0, c_0, list(weights), lengths, reverse)
+    if lengths is not None:
+        lengths = lengths.to(input.device)
+    if backend == "reference" or transformed:
+        return reference.layer(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
+    tensors = [input, h_0, c_0, *weights]
+    if dtype != compute:
+        tensors = [None if t is None else t.to(compute) for t in tensors]
+    if recorded:
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
+        output, h_n, c_n = _Layer.apply(cell, backend, reverse, lengths, factors_h, factors_c, *tensors)
+    else:
+        input, h_0, c_0, *weights = tensors  # type: ignore[assignment]
+        output, h_n, c_n, _ = _operators(backend)[0](
+            cell, input, h_0, c_0, list(weights), lengths, factors_h, factors_c, reverse, False
+        )
+    if dtype != compute:
+        output, h_n, c_n = output.to(dtype), h_n.to(dtype), c_n.to(dtype)
+    return output, h_n, c_n if spec.has_cell_state else None

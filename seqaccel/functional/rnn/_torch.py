@@ -1,0 +1,57 @@
+"""torch's own recurrent operators as the backend ``torch``: one layer, one direction."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+
+def _reverse_in_time(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (T, B, ...) with each sequence's valid steps in reverse order; padding stays where it is."""
+    if lengths is None:
+        return x.flip(0)
+    t = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    last = lengths.to(x.device) - 1
+    index = torch.where(t <= last, last - t, t)
+    return x.gather(0, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: list[Tensor | None],
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Arguments and results as those of ``seqaccel.reference.rnn.layer``."""
+    steps, batch = input.shape[:2]
+    if steps == 0 or batch == 0:
+        return h_0.new_zeros(steps, *h_0.shape), h_0.clone(), None if c_0 is None else c_0.clone()
+    weight_ih, weight_hh, *biases = weights[:4]
+    has_biases = any(bias is not None for bias in biases)
+    given = [weight_ih, weight_hh]
+    if has_biases:
+        given += [torch.zeros_like(weight_ih[:, 0]) if bias is None else bias for bias in biases]  # type: ignore[index]
+    given += [weight for weight in weights[4:] if weight is not None]
+    operator = getattr(torch._VF, cell)
+    state = [h_0] if c_0 is None else [h_0, c_0]
+    if reverse:
+        input = _reverse_in_time(input, lengths)
+    if lengths is None:
+        state = [part.unsqueeze(0) for part in state]
+        output, *last = operator(
+            input, state if c_0 is not None else state[0], given, has_biases, 1, 0.0, False, False, False
+        )
+    else:
+        packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)
+        state = [part[packed.sorted_indices].unsqueeze(0) for part in state]
+        data, *last = operator(
+            packed.data, packed.batch_sizes, state if c_0 is not None else state[0], given, has_biases, 1, 0.0, False,
+            False,
+        )  # fmt: skip
+        output, _ = pad_packed_sequence(packed._replace(data=data), total_length=steps)
+        last = [part[:, packed.unsorted_indices] for part in last]
+    if reverse:
+        output = _reverse_in_time(output, lengths)
+    return output, last[0][0], None if c_0 is None else last[1][0]
