@@ -94,6 +94,24 @@ SEQACCEL_INLINE Vec<T> activate(Vec<T> v) {
   }
 }
 
+// Fetches the lines of row[0 ... n), to be written or read.
+template <bool writes, typename T>
+SEQACCEL_INLINE void prefetch_row(const T* row, ptrdiff_t n) {
+  const char* const bytes = reinterpret_cast<const char*>(row);
+  for (ptrdiff_t i = 0; i < n * ptrdiff_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, writes, 3);
+}
+
+// Fetches what finish_row will touch.
+template <typename T>
+SEQACCEL_INLINE void prefetch_finish(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t,
+                                     ptrdiff_t n) {
+  const ptrdiff_t offset = (b * p.shape.out_channels + channel) * p.shape.length + t;
+  prefetch_row<true>(p.y + offset, n);
+  if (p.pre) prefetch_row<true>(p.pre + offset, n);
+  if (p.active) prefetch_row<true>(p.active + offset, n);
+  if (p.residual) prefetch_row<false>(p.residual + offset, n);
+}
+
 // acc holds conv for channel `channel` and n time steps from t on of sequence b; it may be read up to a whole vector
 // past n.
 template <typename T, Activation kind>
@@ -143,10 +161,13 @@ inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, 
   }
 }
 
-// The gradient of v for one row (sequence, channel) into g; returns its sum. Writes the residual's gradient on the way.
+// The gradient of v for time steps [begin, end) of one row (sequence, channel) into g, unless that is null; returns its
+// sum. Writes the residual's gradient on the way where `residual` says so.
 template <typename T, Activation kind>
-inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, T* g) {
-  const ptrdiff_t length = p.shape.length, offset = row * length;
+inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end, bool residual,
+                              T* g) {
+  const ptrdiff_t offset = row * p.shape.length;
+  T* const grad_residual = residual ? p.grad_residual : nullptr;
   const bool drops = p.epilogue.dropout > 0;
   const RowDropout<T> dropout(p.epilogue, row);
   const T scale = drops ? T(dropout_scale(p.epilogue)) : T(1);
@@ -158,7 +179,7 @@ inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, T* g) {
     };
     Vec<T> d = get(p.grad_y);
     if (p.epilogue.relu) d = zero_unless<T>(~(get(p.y) <= 0), d);
-    if (p.grad_residual) whole ? store(p.grad_residual + offset + t, d) : store(p.grad_residual + offset + t, d, m);
+    if (grad_residual) whole ? store(grad_residual + offset + t, d) : store(grad_residual + offset + t, d, m);
     if (kind == Activation::relu) {
       const Mask<T> active = p.active ? load_bytes<T>(p.active + offset + t, m) : Mask<T>(~(get(p.y) <= 0));
       d = zero_unless<T>(active, d * scale);
@@ -176,27 +197,28 @@ inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, T* g) {
       }
     }
     sum += d;
-    if (g) whole ? store(g + t, d) : store(g + t, d, m);
+    if (g) whole ? store(g + t - begin, d) : store(g + t - begin, d, m);
   };
-  ptrdiff_t t = 0;
-  for (; t + Lanes<T> <= length; t += Lanes<T>) part(t, Lanes<T>);
-  if (t < length) part(t, int(length - t));
+  ptrdiff_t t = begin;
+  for (; t + Lanes<T> <= end; t += Lanes<T>) part(t, Lanes<T>);
+  if (t < end) part(t, int(end - t));
   return horizontal_sum<T>(sum);
 }
 
 template <typename T>
-inline T differentiate_row(const ConvBackward<T>& p, ptrdiff_t row, T* g) {
+inline T differentiate_row(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end, bool residual,
+                           T* g) {
   switch (p.epilogue.activation) {
     case Activation::relu:
-      return differentiate_row_of<T, Activation::relu>(p, row, g);
+      return differentiate_row_of<T, Activation::relu>(p, row, begin, end, residual, g);
     case Activation::tanh:
-      return differentiate_row_of<T, Activation::tanh>(p, row, g);
+      return differentiate_row_of<T, Activation::tanh>(p, row, begin, end, residual, g);
     case Activation::sigmoid:
-      return differentiate_row_of<T, Activation::sigmoid>(p, row, g);
+      return differentiate_row_of<T, Activation::sigmoid>(p, row, begin, end, residual, g);
     case Activation::silu:
-      return differentiate_row_of<T, Activation::silu>(p, row, g);
+      return differentiate_row_of<T, Activation::silu>(p, row, begin, end, residual, g);
     default:
-      return differentiate_row_of<T, Activation::none>(p, row, g);
+      return differentiate_row_of<T, Activation::none>(p, row, begin, end, residual, g);
   }
 }
 

@@ -10,7 +10,7 @@
 // the caches; the copy shifts, pads, takes the history in, and is used by every output channel (it costs 1 / (4
 // channels) of the product). weight: rows are (c, k), read from x where it lies; columns are output channels, the
 // operand is g transposed by blocks. Partial sums are kept a thread and added in the order of the threads: the result
-// depends on the number of threads, not on timing.
+// depends on the number of threads, not on timing. The backward runs through all of it item by item (BackwardItems).
 //
 // 6 x 4 of 32 registers (6 x 2 of 16) keeps 24 (12) independent sums, more than latency times throughput needs, and
 // divides the usual lengths and channel counts: four vectors are 64 columns.
@@ -19,257 +19,13 @@
 #include "conv.h"
 #include "conv_depthwise.h"
 #include "conv_epilogue.h"
-#include "gemm.h"
+#include "conv_product.h"
 #include "vec.h"
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-constexpr int kRows = 6;
-constexpr int kVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
-template <typename T>
-constexpr ptrdiff_t kColumns = kVectors * Lanes<T>;
-constexpr ptrdiff_t kDepth = 256;       // rows of a panel: 64 KB, a sixteenth of the second-level cache
-constexpr ptrdiff_t kFlush = 64;        // terms summed in a register
 constexpr ptrdiff_t kWeightSteps = 96;  // time steps a weight-gradient tile runs over
-constexpr ptrdiff_t kFewColumns =
-    8;  // up to here columns are dot products with the weight's rows, and nothing is packed
-
-inline ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
-inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-
-// out[MR, NV vectors] (+)= A[MR, depth] * panel[depth, NV vectors]. A sum of n terms in one register is off by about
-// sqrt(n) roundings; flushing it to memory every kFlush terms keeps the error near that of the sums of torch's
-// operator.
-template <typename T, int MR, int NV>
-void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T* out, ptrdiff_t out_stride,
-              bool accumulate) {
-  const ptrdiff_t blocks = larger(1, ceil_div(depth, kFlush));
-  for (ptrdiff_t block = 0; block < blocks; ++block) {
-    const ptrdiff_t k = depth * block / blocks, n = depth * (block + 1) / blocks - k;
-    Vec<T> acc[MR][NV] = {};
-    tile_multiply<T, MR, NV>(acc, a + k, a_stride, panel + k * NV * Lanes<T>, n);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        T* to = out + m * out_stride + v * Lanes<T>;
-        store(to, accumulate || block ? load(to) + acc[m][v] : acc[m][v]);
-      }
-    }
-  }
-}
-
-template <typename T>
-using Multiply = void (*)(const T*, ptrdiff_t, const T*, ptrdiff_t, T*, ptrdiff_t, bool);
-
-template <typename T, int NV>
-SEQACCEL_INLINE Multiply<T> multiply_rows(ptrdiff_t rows) {
-  constexpr Multiply<T> table[kRows] = {multiply<T, 1, NV>, multiply<T, 2, NV>, multiply<T, 3, NV>,
-                                        multiply<T, 4, NV>, multiply<T, 5, NV>, multiply<T, 6, NV>};
-  return table[rows - 1];
-}
-
-template <typename T>
-SEQACCEL_INLINE Multiply<T> multiply_tile(ptrdiff_t rows, ptrdiff_t vectors) {
-  if (vectors == 1) return multiply_rows<T, 1>(rows);
-  if (vectors == 2) return multiply_rows<T, 2>(rows);
-  if constexpr (kVectors > 2) {
-    if (vectors == 3) return multiply_rows<T, 3>(rows);
-    return multiply_rows<T, 4>(rows);
-  }
-  __builtin_unreachable();
-}
-
-// Rows first ... last of block i when n rows are dealt evenly to blocks of at most kRows.
-struct RowBlocks {
-  ptrdiff_t n, count;
-  explicit RowBlocks(ptrdiff_t rows) : n(rows), count(ceil_div(rows, kRows)) {}
-  ptrdiff_t begin(ptrdiff_t i) const { return n * i / count; }
-};
-
-// The operand whose shifted rows make the columns of a product: value(b, c, t) for channel c of sequence b.
-template <typename T>
-struct Signal {
-  const T* values;   // [batch, channels, length]
-  const T* history;  // [batch, channels, context], the time steps before; null: zeros
-  ptrdiff_t channels, length, context;
-
-  // Brings value(b, c, t) ... value(b, c, t + n - 1) into the second-level cache.
-  SEQACCEL_INLINE void prefetch(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n) const {
-    if (t < 0 || t + n > length) return;
-    const T* row = values + (b * channels + c) * length + t;
-    for (ptrdiff_t i = 0; i < n; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
-  }
-
-  // out[i] = value(b, c, t + i), zero outside
-  SEQACCEL_INLINE void copy(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
-    const T* row = values + (b * channels + c) * length;
-    if (t >= 0 && t + n <= length) {
-      const ptrdiff_t whole = n & ~ptrdiff_t(Lanes<T> - 1);
-      for (ptrdiff_t i = 0; i < whole; i += Lanes<T>) store(out + i, load(row + t + i));
-      for (ptrdiff_t i = whole; i < n; ++i) out[i] = row[t + i];
-      return;
-    }
-    const T* before = history ? history + (b * channels + c + 1) * context : nullptr;
-    ptrdiff_t i = 0;
-    for (; i < n && t + i < 0; ++i) out[i] = before && t + i >= -context ? before[t + i] : T(0);
-    for (; i < n && t + i < length; ++i) out[i] = row[t + i];
-    for (; i < n; ++i) out[i] = T(0);
-  }
-};
-
-// out[m, column] = sum_{c,k} A[m, c * K + k] * signal(c, t + direction * s_k), for every group; a column is a time step
-// `first` <= t < signal.length of a sequence.
-template <typename T>
-struct Product {
-  const T* a;  // [groups * rows, channels * K]
-  Signal<T> signal;
-  ptrdiff_t batch, groups, rows, channels, taps, dilation;  // rows and channels of one group
-  ptrdiff_t first;
-  int direction;
-
-  ptrdiff_t depth() const { return channels * taps; }
-  ptrdiff_t steps() const { return signal.length - first; }  // columns of a sequence
-  ptrdiff_t shift(ptrdiff_t k) const { return direction * (taps - 1 - k) * dilation; }
-};
-
-// f(b, t, n, column) for each run of columns [begin, begin + count) that lies in one sequence.
-template <typename F>
-SEQACCEL_INLINE void for_runs(ptrdiff_t begin, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t first, const F& f) {
-  for (ptrdiff_t done = 0; done < count;) {
-    const ptrdiff_t b = (begin + done) / steps, t = (begin + done) % steps, n = smaller(steps - t, count - done);
-    f(b, t + first, n, done);
-    done += n;
-  }
-}
-
-template <typename T>
-inline ptrdiff_t product_scratch(ptrdiff_t rows, ptrdiff_t depth) {
-  const ptrdiff_t tiles = smaller(depth, kDepth) * kColumns<T> + rows * kColumns<T>;
-  const ptrdiff_t dots = kFewColumns * (ceil_div(depth, Lanes<T>) * Lanes<T>)+rows * kColumns<T>;
-  return larger(tiles, dots);
-}
-
-// Dot products of MR rows of A with NC columns, both contiguous along the depth; columns are padded with zeros.
-template <typename T, int MR, int NC>
-inline void dot_tile(const T* a, ptrdiff_t depth, const T* columns, ptrdiff_t column_stride, T* out) {
-  constexpr ptrdiff_t L = Lanes<T>;
-  Vec<T> acc[MR][NC] = {};
-  ptrdiff_t i = 0;
-  for (; i + L <= depth; i += L) {
-#pragma GCC unroll 4
-    for (int m = 0; m < MR; ++m) {
-      const Vec<T> w = load(a + m * depth + i);
-#pragma GCC unroll 4
-      for (int c = 0; c < NC; ++c) acc[m][c] += w * load(columns + c * column_stride + i);
-    }
-  }
-  if (i < depth) {
-    for (int m = 0; m < MR; ++m) {
-      const Vec<T> w = load(a + m * depth + i, int(depth - i));
-      for (int c = 0; c < NC; ++c) acc[m][c] += w * load(columns + c * column_stride + i);
-    }
-  }
-  for (int m = 0; m < MR; ++m) {
-    for (int c = 0; c < NC; ++c) out[m * kColumns<T> + c] = horizontal_sum<T>(acc[m][c]);
-  }
-}
-
-template <typename T, int NC>
-inline void dot_rows(const T* a, ptrdiff_t rows, ptrdiff_t depth, const T* columns, ptrdiff_t column_stride, T* out) {
-  ptrdiff_t m = 0;
-  for (; m + 4 <= rows; m += 4) {
-    dot_tile<T, 4, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
-  }
-  for (; m < rows; ++m) dot_tile<T, 1, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
-}
-
-// emit(channel, b, t, n, values) for every run of finished columns. Called by the whole team; scratch is the thread's
-// own.
-template <typename T, typename Emit>
-inline void run_product(const Product<T>& p, T* scratch, const Emit& emit) {
-  const ptrdiff_t depth = p.depth(), steps = p.steps(), columns = p.batch * steps, team = omp_get_num_threads();
-  if (columns <= 0 || p.rows == 0) return;
-  const ptrdiff_t few_columns = smaller(kFewColumns, kColumns<T>);
-  const bool few = columns <= few_columns;
-  const ptrdiff_t width = few ? few_columns : kColumns<T>;
-  const ptrdiff_t tiles = ceil_div(columns, width);
-  const RowBlocks blocks(p.rows);
-  const ptrdiff_t newest = p.direction < 0 ? p.taps - 1 : 0;  // the tap that reads furthest ahead
-  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * p.groups), blocks.count));
-#pragma omp for schedule(dynamic, 4) nowait
-  for (ptrdiff_t item = 0; item < tiles * p.groups * parts; ++item) {
-    const ptrdiff_t part = item % parts, group = item / parts % p.groups, tile = item / parts / p.groups;
-    const ptrdiff_t begin = tile * width, count = smaller(width, columns - begin);
-    const ptrdiff_t first_block = blocks.count * part / parts, last_block = blocks.count * (part + 1) / parts;
-    const ptrdiff_t first_row = blocks.begin(first_block), last_row = blocks.begin(last_block);
-    const T* a = p.a + group * p.rows * depth;
-    T* out = scratch;  // [rows of the part, kColumns]
-    T* panel = scratch + p.rows * kColumns<T>;
-    const auto emit_rows = [&](ptrdiff_t row, ptrdiff_t end) {
-      for (; row < end; ++row) {
-        for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-          emit(group * p.rows + row, b, t, n, out + (row - first_row) * kColumns<T> + column);
-        });
-      }
-    };
-    if (few) {
-      const ptrdiff_t stride = ceil_div(depth, Lanes<T>) * Lanes<T>;
-      for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-        for (ptrdiff_t i = 0; i < n; ++i) {
-          T* to = panel + (column + i) * stride;
-          for (ptrdiff_t c = 0; c < p.channels; ++c) {
-            for (ptrdiff_t k = 0; k < p.taps; ++k) {
-              p.signal.copy(b, group * p.channels + c, t + i + p.shift(k), 1, to + c * p.taps + k);
-            }
-          }
-          for (ptrdiff_t r = depth; r < stride; ++r) to[r] = T(0);
-        }
-      });
-      const ptrdiff_t rows = last_row - first_row;
-      for (ptrdiff_t c = 0; c < count;) {
-        const T* from = panel + c * stride;
-        if (count - c >= 4) {
-          dot_rows<T, 4>(a + first_row * depth, rows, depth, from, stride, out + c);
-          c += 4;
-        } else if (count - c >= 2) {
-          dot_rows<T, 2>(a + first_row * depth, rows, depth, from, stride, out + c);
-          c += 2;
-        } else {
-          dot_rows<T, 1>(a + first_row * depth, rows, depth, from, stride, out + c);
-          c += 1;
-        }
-      }
-      emit_rows(first_row, last_row);
-      continue;
-    }
-    const ptrdiff_t vectors = ceil_div(count, Lanes<T>), panel_width = vectors * Lanes<T>;
-    for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += kDepth) {
-      const ptrdiff_t deep = smaller(kDepth, depth - r0);
-      for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-        ptrdiff_t c = r0 / p.taps, k = r0 % p.taps;
-        for (ptrdiff_t r = 0; r < deep; ++r) {
-          p.signal.copy(b, group * p.channels + c, t + p.shift(k), n, panel + r * panel_width + column);
-          if (k == newest) p.signal.prefetch(b, group * p.channels + c, t + n + p.shift(k), n);
-          if (++k == p.taps) k = 0, ++c;
-        }
-      });
-      if (count < panel_width) {
-        for (ptrdiff_t r = 0; r < deep; ++r) {
-          for (ptrdiff_t i = count; i < panel_width; ++i) panel[r * panel_width + i] = T(0);
-        }
-      }
-      for (ptrdiff_t block = first_block; block < last_block; ++block) {
-        const ptrdiff_t row = blocks.begin(block), end = blocks.begin(block + 1);
-        multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep,
-                                             out + (row - first_row) * kColumns<T>, kColumns<T>, r0 > 0);
-        if (r0 + deep == depth) emit_rows(row, end);
-      }
-    }
-  }
-}
 
 // In-register transposition of a square of vectors: after the stage of distance h, lane l of r[i] is what lane l ^ h of
 // r[i ^ h] was where bit h of i and l differ.
@@ -328,9 +84,18 @@ struct WeightPanels {
   ptrdiff_t size(const ConvShape& s) const { return s.groups * s.kernel_size * s.group_in() * padded; }
 };
 
+// The gradient of conv + bias of some sequences over a range of time: element (sequence b, channel, t) is
+// values[(b * channels + channel) * stride + t].
 template <typename T>
-inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const T* g, ptrdiff_t b,
-                                ptrdiff_t begin, ptrdiff_t end, T* panel, T* partial) {
+struct GradientTile {
+  const T* values;
+  ptrdiff_t stride;
+};
+
+// Adds what time steps [begin, end) of sequence b, which g numbers `own`, give to the weight gradient.
+template <typename T>
+inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const GradientTile<T>& g,
+                                ptrdiff_t own, ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, T* panel, T* partial) {
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
   const WeightPanels<T> panels(O);
   const RowBlocks blocks(C);
@@ -339,11 +104,13 @@ inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history
     const T* hg = history ? history + (b * s.in_channels + group * C) * context : nullptr;
     for (ptrdiff_t j = 0; j < panels.count; ++j) {
       const ptrdiff_t width = panels.width(j), first = j * kColumns<T>;
-      transpose_panel<T>(g + (b * s.out_channels + group * O + first) * s.length + begin, s.length, O - first,
+      transpose_panel<T>(g.values + (own * s.out_channels + group * O + first) * g.stride + begin, g.stride, O - first,
                          end - begin, width, panel);
       T* sums = partial + (group * panels.padded + first) * K * C;
       for (ptrdiff_t block = 0; block < blocks.count; ++block) {
         const ptrdiff_t c = blocks.begin(block), rows = blocks.begin(block + 1) - c;
+        const ptrdiff_t next = block + 1 < blocks.count ? blocks.begin(block + 2) : c + rows;
+        for (ptrdiff_t i = c + rows; i < next; ++i) prefetch_row<false>(xg + i * s.length + begin, end - begin);
         const Multiply<T> multiply = multiply_tile<T>(rows, width / Lanes<T>);
         for (ptrdiff_t k = 0; k < K; ++k) {
           const ptrdiff_t shift = (K - 1 - k) * s.dilation;
@@ -361,6 +128,41 @@ inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history
     }
   }
 }
+
+// How the backward is cut: an item is the time steps [begin, end) of sequences [first, last), and its gradient of conv
+// + bias, with the context after it that its data gradient sees, stays in the second-level cache from the epilogue's
+// derivative through both products. Each thread takes as many items.
+struct BackwardItems {
+  static constexpr ptrdiff_t kElements = 64 << 10;  // of that gradient: 256 KB of floats
+  static constexpr ptrdiff_t kUnit = 16;
+  ptrdiff_t batch, length, context, sequences, cuts;  // an item: one of `cuts` parts of some of `sequences` sequences
+  BackwardItems(const ConvShape& s, ptrdiff_t threads)
+      : batch(s.batch), length(s.length), context(s.context()), sequences(1), cuts(1) {
+    const ptrdiff_t columns = larger(kElements / s.out_channels, 4 * kUnit);
+    if (length < columns / 2) {
+      sequences = smaller(columns / length, larger(1, batch / (4 * threads)));
+    }
+    const ptrdiff_t shortest = larger(4 * kUnit, smaller(context, columns));
+    const ptrdiff_t most = larger(1, length / shortest);
+    cuts = smaller(most, ceil_div(length, columns));
+    while (cuts < most && groups() * cuts < 8 * threads && groups() * cuts % threads) ++cuts;
+  }
+  ptrdiff_t groups() const { return ceil_div(batch, sequences); }
+  ptrdiff_t count() const { return groups() * cuts; }
+  ptrdiff_t first(ptrdiff_t item) const { return batch * (item / cuts) / groups(); }
+  ptrdiff_t last(ptrdiff_t item) const { return batch * (item / cuts + 1) / groups(); }
+  ptrdiff_t begin(ptrdiff_t item) const {
+    return smaller(length, ceil_div(length, kUnit) * (item % cuts) / cuts * kUnit);
+  }
+  ptrdiff_t end(ptrdiff_t item) const {
+    return smaller(length, ceil_div(length, kUnit) * (item % cuts + 1) / cuts * kUnit);
+  }
+  // Row stride of the gradient: rows an odd number of cache lines apart fall into different sets.
+  ptrdiff_t stride() const {
+    const ptrdiff_t n = smaller(length, ceil_div(ceil_div(length, kUnit), cuts) * kUnit + context);
+    return (ceil_div(n, kUnit) | 1) * kUnit;
+  }
+};
 
 struct Workspace {
   char* next;
@@ -381,69 +183,105 @@ size_t forward_workspace_of(const ConvShape& s, int threads) {
 
 template <typename T>
 struct BackwardSizes {
-  ptrdiff_t g, row_sums, weight, scratch, partial;
-  explicit BackwardSizes(const ConvShape& s)
+  ptrdiff_t g, row_sums, weight, scratch, partial, bias;  // the last three, and g where it is cut, for each thread
+  BackwardSizes(const ConvShape& s, const BackwardItems& items, ptrdiff_t threads)
       : g(s.batch * s.out_channels * s.length),
         row_sums(s.batch * s.out_channels),
         weight(s.out_channels * s.group_in() * s.kernel_size),
         scratch(larger(product_scratch<T>(s.group_in(), s.group_out() * s.kernel_size), kWeightSteps * kColumns<T>)),
-        partial(WeightPanels<T>(s.group_out()).size(s)) {
-    if (s.depthwise()) weight = scratch = partial = 0;
+        partial(WeightPanels<T>(s.group_out()).size(s)),
+        bias(s.out_channels) {
+    if (s.depthwise()) {
+      weight = scratch = partial = bias = 0;
+    } else {
+      row_sums = 0;
+      g = items.sequences * s.out_channels * items.stride() + Lanes<T>;
+    }
+  }
+  ptrdiff_t each() const {
+    ptrdiff_t sum = 0;
+    const ptrdiff_t parts[] = {g, scratch, partial, bias};
+    for (const ptrdiff_t n : parts) sum += ceil_div(n, 16) * 16;
+    return sum;
   }
 };
 
 template <typename T>
 size_t backward_workspace_of(const ConvShape& s, int threads) {
-  const BackwardSizes<T> sizes(s);
-  return (sizes.g + sizes.row_sums + sizes.weight + threads * (sizes.scratch + sizes.partial + 32)) * sizeof(T) + 512;
+  const BackwardItems items(s, threads);
+  const BackwardSizes<T> sizes(s, items, threads);
+  if (s.depthwise()) return (sizes.g + sizes.row_sums + 32) * sizeof(T) + 512;
+  return (sizes.weight + threads * sizes.each()) * sizeof(T) + 512;
 }
 
 template <typename T>
 void forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
   if (s.depthwise()) return depthwise_forward(p, static_cast<T*>(p.workspace));
-  const Product<T> product = {p.weight,      {p.x, p.history, s.in_channels, s.length, s.context()},
-                              s.batch,       s.groups,
-                              s.group_out(), s.group_in(),
-                              s.kernel_size, s.dilation,
-                              /*first=*/0,   /*direction=*/-1};
+  const Product<T> product = {p.weight,        {p.x, p.history, s.in_channels, s.length, s.length, s.context()},
+                              s.batch,         s.groups,
+                              s.group_out(),   s.group_in(),
+                              s.kernel_size,   s.dilation,
+                              /*first=*/0,     s.length,
+                              /*direction=*/-1};
   const ptrdiff_t size = ceil_div(product_scratch<T>(product.rows, product.depth()) * ptrdiff_t(sizeof(T)), 64) * 64;
 #pragma omp parallel num_threads(p.threads)
   {
     T* scratch = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + omp_get_thread_num() * size);
-    run_product(product, scratch, [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
-      finish_row(p, channel, b, t, n, acc);
-    });
+    run_product(
+        product, scratch,
+        [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) { prefetch_finish(p, channel, b, t, n); },
+        [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+          finish_row(p, channel, b, t, n, acc);
+        });
   }
+}
+
+template <typename T>
+void backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_product) {
+  const ConvShape& s = p.shape;
+  Workspace workspace = {static_cast<char*>(p.workspace)};
+  T* const g = workspace.take<T>(s.batch * s.out_channels * s.length);
+  T* const row_sums = workspace.take<T>(s.batch * s.out_channels);
+  if (!identity || p.grad_bias || p.grad_residual) {
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+    for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
+      row_sums[row] =
+          differentiate_row<T>(p, row, 0, s.length, true, identity || !wants_product ? nullptr : g + row * s.length);
+    }
+  }
+  for (ptrdiff_t o = 0; p.grad_bias && o < s.out_channels; ++o) {
+    T sum = 0;
+    for (ptrdiff_t b = 0; b < s.batch; ++b) sum += row_sums[b * s.out_channels + o];
+    p.grad_bias[o] = sum;
+  }
+  if (wants_product) depthwise_backward(p, identity ? p.grad_y : g);
 }
 
 template <typename T>
 void backward(const ConvBackward<T>& p) {
   const ConvShape& s = p.shape;
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
-  const BackwardSizes<T> sizes(s);
   const bool identity = p.epilogue.activation == Activation::none && !p.epilogue.relu && p.epilogue.dropout == 0;
   const bool wants_data = p.grad_x || p.grad_history, wants_product = wants_data || p.grad_weight;
+  if (s.depthwise()) return backward_depthwise(p, identity, wants_product);
+  const BackwardItems items(s, p.threads);
+  const BackwardSizes<T> sizes(s, items, p.threads);
   Workspace workspace = {static_cast<char*>(p.workspace)};
-  T* const own_g = workspace.take<T>(sizes.g);
-  T* const row_sums = workspace.take<T>(sizes.row_sums);
   T* const transposed = workspace.take<T>(sizes.weight);
-  T* const scratches = workspace.take<T>(p.threads * (sizes.scratch + 16));
-  T* const partials = workspace.take<T>(p.threads * sizes.partial);
-  const T* const g = identity ? p.grad_y : own_g;
-  const ptrdiff_t chunks = ceil_div(s.length, kWeightSteps);
+  T* const own = workspace.take<T>(p.threads * sizes.each());
+  const ptrdiff_t stride = items.stride();
 
 #pragma omp parallel num_threads(p.threads)
   {
     const ptrdiff_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    if (!identity || p.grad_bias || p.grad_residual) {
-#pragma omp for schedule(static) nowait
-      for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
-        row_sums[row] = differentiate_row<T>(p, row, identity || !wants_product ? nullptr : own_g + row * s.length);
-      }
-    }
-    if (wants_data && !s.depthwise()) {
-#pragma omp for schedule(static) nowait
+    Workspace mine = {reinterpret_cast<char*>(own + me * sizes.each())};
+    T* const partial = mine.take<T>(sizes.partial);
+    T* const bias_sums = mine.take<T>(sizes.bias);
+    T* const scratch = mine.take<T>(sizes.scratch);
+    T* const own_g = mine.take<T>(sizes.g);
+    if (wants_data) {
+#pragma omp for schedule(static)
       for (ptrdiff_t row = 0; row < s.in_channels; ++row) {  // [C, K, O] of the forward's [O, C, K], group by group
         const T* from = p.weight + row / C * O * C * K + row % C * K;
         T* to = transposed + row * O * K;
@@ -452,30 +290,41 @@ void backward(const ConvBackward<T>& p) {
         }
       }
     }
-#pragma omp barrier
-    if (p.grad_bias) {
-#pragma omp for schedule(static) nowait
-      for (ptrdiff_t o = 0; o < s.out_channels; ++o) {
-        T sum = 0;
-        for (ptrdiff_t b = 0; b < s.batch; ++b) sum += row_sums[b * s.out_channels + o];
-        p.grad_bias[o] = sum;
+    memset(partial, 0, sizes.partial * sizeof(T));
+    memset(bias_sums, 0, sizes.bias * sizeof(T));
+    for (ptrdiff_t item = items.count() * me / team; item < items.count() * (me + 1) / team; ++item) {
+      const ptrdiff_t first = items.first(item), last = items.last(item);
+      const ptrdiff_t begin = items.begin(item), end = items.end(item), after = smaller(s.length, end + context);
+      const GradientTile<T> g = identity ? GradientTile<T>{p.grad_y + first * s.out_channels * s.length, s.length}
+                                         : GradientTile<T>{own_g - begin, stride};
+      if (!identity || p.grad_bias || p.grad_residual) {
+        for (ptrdiff_t row = first * s.out_channels; row < last * s.out_channels; ++row) {
+          const bool keeps = !identity && wants_product;
+          T* to = own_g + (row - first * s.out_channels) * stride;
+          bias_sums[row % s.out_channels] += differentiate_row<T>(p, row, begin, end, true, keeps ? to : nullptr);
+          if (keeps && wants_data) differentiate_row<T>(p, row, end, after, false, to + end - begin);
+        }
       }
-    }
-    if (!s.depthwise()) {
-      T* const scratch = scratches + me * (sizes.scratch + 16) / 16 * 16;
       if (wants_data) {
         const Product<T> product = {transposed,
-                                    {g, nullptr, s.out_channels, s.length, 0},
-                                    s.batch,
+                                    {g.values, nullptr, s.out_channels, s.length, g.stride, 0},
+                                    last - first,
                                     s.groups,
                                     C,
                                     O,
                                     K,
                                     s.dilation,
-                                    p.grad_history ? -context : 0,
+                                    /*first=*/p.grad_history && begin == 0 ? -context : begin,
+                                    /*steps=*/end - (p.grad_history && begin == 0 ? -context : begin),
                                     /*direction=*/1};
-        run_product(product, scratch, [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
-          const ptrdiff_t row = b * s.in_channels + channel, before = t < 0 ? smaller(n, -t) : 0;
+        const auto prepare = [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) {
+          if (!p.grad_x || t < 0) return;
+          const ptrdiff_t offset = ((first + b) * s.in_channels + channel) * s.length + t;
+          prefetch_row<true>(p.grad_x + offset, n);
+          if (p.addend) prefetch_row<false>(p.addend + offset, n);
+        };
+        const auto emit = [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+          const ptrdiff_t row = (first + b) * s.in_channels + channel, before = t < 0 ? smaller(n, -t) : 0;
           if (before) memcpy(p.grad_history + (row + 1) * context + t, acc, before * sizeof(T));
           if (!p.grad_x || before == n) return;
           T* to = p.grad_x + row * s.length + t;
@@ -485,37 +334,46 @@ void backward(const ConvBackward<T>& p) {
           } else {
             memcpy(to + before, acc + before, (n - before) * sizeof(T));
           }
-        });
+        };
+        const ptrdiff_t columns = product.batch * product.steps, blocks = RowBlocks(C).count;
+        for (ptrdiff_t group = 0; group < s.groups; ++group) {
+          for (ptrdiff_t column = 0; column < columns; column += kColumns<T>) {
+            product_tile(product, group, column, smaller(kColumns<T>, columns - column), 0, blocks, scratch, prepare,
+                         emit);
+          }
+        }
       }
       if (p.grad_weight) {
-        T* const partial = partials + me * sizes.partial;
-        memset(partial, 0, sizes.partial * sizeof(T));
-        const ptrdiff_t items = s.batch * chunks;
-        for (ptrdiff_t item = items * me / team; item < items * (me + 1) / team; ++item) {
-          const ptrdiff_t begin = item % chunks * kWeightSteps;
-          add_weight_gradient(s, p.x, p.history, g, item / chunks, begin, smaller(begin + kWeightSteps, s.length),
-                              scratch, partial);
-        }
-#pragma omp barrier
-        const WeightPanels<T> panels(O);
-#pragma omp for schedule(static)
-        for (ptrdiff_t row = 0; row < s.out_channels; ++row) {
-          const ptrdiff_t group = row / O, o = row % O, first = o / kColumns<T> * kColumns<T>;
-          const ptrdiff_t width = panels.width(o / kColumns<T>);
-          const T* from = partials + (group * panels.padded + first) * K * C + o - first;
-          for (ptrdiff_t c = 0; c < C; ++c) {
-            for (ptrdiff_t k = 0; k < K; ++k) {
-              T sum = 0;
-              for (ptrdiff_t thread = 0; thread < team; ++thread)
-                sum += from[thread * sizes.partial + (k * C + c) * width];
-              p.grad_weight[(row * C + c) * K + k] = sum;
-            }
+        for (ptrdiff_t b = first; b < last; ++b) {
+          const ptrdiff_t parts = ceil_div(end - begin, kWeightSteps), n = end - begin;
+          for (ptrdiff_t part = 0; part < parts; ++part) {
+            add_weight_gradient(s, p.x, p.history, g, b - first, b, begin + n * part / parts,
+                                begin + n * (part + 1) / parts, scratch, partial);
           }
         }
       }
     }
+#pragma omp barrier
+    const auto sum_over_team = [&](const T* of_first) {
+      T sum = 0;
+      for (ptrdiff_t thread = 0; thread < team; ++thread) sum += of_first[thread * sizes.each()];
+      return sum;
+    };
+    const WeightPanels<T> panels(O);
+#pragma omp for schedule(static)
+    for (ptrdiff_t row = 0; row < s.out_channels; ++row) {
+      if (p.grad_bias) p.grad_bias[row] = sum_over_team(bias_sums - me * sizes.each() + row);
+      if (!p.grad_weight) continue;
+      const ptrdiff_t group = row / O, o = row % O, column = o / kColumns<T> * kColumns<T>;
+      const ptrdiff_t width = panels.width(o / kColumns<T>);
+      const T* from = partial - me * sizes.each() + (group * panels.padded + column) * K * C + o - column;
+      for (ptrdiff_t c = 0; c < C; ++c) {
+        for (ptrdiff_t k = 0; k < K; ++k) {
+          p.grad_weight[(row * C + c) * K + k] = sum_over_team(from + (k * C + c) * width);
+        }
+      }
+    }
   }
-  if (s.depthwise() && wants_product) depthwise_backward(p, g);
 }
 
 inline size_t forward_workspace(const ConvShape& s, size_t element, int threads) {
