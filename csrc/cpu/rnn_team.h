@@ -1,19 +1,14 @@
-// How threads share the steps of a recurrence, and the memory they share.
+// How threads share the steps of a recurrence.
 #pragma once
-
-#include <stdlib.h>
 
 #include "isa.h"
 #include "rnn_products.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "workspace.h"
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-constexpr ptrdiff_t kRowsPerThread = 8;
+constexpr ptrdiff_t kRowsPerThread = 48;
 
 struct Barrier {
   alignas(64) int arrived;
@@ -50,7 +45,7 @@ struct Split {
 inline Split split_work(int threads, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t weights, ptrdiff_t weight_bytes,
                         ptrdiff_t blocks) {
   if (double(steps) * double(batch) * double(weights) < 262144.0) return {1, 1};
-  const ptrdiff_t rows = weight_bytes <= 262144 ? 1 : kRowsPerThread;
+  const ptrdiff_t rows = weight_bytes <= 262144 ? 8 : kRowsPerThread;
   int parts = threads;
   while (parts > 1 && (threads % parts != 0 || batch / parts < rows)) --parts;
   const ptrdiff_t useful = max_of(1, batch / parts * weights / 16384);  // about 0.5 us of work a step for each thread
@@ -75,38 +70,6 @@ inline Share share_of(const Split& split, int thread, ptrdiff_t batch, ptrdiff_t
   share.u1 = blocks * (share.group + 1) / split.groups;
   return share;
 }
-
-// 64-byte aligned pieces of one allocation; measured first, handed out afterwards.
-class Workspace {
- public:
-  template <typename T>
-  size_t reserve(ptrdiff_t count) {
-    const size_t offset = bytes_;
-    bytes_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return offset;
-  }
-  bool allocate() {
-    constexpr size_t kHugePage = size_t(2) << 20;
-    const size_t align = bytes_ >= 2 * kHugePage ? kHugePage : 64;
-    base_ = static_cast<char*>(aligned_alloc(align, (bytes_ + align - 1) / align * align + align));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (base_ != nullptr && align == kHugePage) madvise(base_, bytes_ / align * align, MADV_HUGEPAGE);
-#endif
-    return base_ != nullptr;
-  }
-  template <typename T>
-  T* at(size_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
-  }
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { free(base_); }
-
- private:
-  char* base_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel
