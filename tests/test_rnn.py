@@ -245,18 +245,33 @@ def test_gradients_only_where_they_are_needed():
         torch.testing.assert_close(torch.autograd.grad(call(alone, "cpp")[1].sum(), alone[i])[0], gradient)
 
 
+CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+
+
+def operator_arguments(cell, T=4, B=3, I=2, H=5, dtype=torch.float32):
+    """input, h_0, c_0, weights of the operators."""
+    k, rows = H**-0.5, CELLS[cell] * H
+    weights = [torch.empty(rows, n, dtype=dtype).uniform_(-k, k) for n in (I, H)]
+    weights += [torch.empty(rows, dtype=dtype).uniform_(-k, k) for _ in range(2)]
+    c_0 = torch.randn(B, H, dtype=dtype) if cell == "lstm" else None
+    weights += [None] if cell == "lstm" else []
+    return torch.randn(T, B, I, dtype=dtype), torch.randn(B, H, dtype=dtype).tanh(), c_0, weights
+
+
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("with_lengths", [False, True])
-def test_opcheck(save, with_lengths):
-    tensors = problem(4, 3, 2, 5, torch.float32, requires_grad=False)
+def test_opcheck(cell, save, with_lengths):
+    tensors = operator_arguments(cell)
     lengths = torch.tensor([4, 1, 2]) if with_lengths else None
-    arguments = (*tensors, lengths, False, save)
-    torch.library.opcheck(torch.ops.seqaccel.lstm_forward.default, arguments)
-    output, h_n, c_n, gates, cells = torch.ops.seqaccel.lstm_forward(*tensors, lengths, False, True)
+    options = (lengths, None, None)
+    torch.library.opcheck(torch.ops.seqaccel.rnn_forward.default, (cell, *tensors, *options, False, save))
+    output, h_n, c_n, saved = torch.ops.seqaccel.rnn_forward(cell, *tensors, *options, False, True)
+    c_n = c_n if cell == "lstm" else None
     for needs in (True, False):
         for grads in ((output, h_n, c_n), (None, None, c_n)):
-            arguments = (*grads, *tensors[:5], output, gates, cells, lengths, False, needs, needs, needs)
-            torch.library.opcheck(torch.ops.seqaccel.lstm_backward.default, arguments)
+            arguments = (cell, *grads, *tensors, *options, output, saved, False, [needs] * (1 + len(tensors[3])))
+            torch.library.opcheck(torch.ops.seqaccel.rnn_backward.default, arguments)
 
 
 def test_opcheck_triton():
@@ -271,32 +286,63 @@ def test_opcheck_triton():
     torch.library.opcheck(kernels.lstm_backward._opoverload, arguments)
 
 
-def test_operators_refuse_what_does_not_fit():
-    forward, tensors = torch.ops.seqaccel.lstm_forward, problem(4, 3, 2, 5, torch.float32, requires_grad=False)
-    for i, name in enumerate(("input", "h_0", "c_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")):
-        for wrong in (tensors[i][..., :-1], tensors[i].unsqueeze(0), tensors[i].double()):
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_refuse_what_does_not_fit(cell):
+    input, h_0, c_0, weights = operator_arguments(cell)
+    forward = torch.ops.seqaccel.rnn_forward
+    rest = (None, None, None, False, True)
+
+    def wrong(t):
+        return (t[..., :-1], t.unsqueeze(0), t.double())
+
+    for bad in wrong(input) + wrong(h_0):
+        states = (bad, h_0) if bad.shape[-1] != h_0.shape[-1] or bad.dim() > 2 else (input, bad)
+        with pytest.raises(RuntimeError, match=r"expected \w+ to have|the dtype"):
+            forward(cell, *states, c_0, weights, *rest)
+    for i in range(4):
+        for bad in wrong(weights[i]):
             with pytest.raises(RuntimeError, match=r"expected \w+ to have|the dtype"):
-                forward(*tensors[:i], wrong, *tensors[i + 1 :], None, False, True)
-        assert name
-    for wrong in (torch.tensor([1, 2]), torch.tensor([1, 2, 3], dtype=torch.int32)):
+                forward(cell, input, h_0, c_0, [*weights[:i], bad, *weights[i + 1 :]], *rest)
+    with pytest.raises(RuntimeError, match="expected c_0 to be"):
+        forward(cell, input, h_0, h_0 if c_0 is None else None, weights, *rest)
+    with pytest.raises(RuntimeError, match=f"expected {len(weights)} weights of the cell '{cell}', but got 3"):
+        forward(cell, input, h_0, c_0, weights[:3], *rest)
+    with pytest.raises(RuntimeError, match="there is no recurrent cell 'elman'"):
+        forward("elman", input, h_0, c_0, weights, *rest)
+    for bad in (torch.tensor([1, 2]), torch.tensor([1, 2, 3], dtype=torch.int32)):
         with pytest.raises(RuntimeError, match="expected lengths to have"):
-            forward(*tensors, wrong, False, True)
-    output, _, _, gates, cells = forward(*tensors, None, False, True)
-    good = [output, None, None, *tensors[:5], output, gates, cells]
-    for i in (0, 8, 9, 10):
-        with pytest.raises(RuntimeError, match=r"expected \w+ to have shape"):
-            torch.ops.seqaccel.lstm_backward(*good[:i], good[i][1:], *good[i + 1 :], None, False, True, True, True)
+            forward(cell, input, h_0, c_0, weights, bad, *rest[1:])
+    output, _, _, saved = forward(cell, input, h_0, c_0, weights, *rest)
+    needs = [True] * (1 + len(weights))
+    backward, tail = torch.ops.seqaccel.rnn_backward, (None, None, None)
+    head = (cell, output, None, None, input, h_0, c_0, weights, *tail)
+    with pytest.raises(RuntimeError, match=r"expected \w+ to have shape"):
+        backward(*head, output[1:], saved, False, needs)
+    with pytest.raises(RuntimeError, match=r"expected \w+ to have shape"):
+        backward(cell, output[1:], *head[2:], output, saved, False, needs)
+    with pytest.raises(RuntimeError, match="saved tensors of the cell"):
+        backward(*head, output, [*saved, output], False, needs)
+    with pytest.raises(RuntimeError, match=r"expected needs to have \d entries, but got \d"):
+        backward(*head, output, saved, False, needs[1:])
+    for i in range(len(saved)):
+        with pytest.raises(RuntimeError, match=r"expected saved \w+ to have shape"):
+            backward(*head, output, [*saved[:i], saved[i][1:], *saved[i + 1 :]], False, needs)
 
 
-def test_operators_clamp_lengths(poison):
-    tensors = problem(4, 3, 2, 5, torch.float32, requires_grad=False)
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_clamp_lengths(cell, poison):
+    tensors = operator_arguments(cell)
     wild, tame = torch.tensor([-(1 << 62), 1 << 62, 2]), torch.tensor([0, 4, 2])
     for reverse in (False, True):
         found = []
         for lengths in (wild, tame):
-            output, h_n, c_n, gates, cells = torch.ops.seqaccel.lstm_forward(*tensors, lengths, reverse, True)
-            found.append([output, h_n, c_n, *torch.ops.seqaccel.lstm_backward(
-                output, h_n, c_n, *tensors[:5], output, gates, cells, lengths, reverse, True, True, True)])  # fmt: skip
+            options = (lengths, None, None)
+            output, h_n, c_n, saved = torch.ops.seqaccel.rnn_forward(cell, *tensors, *options, reverse, True)
+            grads = torch.ops.seqaccel.rnn_backward(
+                cell, output, h_n, c_n if cell == "lstm" else None, *tensors, *options, output, saved, reverse,
+                [True] * (1 + len(tensors[3])),
+            )  # fmt: skip
+            found.append([output, h_n, c_n, *grads[:3], *grads[3]])
         assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(*found, strict=True))
 
 
@@ -353,12 +399,11 @@ def test_profile_shows_no_torch_lstm():
     with torch.profiler.profile() as profile:
         sum(t.sum() for t in call(tensors, "cpp")).backward()
     names = {event.name for event in profile.events()}
-    assert {"seqaccel::lstm_forward", "seqaccel::lstm_backward"} <= names
+    assert {"seqaccel::rnn_forward", "seqaccel::rnn_backward"} <= names
     assert not [
         name
         for name in names
-        if "rnn" in name
-        or ("lstm" in name.lower() and "seqaccel::lstm" not in name and "_LSTM" not in name and "_Layer" not in name)
+        if ("rnn" in name and not name.startswith("seqaccel::")) or "lstm" in name.lower()
     ]
 
 

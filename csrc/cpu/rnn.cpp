@@ -1,192 +1,155 @@
-// Operators lstm_forward and lstm_backward: one layer, one direction. The products over all time steps (input
-// projection, weight gradients) go to aten::mm or matmul.h; the recurrence is rnn_kernels.h.
+// Operators rnn_forward and rnn_backward: one layer of any cell, in one direction. The products over all time steps
+// (input projection, weight gradients) go to aten::mm or matmul.h; the recurrence is rnn_forward.h and rnn_backward.h.
 #include "rnn.h"
 
-#include <algorithm>
+#include <cstring>
 
-#include "matmul.h"
-#include "tensor.h"
+#include "rnn_layer.h"
 
 namespace seqaccel {
 namespace {
 
-constexpr int64_t kGates = 4;
-constexpr int64_t kFewRows = 32;               // up to here a product reads the rows of the weight as they are
-constexpr int64_t kFusedRows = 12;             // of a thread
-constexpr int64_t kNarrow = 16, kSlice = 128;  // columns, and terms of a partial sum, of a sliced product
+constexpr int64_t kFusedRows = 12;                       // of a thread
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
 
-bool run(const RnnForward<float>& pass) { return active_rnn_kernels().lstm_forward_float(pass); }
-bool run(const RnnForward<double>& pass) { return active_rnn_kernels().lstm_forward_double(pass); }
-bool run(const RnnBackward<float>& pass) { return active_rnn_kernels().lstm_backward_float(pass); }
-bool run(const RnnBackward<double>& pass) { return active_rnn_kernels().lstm_backward_double(pass); }
+bool run(const RnnCellEntry& cell, const RnnForward<float>& pass) { return cell.forward_float(pass); }
+bool run(const RnnCellEntry& cell, const RnnForward<double>& pass) { return cell.forward_double(pass); }
+bool run(const RnnCellEntry& cell, const RnnBackward<float>& pass) { return cell.backward_float(pass); }
+bool run(const RnnCellEntry& cell, const RnnBackward<double>& pass) { return cell.backward_double(pass); }
 void run(const RowProduct<float>& product) { active_rnn_kernels().row_product_float(product); }
 void run(const RowProduct<double>& product) { active_rnn_kernels().row_product_double(product); }
 
-void check_workspace(bool allocated) {
-  STD_TORCH_CHECK(allocated, "seqaccel: out of memory for the packed weights of a recurrent layer");
-}
-
-// out = a b. Autograd lies above these operators: what they are given takes no part in it.
-void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor detach(const Tensor& t) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Steps [begin, begin + count) of t [T, B, N] as a matrix [count * B, N].
-Tensor steps_of(const Tensor& t, int64_t begin, int64_t count) {
-  Tensor whole = t;
-  return torch::stable::flatten(torch::stable::narrow(whole, 0, begin, count), 0, 1);
-}
-
-std::vector<int64_t> clamped_lengths(const OptionalTensor& lengths, int64_t batch, int64_t steps) {
-  std::vector<int64_t> values;
-  if (!lengths) return values;
-  check_tensor(*lengths, "lengths", {batch}, ScalarType::Long);
-  const Tensor dense = to_contiguous(*lengths);
-  const int64_t* data = dense.const_data_ptr<int64_t>();
-  values.reserve(size_t(batch));
-  for (int64_t b = 0; b < batch; ++b) values.push_back(std::min(std::max(data[b], int64_t(0)), steps));
-  return values;
-}
-
-struct Sizes {
-  int64_t steps, batch, input, hidden;
-};
-
-Sizes check_layer(const Tensor& input, const Tensor& h_0, const Tensor& c_0, const Tensor& weight_ih,
-                  const Tensor& weight_hh) {
-  check_float_or_double(input, "input");
-  const ScalarType dtype = input.scalar_type();
-  check_tensor(input, "input", {-1, -1, -1}, dtype);
-  check_tensor(weight_hh, "weight_hh", {-1, -1}, dtype);
-  const Sizes sizes{input.size(0), input.size(1), input.size(2), weight_hh.size(1)};
-  STD_TORCH_CHECK(sizes.hidden > 0, "seqaccel: expected weight_hh to have at least one column");
-  check_tensor(weight_hh, "weight_hh", {kGates * sizes.hidden, sizes.hidden}, dtype);
-  check_tensor(weight_ih, "weight_ih", {kGates * sizes.hidden, sizes.input}, dtype);
-  check_tensor(h_0, "h_0", {sizes.batch, sizes.hidden}, dtype);
-  check_tensor(c_0, "c_0", {sizes.batch, sizes.hidden}, dtype);
-  return sizes;
-}
-
-// b_ih + b_hh, or what there is of them.
+// The biases of the pre-activations [kPre, H], or what there is of them.
 template <typename T>
-std::vector<T> sum_of(const OptionalTensor& a, const OptionalTensor& b) {
+std::vector<T> bias_of(const RnnLayer& layer) {
   std::vector<T> sum;
-  for (const OptionalTensor* part : {&a, &b}) {
-    if (!*part) continue;
-    const Tensor dense = to_contiguous(**part);
-    const T* data = dense.const_data_ptr<T>();
-    sum.resize(size_t(dense.numel()), T(0));
-    for (size_t i = 0; i < sum.size(); ++i) sum[i] += data[i];
+  for (const int part : {kBiasIh, kBiasHh}) {
+    if (!layer.weights[size_t(part)]) continue;
+    sum.resize(size_t(layer.pre_width()), T(0));
+    const T* const bias = layer.weight(part).const_data_ptr<T>();
+    const int64_t rows = layer.gate_rows(), last = rows - layer.hidden;
+    for (int64_t i = 0; i < rows; ++i) {
+      sum[size_t(layer.cell->apart && part == kBiasHh && i >= last ? i + layer.hidden : i)] += bias[i];
+    }
   }
   return sum;
 }
 
+// The input's part of the pre-activations, which a forward pass adds to the recurrent one.
+struct Projection {
+  Tensor values;   // [chunk * B, width] at least, G*H values of a row used; empty: calculated step by step
+  int64_t width;   // from one row to the next
+  int64_t chunk;   // steps held at a time
+  bool in_output;  // values are the output itself
+};
+
+// values = input W_ih^T of the packed rows [first, first + rows).
 template <typename T>
-void forward_steps(const Sizes& sizes, const Tensor& input, const Tensor& h_0, const Tensor& c_0,
-                   const Tensor& weight_ih, const Tensor& weight_hh, const std::vector<T>& bias,
-                   const std::vector<int64_t>& lengths, bool reverse, Tensor& output, Tensor& h_n, Tensor& c_n,
-                   Tensor& gates, Tensor* cells, bool fused) {
-  const int64_t chunk = fused ? sizes.steps : gates.size(0), rows = sizes.batch * sizes.hidden;
-  const Tensor weight_t = torch::stable::transpose(weight_ih, 0, 1);
-  for (int64_t done = 0; done < sizes.steps; done += chunk) {
-    const int64_t steps = std::min(chunk, sizes.steps - done);
-    const int64_t first = reverse ? sizes.steps - done - steps : done;
-    const T* const x = input.const_data_ptr<T>() + first * sizes.batch * sizes.input;
-    if (!fused && steps * sizes.batch <= kFewRows) {
-      run(RowProduct<T>{steps * sizes.batch, kGates * sizes.hidden, sizes.input, x, weight_ih.const_data_ptr<T>(),
-                        gates.mutable_data_ptr<T>()});
-    } else if (!fused) {
-      Tensor projection = steps_of(gates, 0, steps);
-      mm_out(projection, steps_of(input, first, steps), weight_t);
-    }
-    RnnForward<T> pass{steps,
-                       sizes.batch,
-                       sizes.hidden,
-                       first,
-                       reverse,
-                       lengths.empty() ? nullptr : lengths.data(),
-                       done ? h_n.const_data_ptr<T>() : h_0.const_data_ptr<T>(),
-                       done ? c_n.const_data_ptr<T>() : c_0.const_data_ptr<T>(),
-                       weight_hh.const_data_ptr<T>(),
-                       bias.empty() ? nullptr : bias.data(),
-                       gates.numel() ? gates.mutable_data_ptr<T>() : nullptr,
-                       output.mutable_data_ptr<T>() + first * rows,
-                       cells ? cells->mutable_data_ptr<T>() : nullptr,
-                       h_n.mutable_data_ptr<T>(),
-                       c_n.mutable_data_ptr<T>()};
+void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t rows, const Tensor& weight_t,
+             const Projection& projection) {
+  const int64_t from = projection.in_output ? first : 0;
+  if (rows <= kFewRows) {
+    return run(RowProduct<T>{rows, layer.gate_rows(), layer.inputs, input.const_data_ptr<T>() + first * layer.inputs,
+                             layer.weight(kWeightIh).const_data_ptr<T>(),
+                             projection.values.mutable_data_ptr<T>() + from * projection.width, projection.width});
+  }
+  Tensor values = columns_of(rows_of(projection.values, from, rows), 0, layer.gate_rows());
+  mm_out(values, rows_of(input, first, rows), weight_t);
+}
+
+struct ForwardResult {
+  Tensor output, h_n, c_n;
+  std::vector<Tensor> saved;
+};
+
+template <typename T>
+void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection& projection, bool fused, bool reverse,
+                   ForwardResult& result) {
+  const Tensor weight_t = torch::stable::transpose(layer.weight(kWeightIh), 0, 1);
+  const std::vector<T> bias = bias_of<T>(layer);
+  const bool has_cell = layer.cell->has_cell, save = !result.saved.empty();
+  const Tensor *h = &layer.h_0, *c = has_cell ? &*layer.c_0 : nullptr;
+  for (int64_t done = 0; done < layer.steps; done += projection.chunk) {
+    const int64_t steps = std::min(projection.chunk, layer.steps - done);
+    const int64_t first = reverse ? layer.steps - done - steps : done, padded = first * layer.batch;
+    const int64_t packed = layer.offset(first);
+    const int64_t rows = (first + steps < layer.steps ? layer.offset(first + steps) : layer.packed_rows) - packed;
+    if (!fused) project<T>(layer, input, packed, rows, weight_t, projection);
+    RnnForward<T> pass{};
+    pass.rows = layer.rows(first, steps);
+    pass.hidden = layer.hidden;
+    pass.outputs = layer.outputs;
+    pass.reverse = reverse;
+    pass.h_0 = h->const_data_ptr<T>();
+    pass.c_0 = has_cell ? c->const_data_ptr<T>() : nullptr;
+    pass.weight = layer.weight(kWeightHh).const_data_ptr<T>();
+    pass.bias = bias.empty() ? nullptr : bias.data();
     if (fused) {
-      pass.input = x;
-      pass.weight_ih = weight_ih.const_data_ptr<T>();
-      pass.inputs = sizes.input;
+      pass.input = input.const_data_ptr<T>() + packed * layer.inputs;
+      pass.weight_ih = layer.weight(kWeightIh).const_data_ptr<T>();
+      pass.inputs = layer.inputs;
+    } else {
+      pass.x = projection.values.const_data_ptr<T>() + (projection.in_output ? packed * projection.width : 0);
+      pass.x_row = projection.width;
     }
-    check_workspace(run(pass));
+    pass.output = result.output.mutable_data_ptr<T>() + padded * layer.outputs;
+    pass.h_n = result.h_n.mutable_data_ptr<T>();
+    if (has_cell) pass.c_n = result.c_n.mutable_data_ptr<T>();
+    if (save) pass.saved = result.saved[0].mutable_data_ptr<T>();
+    if (save && has_cell) pass.cells = result.saved[1].mutable_data_ptr<T>();
+    pass.zoneout_h = blend_of<T>(layer.zoneout_h, padded * layer.outputs);
+    pass.zoneout_c = blend_of<T>(layer.zoneout_c, padded * layer.hidden);
+    check_workspace(run(*layer.cell, pass));
+    h = &result.h_n;
+    c = &result.c_n;
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(Tensor input, Tensor h_0, Tensor c_0, Tensor weight_ih,
-                                                                Tensor weight_hh, OptionalTensor bias_ih,
-                                                                OptionalTensor bias_hh, OptionalTensor lengths,
-                                                                bool reverse, bool save) {
-  const Sizes sizes = check_layer(input, h_0, c_0, weight_ih, weight_hh);
-  const ScalarType dtype = input.scalar_type();
-  if (bias_ih) check_tensor(*bias_ih, "bias_ih", {kGates * sizes.hidden}, dtype);
-  if (bias_hh) check_tensor(*bias_hh, "bias_hh", {kGates * sizes.hidden}, dtype);
-  const std::vector<int64_t> valid = clamped_lengths(lengths, sizes.batch, sizes.steps);
-  input = to_contiguous(detach(input));
-  weight_ih = to_contiguous(detach(weight_ih));
-  weight_hh = to_contiguous(weight_hh);
-  h_0 = to_contiguous(h_0);
-  c_0 = to_contiguous(c_0);
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string cell, Tensor input, Tensor h_0,
+                                                                    OptionalTensor c_0, WeightList weights,
+                                                                    OptionalTensor lengths, OptionalTensor zoneout_h,
+                                                                    OptionalTensor zoneout_c, bool reverse, bool save) {
+  const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+  const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
+  const bool has_cell = layer.cell->has_cell;
+  ForwardResult result;
+  result.output = new_empty(input, {T, B, P});
+  if (save && layer.cell->saved > 0) result.saved.push_back(new_empty(input, {T, B, layer.saved_width()}));
+  if (save && has_cell) result.saved.push_back(new_empty(input, {T, B, H}));
+  if (layer.packed_rows == 0) {
+    if (T > 0) torch::stable::zero_(result.output);
+    return {result.output, torch::stable::clone(layer.h_0),
+            has_cell ? torch::stable::clone(*layer.c_0) : new_empty(input, {0}), result.saved};
+  }
+  result.h_n = new_empty(input, {B, P});
+  result.c_n = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
 
-  const int64_t step_bytes =
-      std::max<int64_t>(1, sizes.batch * kGates * sizes.hidden * (dtype == ScalarType::Double ? 8 : 4));
-  const int64_t chunk = save ? sizes.steps : std::min(sizes.steps, std::max<int64_t>(1, kProjectionBytes / step_bytes));
-  Tensor output = new_empty(input, {sizes.steps, sizes.batch, sizes.hidden});
   // Rows enough for each thread to run at the machine's peak: a product over all steps would only write and read its
   // result once more.
   const bool fused =
-      sizes.steps >= 4 && sizes.input > 0 && sizes.batch >= kFusedRows * torch::stable::get_num_threads();
-  Tensor gates = fused && !save ? new_empty(input, {0}) : new_empty(input, {chunk, sizes.batch, kGates * sizes.hidden});
-  Tensor cells = save ? new_empty(input, {sizes.steps, sizes.batch, sizes.hidden}) : new_empty(input, {0});
-  if (sizes.steps == 0 || sizes.batch == 0) {
-    if (!save) gates = new_empty(input, {0});
-    return {output, torch::stable::clone(h_0), torch::stable::clone(c_0), gates, cells};
+      T >= 4 && layer.inputs > 0 && layer.packed_rows >= kFusedRows * int64_t(torch::stable::get_num_threads()) * T;
+  Projection projection{{}, layer.gate_rows(), T, false};
+  if (!fused && layer.cell->saved == 0 && P == layer.gate_rows() && !layer.ragged()) {
+    projection.values = as_rows(result.output);
+    projection.in_output = true;
+  } else if (!fused && !result.saved.empty()) {
+    projection.values = as_rows(result.saved[0]);
+    projection.width = layer.saved_width();
+  } else if (!fused) {
+    const int64_t step_bytes = B * layer.gate_rows() * (layer.single() ? 4 : 8);
+    projection.chunk = std::min(T, std::max<int64_t>(1, kProjectionBytes / step_bytes));
+    projection.values = new_empty(input, {projection.chunk * B, projection.width});
   }
-  Tensor h_n = new_empty(input, {sizes.batch, sizes.hidden});
-  Tensor c_n = new_empty(input, {sizes.batch, sizes.hidden});
-  Tensor* const kept = save ? &cells : nullptr;
-  if (dtype == ScalarType::Float) {
-    forward_steps<float>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<float>(bias_ih, bias_hh), valid, reverse,
-                         output, h_n, c_n, gates, kept, fused);
-  } else {
-    forward_steps<double>(sizes, input, h_0, c_0, weight_ih, weight_hh, sum_of<double>(bias_ih, bias_hh), valid,
-                          reverse, output, h_n, c_n, gates, kept, fused);
+  const Tensor rows = layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+  (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, fused, reverse, result);
+  if (layer.ragged()) {
+    zero_padding(layer, result.output);
+    for (Tensor& tensor : result.saved) {  // what follows the packed rows
+      Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, T * B - layer.packed_rows);
+      torch::stable::zero_(rest);
+    }
   }
-  if (!save) gates = new_empty(input, {0});
-  return {output, h_n, c_n, gates, cells};
-}
-
-// out = a b, a [M, K], b [K, N]. MKL sums a product of few columns in one chain over K, whose rounding error grows with
-// the square root of K: such a product is taken in slices.
-template <typename T>
-void product(Tensor& out, const Tensor& a, const Tensor& b) {
-  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  if (N >= kNarrow || K <= kSlice) return mm_out(out, a, b);
-  for (int64_t k = 0; k < K; k += kSlice) {
-    matmul(Matmul<T>{M, N, std::min(kSlice, K - k), a.const_data_ptr<T>() + k * a.stride(1), a.stride(0), a.stride(1),
-                     b.const_data_ptr<T>() + k * b.stride(0), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(), N,
-                     k > 0});
-  }
+  return {result.output, result.h_n, result.c_n, result.saved};
 }
 
 template <typename T>
@@ -195,126 +158,192 @@ bool all_zero(const Tensor& t) {
   return std::all_of(data, data + t.numel(), [](T x) { return x == T(0); });
 }
 
-// grad_weight_hh (+)= D^T h_0, D [B, 4H] the gradients of each row's first step.
+// grad_weight += D^T h_0, D [B, .] columns of the gradients of each row's first step.
 template <typename T>
-void add_first_step(const Sizes& sizes, const Tensor& grad_gates, const Tensor& h_0,
-                    const std::vector<int64_t>& lengths, bool reverse, Tensor& grad_weight, bool accumulate) {
-  if (all_zero<T>(h_0)) {
-    if (!accumulate) torch::stable::zero_(grad_weight);
-    return;
-  }
-  const int64_t width = kGates * sizes.hidden;
-  const T* const data = grad_gates.const_data_ptr<T>();
-  const T* first = data + (reverse ? (sizes.steps - 1) * sizes.batch * width : 0);
-  std::vector<T> gathered;
-  if (reverse && !lengths.empty()) {
-    gathered.resize(size_t(sizes.batch * width), T(0));
-    for (int64_t b = 0; b < sizes.batch; ++b) {
-      if (lengths[size_t(b)] == 0) continue;
-      const T* const row = data + ((lengths[size_t(b)] - 1) * sizes.batch + b) * width;
-      std::copy(row, row + width, gathered.data() + b * width);
+void add_first_step(const RnnLayer& layer, const Tensor& first_step, Tensor& grad_weight) {
+  if (all_zero<T>(layer.h_0)) return;
+  product(grad_weight, torch::stable::transpose(first_step, 0, 1), layer.h_0, true);
+}
+
+// h' of every packed row.
+Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) {
+  Tensor packed = new_empty(output, {layer.packed_rows, layer.outputs});
+  const size_t bytes = size_t(layer.outputs) * (layer.single() ? 4 : 8);
+  const char* const from = static_cast<const char*>(output.const_data_ptr());
+  const char* const h_0 = static_cast<const char*>(layer.h_0.const_data_ptr());
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  for (int64_t t = 0; t < layer.steps; ++t) {
+    const int64_t earlier = reverse ? t + 1 : t - 1;
+    const int64_t inner = earlier < 0 || earlier >= layer.steps ? 0 : layer.running[size_t(earlier)];
+    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
+      const size_t row = size_t(layer.order[size_t(b)]);
+      std::memcpy(to, b < inner ? from + (size_t(earlier * layer.batch) + row) * bytes : h_0 + row * bytes, bytes);
     }
-    first = gathered.data();
   }
-  matmul(Matmul<T>{width, sizes.hidden, sizes.batch, first, 1, width, h_0.const_data_ptr<T>(), sizes.hidden, 1,
-                   grad_weight.mutable_data_ptr<T>(), sizes.hidden, accumulate});
+  return packed;
 }
+
+// grad_weight = D^T h', D columns of grad_pre [packed rows, kPre*H].
+void recurrent_gradient(const RnnLayer& layer, const Tensor& columns, const Tensor& output, const Tensor& previous,
+                        bool reverse, Tensor& grad_weight) {
+  if (layer.ragged()) return product(grad_weight, torch::stable::transpose(columns, 0, 1), previous);
+  const int64_t B = layer.batch, rest = layer.packed_rows - B;
+  if (rest > 0) {
+    product(grad_weight, torch::stable::transpose(rows_of(columns, reverse ? 0 : B, rest), 0, 1),
+            rows_of(output, reverse ? B : 0, rest));
+  } else {
+    torch::stable::zero_(grad_weight);
+  }
+  (layer.single() ? add_first_step<float> : add_first_step<double>)(layer, rows_of(columns, reverse ? rest : 0, B),
+                                                                    grad_weight);
+}
+
+struct BackwardResult {
+  Tensor grad_input, grad_h_0, grad_c_0;
+  std::vector<Tensor> grad_weights;
+};
+
+struct GradOutputs {
+  OptionalTensor output, h_n, c_n;
+};
 
 template <typename T>
-void backward_steps(const Sizes& sizes, const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                    const OptionalTensor& grad_c_n, const Tensor& c_0, const Tensor& weight_hh, const Tensor& gates,
-                    const Tensor& cells, const std::vector<int64_t>& lengths, bool reverse, Tensor& grad_gates,
-                    Tensor& grad_h_0, Tensor& grad_c_0, Tensor& grad_bias) {
-  check_workspace(
-      run(RnnBackward<T>{sizes.steps, sizes.batch, sizes.hidden, reverse, lengths.empty() ? nullptr : lengths.data(),
-                         data_or_null<T>(grad_output), data_or_null<T>(grad_h_n), data_or_null<T>(grad_c_n),
-                         c_0.const_data_ptr<T>(), weight_hh.const_data_ptr<T>(), gates.const_data_ptr<T>(),
-                         cells.const_data_ptr<T>(), grad_gates.mutable_data_ptr<T>(), grad_h_0.mutable_data_ptr<T>(),
-                         grad_c_0.mutable_data_ptr<T>(), grad_bias.mutable_data_ptr<T>()}));
+void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output,
+                    const std::vector<Tensor>& saved, bool reverse, Tensor& grad_pre, Tensor& grad_bias,
+                    BackwardResult& result) {
+  const bool has_cell = layer.cell->has_cell;
+  RnnBackward<T> pass{};
+  pass.rows = layer.rows(0, layer.steps);
+  pass.hidden = layer.hidden;
+  pass.outputs = layer.outputs;
+  pass.reverse = reverse;
+  pass.grad_output = data_or_null<T>(grads.output);
+  pass.grad_h_n = data_or_null<T>(grads.h_n);
+  pass.grad_c_n = data_or_null<T>(grads.c_n);
+  pass.h_0 = layer.h_0.const_data_ptr<T>();
+  pass.c_0 = data_or_null<T>(layer.c_0);
+  pass.weight = layer.weight(kWeightHh).const_data_ptr<T>();
+  pass.output = output.const_data_ptr<T>();
+  if (layer.cell->saved > 0) pass.saved = saved[0].const_data_ptr<T>();
+  if (has_cell) pass.cells = saved[1].const_data_ptr<T>();
+  pass.grad_pre = grad_pre.mutable_data_ptr<T>();
+  pass.grad_h_0 = result.grad_h_0.mutable_data_ptr<T>();
+  if (has_cell) pass.grad_c_0 = result.grad_c_0.mutable_data_ptr<T>();
+  pass.grad_bias = grad_bias.mutable_data_ptr<T>();
+  pass.zoneout_h = blend_of<T>(layer.zoneout_h, 0);
+  pass.zoneout_c = blend_of<T>(layer.zoneout_c, 0);
+  check_workspace(run(*layer.cell, pass));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
-    OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input, Tensor h_0, Tensor c_0,
-    Tensor weight_ih, Tensor weight_hh, Tensor output, Tensor gates, Tensor cells, OptionalTensor lengths, bool reverse,
-    bool needs_input, bool needs_weight_ih, bool needs_weight_hh) {
-  const Sizes sizes = check_layer(input, h_0, c_0, weight_ih, weight_hh);
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
+    std::string cell, OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input,
+    Tensor h_0, OptionalTensor c_0, WeightList weights, OptionalTensor lengths, OptionalTensor zoneout_h,
+    OptionalTensor zoneout_c, Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs) {
+  const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
   const ScalarType dtype = input.scalar_type();
-  const int64_t T = sizes.steps, B = sizes.batch, H = sizes.hidden, width = kGates * H;
-  check_tensor(output, "output", {T, B, H}, dtype);
-  check_tensor(gates, "gates", {T, B, width}, dtype);
-  check_tensor(cells, "cells", {T, B, H}, dtype);
-  if (grad_output) check_tensor(*grad_output, "grad_output", {T, B, H}, dtype);
-  if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {B, H}, dtype);
-  if (grad_c_n) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
-  const std::vector<int64_t> valid = clamped_lengths(lengths, B, T);
-  input = to_contiguous(detach(input));
-  weight_ih = to_contiguous(detach(weight_ih));
+  const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
+  const bool has_cell = layer.cell->has_cell;
+  const size_t kept = size_t(layer.cell->saved > 0) + size_t(has_cell);
+  STD_TORCH_CHECK(saved.size() == kept, "seqaccel: expected ", int64_t(kept), " saved tensors of the cell '", cell,
+                  "', but got ", int64_t(saved.size()));
+  STD_TORCH_CHECK(needs.size() == weights.size() + 1, "seqaccel: expected needs to have ", int64_t(weights.size() + 1),
+                  " entries, but got ", int64_t(needs.size()));
+  check_tensor(output, "output", {T, B, P}, dtype);
+  if (layer.cell->saved > 0) check_tensor(saved[0], "saved gates", {T, B, layer.saved_width()}, dtype);
+  if (has_cell) check_tensor(saved[1], "saved cells", {T, B, H}, dtype);
+  if (grad_output) check_tensor(*grad_output, "grad_output", {T, B, P}, dtype);
+  if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {B, P}, dtype);
+  if (grad_c_n && has_cell) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
   output = to_contiguous(detach(output));
-  weight_hh = to_contiguous(weight_hh);
-  gates = to_contiguous(gates);
-  cells = to_contiguous(cells);
-  h_0 = to_contiguous(h_0);
-  c_0 = to_contiguous(c_0);
-  grad_output = to_contiguous(grad_output);
-  grad_h_n = to_contiguous(grad_h_n);
-  grad_c_n = to_contiguous(grad_c_n);
+  for (Tensor& tensor : saved) tensor = to_contiguous(tensor);
+  const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
 
-  const auto wanted = [&](bool needed, std::initializer_list<int64_t> shape) {
-    return needed ? new_empty(input, shape) : new_empty(input, {0});
-  };
-  Tensor grad_input = wanted(needs_input, {T, B, sizes.input});
-  Tensor grad_weight_ih = wanted(needs_weight_ih, {width, sizes.input});
-  Tensor grad_weight_hh = wanted(needs_weight_hh, {width, H});
-  Tensor grad_h_0 = new_empty(input, {B, H});
-  Tensor grad_c_0 = new_empty(input, {B, H});
-  Tensor grad_bias = new_empty(input, {width});
-  if (T == 0 || B == 0) {
-    for (Tensor* grad : {&grad_weight_ih, &grad_weight_hh, &grad_bias, &grad_h_0, &grad_c_0})
-      torch::stable::zero_(*grad);
-    if (grad_h_n) torch::stable::copy_(grad_h_0, *grad_h_n);
-    if (grad_c_n) torch::stable::copy_(grad_c_0, *grad_c_n);
-    return {grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias};
-  }
-
-  Tensor grad_gates = new_empty(input, {T, B, width});
-  const bool single = dtype == ScalarType::Float;
-  (single ? backward_steps<float> : backward_steps<double>)(sizes, grad_output, grad_h_n, grad_c_n, c_0, weight_hh,
-                                                            gates, cells, valid, reverse, grad_gates, grad_h_0,
-                                                            grad_c_0, grad_bias);
-  const auto multiply = single ? product<float> : product<double>;
-  const Tensor rows = steps_of(grad_gates, 0, T);
-  if (needs_input) {
-    Tensor flat = steps_of(grad_input, 0, T);
-    multiply(flat, rows, weight_ih);
-  }
-  if (needs_weight_ih) multiply(grad_weight_ih, torch::stable::transpose(rows, 0, 1), steps_of(input, 0, T));
-  if (needs_weight_hh) {
-    if (T > 1) {
-      multiply(grad_weight_hh, torch::stable::transpose(steps_of(grad_gates, reverse ? 0 : 1, T - 1), 0, 1),
-               steps_of(output, reverse ? 1 : 0, T - 1));
+  BackwardResult result;
+  result.grad_input = needs[0] ? new_empty(input, {T, B, layer.inputs}) : new_empty(input, {0});
+  result.grad_h_0 = new_empty(input, {B, P});
+  result.grad_c_0 = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
+  const auto wanted = [&](int i) { return needs[size_t(i) + 1] && bool(weights[size_t(i)]); };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!wanted(int(i))) {
+      result.grad_weights.push_back(new_empty(input, {0}));
+    } else if (weights[i]->dim() == 1) {
+      result.grad_weights.push_back(new_empty(input, {weights[i]->size(0)}));
+    } else {
+      result.grad_weights.push_back(new_empty(input, {weights[i]->size(0), weights[i]->size(1)}));
     }
-    (single ? add_first_step<float> : add_first_step<double>)(sizes, grad_gates, h_0, valid, reverse, grad_weight_hh,
-                                                              T > 1);
   }
-  return {grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias};
+  if (layer.packed_rows == 0) {
+    for (Tensor& grad : result.grad_weights) torch::stable::zero_(grad);
+    for (Tensor* grad : {&result.grad_input, &result.grad_h_0, &result.grad_c_0}) torch::stable::zero_(*grad);
+    if (grads.h_n) torch::stable::copy_(result.grad_h_0, *grads.h_n);
+    if (grads.c_n && has_cell) torch::stable::copy_(result.grad_c_0, *grads.c_n);
+    return {result.grad_input, result.grad_h_0, result.grad_c_0, result.grad_weights};
+  }
+
+  Tensor grad_pre = new_empty(input, {layer.packed_rows, layer.pre_width()});
+  Tensor grad_bias = new_empty(input, {layer.pre_width()});
+  (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, saved, reverse, grad_pre,
+                                                                    grad_bias, result);
+  const Tensor of_input = columns_of(grad_pre, 0, rows);
+  if (needs[0] && layer.ragged()) {
+    Tensor packed = new_empty(input, {layer.packed_rows, layer.inputs});
+    product(packed, of_input, layer.weight(kWeightIh));
+    unpack_rows(layer, packed, result.grad_input);
+  } else if (needs[0]) {
+    Tensor flat = as_rows(result.grad_input);
+    product(flat, of_input, layer.weight(kWeightIh));
+  }
+  if (wanted(kWeightIh)) {
+    product(result.grad_weights[kWeightIh], torch::stable::transpose(of_input, 0, 1),
+            layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input));
+  }
+  // The last gate's pre-activation of h' may lie apart, behind the others.
+  const int64_t joined = layer.cell->apart ? rows - H : rows;
+  if (wanted(kWeightHh)) {
+    const Tensor previous = layer.ragged() ? pack_previous(layer, output, reverse) : Tensor();
+    const Tensor flat = as_rows(output);
+    for (const int64_t first : {int64_t(0), joined}) {
+      const int64_t count = first ? rows - joined : joined;
+      if (count == 0) continue;
+      Tensor grad = rows_of(result.grad_weights[kWeightHh], first, count);
+      recurrent_gradient(layer, columns_of(grad_pre, first ? rows : 0, count), flat, previous, reverse, grad);
+    }
+  }
+  if (wanted(kBiasIh)) torch::stable::copy_(result.grad_weights[kBiasIh], rows_of(grad_bias, 0, rows));
+  if (wanted(kBiasHh)) {
+    Tensor front = rows_of(result.grad_weights[kBiasHh], 0, joined);
+    torch::stable::copy_(front, rows_of(grad_bias, 0, joined));
+    if (joined < rows) {
+      Tensor back = rows_of(result.grad_weights[kBiasHh], joined, rows - joined);
+      torch::stable::copy_(back, rows_of(grad_bias, rows, rows - joined));
+    }
+  }
+  return {result.grad_input, result.grad_h_0, result.grad_c_0, result.grad_weights};
 }
 
 }  // namespace
 
+const RnnCellEntry* find_rnn_cell(const char* name) {
+  const RnnKernels& kernels = active_rnn_kernels();
+  for (int i = 0; i < kernels.count; ++i) {
+    if (std::strcmp(kernels.cells[i].name, name) == 0) return &kernels.cells[i];
+  }
+  return nullptr;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
-      "lstm_forward(Tensor input, Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
-      "Tensor? bias_hh, Tensor? lengths, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "rnn_forward(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, "
+      "Tensor? zoneout_h, Tensor? zoneout_c, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def(
-      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, Tensor c_0, "
-      "Tensor weight_ih, Tensor weight_hh, Tensor output, Tensor gates, Tensor cells, Tensor? lengths, bool reverse, "
-      "bool needs_input, bool needs_weight_ih, bool needs_weight_hh) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "rnn_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, "
+      "Tensor? c_0, Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, Tensor? zoneout_c, Tensor output, "
+      "Tensor[] saved, bool reverse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {
-  m.impl("lstm_forward", TORCH_BOX(&lstm_forward));
-  m.impl("lstm_backward", TORCH_BOX(&lstm_backward));
+  m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
+  m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
 }
 
 }  // namespace seqaccel

@@ -57,6 +57,7 @@ void destroy(void* session) { delete static_cast<LstmSession*>(session); }
 void extend(void* opaque, const float* x, int64_t steps, float* y) {
   LstmSession& session = *static_cast<LstmSession*>(opaque);
   const RnnKernels& kernels = active_rnn_kernels();
+  const RnnCellEntry& cell = *find_rnn_cell("lstm");
   const int64_t B = session.batch, H = session.hidden_size, rows = steps * B;
   const int64_t num_layers = int64_t(session.layers.size());
   session.gates.resize(size_t(rows * kGates * H));
@@ -69,7 +70,7 @@ void extend(void* opaque, const float* x, int64_t steps, float* y) {
       out = session.outputs[i % 2].data();
     }
     if (rows <= kFewRows) {
-      kernels.row_product_float({rows, kGates * H, I, x, layer.weight_ih.data(), session.gates.data()});
+      kernels.row_product_float({rows, kGates * H, I, x, layer.weight_ih.data(), session.gates.data(), kGates * H});
     } else {
       matmul(Matmul<float>{rows, kGates * H, I, x, I, 1, layer.weight_ih.data(), 1, I, session.gates.data(), kGates * H,
                            false});
@@ -77,16 +78,16 @@ void extend(void* opaque, const float* x, int64_t steps, float* y) {
     float* const h = session.state.data() + i * B * H;
     float* const c = session.state.data() + (num_layers + i) * B * H;
     RnnForward<float> forward{};
-    forward.steps = steps;
-    forward.batch = B;
-    forward.hidden = H;
+    forward.rows = {steps, B};
+    forward.hidden = forward.outputs = H;
     forward.h_0 = forward.h_n = h;
     forward.c_0 = forward.c_n = c;
     forward.weight = layer.weight_hh.data();
     forward.bias = layer.bias.data();
-    forward.gates = session.gates.data();
+    forward.x = session.gates.data();
+    forward.x_row = kGates * H;
     forward.output = out;
-    if (!kernels.lstm_forward_float(forward)) throw std::bad_alloc();
+    if (!cell.forward_float(forward)) throw std::bad_alloc();
     x = out;
   }
 }

@@ -66,8 +66,8 @@ _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
 CELLS: dict[str, CellSpec] = {
-    "rnn_tanh": CellSpec(1, zoneout=False, backends=("reference", "torch")),
-    "rnn_relu": CellSpec(1, zoneout=False, backends=("reference", "torch")),
+    "rnn_tanh": CellSpec(1, zoneout=False, backends=("reference", "cpp", "torch")),
+    "rnn_relu": CellSpec(1, zoneout=False, backends=("reference", "cpp", "torch")),
     "lstm": CellSpec(
         4,
         True,
@@ -76,7 +76,7 @@ CELLS: dict[str, CellSpec] = {
         backends=("reference", "cpp", "triton", "torch"),
         without_projection=("cpp", "triton"),
     ),
-    "gru": CellSpec(3, backends=("reference", "torch")),
+    "gru": CellSpec(3, backends=("reference", "cpp", "torch")),
     "gru_reset_before": CellSpec(3),
     "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
     "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),

@@ -18,8 +18,6 @@ Weights = Sequence[Tensor | None]
 
 def _operators(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if backend == "cpp":
-        if not hasattr(torch.ops.seqaccel, "rnn_forward"):
-            return _of_lstm(torch.ops.seqaccel.lstm_forward, torch.ops.seqaccel.lstm_backward)
         return torch.ops.seqaccel.rnn_forward.default, torch.ops.seqaccel.rnn_backward.default
     from seqaccel.kernels import rnn as kernels
 
@@ -73,38 +71,9 @@ def _backward_fake(
     )
 
 
-if _extension.cpp_error is None and hasattr(torch.ops.seqaccel, "rnn_forward"):
+if _extension.cpp_error is None:
     torch.library.register_fake("seqaccel::rnn_forward")(_forward_fake)
     torch.library.register_fake("seqaccel::rnn_backward")(_backward_fake)
-elif _extension.cpp_error is None:
-
-    def _lstm_forward_fake(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, save):
-        steps, batch, hidden = input.shape[0], input.shape[1], weight_hh.shape[1]
-        sequence = (steps, batch, hidden)
-        return (
-            input.new_empty(sequence),
-            input.new_empty((batch, hidden)),
-            input.new_empty((batch, hidden)),
-            input.new_empty((steps, batch, 4 * hidden) if save else (0,)),
-            input.new_empty(sequence if save else (0,)),
-        )
-
-    def _lstm_backward_fake(
-        grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weight_ih, weight_hh, output, gates, cells, lengths, reverse,
-        needs_input, needs_weight_ih, needs_weight_hh,
-    ):  # fmt: skip
-        return (
-            input.new_empty(input.shape if needs_input else (0,)),
-            input.new_empty(h_0.shape),
-            input.new_empty(c_0.shape),
-            input.new_empty(weight_ih.shape if needs_weight_ih else (0,)),
-            input.new_empty(weight_hh.shape if needs_weight_hh else (0,)),
-            input.new_empty(weight_hh.shape[:1]),
-        )
-
-    torch.library.register_fake("seqaccel::lstm_forward")(_lstm_forward_fake)
-    torch.library.register_fake("seqaccel::lstm_backward")(_lstm_backward_fake)
-
 
 class _Layer(torch.autograd.Function):
     """Saves the input, the output and what ``saved_shapes`` lists."""

@@ -1,0 +1,133 @@
+// Parts that every loop over steps is made of: the rows of a thread, the product of a block of units, and where its
+// values lie.
+#pragma once
+
+#include "common/cells.h"
+#include "rnn.h"
+#include "rnn_products.h"
+#include "rnn_team.h"
+
+namespace seqaccel {
+namespace SEQACCEL_ISA {
+
+constexpr ptrdiff_t kChunk = 48;  // rows between a product and its update: 12 KB of L1
+constexpr ptrdiff_t kDirectRows = 4;
+
+template <typename T>
+struct Functions {
+  SEQACCEL_INLINE static Vec<T> sigmoid(Vec<T> x) { return sigmoid_vec<T>(x); }
+  SEQACCEL_INLINE static Vec<T> tanh(Vec<T> x) { return tanh_vec<T>(x); }
+};
+
+// Rows of a thread: row i is b = first + i * step. Sequences of different lengths are dealt out one by one, so that
+// every thread has as many long ones.
+struct RowShare {
+  ptrdiff_t first, step, size;
+  ptrdiff_t at(ptrdiff_t i) const { return first + i * step; }
+  // Those among the first `running` rows of the batch.
+  ptrdiff_t among(ptrdiff_t running) const {
+    return min_of(size, running > first ? (running - first + step - 1) / step : 0);
+  }
+};
+
+inline RowShare row_share(const Split& split, const Share& share, const RnnRows& rows) {
+  if (!rows.running) return {ptrdiff_t(share.b0), 1, ptrdiff_t(share.b1 - share.b0)};
+  return {share.part, split.parts, (rows.batch - share.part + split.parts - 1) / split.parts};
+}
+
+// The part of `count` blocks that belongs to a thread's group of units.
+struct Blocks {
+  ptrdiff_t begin, end;
+};
+
+inline Blocks blocks_of(const Split& split, const Share& share, ptrdiff_t count) {
+  return {count * share.group / split.groups, count * (share.group + 1) / split.groups};
+}
+
+// [count, H] to rows `stride` apart, zero behind the H values; null: zero.
+template <typename T>
+void spread_rows(T* to, ptrdiff_t stride, const T* from, ptrdiff_t count, ptrdiff_t H) {
+  for (ptrdiff_t i = 0; i < count; ++i) {
+    for (ptrdiff_t k = 0; k < stride; ++k) to[i * stride + k] = from && k < H ? from[i * H + k] : T(0);
+  }
+}
+
+template <typename T>
+SEQACCEL_INLINE Vec<T> blend_at(const RnnBlend<T>& blend, ptrdiff_t offset, int units) {
+  return blend.one ? broadcast(blend.factors[0]) : load_some(blend.factors + offset, units);
+}
+
+// y [rows, G, U, L] (+)= a [rows, K] W^T for block u of U * Lanes<T> units: all G pre-activations of a unit lie side by
+// side, and one alone comes four vectors of units at a time. W [G*N, K] is packed into panels, or (direct) its own rows
+// are read.
+template <typename T, int G>
+struct UnitProduct {
+  static constexpr int U = G == 1 ? kColumns : 1, V = G * U;
+  const T* weight;
+  ptrdiff_t N, K;
+  T* panels = nullptr;       // null: direct
+  ptrdiff_t panel_size = 0;  // apart; a panel may hold more than this weight's K rows
+
+  static ptrdiff_t blocks(ptrdiff_t N) { return panel_count(N, U * Lanes<T>); }
+  static ptrdiff_t panel_values(ptrdiff_t K) { return K * V * Lanes<T>; }
+
+  void pack(ptrdiff_t u) const {
+    T* const panel = panels + u * panel_size;
+    if constexpr (U == 1) {
+      pack_units<T, G>(panel, weight, N, K, u);
+    } else {
+      constexpr int L = Lanes<T>;
+      const ptrdiff_t first = u * U * L;
+      if (first + U * L <= N) return pack_units<T, U>(panel, weight + first * K, L, K, 0);
+      for (ptrdiff_t k = 0; k < K; ++k) {
+        for (ptrdiff_t n = 0; n < U * L; ++n) panel[k * U * L + n] = first + n < N ? weight[(first + n) * K + k] : T(0);
+      }
+    }
+  }
+
+  void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t u, T* y, bool add = false) const {
+    constexpr int L = Lanes<T>;
+    if (panels) return panel_product<T, V>(rows, a, a_row, panels + u * panel_size, V * L, K, y, add);
+    if constexpr (U == 1) {
+      dot_product<T, G>(rows, a, a_row, weight + u * L * K, N * K, K, int(min_of(L, N - u * L)), y);
+    } else {
+      const ptrdiff_t first = u * U * L;
+      if (first + U * L <= N) return dot_product<T, U>(rows, a, a_row, weight + first * K, L * K, K, L, y);
+      T sums[kChunk * L];
+      for (int v = 0; v < U && first + v * L < N; ++v) {
+        dot_product<T, 1>(rows, a, a_row, weight + (first + v * L) * K, 0, K, int(min_of(L, N - first - v * L)), sums);
+        for (ptrdiff_t i = 0; i < rows; ++i) store(y + (i * U + v) * L, load(sums + i * L));
+      }
+    }
+  }
+};
+
+// y [rows, kColumns vectors] (+)= a [rows, K] W for block j of kColumns vectors of W's columns, W [K, N]. Blocks before
+// packed_from are read from the weight itself.
+template <typename T>
+struct ColumnProduct {
+  static constexpr int kWidth = kColumns * Lanes<T>;
+  const T* weight;
+  ptrdiff_t N, K;
+  ptrdiff_t packed_from = 0;
+  T* panels = nullptr;
+
+  static ptrdiff_t blocks(ptrdiff_t N) { return panel_count(N, kWidth); }
+  ptrdiff_t panel_values() const { return (blocks(N) - packed_from) * K * kWidth; }
+
+  void pack(ptrdiff_t j) const {
+    if (j >= packed_from) pack_columns<T>(panels + (j - packed_from) * K * kWidth, weight, K, N, j);
+  }
+
+  // With the rows [k0, k0 + count) of W.
+  void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t count, T* y,
+                  bool add = false) const {
+    const bool packed = j >= packed_from;
+    const ptrdiff_t panel_row = packed ? kWidth : N;
+    const T* const panel = packed ? panels + (j - packed_from) * K * kWidth : weight + j * kWidth;
+    panel_product<T, kColumns>(rows, a, a_row, panel + k0 * panel_row, panel_row, count, y, add);
+  }
+};
+
+}  // namespace SEQACCEL_ISA
+}  // namespace seqaccel

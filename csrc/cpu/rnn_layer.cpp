@@ -1,0 +1,177 @@
+#include "rnn_layer.h"
+
+#include <cstring>
+#include <numeric>
+
+namespace seqaccel {
+namespace {
+
+Tensor call(const char* name, const char* overload, const Tensor& self) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(self)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, const RnnLayer& layer, int64_t width) {
+  if (!zoneout) return;
+  STD_TORCH_CHECK(taken, "seqaccel: the cell '", layer.cell->name, "' takes no ", name);
+  if (zoneout->dim() <= 1 && zoneout->numel() == 1) {
+    STD_TORCH_CHECK(zoneout->scalar_type() == layer.input.scalar_type(), "seqaccel: expected ", name,
+                    " to have the dtype of the first tensor");
+    STD_TORCH_CHECK(zoneout->is_cpu(), "seqaccel: expected ", name, " to be on the CPU");
+    return;
+  }
+  check_tensor(*zoneout, name, {layer.steps, layer.batch, width}, layer.input.scalar_type());
+}
+
+// Sorts the rows, longest first, and counts those that run at each step; nothing to do where all are whole.
+void sort_rows(const Tensor& lengths, RnnLayer& layer) {
+  const Tensor dense = to_contiguous(lengths);
+  const int64_t* data = dense.const_data_ptr<int64_t>();
+  const int64_t T = layer.steps, B = layer.batch;
+  std::vector<int64_t> clamped(size_t(B), 0);
+  bool whole = true;
+  for (int64_t b = 0; b < B; ++b) {
+    clamped[size_t(b)] = std::min(std::max(data[b], int64_t(0)), T);
+    whole = whole && clamped[size_t(b)] == T;
+  }
+  if (whole) return;
+  layer.lengths = std::move(clamped);
+  layer.order.resize(size_t(B));
+  std::iota(layer.order.begin(), layer.order.end(), int64_t(0));
+  std::stable_sort(layer.order.begin(), layer.order.end(),
+                   [&](int64_t a, int64_t b) { return layer.lengths[size_t(a)] > layer.lengths[size_t(b)]; });
+  layer.running.resize(size_t(T));
+  layer.offsets.resize(size_t(T));
+  int64_t running = B;
+  layer.packed_rows = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    while (running > 0 && layer.lengths[size_t(layer.order[size_t(running - 1)])] <= t) --running;
+    layer.running[size_t(t)] = running;
+    layer.offsets[size_t(t)] = layer.packed_rows;
+    layer.packed_rows += running;
+  }
+}
+
+template <typename T>
+void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
+  const int64_t slice = N < kNarrow ? kSlice : std::max(K, int64_t(1));
+  for (int64_t k = 0; k == 0 || k < K; k += slice) {
+    matmul(Matmul<T>{M, N, std::min(slice, K - k), a.const_data_ptr<T>() + k * a.stride(1), a.stride(0), a.stride(1),
+                     b.const_data_ptr<T>() + k * b.stride(0), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(),
+                     out.stride(0), accumulate || k > 0});
+  }
+}
+
+size_t value_bytes(const RnnLayer& layer) { return layer.single() ? 4 : 8; }
+
+}  // namespace
+
+RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
+                         const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
+                         const OptionalTensor& zoneout_c) {
+  const RnnCellEntry* const entry = find_rnn_cell(cell.c_str());
+  STD_TORCH_CHECK(entry != nullptr, "seqaccel: there is no recurrent cell '", cell, "'");
+  check_float_or_double(input, "input");
+  const ScalarType dtype = input.scalar_type();
+  check_tensor(input, "input", {-1, -1, -1}, dtype);
+  const int64_t expected = kCommonWeights + entry->tensors;
+  STD_TORCH_CHECK(int64_t(weights.size()) == expected, "seqaccel: expected ", expected, " weights of the cell '", cell,
+                  "', but got ", int64_t(weights.size()));
+  STD_TORCH_CHECK(weights[kWeightIh] && weights[kWeightHh], "seqaccel: expected weight_ih and weight_hh to be given");
+  const Tensor& weight_hh = *weights[kWeightHh];
+  check_tensor(weight_hh, "weight_hh", {-1, -1}, dtype);
+  RnnLayer layer{entry, input.size(0), input.size(1), input.size(2), weight_hh.size(1), weight_hh.size(1), input, h_0};
+  STD_TORCH_CHECK(layer.hidden > 0, "seqaccel: expected weight_hh to have at least one column");
+  const int64_t rows = layer.gate_rows();
+  check_tensor(weight_hh, "weight_hh", {rows, layer.outputs}, dtype);
+  check_tensor(*weights[kWeightIh], "weight_ih", {rows, layer.inputs}, dtype);
+  if (weights[kBiasIh]) check_tensor(*weights[kBiasIh], "bias_ih", {rows}, dtype);
+  if (weights[kBiasHh]) check_tensor(*weights[kBiasHh], "bias_hh", {rows}, dtype);
+  for (size_t i = kCommonWeights; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(!weights[i], "seqaccel: the cell '", cell, "' has no kernel with weight_hr yet");
+  }
+  check_tensor(h_0, "h_0", {layer.batch, layer.outputs}, dtype);
+  STD_TORCH_CHECK(bool(c_0) == entry->has_cell, "seqaccel: expected c_0 to be ", entry->has_cell ? "given" : "None",
+                  " for the cell '", cell, "'");
+  if (c_0) check_tensor(*c_0, "c_0", {layer.batch, layer.hidden}, dtype);
+  check_zoneout(zoneout_h, "zoneout_h", entry->zoneout, layer, layer.outputs);
+  check_zoneout(zoneout_c, "zoneout_c", entry->zoneout && entry->has_cell, layer, layer.hidden);
+  if (lengths) check_tensor(*lengths, "lengths", {layer.batch}, ScalarType::Long);
+
+  layer.input = to_contiguous(detach(input));
+  layer.h_0 = to_contiguous(h_0);
+  layer.c_0 = to_contiguous(c_0);
+  layer.zoneout_h = to_contiguous(zoneout_h);
+  layer.zoneout_c = to_contiguous(zoneout_c);
+  for (const OptionalTensor& weight : weights) layer.weights.push_back(to_contiguous(weight));
+  layer.weights[kWeightIh] = detach(layer.weight(kWeightIh));
+  layer.packed_rows = layer.steps * layer.batch;
+  if (lengths && layer.packed_rows > 0) sort_rows(*lengths, layer);
+  return layer;
+}
+
+Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }
+
+Tensor as_rows(const Tensor& t) { return torch::stable::flatten(t, 0, 1); }
+
+Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
+  Tensor whole = t;
+  return begin == 0 && count == t.size(0) ? whole : torch::stable::narrow(whole, 0, begin, count);
+}
+
+Tensor columns_of(const Tensor& t, int64_t begin, int64_t count) {
+  Tensor whole = t;
+  return begin == 0 && count == t.size(1) ? whole : torch::stable::narrow(whole, 1, begin, count);
+}
+
+void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  const bool sliced = b.size(1) < kNarrow && a.size(1) > kSlice;
+  if (!accumulate && !sliced) return mm_out(out, a, b);
+  (a.scalar_type() == ScalarType::Float ? multiply<float> : multiply<double>)(out, a, b, accumulate);
+}
+
+Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {
+  Tensor packed = new_empty(padded, {layer.packed_rows, padded.size(2)});
+  const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
+  const char* const from = static_cast<const char*>(padded.const_data_ptr());
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  for (int64_t t = 0; t < layer.steps && bytes; ++t) {
+    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
+      std::memcpy(to, from + size_t(t * layer.batch + layer.order[size_t(b)]) * bytes, bytes);
+    }
+  }
+  return packed;
+}
+
+void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded) {
+  const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
+  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  char* const to = static_cast<char*>(padded.mutable_data_ptr());
+  for (int64_t t = 0; t < layer.steps && bytes; ++t) {
+    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, from += bytes) {
+      std::memcpy(to + size_t(t * layer.batch + layer.order[size_t(b)]) * bytes, from, bytes);
+    }
+  }
+  zero_padding(layer, padded);
+}
+
+void zero_padding(const RnnLayer& layer, Tensor& padded) {
+  const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
+  char* const to = static_cast<char*>(padded.mutable_data_ptr());
+  for (int64_t t = 0; t < layer.steps && bytes; ++t) {
+    for (int64_t b = layer.running[size_t(t)]; b < layer.batch; ++b) {
+      std::memset(to + size_t(t * layer.batch + layer.order[size_t(b)]) * bytes, 0, bytes);
+    }
+  }
+}
+
+}  // namespace seqaccel

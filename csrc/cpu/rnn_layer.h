@@ -1,0 +1,90 @@
+// What the two operators of a recurrent layer share: checks, lengths, and products over all time steps.
+#pragma once
+
+#include <algorithm>
+
+#include "matmul.h"
+#include "rnn.h"
+#include "tensor.h"
+
+namespace seqaccel {
+
+constexpr int64_t kFewRows = 32;               // up to here a product reads the rows of the weight as they are
+constexpr int64_t kNarrow = 16, kSlice = 128;  // columns, and terms of a partial sum, of a sliced product
+
+// The weights of every cell, in this order; the cell's own follow.
+enum RnnWeight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kCommonWeights };
+
+using WeightList = std::vector<OptionalTensor>;
+
+// A layer's arguments after the checks, contiguous and out of autograd's sight.
+struct RnnLayer {
+  const RnnCellEntry* cell;
+  int64_t steps, batch, inputs, hidden, outputs;  // T, B, I, H, P
+  Tensor input, h_0;
+  OptionalTensor c_0;
+  WeightList weights;
+  OptionalTensor zoneout_h, zoneout_c;
+  // With lengths: see RnnRows. Empty where every sequence is whole.
+  std::vector<int64_t> lengths, order, running, offsets;
+  int64_t packed_rows;  // of a packed tensor
+
+  bool ragged() const { return !running.empty(); }
+  bool single() const { return input.scalar_type() == ScalarType::Float; }
+  const Tensor& weight(int i) const { return *weights[size_t(i)]; }
+  int64_t pre_width() const { return cell->pre * hidden; }
+  int64_t saved_width() const { return cell->saved * hidden; }
+  int64_t gate_rows() const { return cell->gates * hidden; }
+  int64_t offset(int64_t t) const { return ragged() ? offsets[size_t(t)] : t * batch; }
+  // The steps [first, first + count).
+  RnnRows rows(int64_t first, int64_t count) const {
+    RnnRows rows{count, batch};
+    if (ragged()) {
+      rows.order = order.data();
+      rows.running = running.data() + first;
+      rows.offsets = offsets.data() + first;
+    }
+    return rows;
+  }
+};
+
+RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
+                         const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
+                         const OptionalTensor& zoneout_c);
+
+// A tensor that autograd, which lies above the operators, takes no note of.
+Tensor detach(const Tensor& t);
+
+// A tensor [T, B, N] as a matrix [T * B, N].
+Tensor as_rows(const Tensor& t);
+
+// Rows [begin, begin + count), or columns, of a matrix.
+Tensor rows_of(const Tensor& t, int64_t begin, int64_t count);
+Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
+
+// out = a b.
+void mm_out(Tensor& out, const Tensor& a, const Tensor& b);
+
+// out (+)= a b, a [M, K], b [K, N]; rows of out are contiguous. MKL sums a product of few columns in one chain over K,
+// whose rounding error grows with the square root of K: such a product is taken in slices.
+void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
+
+// Padded [T, B, N] to packed rows [packed_rows, N], and back (0 where no row runs).
+Tensor pack_rows(const RnnLayer& layer, const Tensor& padded);
+void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded);
+
+// Zeroes what of padded [T, B, N] belongs to no step of a sequence.
+void zero_padding(const RnnLayer& layer, Tensor& padded);
+
+inline void check_workspace(bool allocated) {
+  STD_TORCH_CHECK(allocated, "seqaccel: out of memory for the packed weights of a recurrent layer");
+}
+
+template <typename T>
+RnnBlend<T> blend_of(const OptionalTensor& zoneout, int64_t first_value) {
+  if (!zoneout) return {};
+  const bool one = zoneout->numel() == 1;
+  return {zoneout->const_data_ptr<T>() + (one ? 0 : first_value), one};
+}
+
+}  // namespace seqaccel
