@@ -401,9 +401,7 @@ def test_profile_shows_no_torch_lstm():
     names = {event.name for event in profile.events()}
     assert {"seqaccel::rnn_forward", "seqaccel::rnn_backward"} <= names
     assert not [
-        name
-        for name in names
-        if ("rnn" in name and not name.startswith("seqaccel::")) or "lstm" in name.lower()
+        name for name in names if ("rnn" in name and not name.startswith("seqaccel::")) or "lstm" in name.lower()
     ]
 
 

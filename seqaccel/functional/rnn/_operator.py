@@ -75,6 +75,7 @@ if _extension.cpp_error is None:
     torch.library.register_fake("seqaccel::rnn_forward")(_forward_fake)
     torch.library.register_fake("seqaccel::rnn_backward")(_backward_fake)
 
+
 class _Layer(torch.autograd.Function):
     """Saves the input, the output and what ``saved_shapes`` lists."""
 
