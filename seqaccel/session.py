@@ -1,7 +1,7 @@
 """Streaming runners: weights packed once, state in C++, one cheap call a step."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,22 +10,35 @@ from seqaccel import _extension, nn
 
 __all__ = ["Session"]
 
+_PRECISIONS = ("float32", "bfloat16", "int8")
+_NO_NUMBERS = (0.0, 0.0, 0.0)
+_MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32 bits
+
+# Kind; inputs, hidden, outputs; weights; zoneout of h and c, parameter.
+_Layer = tuple[str, tuple[int, int, int], list[Tensor | None], tuple[float, float, float]]
+
 
 class Session:
-    r"""Runs an LSTM on a batch of streams, step by step, with its weights packed once.
+    r"""Runs recurrent layers on a batch of streams, step by step, with their weights packed once.
 
-    The weights are copied when the session is made: later changes of the module do not reach it. A session is not
-    thread-safe; make one for each thread.
+    The weights are copied when the session is made: later changes of the module do not reach it. The module runs as in
+    eval mode: no dropout, zoneout's expectation. A session is not thread-safe; make one for each thread.
 
     Args:
-        module: a :class:`seqaccel.nn.LSTM` in float32 on the CPU: any number of layers, one direction, no projection.
+        module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, …) in float32 on the CPU, any number
+            of layers, one direction; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
+            ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``GELU``, ``LeakyReLU``,
+            ``ELU``, ``Identity`` and ``Dropout`` between.
         batch_size: number of independent streams B. Default: 1
-        weights: precision the packed weights are kept in; ``"float32"``.
+        weights: what the packed matrices are held in. ``"float32"``; ``"bfloat16"``: half the memory, the weights and
+            what they multiply rounded to 8 bits; ``"int8"``: a quarter, each row of a weight rounded to 255 values with
+            a scale, and so is each vector they multiply, at every step. Sums, biases, embeddings, the cell's functions
+            and the state stay float32 (int8: sums are exact). Default: ``"float32"``
 
     Raises:
-        TypeError: ``module`` is none that a session runs.
-        ValueError: ``batch_size`` or ``weights`` is out of range, or the module is bidirectional, projected, or not
-            float32 on the CPU.
+        TypeError: ``module`` is, or holds, none that a session runs.
+        ValueError: ``batch_size`` or ``weights`` is out of range, or the module is bidirectional, or not float32 on the
+            CPU.
         RuntimeError: the C++ kernels are missing.
 
     Example:
@@ -36,69 +49,81 @@ class Session:
         >>> steps = torch.stack([session.step(x_t) for x_t in x])
         >>> torch.allclose(steps, lstm(x)[0], atol=1e-6)
         True
+        >>> tagger = torch.nn.Sequential(torch.nn.Embedding(100, 8), lstm, torch.nn.Linear(16, 3))
+        >>> seqaccel.Session(tagger, weights="int8").step(torch.tensor([42])).shape
+        torch.Size([1, 3])
     """
 
-    def __init__(self, module: nn.LSTM, batch_size: int = 1, weights: str = "float32") -> None:
+    def __init__(self, module: torch.nn.Module, batch_size: int = 1, weights: str = "float32") -> None:
         if _extension.cpp_error is not None:
             raise RuntimeError(f"a Session needs the C++ kernels: {_extension.cpp_error}")
-        if not isinstance(module, nn.LSTM):
-            raise TypeError(f"module: expected a seqaccel.nn.LSTM, but got {type(module).__name__}")
-        if weights != "float32":
-            raise ValueError(f"weights: expected 'float32', but got {weights!r}")
+        if weights not in _PRECISIONS:
+            raise ValueError(f"weights: expected 'float32', 'bfloat16' or 'int8', but got {weights!r}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer of at least 1, but got {batch_size!r}")
-        if module.bidirectional:
-            raise ValueError("module: a bidirectional LSTM cannot run step by step")
-        if module.proj_size:
-            raise ValueError("module: a Session does not run an LSTM with proj_size")
-        for name, parameter in module.named_parameters():
-            if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-                raise ValueError(
-                    "module: expected float32 parameters on the CPU, "
-                    f"but {name} is {parameter.dtype} on {parameter.device}"
-                )
+        layers: list[_Layer] = []
+        self._states: list[tuple[str, int, str, int]] = []  # name, layer, part, width
+        self.batch_first = False
+        _describe(module, layers, self._states, self)
+        if not layers:
+            raise TypeError("module: there is nothing to run in an empty Sequential")
+        for before, after in zip(layers, layers[1:], strict=False):
+            if before[1][2] != after[1][0]:
+                raise ValueError(f"module: {before[0]} gives {before[1][2]} features, but {after[0]} takes {after[1][0]}")
+            if after[0] == "embedding":
+                raise TypeError("module: an Embedding must come first")
+        for kind, sizes, tensors, _ in layers:
+            for tensor in tensors:
+                if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+                    raise ValueError(
+                        f"module: expected float32 parameters on the CPU, but {kind} has {tensor.dtype} on {tensor.device}"
+                    )
+            if weights == "int8" and kind != "embedding" and max(sizes) > _MOST_INT8:
+                raise ValueError(f"weights: int8 takes up to {_MOST_INT8} features, but {kind} has {max(sizes)}")
         from seqaccel import _session  # type: ignore[attr-defined]
 
         self.batch_size = batch_size
-        self.input_size = module.input_size
-        self.hidden_size = module.hidden_size
-        self.num_layers = module.num_layers
-        self.batch_first = module.batch_first
-        layers, kept = [], []
-        for layer in range(module.num_layers):
-            names = [f"weight_ih_l{layer}", f"weight_hh_l{layer}", f"bias_ih_l{layer}", f"bias_hh_l{layer}"]
-            tensors = [getattr(module, name, None) for name in names]
-            tensors = [None if t is None else t.detach().contiguous() for t in tensors]
-            kept.append(tensors)
-            input_size = self.input_size if layer == 0 else self.hidden_size
-            layers.append((*(0 if t is None else t.data_ptr() for t in tensors), input_size))
-        self._session = _session.LstmSession(_table(), batch_size, self.hidden_size, layers)
+        self._indices = layers[0][0] == "embedding"
+        self.input_size = 1 if self._indices else layers[0][1][0]
+        self.output_size = layers[-1][1][2]
+        self._step_shape = torch.Size((batch_size,) if self._indices else (batch_size, self.input_size))
+        self._dtype = torch.int64 if self._indices else torch.float32
+        self._output_shape = (batch_size, self.output_size)
+        kept = [[None if t is None else t.detach().contiguous() for t in tensors] for _, _, tensors, _ in layers]
+        described = [
+            (kind, sizes, [0 if t is None else t.data_ptr() for t in tensors], numbers)
+            for (kind, sizes, _, numbers), tensors in zip(layers, kept, strict=True)
+        ]
+        self._session = _session.Session(_table(), batch_size, weights, described)
+        self._extend = self._session.extend
 
     def _checked(self, x: Tensor, shape: tuple[int | None, ...]) -> Tensor:
         fits = x.dim() == len(shape) and all(n is None or n == size for n, size in zip(shape, x.shape, strict=True))
         if not fits:
             expected = ", ".join("T" if n is None else str(n) for n in shape)
-            raise ValueError(f"x: expected shape ({expected}), but got {tuple(x.shape)}")
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise TypeError(f"x: expected float32 on the CPU, but got {x.dtype} on {x.device}")
-        return x.detach().contiguous()
+            raise ValueError(f"x: expected shape ({expected}{',' * (len(shape) == 1)}), but got {tuple(x.shape)}")
+        if x.dtype != self._dtype or x.device.type != "cpu":
+            name = str(self._dtype).removeprefix("torch.")
+            raise TypeError(f"x: expected {name} on the CPU, but got {x.dtype} on {x.device}")
+        return x.contiguous()
 
     def step(self, x_t: Tensor) -> Tensor:
-        """Output (B, hidden_size) of the last layer for one time step ``x_t`` (B, input_size)."""
-        x_t = self._checked(x_t, (self.batch_size, self.input_size))
-        y = torch.empty(self.batch_size, self.hidden_size)
-        self._session.extend(x_t.data_ptr(), 1, y.data_ptr())
+        """Output (B, features) for one time step ``x_t``: (B, input features), or (B,) int64 for an Embedding."""
+        if x_t.shape != self._step_shape or x_t.dtype != self._dtype or not x_t.is_cpu or not x_t.is_contiguous():
+            x_t = self._checked(x_t, tuple(self._step_shape))
+        y = torch.empty(self._output_shape, dtype=torch.float32)
+        self._extend(x_t.data_ptr(), 1, y.data_ptr())
         return y
 
     def extend(self, x: Tensor) -> Tensor:
-        """Output for a chunk: (T, B, input_size) gives (T, B, hidden_size), batch first where the module is."""
-        shape = (None, self.batch_size, self.input_size)
+        """Output for a chunk: (T, B, …) gives (T, B, features); batch first where the recurrent layers are."""
+        shape: tuple[int | None, ...] = (None, *self._step_shape)
         if self.batch_first:
-            x = self._checked(x, (shape[1], None, shape[2])).transpose(0, 1).contiguous()
+            x = self._checked(x, (shape[1], None, *shape[2:])).transpose(0, 1).contiguous()
         else:
             x = self._checked(x, shape)
-        y = torch.empty(x.shape[0], self.batch_size, self.hidden_size)
-        self._session.extend(x.data_ptr(), x.shape[0], y.data_ptr())
+        y = torch.empty((x.shape[0], *self._output_shape), dtype=torch.float32)
+        self._extend(x.data_ptr(), x.shape[0], y.data_ptr())
         return y.transpose(0, 1) if self.batch_first else y
 
     def reset(self, mask: Tensor | None = None) -> None:
@@ -113,29 +138,116 @@ class Session:
 
     def select(self, indices: Tensor) -> None:
         """Stream b goes on from what stream ``indices[b]`` was; an index may come more than once (beam search)."""
-        chosen = indices.tolist() if indices.dim() == 1 and not indices.is_floating_point() else []
+        integral = indices.dim() == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
+        chosen = indices.tolist() if integral else []
         if len(chosen) != self.batch_size or not all(0 <= i < self.batch_size for i in chosen):
             raise ValueError(
                 f"indices: expected {self.batch_size} integers from 0 to {self.batch_size - 1}, but got {indices}"
             )
         self._session.select(chosen)
 
+    def _grouped(self) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
+        """Name, part, and (layer, width) of its layers, of each tensor of the state."""
+        groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for name, layer, part, width in self._states:
+            groups.setdefault((name, part), []).append((layer, width))
+        for (name, part), layers in groups.items():
+            yield name, part, layers
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors ``h`` and ``c``, each (num_layers, B, hidden_size)."""
-        state = torch.empty(2, self.num_layers, self.batch_size, self.hidden_size)
-        self._session.read_state(state.data_ptr())
-        return {"h": state[0].clone(), "c": state[1].clone()}
+        """The state as tensors ``h`` and ``c``, each (num_layers, B, features); of a Sequential, ``<index>.h`` …"""
+        state = {}
+        for name, part, layers in self._grouped():
+            tensor = torch.empty(len(layers), self.batch_size, layers[0][1], dtype=torch.float32)
+            for i, (layer, _) in enumerate(layers):
+                self._session.read_state(layer, part, tensor[i].data_ptr())
+            state[name + part] = tensor
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Goes on from a state that :meth:`state_dict` gave."""
-        shape = (self.num_layers, self.batch_size, self.hidden_size)
-        if set(state_dict) != {"h", "c"}:
-            raise ValueError(f"state_dict: expected the keys 'h' and 'c', but got {sorted(state_dict)}")
-        for name, part in state_dict.items():
-            if tuple(part.shape) != shape:
-                raise ValueError(f"state_dict: expected {name!r} of shape {shape}, but got {tuple(part.shape)}")
-        state = torch.stack([state_dict["h"], state_dict["c"]]).to("cpu", torch.float32).contiguous()
-        self._session.write_state(state.data_ptr())
+        """Goes on from a state that :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: names or shapes that are not this session's; nothing has changed then.
+        """
+        groups = list(self._grouped())
+        names = [name + part for name, part, _ in groups]
+        if set(state_dict) != set(names):
+            raise ValueError(f"state_dict: expected the keys {names}, but got {sorted(state_dict)}")
+        for name, part, layers in groups:
+            shape = (len(layers), self.batch_size, layers[0][1])
+            if tuple(state_dict[name + part].shape) != shape:
+                raise ValueError(
+                    f"state_dict: expected {name + part!r} of shape {shape}, but got "
+                    f"{tuple(state_dict[name + part].shape)}"
+                )
+        for name, part, layers in groups:
+            tensor = state_dict[name + part].detach().to("cpu", torch.float32).contiguous()
+            for i, (layer, _) in enumerate(layers):
+                self._session.write_state(layer, part, tensor[i].data_ptr())
+
+
+def _describe(
+    module: torch.nn.Module, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str = ""
+) -> None:
+    """Appends the layers of a module, and the parts of their states."""
+    if isinstance(module, torch.nn.Sequential):
+        for child, part in module.named_children():
+            _describe(part, layers, states, session, f"{name}{child}.")
+    elif isinstance(module, nn.LSTM):
+        _describe_recurrent(module, layers, states, session, name)
+    elif isinstance(module, torch.nn.Linear):
+        sizes = (module.in_features, 0, module.out_features)
+        layers.append(("linear", sizes, [module.weight, module.bias], _NO_NUMBERS))
+    elif isinstance(module, torch.nn.Embedding):
+        sizes = (module.num_embeddings, 0, module.embedding_dim)
+        if module.max_norm is not None:
+            raise ValueError("module: a Session does not run an Embedding with max_norm")
+        layers.append(("embedding", sizes, [module.weight], _NO_NUMBERS))
+    elif isinstance(module, torch.nn.LayerNorm):
+        if len(module.normalized_shape) != 1:
+            raise ValueError(
+                f"module: a Session runs a LayerNorm of the last dimension, but got {tuple(module.normalized_shape)}"
+            )
+        width = module.normalized_shape[0]
+        layers.append(("layer_norm", (width, 0, width), [module.weight, module.bias], (0.0, 0.0, module.eps)))
+    elif not isinstance(module, (torch.nn.Identity, torch.nn.Dropout)):
+        kind, parameter = _activation(module)
+        if not layers:
+            raise TypeError(f"module: a Sequential must not begin with {type(module).__name__}")
+        width = layers[-1][1][2]
+        layers.append((kind, (width, 0, width), [], (0.0, 0.0, parameter)))
+
+
+def _activation(module: torch.nn.Module) -> tuple[str, float]:
+    simple = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh", torch.nn.Sigmoid: "sigmoid", torch.nn.SiLU: "silu"}
+    if type(module) in simple:
+        return simple[type(module)], 0.0
+    if isinstance(module, torch.nn.GELU):
+        return ("gelu" if module.approximate == "none" else "gelu_tanh"), 0.0
+    if isinstance(module, torch.nn.LeakyReLU):
+        return "leaky_relu", module.negative_slope
+    if isinstance(module, torch.nn.ELU):
+        return "elu", module.alpha
+    raise TypeError(
+        "module: expected a recurrent layer of seqaccel.nn, or a Sequential of them and of Linear, Embedding, LayerNorm "
+        f"and activations, but got {type(module).__name__}"
+    )
+
+
+def _describe_recurrent(
+    module: nn.LSTM, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str
+) -> None:
+    kind = type(module).__name__
+    if module.bidirectional:
+        raise ValueError(f"module: a bidirectional {kind} cannot run step by step")
+    session.batch_first = session.batch_first or module.batch_first
+    hidden, outputs = module.hidden_size, module.proj_size or module.hidden_size
+    for layer in range(module.num_layers):
+        inputs = module.input_size if layer == 0 else outputs
+        states.append((name, len(layers), "h", outputs))
+        states.append((name, len(layers), "c", hidden))
+        layers.append(("lstm", (inputs, hidden, outputs), module._layer_weights(layer), _NO_NUMBERS))
 
 
 def _table() -> int:

@@ -1,39 +1,162 @@
-"""Sessions against the module they run."""
+"""Sessions against the modules they run: every cell, precision and instruction set, streams, states, bad input."""
+
+import copy
 
 import pytest
 import torch
+from tolerances import assert_close
 
 import seqaccel
+from seqaccel import backends
+
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+PRECISIONS = ["float32", "bfloat16", "int8"]
+
+#: Makes of (input_size, hidden_size, **keywords) a module that a session runs.
+CELLS = {
+    "lstm": seqaccel.nn.LSTM,
+    "lstm_projected": lambda *sizes, **keywords: seqaccel.nn.LSTM(*sizes, proj_size=max(1, sizes[1] // 2), **keywords),
+}
 
 
-def make(num_layers=2, batch_size=3, bias=True, batch_first=False, input_size=5, hidden_size=19):
-    module = seqaccel.nn.LSTM(input_size, hidden_size, num_layers, bias=bias, batch_first=batch_first)
-    return module, seqaccel.Session(module, batch_size)
+@pytest.fixture(params=ISAS)
+def isa(request):
+    try:
+        with backends.isa(request.param):
+            yield request.param
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
-def expected(module, x):
+def expected(module, x, dtype=torch.float64):
+    """The module's output on (T, B, …), by the float64 reference."""
+    module = copy.deepcopy(module).eval().to(dtype)
     with torch.no_grad(), seqaccel.backend("reference"):
-        return module(x)[0]
+        x = x.to(dtype) if x.is_floating_point() else x
+        for part in module if isinstance(module, torch.nn.Sequential) else [module]:
+            x = part(x)
+            x = x[0] if isinstance(x, tuple) else x
+    return x
 
 
-def assert_same(actual, wanted):
-    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+def assert_same(actual, wanted, weights="float32"):
+    assert_close(actual, wanted, f"session_{weights}", torch.float32)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("num_layers, batch_size, hidden_size", [(1, 1, 64), (2, 3, 19), (3, 21, 33), (1, 1, 7)])
-def test_steps_and_chunks_give_what_the_module_gives(num_layers, batch_size, hidden_size, bias):
-    module, session = make(num_layers, batch_size, bias, hidden_size=hidden_size)
-    x = torch.randn(23, batch_size, 5)
+def run(session, x):
+    """By steps and by chunks of every kind."""
     parts = [session.step(x[0])[None], session.extend(x[1:1]), session.extend(x[1:17]), session.extend(x[17:19])]
-    parts += [session.step(x_t)[None] for x_t in x[19:]]
-    assert_same(torch.cat(parts), expected(module, x))
+    return torch.cat(parts + [session.step(x_t)[None] for x_t in x[19:]])
+
+
+# Layers, streams, inputs, units, bias: one unit, tails of every vector, one block and many, more streams than a chunk.
+SHAPES = [(1, 1, 5, 64, True), (2, 3, 6, 19, True), (3, 29, 33, 33, False), (1, 1, 1, 1, True), (1, 2, 70, 150, False)]
+
+
+@pytest.mark.parametrize("weights", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_and_chunks_give_what_the_module_gives(cell, shape, weights, isa, poison):
+    num_layers, batch_size, input_size, hidden_size, bias = shape
+    if cell == "lstm_projected" and hidden_size == 1:
+        return
+    module = CELLS[cell](input_size, hidden_size, num_layers=num_layers, bias=bias)
+    x = torch.randn(23, batch_size, input_size)
+    assert_same(run(seqaccel.Session(module, batch_size, weights), x), expected(module, x), weights)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_wide_layers_and_long_chunks(cell):
+    module = CELLS[cell](300, 512)
+    x = torch.randn(300, 2, 300)
+    for weights in PRECISIONS:
+        assert_same(seqaccel.Session(module, 2, weights).extend(x), expected(module, x), weights)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_int8_sums_are_the_same_on_every_instruction_set(cell):
+    module, x = CELLS[cell](33, 70), torch.randn(9, 3, 33)
+    outputs = []
+    for name in ISAS:
+        try:
+            with backends.isa(name):
+                outputs.append(seqaccel.Session(module, 3, "int8").extend(x[:1]))
+        except RuntimeError:
+            continue
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", PRECISIONS)
+def test_a_sequential(weights, isa):
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(50, 13),
+        seqaccel.nn.LSTM(13, 37, num_layers=2),
+        torch.nn.LayerNorm(37),
+        torch.nn.Sequential(torch.nn.Linear(37, 70), torch.nn.GELU(), torch.nn.Dropout(0.5)),
+        seqaccel.nn.LSTM(70, 9),
+        torch.nn.Identity(),
+        torch.nn.Linear(9, 50, bias=False),
+    )
+    x = torch.randint(0, 50, (23, 3))
+    session = seqaccel.Session(model, 3, weights)
+    wanted = expected(torch.nn.Sequential(*model[:3], *model[3], *model[4:]), x)
+    assert_same(run(session, x), wanted, weights)
+    assert {name: tuple(t.shape) for name, t in session.state_dict().items()} == {
+        "1.h": (2, 3, 37),
+        "1.c": (2, 3, 37),
+        "4.h": (1, 3, 9),
+        "4.c": (1, 3, 9),
+    }
+    with pytest.raises(IndexError, match="index 50 is out of range for an embedding of 50"):
+        session.step(torch.tensor([0, 50, 1]))
+    with pytest.raises(TypeError, match="x: expected int64"):
+        session.step(torch.zeros(3))
+
+
+ACTIVATIONS = [
+    torch.nn.ReLU(),
+    torch.nn.Tanh(),
+    torch.nn.Sigmoid(),
+    torch.nn.SiLU(),
+    torch.nn.GELU(),
+    torch.nn.GELU(approximate="tanh"),
+    torch.nn.LeakyReLU(0.2),
+    torch.nn.ELU(0.7),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations(activation, isa):
+    model = torch.nn.Sequential(torch.nn.Linear(7, 33), activation)
+    x = 5 * torch.randn(19, 7)
+    assert_same(seqaccel.Session(model, 19).step(x), expected(model, x))
+
+
+def test_layer_norm_without_weights():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(37, elementwise_affine=False))
+    x = 5 * torch.randn(3, 37) + 100
+    torch.testing.assert_close(seqaccel.Session(model, 3).step(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def make(num_layers=2, batch_size=3, batch_first=False, input_size=5, hidden_size=19):
+    module = seqaccel.nn.LSTM(input_size, hidden_size, num_layers, batch_first=batch_first)
+    return module, seqaccel.Session(module, batch_size)
 
 
 def test_batch_first_follows_the_module():
     module, session = make(batch_first=True)
     x = torch.randn(3, 11, 5)
     assert_same(session.extend(x), expected(module, x))
+
+
+def test_inputs_of_any_strides():
+    module, session = make()
+    x = torch.randn(5, 3, 22).transpose(0, 2)[::2]
+    wanted = expected(module, x)
+    assert_same(session.extend(x), wanted)
+    session.reset()
+    assert_same(torch.stack([session.step(x_t) for x_t in x]), wanted)
 
 
 def test_the_session_keeps_its_own_weights():
@@ -47,50 +170,85 @@ def test_the_session_keeps_its_own_weights():
     assert_same(session.extend(x), wanted)
 
 
-def test_reset_starts_the_chosen_streams_anew():
+@pytest.mark.parametrize("weights", PRECISIONS)
+def test_nan_stays_in_its_stream_until_the_reset(weights):
+    module = seqaccel.nn.LSTM(5, 19)
+    session, clean = (seqaccel.Session(module, 3, weights) for _ in range(2))
+    x = torch.randn(4, 3, 5)
+    spoilt = x.clone()
+    spoilt[1, 1, 2] = float("nan")
+    y, wanted = session.extend(spoilt), clean.extend(x)
+    assert y[1:, 1].isnan().all()
+    assert torch.equal(y[:, [0, 2]], wanted[:, [0, 2]])
+    session.reset(torch.tensor([False, True, False]))
+    assert session.step(x[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_reset_starts_the_chosen_streams_anew(steps):
     module, session = make()
     x, mask = torch.randn(9, 3, 5), torch.tensor([True, False, True])
-    session.extend(x[:4])
+    session.extend(x[:steps])
     session.reset(mask)
-    after = session.extend(x[4:])
-    assert_same(after[:, mask], expected(module, x[4:])[:, mask])
-    assert_same(after[:, ~mask], expected(module, x)[4:, ~mask])
+    after = session.extend(x[steps:])
+    assert_same(after[:, mask], expected(module, x[steps:])[:, mask])
+    assert_same(after[:, ~mask], expected(module, x)[steps:, ~mask])
     session.reset()
     assert_same(session.extend(x), expected(module, x))
 
 
-def test_select_moves_streams():
+@pytest.mark.parametrize("steps", [3, 4])
+def test_select_moves_streams(steps):
     module, session = make()
     x, indices = torch.randn(9, 3, 5), torch.tensor([2, 2, 0])
-    session.extend(x[:4])
+    session.extend(x[:steps])
     session.select(indices)
-    joined = torch.cat([x[:4, indices], x[4:]])
-    assert_same(session.extend(x[4:]), expected(module, joined)[4:])
+    joined = torch.cat([x[:steps, indices], x[steps:]])
+    assert_same(session.extend(x[steps:]), expected(module, joined)[steps:])
 
 
-def test_state_dict_goes_on_where_it_was():
-    module, session = make()
+@pytest.mark.parametrize("weights", PRECISIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_state_dict_goes_on_where_it_was(cell, weights):
+    module = CELLS[cell](5, 19, num_layers=2)
+    session, other = seqaccel.Session(module, 3, weights), seqaccel.Session(module, 3, weights)
     x = torch.randn(9, 3, 5)
-    session.extend(x[:4])
+    session.extend(x[:3])
     saved = session.state_dict()
-    first = session.extend(x[4:])
-    other = seqaccel.Session(module, 3)
+    first = session.extend(x[3:])
     other.load_state_dict(saved)
-    assert torch.equal(other.extend(x[4:]), first)
-    assert saved["h"].shape == saved["c"].shape == (2, 3, 19)
+    assert torch.equal(other.extend(x[3:]), first)
+    assert saved["h"].shape == (2, 3, first.shape[-1])
+    if "c" in saved:
+        assert saved["c"].shape == (2, 3, 19)
+
+
+def test_bad_modules_are_named():
+    with pytest.raises(TypeError, match="module: expected a recurrent layer of seqaccel.nn.* but got Conv1d"):
+        seqaccel.Session(torch.nn.Conv1d(2, 2, 2))
+    with pytest.raises(TypeError, match="nothing to run"):
+        seqaccel.Session(torch.nn.Sequential())
+    with pytest.raises(TypeError, match="must not begin with ReLU"):
+        seqaccel.Session(torch.nn.Sequential(torch.nn.ReLU()))
+    with pytest.raises(TypeError, match="an Embedding must come first"):
+        seqaccel.Session(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Embedding(3, 2)))
+    with pytest.raises(ValueError, match="linear gives 3 features, but lstm takes 4"):
+        seqaccel.Session(torch.nn.Sequential(torch.nn.Linear(2, 3), seqaccel.nn.LSTM(4, 2)))
+    with pytest.raises(ValueError, match="a LayerNorm of the last dimension"):
+        seqaccel.Session(torch.nn.Sequential(torch.nn.LayerNorm((2, 3))))
+    with pytest.raises(ValueError, match="max_norm"):
+        seqaccel.Session(torch.nn.Sequential(torch.nn.Embedding(2, 3, max_norm=1.0)))
+    with pytest.raises(ValueError, match="a bidirectional LSTM cannot run step by step"):
+        seqaccel.Session(seqaccel.nn.LSTM(2, 3, bidirectional=True))
+    with pytest.raises(ValueError, match="float32 parameters on the CPU, but lstm has torch.float64"):
+        seqaccel.Session(seqaccel.nn.LSTM(2, 3).double())
+    with pytest.raises(ValueError, match="int8 takes up to 65536 features, but linear has 65537"):
+        seqaccel.Session(torch.nn.Linear(65537, 1), weights="int8")
 
 
 def test_bad_arguments_are_named():
     module, session = make()
-    with pytest.raises(TypeError, match="module: expected a seqaccel.nn.LSTM, but got Linear"):
-        seqaccel.Session(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="bidirectional"):
-        seqaccel.Session(seqaccel.nn.LSTM(2, 3, bidirectional=True))
-    with pytest.raises(ValueError, match="proj_size"):
-        seqaccel.Session(seqaccel.nn.LSTM(2, 3, proj_size=2))
-    with pytest.raises(ValueError, match="float32 parameters on the CPU, but weight_ih_l0 is torch.float64"):
-        seqaccel.Session(seqaccel.nn.LSTM(2, 3).double())
-    with pytest.raises(ValueError, match="weights: expected 'float32', but got 'int3'"):
+    with pytest.raises(ValueError, match="weights: expected 'float32', 'bfloat16' or 'int8', but got 'int3'"):
         seqaccel.Session(module, weights="int3")
     with pytest.raises(ValueError, match="batch_size"):
         seqaccel.Session(module, 0)
@@ -104,5 +262,9 @@ def test_bad_arguments_are_named():
         session.reset(torch.tensor([1, 0, 1]))
     with pytest.raises(ValueError, match="indices: expected 3 integers from 0 to 2"):
         session.select(torch.tensor([0, 1, 3]))
-    with pytest.raises(ValueError, match="state_dict"):
+    with pytest.raises(ValueError, match="indices: expected 3 integers"):
+        session.select(torch.tensor([True, False, True]))
+    with pytest.raises(ValueError, match="state_dict: expected the keys"):
         session.load_state_dict({"h": torch.zeros(2, 3, 19)})
+    with pytest.raises(ValueError, match="state_dict: expected 'c' of shape"):
+        session.load_state_dict({"h": torch.zeros(2, 3, 19), "c": torch.zeros(2, 3, 18)})

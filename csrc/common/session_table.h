@@ -6,27 +6,39 @@
 
 extern "C" {
 
-struct SeqaccelLstmLayer {
-  const float* weight_ih;  // [4 * hidden_size, input_size]
-  const float* weight_hh;  // [4 * hidden_size, hidden_size]
-  const float* bias_ih;    // [4 * hidden_size] or null
-  const float* bias_hh;    // [4 * hidden_size] or null
-  int64_t input_size;
+// A layer of a session. Kinds and their weights, in order (float32, contiguous, null: not there):
+//   linear                   weight [outputs, inputs], bias [outputs]
+//   embedding                weight [inputs, outputs]
+//   layer_norm               weight [outputs], bias [outputs]; parameter: epsilon
+//   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu     none; parameter: slope or alpha
+//   the recurrent cells      as the operator rnn_forward has them
+struct SeqaccelSessionLayer {
+  const char* kind;
+  int64_t inputs, hidden, outputs;
+  const float* weights[10];
+  double zoneout_h, zoneout_c;  // expected share of the old state
+  double parameter;
 };
 
 struct SeqaccelSessionTable {
   int64_t version;
-  // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero; null when memory is short.
-  void* (*create)(int64_t batch, int64_t hidden_size, int64_t num_layers, const struct SeqaccelLstmLayer* layers);
+  // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero. precision: float32, bfloat16 or
+  // int8. Null: see error.
+  void* (*create)(int64_t batch, const char* precision, int64_t count, const struct SeqaccelSessionLayer* layers);
   void (*destroy)(void* session);
-  // x [steps, batch, input_size] -> y [steps, batch, hidden_size], the state moving on.
-  void (*extend)(void* session, const float* x, int64_t steps, float* y);
-  // The state [2, num_layers, batch, hidden_size], h before c: read and written in place between calls.
-  float* (*state)(void* session);
+  // x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], the state
+  // moving on. 0, or not: see error; nothing has moved then.
+  int (*extend)(void* session, const void* x, int64_t steps, float* y);
+  // The part ('h' or 'c') of the state of a layer, [batch, outputs or hidden], to `out`, or from `from` if it is null.
+  void (*state)(void* session, int64_t layer, char part, float* out, const float* from);
+  // Stream b becomes what stream indices[b] was; -1 starts it anew.
+  int (*select)(void* session, const int64_t* indices);
+  // What went wrong last in this thread.
+  const char* (*error)(void);
 };
 
-// The version counts changes of this struct: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 1
+// The version counts changes of these structs: _session refuses a table of another one.
+#define SEQACCEL_SESSION_TABLE_VERSION 2
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

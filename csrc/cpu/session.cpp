@@ -1,100 +1,105 @@
-// The sessions' C functions: a stack of LSTM layers with its own copy of the weights and its own state, over the same
-// kernels as the operators. Nothing is allocated during a step but the projection of a longer chunk.
+// The sessions' C functions: a program of layers with its own packed weights and its own state.
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
+#include <string>
 
-#include "common/session_table.h"
-#include "matmul.h"
-#include "rnn.h"
+#include "session_program.h"
 
 namespace seqaccel {
 namespace {
 
-constexpr int64_t kGates = 4;
-constexpr int64_t kFewRows = 32;  // up to here the rows of a weight are read as they are
+thread_local std::string last_error;
 
-struct Layer {
-  std::vector<float> weight_ih, weight_hh, bias;
-  int64_t input_size;
-};
-
-struct LstmSession {
-  int64_t batch, hidden_size;
-  std::vector<Layer> layers;
-  std::vector<float> state;  // [2, layers, B, H]
-  std::vector<float> gates, outputs[2];
-};
-
-void* create(int64_t batch, int64_t hidden_size, int64_t num_layers, const SeqaccelLstmLayer* described) {
+template <class Function>
+int guarded(Function function) {
   try {
-    auto session = std::make_unique<LstmSession>();
-    session->batch = batch;
-    session->hidden_size = hidden_size;
-    const size_t rows = size_t(kGates * hidden_size);
-    for (int64_t i = 0; i < num_layers; ++i) {
-      const SeqaccelLstmLayer& from = described[i];
-      Layer layer;
-      layer.input_size = from.input_size;
-      layer.weight_ih.assign(from.weight_ih, from.weight_ih + rows * size_t(from.input_size));
-      layer.weight_hh.assign(from.weight_hh, from.weight_hh + rows * size_t(hidden_size));
-      layer.bias.assign(rows, 0.0f);
-      for (const float* bias : {from.bias_ih, from.bias_hh}) {
-        for (size_t row = 0; bias != nullptr && row < rows; ++row) layer.bias[row] += bias[row];
-      }
-      session->layers.push_back(std::move(layer));
-    }
-    session->state.assign(size_t(2 * num_layers * batch * hidden_size), 0.0f);
-    return session.release();
+    function();
+    return 0;
   } catch (const std::bad_alloc&) {
-    return nullptr;
+    last_error = "out of memory";
+  } catch (const std::exception& error) {
+    last_error = error.what();
   }
+  return 1;
 }
 
-void destroy(void* session) { delete static_cast<LstmSession*>(session); }
+SessionProgram& program(void* session) { return *static_cast<SessionProgram*>(session); }
 
-void extend(void* opaque, const float* x, int64_t steps, float* y) {
-  LstmSession& session = *static_cast<LstmSession*>(opaque);
-  const RnnKernels& kernels = active_rnn_kernels();
-  const RnnCellEntry& cell = *find_rnn_cell("lstm");
-  const int64_t B = session.batch, H = session.hidden_size, rows = steps * B;
-  const int64_t num_layers = int64_t(session.layers.size());
-  session.gates.resize(size_t(rows * kGates * H));
-  for (int64_t i = 0; i < num_layers; ++i) {
-    const Layer& layer = session.layers[size_t(i)];
-    const int64_t I = layer.input_size;
-    float* out = y;
-    if (i + 1 < num_layers) {
-      session.outputs[i % 2].resize(size_t(rows * H));
-      out = session.outputs[i % 2].data();
+void* create(int64_t batch, const char* precision, int64_t count, const SeqaccelSessionLayer* layers) {
+  std::unique_ptr<SessionProgram> made;
+  const int failed = guarded([&] {
+    const std::string name = precision;
+    const Precision held = name == "int8"       ? Precision::int8
+                           : name == "bfloat16" ? Precision::bfloat16
+                                                : Precision::float32;
+    made = std::make_unique<SessionProgram>(batch, held);
+    for (int64_t i = 0; i < count; ++i) made->add(layers[i]);
+    made->finish();
+  });
+  return failed ? nullptr : made.release();
+}
+
+void destroy(void* session) { delete static_cast<SessionProgram*>(session); }
+
+int extend(void* session, const void* x, int64_t steps, float* y) {
+  return guarded([&] {
+    SessionProgram& p = program(session);
+    const SessionLayer& first = p.layers().front();
+    if (first.kind == LayerKind::embedding) {
+      const int64_t* const indices = static_cast<const int64_t*>(x);
+      for (int64_t i = 0; i < steps * p.batch(); ++i) {
+        if (indices[i] < 0 || indices[i] >= first.inputs) {
+          throw std::out_of_range("x: index " + std::to_string(indices[i]) + " is out of range for an embedding of " +
+                                  std::to_string(first.inputs));
+        }
+      }
     }
-    if (rows <= kFewRows) {
-      kernels.row_product_float({rows, kGates * H, I, x, layer.weight_ih.data(), session.gates.data(), kGates * H});
+    p.run(x, steps, y);
+  });
+}
+
+void state(void* session, int64_t layer, char part, float* out, const float* from) {
+  SessionProgram& p = program(session);
+  const SessionLayer& l = p.layers()[size_t(layer)];
+  float* const rows = part == 'h' ? p.h(layer) : p.c(layer);
+  const int64_t width = part == 'h' ? l.outputs : l.hidden;
+  for (int64_t b = 0; b < p.batch(); ++b) {
+    float* const row = rows + b * l.stride;
+    if (out) {
+      std::memcpy(out + b * width, row, size_t(width) * sizeof(float));
     } else {
-      matmul(Matmul<float>{rows, kGates * H, I, x, I, 1, layer.weight_ih.data(), 1, I, session.gates.data(), kGates * H,
-                           false});
+      std::memcpy(row, from + b * width, size_t(width) * sizeof(float));
     }
-    float* const h = session.state.data() + i * B * H;
-    float* const c = session.state.data() + (num_layers + i) * B * H;
-    RnnForward<float> forward{};
-    forward.rows = {steps, B};
-    forward.hidden = forward.outputs = H;
-    forward.h_0 = forward.h_n = h;
-    forward.c_0 = forward.c_n = c;
-    forward.weight = layer.weight_hh.data();
-    forward.bias = layer.bias.data();
-    forward.x = session.gates.data();
-    forward.x_row = kGates * H;
-    forward.output = out;
-    if (!cell.forward_float(forward)) throw std::bad_alloc();
-    x = out;
   }
 }
 
-float* state(void* session) { return static_cast<LstmSession*>(session)->state.data(); }
+int select(void* session, const int64_t* indices) {
+  return guarded([&] {
+    SessionProgram& p = program(session);
+    std::vector<float> kept;
+    for (size_t i = 0; i < p.layers().size(); ++i) {
+      const SessionLayer& l = p.layers()[i];
+      if (l.stride == 0) continue;
+      for (float* const rows : {p.h(int64_t(i)), p.c(int64_t(i))}) {
+        kept.assign(rows, rows + p.batch() * l.stride);
+        for (int64_t b = 0; b < p.batch(); ++b) {
+          float* const to = rows + b * l.stride;
+          const size_t bytes = size_t(l.stride) * sizeof(float);
+          if (indices[b] < 0) {
+            std::memset(to, 0, bytes);
+          } else {
+            std::memcpy(to, kept.data() + indices[b] * l.stride, bytes);
+          }
+        }
+      }
+    }
+  });
+}
 
-const SeqaccelSessionTable kTable = {SEQACCEL_SESSION_TABLE_VERSION, create, destroy, extend, state};
+const char* error() { return last_error.c_str(); }
+
+const SeqaccelSessionTable kTable = {
+    SEQACCEL_SESSION_TABLE_VERSION, create, destroy, extend, state, select, error,
+};
 
 }  // namespace
 }  // namespace seqaccel

@@ -1,0 +1,322 @@
+// The loops of a session: every layer of a program, for a chunk of steps, in one parallel region.
+//
+// A step of a recurrent layer, for a block of L units (4 L with one gate):
+//   sums [rows, G, L] = [x | h'] * panel [words, G, L]    one packed array, x's part and h's part of it kept apart
+//   c, h = update(sums + bias, c')                        right behind the product
+// With more than one step at a time, x's part of all of them comes first. Threads own blocks, a contiguous part of the
+// packed array each, so that what fits stays in a core's L2; every other step runs backwards over it. They meet at a
+// barrier after each part of a step that all units of the next one need: once for most cells. Vectors that a product
+// reads as bfloat16 or int8 are converted by every thread for itself, which is cheaper than one more barrier.
+#include <math.h>
+
+#include "rnn_team.h"
+#include "session_cells.h"
+#include "session_products.h"
+
+namespace seqaccel {
+namespace SEQACCEL_ISA {
+
+constexpr ptrdiff_t kRowChunk = 24;  // rows between a product and its update: 6 KB of L1 for each segment
+
+// What a thread knows while it runs a layer on a chunk.
+struct SessionThread {
+  const SessionRun& run;
+  int thread, team;
+  Barrier& barrier;
+  uint32_t* scratch;
+  ptrdiff_t done, steps;  // before the chunk, in the chunk
+  const void* x;          // [steps, B, inputs]
+  void* y;                // [steps, B, outputs]
+  bool narrow_x, narrow_y;
+  ptrdiff_t rows() const { return steps * run.batch; }
+  ptrdiff_t begin(ptrdiff_t count) const { return count * thread / team; }
+  ptrdiff_t end(ptrdiff_t count) const { return count * (thread + 1) / team; }
+  void wait() const { wait_for_all(barrier, team); }
+
+  WordRows input_rows(Precision precision, ptrdiff_t K) const {
+    if (narrow_x) return prepare_rows(static_cast<const uint16_t*>(x), K, rows(), scratch);
+    return prepare_rows(precision, static_cast<const float*>(x), K, K, rows(), scratch,
+                        reinterpret_cast<float*>(scratch + run.scales_at));
+  }
+  WordRows state_rows(Precision precision, const float* from, ptrdiff_t stride, ptrdiff_t K) const {
+    return prepare_rows(precision, from, stride, K, run.batch, scratch + run.scratch_rows_at,
+                        reinterpret_cast<float*>(scratch + run.scales_at) + run.chunk * run.batch);
+  }
+  void store_output(ptrdiff_t row, ptrdiff_t width, ptrdiff_t unit, Vec<float> value, int units) const {
+    if (!narrow_y) return store_some(static_cast<float*>(y) + row * width + unit, value, units);
+    alignas(64) uint32_t bits[kWordLanes];
+    store_words(bits, bfloat16_bits(value));
+    for (int i = 0; i < units; ++i) static_cast<uint16_t*>(y)[row * width + unit + i] = uint16_t(bits[i]);
+  }
+};
+
+// ---------------------------------------------------------------- recurrent layers
+
+// One step of a layer: its row block of x and y, and which buffer holds the state before it.
+struct SessionStep {
+  ptrdiff_t row;   // of stream 0 among the rows of the chunk
+  ptrdiff_t time;  // from the beginning of the sequence
+  const float* h;
+  float* next;
+  bool backwards;  // order of the blocks
+};
+
+inline bool running(const SessionThread& t, const SessionStep& step, ptrdiff_t b) {
+  return t.run.lengths == nullptr || step.time < t.run.lengths[b];
+}
+
+// The new h of units of a stream: blended, kept and put out.
+SEQACCEL_INLINE void finish(const SessionThread& t, const SessionLayer& l, const SessionStep& step, ptrdiff_t b,
+                            ptrdiff_t unit, Vec<float> h) {
+  constexpr int L = kWordLanes;
+  const int units = int(min_of(L, l.outputs - unit));
+  const Vec<float> before = load(step.h + b * l.stride + unit);
+  if (l.zoneout_h != 0.0f) h = l.zoneout_h * before + (1.0f - l.zoneout_h) * h;
+  if (!running(t, step, b)) {
+    store(step.next + b * l.stride + unit, before);
+    h = Vec<float>{};
+  } else {
+    store(step.next + b * l.stride + unit, h);
+  }
+  t.store_output(step.row + b, l.outputs, unit, h, units);
+}
+
+SEQACCEL_INLINE void keep_cell(const SessionThread& t, const SessionLayer& l, const SessionStep& step, ptrdiff_t b,
+                               ptrdiff_t unit, Vec<float> c) {
+  float* const at = l.c + b * l.stride + unit;
+  if (l.zoneout_c != 0.0f) c = l.zoneout_c * load(at) + (1.0f - l.zoneout_c) * c;
+  if (running(t, step, b)) store(at, c);
+}
+
+// Calls use(u, b0, rows, sums of segment 0, sums of segment 1) for the thread's blocks; sums are [rows, vectors, L].
+// Segment 0 multiplies x, which may have been done for all steps; segment 1, if it has columns, multiplies `second`.
+template <class Use>
+SEQACCEL_INLINE void for_blocks(const SessionThread& t, const SessionMatrix& m, const SessionStep& step,
+                                const WordRows& first, ptrdiff_t first_row, const float* projected,
+                                const WordRows& second, Use use) {
+  const ptrdiff_t width = m.vectors * kWordLanes, begin = t.begin(m.blocks), end = t.end(m.blocks);
+  alignas(64) float sums[2][kRowChunk * 4 * kWordLanes];
+  for (ptrdiff_t i = begin; i < end; ++i) {
+    const ptrdiff_t u = step.backwards ? begin + end - 1 - i : i;
+    for (ptrdiff_t b = 0; b < t.run.batch; b += kRowChunk) {
+      const ptrdiff_t rows = min_of(kRowChunk, t.run.batch - b);
+      const float* from_first = sums[0];
+      if (projected) {
+        from_first = projected + (u * t.rows() + first_row + b) * width;
+      } else {
+        session_product(m, u, 0, first, first_row + b, rows, sums[0]);
+      }
+      if (m.columns[1]) session_product(m, u, 1, second, b, rows, sums[1]);
+      use(u, b, rows, from_first, sums[1]);
+    }
+  }
+}
+
+template <class Cell>
+void recurrent_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                    ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes, V = Cell::kVectors, U = V / Cell::kGates;
+  const SessionMatrix& m = l.matrices[0];
+  const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
+  const bool projects = l.matrices[1].blocks > 0;
+  for_blocks(t, m, step, x, x_row, projected, h,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_h) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 const ptrdiff_t b = b0 + i;
+                 for (int j = 0; j < U; ++j) {
+                   const ptrdiff_t unit = (u * U + j) * L;
+                   if (unit >= l.hidden) break;
+                   Vec<float> c = Cell::kHasCell ? load(l.c + b * l.stride + unit) : Vec<float>{};
+                   const Vec<float> new_h = Cell::update(l, unit, from_x + (i * V + j) * L, from_h + (i * V + j) * L,
+                                                         load(step.h + b * l.stride + unit), c);
+                   if (Cell::kHasCell) keep_cell(t, l, step, b, unit, c);
+                   if (projects) {
+                     store(l.middle + b * l.stride + unit, new_h);
+                   } else {
+                     finish(t, l, step, b, unit, new_h);
+                   }
+                 }
+               }
+             });
+  t.wait();
+  if (!projects) return;
+  const WordRows full = t.state_rows(m.precision, l.middle, l.stride, l.hidden);
+  for_blocks(t, l.matrices[1], step, full, 0, nullptr, full,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* sums, const float*) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 for (int v = 0; v < 4 && (u * 4 + v) * L < l.outputs; ++v) {
+                   finish(t, l, step, b0 + i, (u * 4 + v) * L, load(sums + (i * 4 + v) * L));
+                 }
+               }
+             });
+  t.wait();
+}
+
+typedef void StepFunction(const SessionThread&, const SessionLayer&, const SessionStep&, const WordRows&, ptrdiff_t,
+                          const float*);
+
+inline void recurrent_layer(const SessionThread& t, const SessionLayer& l, StepFunction* run_step) {
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t rows = t.rows(), width = m.vectors * kWordLanes;
+  const WordRows x = t.input_rows(m.precision, l.inputs);
+  const bool projects = t.steps > 1;
+  for (ptrdiff_t u = t.begin(m.blocks); u < t.end(m.blocks) && projects; ++u) {
+    session_product(m, u, 0, x, 0, rows, t.run.projected + u * rows * width);
+  }
+  for (ptrdiff_t s = 0; s < t.steps; ++s) {
+    const int parity = l.parity ^ int((t.done + s) & 1);
+    const ptrdiff_t at = t.run.reverse ? t.steps - 1 - s : s;
+    const ptrdiff_t time = t.run.reverse ? t.run.steps - 1 - t.done - s : t.done + s;
+    const SessionStep step = {at * t.run.batch, time, l.h[parity], l.h[parity ^ 1], parity == 1};
+    run_step(t, l, step, x, step.row, projects ? t.run.projected : nullptr);
+  }
+}
+
+// ---------------------------------------------------------------- layers without a state
+
+inline void linear_layer(const SessionThread& t, const SessionLayer& l) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const WordRows x = t.input_rows(m.precision, l.inputs);
+  alignas(64) float sums[kRowChunk * 4 * L];
+  for (ptrdiff_t u = t.begin(m.blocks); u < t.end(m.blocks); ++u) {
+    for (ptrdiff_t r = 0; r < t.rows(); r += kRowChunk) {
+      const ptrdiff_t rows = min_of(kRowChunk, t.rows() - r);
+      session_product(m, u, 0, x, r, rows, sums);
+      for (int v = 0; v < 4 && (u * 4 + v) * L < l.outputs; ++v) {
+        const ptrdiff_t unit = (u * 4 + v) * L;
+        const int units = int(min_of(L, l.outputs - unit));
+        const Vec<float> bias = l.bias ? load_some(l.bias + unit, units) : Vec<float>{};
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+          t.store_output(r + i, l.outputs, unit, load(sums + (i * 4 + v) * L) + bias, units);
+        }
+      }
+    }
+  }
+  t.wait();
+}
+
+inline void embedding_layer(const SessionThread& t, const SessionLayer& l) {
+  const int64_t* const indices = static_cast<const int64_t*>(t.x);
+  for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
+    memcpy(static_cast<float*>(t.y) + i * l.outputs, l.weights + indices[i] * l.outputs,
+           size_t(l.outputs) * sizeof(float));
+  }
+  t.wait();
+}
+
+inline void layer_norm_layer(const SessionThread& t, const SessionLayer& l) {
+  const ptrdiff_t N = l.outputs;
+  for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
+    const float* const x = static_cast<const float*>(t.x) + i * N;
+    float* const y = static_cast<float*>(t.y) + i * N;
+    const Moments moments = moments_of(x, N, N, 1, l.parameter);
+    for (ptrdiff_t k = 0; k < N; k += kWordLanes) {
+      const int count = int(min_of(kWordLanes, N - k));
+      Vec<float> value = (load_some(x + k, count) - moments.mean) * moments.scale;
+      if (l.weights) value *= load_some(l.weights + k, count);
+      if (l.bias) value += load_some(l.bias + k, count);
+      store_some(y + k, value, count);
+    }
+  }
+  t.wait();
+}
+
+inline Vec<float> activate(Activation which, Vec<float> x, float parameter) {
+  switch (which) {
+    case Activation::relu:
+      return x < 0.0f ? Vec<float>{} : x;
+    case Activation::tanh:
+      return tanh_vec<float>(x);
+    case Activation::sigmoid:
+      return sigmoid_vec<float>(x);
+    case Activation::silu:
+      return x * sigmoid_vec<float>(x);
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanh_vec<float>(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case Activation::leaky_relu:
+      return x < 0.0f ? x * parameter : x;
+    case Activation::elu: {
+      Vec<float> scale, p;
+      exp_parts<float>(x, scale, p);
+      return x < 0.0f ? parameter * (scale * p + (scale - 1.0f)) : x;
+    }
+    default: {
+      alignas(64) float lanes[kWordLanes];
+      store(lanes, x);
+      for (float& value : lanes) value *= 0.5f * (1.0f + erff(value * 0.7071067812f));
+      return load(lanes);
+    }
+  }
+}
+
+inline void activation_layer(const SessionThread& t, const SessionLayer& l) {
+  const ptrdiff_t count = t.rows() * l.outputs, vectors = panel_count(count, kWordLanes);
+  for (ptrdiff_t i = t.begin(vectors); i < t.end(vectors); ++i) {
+    const ptrdiff_t at = i * kWordLanes;
+    const int n = int(min_of(kWordLanes, count - at));
+    store_some(static_cast<float*>(t.y) + at,
+               activate(l.activation, load_some(static_cast<const float*>(t.x) + at, n), l.parameter), n);
+  }
+  t.wait();
+}
+
+// ---------------------------------------------------------------- the program
+
+inline void session_layer(const SessionThread& t, const SessionLayer& l) {
+  switch (l.kind) {
+    case LayerKind::linear:
+      return linear_layer(t, l);
+    case LayerKind::embedding:
+      return embedding_layer(t, l);
+    case LayerKind::layer_norm:
+      return layer_norm_layer(t, l);
+    case LayerKind::activation:
+      return activation_layer(t, l);
+    case LayerKind::rnn_tanh:
+      return recurrent_layer(t, l, recurrent_step<SessionRnnTanh>);
+    case LayerKind::rnn_relu:
+      return recurrent_layer(t, l, recurrent_step<SessionRnnRelu>);
+    case LayerKind::gru:
+      return recurrent_layer(t, l, recurrent_step<SessionGru>);
+    case LayerKind::peephole_lstm:
+      return recurrent_layer(t, l, recurrent_step<SessionPeepholeLstm>);
+    default:
+      return recurrent_layer(t, l, recurrent_step<SessionLstm>);
+  }
+}
+
+inline void session_run(const SessionRun* pointer) {
+  const SessionRun& run = *pointer;
+  Barrier barrier;
+  memset(&barrier, 0, sizeof(barrier));
+#pragma omp parallel num_threads(run.threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const SessionLayer& first = run.layers[0];
+    const SessionLayer& last = run.layers[run.count - 1];
+    const bool indices = first.kind == LayerKind::embedding;
+    const ptrdiff_t value = run.bfloat16 ? 2 : 4;
+    const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value), out_row = run.batch * last.outputs * value;
+    for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
+      const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
+      const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
+      const void* x = static_cast<const char*>(run.x) + at * in_row;
+      for (int64_t i = 0; i < run.count; ++i) {
+        const bool ends = i + 1 == run.count;
+        void* const y = ends ? static_cast<void*>(static_cast<char*>(run.y) + at * out_row) : run.buffers[i % 2];
+        session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps, x, y,
+                       run.bfloat16 && i == 0, run.bfloat16 && ends},
+                      run.layers[i]);
+        x = y;
+      }
+    }
+  }
+  for (int64_t i = 0; i < run.count; ++i) run.layers[i].parity ^= int(run.steps & 1);
+}
+
+extern const SessionKernels session_kernels;
+const SessionKernels session_kernels = {kWordLanes, words_of, session_pack, session_run};
+
+}  // namespace SEQACCEL_ISA
+}  // namespace seqaccel

@@ -1,0 +1,259 @@
+#include "session_program.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace seqaccel {
+namespace {
+
+constexpr int64_t kChunkRows = 256;  // of a chunk: their projections, at 2,048 gates, are 2 MB
+constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
+
+struct KindName {
+  const char* name;
+  LayerKind kind;
+  int gates;         // 0: no state
+  bool cell;         // has c
+  int biases;        // rows of the bias a step adds
+  int unit_weights;  // vectors of H weights
+  int buffers;       // [B, stride] buffers between the parts of a step
+};
+
+const KindName kKinds[] = {
+    {"linear", LayerKind::linear, 0, false, 0, 0, 0},
+    {"embedding", LayerKind::embedding, 0, false, 0, 0, 0},
+    {"layer_norm", LayerKind::layer_norm, 0, false, 0, 0, 0},
+    {"rnn_tanh", LayerKind::rnn_tanh, 1, false, 1, 0, 0},
+    {"rnn_relu", LayerKind::rnn_relu, 1, false, 1, 0, 0},
+    {"lstm", LayerKind::lstm, 4, true, 4, 0, 1},
+    {"gru", LayerKind::gru, 3, false, 4, 0, 0},
+    {"peephole_lstm", LayerKind::peephole_lstm, 4, true, 4, 3, 1},
+};
+
+const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu"};
+
+const KindName& kind_named(const std::string& name) {
+  for (const KindName& kind : kKinds) {
+    if (name == kind.name) return kind;
+  }
+  throw std::invalid_argument("unknown layer '" + name + "'");
+}
+
+const KindName& kind_of(const SessionLayer& layer) {
+  for (const KindName& kind : kKinds) {
+    if (layer.kind == kind.kind) return kind;
+  }
+  throw std::logic_error("a layer without a kind");
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Measures first, hands out afterwards.
+class Layout {
+ public:
+  size_t add(size_t bytes) {
+    const size_t at = bytes_;
+    bytes_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_ = 0;
+};
+
+}  // namespace
+
+AlignedMemory::AlignedMemory(size_t bytes, bool zero) {
+  constexpr size_t kHugePage = size_t(2) << 20;
+  const size_t align = bytes >= 2 * kHugePage ? kHugePage : 64;
+  const size_t rounded = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
+  memory_.reset(static_cast<char*>(std::aligned_alloc(align, rounded)));
+  if (!memory_) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (align == kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
+#endif
+  if (zero) std::memset(memory_.get(), 0, rounded);
+}
+
+SessionProgram::SessionProgram(int64_t batch, Precision precision)
+    : kernels_(active_session_kernels()), batch_(batch), precision_(precision) {}
+
+SessionMatrix& SessionProgram::add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units,
+                                          int64_t columns_0, const void* source_0, int64_t columns_1,
+                                          const void* source_1, bool bfloat16) {
+  SessionMatrix& m = layer.matrices[index];
+  m.precision = precision_;
+  m.interleaved = gates > 1;
+  m.vectors = gates > 1 ? int32_t(gates) : 4;
+  m.units = units;
+  m.columns[0] = columns_0;
+  m.columns[1] = columns_1;
+  m.words[0] = kernels_.words(precision_, columns_0);
+  m.words[1] = kernels_.words(precision_, columns_1);
+  const int64_t block = m.interleaved ? kernels_.lanes : 4 * kernels_.lanes;
+  m.blocks = (units + block - 1) / block;
+  m.panel_words = (m.words[0] + m.words[1]) * m.vectors * kernels_.lanes;
+  sources_.push_back({{source_0, source_1}, bfloat16, layers_.size(), index});
+  return m;
+}
+
+const float* SessionProgram::keep(const float* values, int64_t count) {
+  if (values == nullptr) return nullptr;
+  kept_.emplace_back(values, values + count);
+  return kept_.back().data();
+}
+
+void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
+  const std::string name = from.kind;
+  SessionLayer layer{};
+  layer.inputs = from.inputs;
+  layer.hidden = from.hidden;
+  layer.outputs = from.outputs;
+  layer.zoneout_h = float(from.zoneout_h);
+  layer.zoneout_c = float(from.zoneout_c);
+  layer.parameter = float(from.parameter);
+  const auto activation = std::find(std::begin(kActivations), std::end(kActivations), name);
+  if (activation != std::end(kActivations)) {
+    layer.kind = LayerKind::activation;
+    layer.activation = Activation(activation - std::begin(kActivations));
+    layers_.push_back(layer);
+    return;
+  }
+  const KindName& kind = kind_named(name);
+  layer.kind = kind.kind;
+  const int64_t I = layer.inputs, H = layer.hidden, P = layer.outputs;
+  const float* const* const w = from.weights;
+  if (kind.kind == LayerKind::linear) {
+    add_matrix(layer, 0, 1, P, I, w[0], 0, nullptr, bfloat16);
+    layer.bias = keep(w[1], P);
+  } else if (kind.kind == LayerKind::embedding) {
+    layer.weights = keep(w[0], I * P);
+  } else if (kind.kind == LayerKind::layer_norm) {
+    layer.weights = keep(w[0], P);
+    layer.bias = keep(w[1], P);
+  } else {
+    layer.stride = round_up(std::max(H, P), kernels_.lanes) + kernels_.lanes;
+    add_matrix(layer, 0, kind.gates, H, I, w[0], P, w[1], bfloat16);
+    if (name.find("lstm") != std::string::npos && w[4]) add_matrix(layer, 1, 1, P, H, w[4], 0, nullptr, bfloat16);
+    // Pre-activations' biases, the two summed; where h's part of the last gate is apart, so is its bias.
+    std::vector<float> bias(size_t(kind.biases * layer.stride), 0.0f);
+    for (int64_t g = 0; g < kind.gates; ++g) {
+      const bool apart = kind.biases > kind.gates && g + 1 == kind.gates;
+      for (int64_t k = 0; k < H; ++k) {
+        bias[size_t(g * layer.stride + k)] += w[2] ? w[2][g * H + k] : 0.0f;
+        bias[size_t((g + apart) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
+      }
+    }
+    layer.bias = keep(bias.data(), int64_t(bias.size()));
+    if (kind.unit_weights) {
+      std::vector<float> weights(size_t(kind.unit_weights * layer.stride), 0.0f);
+      for (int64_t i = 0; i < kind.unit_weights; ++i) std::copy_n(w[5] + i * H, H, &weights[size_t(i * layer.stride)]);
+      layer.weights = keep(weights.data(), int64_t(weights.size()));
+    }
+  }
+  layers_.push_back(layer);
+}
+
+void SessionProgram::finish() {
+  Layout panels, state;
+  std::vector<size_t> at, state_at;
+  for (const Source& source : sources_) {
+    const SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
+    const size_t per_row = size_t(m.blocks * 2 * m.vectors * kernels_.lanes) * 4;
+    at.push_back(panels.add(size_t(m.blocks * m.panel_words) * 4));
+    at.push_back(m.precision == Precision::int8 ? panels.add(per_row) : 0);
+    at.push_back(m.precision == Precision::int8 ? panels.add(per_row) : 0);
+  }
+  for (const SessionLayer& l : layers_) {
+    for (int i = 0; i < 3; ++i) state_at.push_back(state.add(size_t(batch_ * l.stride) * 4));
+    const KindName* const kind = l.kind == LayerKind::activation ? nullptr : &kind_of(l);
+    state_at.push_back(state.add(size_t((kind ? kind->buffers : 0) * batch_ * l.stride) * 4));
+    const SessionMatrix& m = l.matrices[0];
+    state_at.push_back(state.add(kind && kind->unit_weights > 3 ? size_t(m.blocks * batch_ * 2 * m.vectors) *
+                                                                      size_t(kernels_.lanes) * 4
+                                                                : 0));
+  }
+  panels_ = AlignedMemory(panels.bytes(), false);
+  state_ = AlignedMemory(state.bytes());
+  std::vector<SessionPack> packs;
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    const Source& source = sources_[i];
+    SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
+    m.panels = reinterpret_cast<uint32_t*>(panels_.get() + at[3 * i]);
+    m.scales = reinterpret_cast<float*>(panels_.get() + at[3 * i + 1]);
+    m.offsets = reinterpret_cast<int32_t*>(panels_.get() + at[3 * i + 2]);
+    packs.push_back({&m, {source.sources[0], source.sources[1]}, source.bfloat16});
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    SessionLayer& l = layers_[i];
+    float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums};
+    for (size_t j = 0; j < 5; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + state_at[5 * i + j]);
+  }
+  if (!kernels_.pack(packs.data(), int64_t(packs.size()))) throw std::bad_alloc();
+  sources_.clear();
+
+  run_.layers = layers_.data();
+  run_.count = int64_t(layers_.size());
+  run_.batch = batch_;
+  for (const SessionLayer& l : layers_) {
+    for (const SessionMatrix& m : l.matrices) {
+      run_.work += double(m.columns[0] + m.columns[1]) * double(m.units * (m.interleaved ? m.vectors : 1));
+    }
+  }
+}
+
+void SessionProgram::grow(int64_t chunk, int threads) {
+  if (chunk <= chunk_ && threads <= threads_) return;
+  chunk_ = std::max(chunk, chunk_);
+  threads_ = std::max(threads, threads_);
+  const int64_t rows = chunk_ * batch_;
+  int64_t widest = 0, projected = 0, words_of_x = 0, words_of_h = 0;
+  for (const SessionLayer& l : layers_) {
+    widest = std::max(widest, l.outputs);
+    for (const SessionMatrix& m : l.matrices) {
+      words_of_x = std::max(words_of_x, m.words[0]);
+      words_of_h = std::max({words_of_h, m.words[0], m.words[1]});
+      projected = std::max(projected, m.blocks * m.vectors * kernels_.lanes);
+    }
+  }
+  if (precision_ == Precision::float32) words_of_x = words_of_h = 0;
+  run_.scratch_rows_at = round_up(rows * words_of_x, 16);
+  run_.scales_at = run_.scratch_rows_at + round_up(batch_ * words_of_h, 16);
+  run_.scratch_words = run_.scales_at + round_up(rows + batch_, 16) + 16;
+  Layout layout;
+  const size_t outputs = layers_.size() > 1 ? size_t(rows * widest) * 4 : 0;
+  const size_t at[] = {layout.add(outputs), layout.add(outputs), layout.add(chunk_ > 1 ? size_t(rows * projected) * 4 : 0),
+                       layout.add(size_t(threads_ * run_.scratch_words) * 4)};
+  buffers_ = AlignedMemory();
+  buffers_ = AlignedMemory(layout.bytes(), false);
+  run_.buffers[0] = reinterpret_cast<float*>(buffers_.get() + at[0]);
+  run_.buffers[1] = reinterpret_cast<float*>(buffers_.get() + at[1]);
+  run_.projected = reinterpret_cast<float*>(buffers_.get() + at[2]);
+  run_.scratch = reinterpret_cast<uint32_t*>(buffers_.get() + at[3]);
+}
+
+void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, bool reverse, const int64_t* lengths) {
+  if (steps == 0) return;
+  const int64_t chunk = std::min(steps, std::max<int64_t>(1, kChunkRows / batch_));
+  run_.threads = run_.work * double(batch_) < kSmall ? 1 : omp_get_max_threads();
+  grow(chunk, run_.threads);
+  run_.chunk = chunk;
+  run_.x = x;
+  run_.y = y;
+  run_.steps = steps;
+  run_.bfloat16 = bfloat16;
+  run_.reverse = reverse;
+  run_.lengths = lengths;
+  kernels_.run(&run_);
+}
+
+}  // namespace seqaccel

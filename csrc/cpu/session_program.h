@@ -1,0 +1,74 @@
+// Owns a program of session.h: describes its layers, packs their weights, holds their state, runs them.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/session_table.h"
+#include "session.h"
+
+namespace seqaccel {
+
+// 64-byte aligned memory, on huge pages where it is large; throws std::bad_alloc.
+class AlignedMemory {
+ public:
+  AlignedMemory() = default;
+  explicit AlignedMemory(size_t bytes, bool zero = true);
+  char* get() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+};
+
+class SessionProgram {
+ public:
+  // The kernels are those of the instruction set at hand, and stay.
+  SessionProgram(int64_t batch, Precision precision);
+  SessionProgram(const SessionProgram&) = delete;
+  SessionProgram& operator=(const SessionProgram&) = delete;
+
+  // Layers one after the other, then finish. `bfloat16`: the weights of products are bfloat16, everything else float32.
+  void add(const SeqaccelSessionLayer& described, bool bfloat16 = false);
+  void finish();
+
+  void run(const void* x, int64_t steps, void* y, bool bfloat16 = false, bool reverse = false,
+           const int64_t* lengths = nullptr);
+
+  const std::vector<SessionLayer>& layers() const { return layers_; }
+  int64_t batch() const { return batch_; }
+  // Rows of the state of a layer, [B, stride].
+  float* h(int64_t layer) { return layers_[size_t(layer)].h[layers_[size_t(layer)].parity]; }
+  float* c(int64_t layer) { return layers_[size_t(layer)].c; }
+
+ private:
+  SessionMatrix& add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units, int64_t columns_0,
+                            const void* source_0, int64_t columns_1 = 0, const void* source_1 = nullptr,
+                            bool bfloat16 = false);
+  const float* keep(const float* values, int64_t count);
+  void grow(int64_t chunk, int threads);
+
+  struct Source {
+    const void* sources[2];
+    bool bfloat16;
+    size_t layer;
+    int matrix;
+  };
+
+  const SessionKernels& kernels_;
+  int64_t batch_;
+  Precision precision_;
+  std::vector<SessionLayer> layers_;
+  std::vector<Source> sources_;
+  std::vector<std::vector<float>> kept_;
+  AlignedMemory panels_, state_, buffers_;
+  int64_t chunk_ = 0;
+  int threads_ = 0;
+  SessionRun run_{};
+};
+
+}  // namespace seqaccel
