@@ -69,7 +69,9 @@ class Session:
             raise TypeError("module: there is nothing to run in an empty Sequential")
         for before, after in zip(layers, layers[1:], strict=False):
             if before[1][2] != after[1][0]:
-                raise ValueError(f"module: {before[0]} gives {before[1][2]} features, but {after[0]} takes {after[1][0]}")
+                raise ValueError(
+                    f"module: {before[0]} gives {before[1][2]} features, but {after[0]} takes {after[1][0]}"
+                )
             if after[0] == "embedding":
                 raise TypeError("module: an Embedding must come first")
         for kind, sizes, tensors, _ in layers:
@@ -188,7 +190,11 @@ class Session:
 
 
 def _describe(
-    module: torch.nn.Module, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str = ""
+    module: torch.nn.Module,
+    layers: list[_Layer],
+    states: list[tuple[str, int, str, int]],
+    session: Session,
+    name: str = "",
 ) -> None:
     """Appends the layers of a module, and the parts of their states."""
     if isinstance(module, torch.nn.Sequential):

@@ -57,7 +57,9 @@ BOUNDS["scan"] = Bound(
     backward={torch.float64: 4e-14, torch.float32: 2e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3},
 )
 
-_SESSION = "A state stays within 1 and each step contracts what the step before was wrong by, so an error is about that of "
+_SESSION = (
+    "A state stays within 1 and each step contracts what the step before was wrong by, so an error is about that of "
+)
 BOUNDS["session_float32"] = Bound(
     reason=_SESSION + "a step: sums of some hundred products in chains of 128, times up to three layers: 32 eps.",
     forward={torch.float32: 4e-6},
@@ -70,7 +72,8 @@ BOUNDS["session_bfloat16"] = Bound(
     backward={},
 )
 BOUNDS["session_int8"] = Bound(
-    reason=_SESSION + "a step: a value is off by up to 1/254 of the largest of its row or vector, which is about 2 to 3 "
+    reason=_SESSION
+    + "a step: a value is off by up to 1/254 of the largest of its row or vector, which is about 2 to 3 "
     "times a typical one, so a sum is off by 1/100, its extremes by 4 times that; three layers.",
     forward={torch.float32: 3 * 4 * 0.01},
     backward={},

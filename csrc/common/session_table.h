@@ -22,8 +22,8 @@ struct SeqaccelSessionLayer {
 
 struct SeqaccelSessionTable {
   int64_t version;
-  // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero. precision: float32, bfloat16 or
-  // int8. Null: see error.
+  // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero. precision: float32, bfloat16
+  // or int8. Null: see error.
   void* (*create)(int64_t batch, const char* precision, int64_t count, const struct SeqaccelSessionLayer* layers);
   void (*destroy)(void* session);
   // x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], the state

@@ -80,9 +80,9 @@ struct SessionLayer {
 struct SessionRun {
   SessionLayer* layers;
   int64_t count, batch, steps;
-  int64_t chunk;  // steps that a layer runs before the next one does
-  const void* x;  // [steps, B, inputs] float32 (or bfloat16), or [steps, B] int64 for an embedding
-  void* y;        // [steps, B, outputs] float32 (or bfloat16)
+  int64_t chunk;            // steps that a layer runs before the next one does
+  const void* x;            // [steps, B, inputs] float32 (or bfloat16), or [steps, B] int64 for an embedding
+  void* y;                  // [steps, B, outputs] float32 (or bfloat16)
   bool bfloat16;            // x and y
   bool reverse;             // one recurrent layer: from the last step to the first
   const int64_t* lengths;   // one recurrent layer: [B], or null

@@ -38,8 +38,8 @@ inline Moments moments_of(const float* x, ptrdiff_t run, ptrdiff_t stride, ptrdi
   return {mean, 1.0f / sqrtf(horizontal_sum<float>(squares) / count + epsilon)};
 }
 
-// A cell has kGates, kVectors of a block, kHasCell and update: from its rows of x's and h's sums, gate g at [g * L] (with
-// one gate, the unit's own), the new h, and c in and out.
+// A cell has kGates, kVectors of a block, kHasCell and update: from its rows of x's and h's sums, gate g at [g * L]
+// (with one gate, the unit's own), the new h, and c in and out.
 template <int Gates, bool HasCell>
 struct SessionCell {
   static constexpr int kGates = Gates, kVectors = Gates == 1 ? 4 : Gates;
@@ -85,8 +85,7 @@ struct SessionGru : SessionCell<3, false> {
                                            Vec<float> before, Vec<float>&) {
     constexpr int L = Lanes<float>;
     const Vec<float> r = sigmoid_vec<float>(sum(l, 0, unit, x, h)), z = sigmoid_vec<float>(sum(l, 1, unit, x, h));
-    const Vec<float> n =
-        tanh_vec<float>(load(x + 2 * L) + bias(l, 2, unit) + r * (load(h + 2 * L) + bias(l, 3, unit)));
+    const Vec<float> n = tanh_vec<float>(load(x + 2 * L) + bias(l, 2, unit) + r * (load(h + 2 * L) + bias(l, 3, unit)));
     return n + z * (before - n);
   }
 };

@@ -297,7 +297,8 @@ inline void session_run(const SessionRun* pointer) {
     const SessionLayer& last = run.layers[run.count - 1];
     const bool indices = first.kind == LayerKind::embedding;
     const ptrdiff_t value = run.bfloat16 ? 2 : 4;
-    const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value), out_row = run.batch * last.outputs * value;
+    const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value),
+                    out_row = run.batch * last.outputs * value;
     for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
       const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
       const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;

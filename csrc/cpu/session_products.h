@@ -1,6 +1,6 @@
-// Products of few rows with a packed matrix held as float32, bfloat16 or int8: everything is 32-bit words, a word of the
-// matrix holding 1, 2 or 4 values along k of one row, so that packing is one transposition and a step of the product is
-// one broadcast and one multiply-accumulate in each precision.
+// Products of few rows with a packed matrix held as float32, bfloat16 or int8: everything is 32-bit words, a word of
+// the matrix holding 1, 2 or 4 values along k of one row, so that packing is one transposition and a step of the
+// product is one broadcast and one multiply-accumulate in each precision.
 //
 // At one row all three read a matrix from L3 at the cache's bandwidth (two Zen 4 cores, 185 GB/s: 8 MB in 45 us, 4 MB
 // in 23, 2 MB in 11.4); software prefetch made it slower, 54 to 65 us for the 8 MB.

@@ -178,9 +178,8 @@ void SessionProgram::finish() {
     const KindName* const kind = l.kind == LayerKind::activation ? nullptr : &kind_of(l);
     state_at.push_back(state.add(size_t((kind ? kind->buffers : 0) * batch_ * l.stride) * 4));
     const SessionMatrix& m = l.matrices[0];
-    state_at.push_back(state.add(kind && kind->unit_weights > 3 ? size_t(m.blocks * batch_ * 2 * m.vectors) *
-                                                                      size_t(kernels_.lanes) * 4
-                                                                : 0));
+    state_at.push_back(state.add(
+        kind && kind->unit_weights > 3 ? size_t(m.blocks * batch_ * 2 * m.vectors) * size_t(kernels_.lanes) * 4 : 0));
   }
   panels_ = AlignedMemory(panels.bytes(), false);
   state_ = AlignedMemory(state.bytes());
@@ -231,7 +230,8 @@ void SessionProgram::grow(int64_t chunk, int threads) {
   run_.scratch_words = run_.scales_at + round_up(rows + batch_, 16) + 16;
   Layout layout;
   const size_t outputs = layers_.size() > 1 ? size_t(rows * widest) * 4 : 0;
-  const size_t at[] = {layout.add(outputs), layout.add(outputs), layout.add(chunk_ > 1 ? size_t(rows * projected) * 4 : 0),
+  const size_t at[] = {layout.add(outputs), layout.add(outputs),
+                       layout.add(chunk_ > 1 ? size_t(rows * projected) * 4 : 0),
                        layout.add(size_t(threads_ * run_.scratch_words) * 4)};
   buffers_ = AlignedMemory();
   buffers_ = AlignedMemory(layout.bytes(), false);
