@@ -1,6 +1,7 @@
 """Streaming runners: weights packed once, state in C++, one cheap call a step."""
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -25,9 +26,9 @@ class Session:
     eval mode: no dropout, zoneout's expectation. A session is not thread-safe; make one for each thread.
 
     Args:
-        module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, …) in float32 on the CPU, any number
-            of layers, one direction; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
-            ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``GELU``, ``LeakyReLU``,
+        module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, …) in float32 on the CPU, any
+            number of layers, one direction; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding``
+            (first), ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``GELU``, ``LeakyReLU``,
             ``ELU``, ``Identity`` and ``Dropout`` between.
         batch_size: number of independent streams B. Default: 1
         weights: what the packed matrices are held in. ``"float32"``; ``"bfloat16"``: half the memory, the weights and
@@ -67,7 +68,7 @@ class Session:
         _describe(module, layers, self._states, self)
         if not layers:
             raise TypeError("module: there is nothing to run in an empty Sequential")
-        for before, after in zip(layers, layers[1:], strict=False):
+        for before, after in itertools.pairwise(layers):
             if before[1][2] != after[1][0]:
                 raise ValueError(
                     f"module: {before[0]} gives {before[1][2]} features, but {after[0]} takes {after[1][0]}"
@@ -78,7 +79,8 @@ class Session:
             for tensor in tensors:
                 if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
                     raise ValueError(
-                        f"module: expected float32 parameters on the CPU, but {kind} has {tensor.dtype} on {tensor.device}"
+                        "module: expected float32 parameters on the CPU, "
+                        f"but {kind} has {tensor.dtype} on {tensor.device}"
                     )
             if weights == "int8" and kind != "embedding" and max(sizes) > _MOST_INT8:
                 raise ValueError(f"weights: int8 takes up to {_MOST_INT8} features, but {kind} has {max(sizes)}")
@@ -236,8 +238,8 @@ def _activation(module: torch.nn.Module) -> tuple[str, float]:
     if isinstance(module, torch.nn.ELU):
         return "elu", module.alpha
     raise TypeError(
-        "module: expected a recurrent layer of seqaccel.nn, or a Sequential of them and of Linear, Embedding, LayerNorm "
-        f"and activations, but got {type(module).__name__}"
+        "module: expected a recurrent layer of seqaccel.nn, or a Sequential of them and of Linear, Embedding, "
+        f"LayerNorm and activations, but got {type(module).__name__}"
     )
 
 

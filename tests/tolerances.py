@@ -72,9 +72,8 @@ BOUNDS["session_bfloat16"] = Bound(
     backward={},
 )
 BOUNDS["session_int8"] = Bound(
-    reason=_SESSION
-    + "a step: a value is off by up to 1/254 of the largest of its row or vector, which is about 2 to 3 "
-    "times a typical one, so a sum is off by 1/100, its extremes by 4 times that; three layers.",
+    reason=_SESSION + "a step: a value is off by up to 1/254 of the largest of its row or vector, which is about 2 to "
+    "3 times a typical one, so a sum is off by 1/100, its extremes by 4 times that; three layers.",
     forward={torch.float32: 3 * 4 * 0.01},
     backward={},
 )

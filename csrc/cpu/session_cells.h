@@ -38,69 +38,38 @@ inline Moments moments_of(const float* x, ptrdiff_t run, ptrdiff_t stride, ptrdi
   return {mean, 1.0f / sqrtf(horizontal_sum<float>(squares) / count + epsilon)};
 }
 
-// A cell has kGates, kVectors of a block, kHasCell and update: from its rows of x's and h's sums, gate g at [g * L]
-// (with one gate, the unit's own), the new h, and c in and out.
-template <int Gates, bool HasCell>
-struct SessionCell {
-  static constexpr int kGates = Gates, kVectors = Gates == 1 ? 4 : Gates;
-  static constexpr bool kHasCell = HasCell;
+// Vectors of a block: the gates of L units, or four vectors of units where there is one gate.
+template <int Gates>
+constexpr int kBlockVectors = Gates == 1 ? 4 : Gates;
 
-  SEQACCEL_INLINE static Vec<float> bias(const SessionLayer& l, int g, ptrdiff_t unit) {
-    return load(l.bias + g * l.stride + unit);
-  }
-  SEQACCEL_INLINE static Vec<float> sum(const SessionLayer& l, int g, ptrdiff_t unit, const float* x, const float* h) {
-    return load(x + g * Lanes<float>) + load(h + g * Lanes<float>) + bias(l, g, unit);
-  }
-};
+// The unit's weights, biases (pre) and old state.
+template <class Cell>
+SEQACCEL_INLINE Unit<Cell, Vec<float>> unit_at(const SessionLayer& l, ptrdiff_t unit, const float* h, const float* c) {
+  Unit<Cell, Vec<float>> u;
+#pragma GCC unroll 8
+  for (int g = 0; g < kPre<Cell>; ++g) u.pre[g] = load(l.bias + g * l.stride + unit);
+#pragma GCC unroll 16
+  for (int w = 0; w < Cell::kWeights; ++w) u.weights[w] = load(l.weights + w * l.stride + unit);
+  u.h_prev = load(h + unit);
+  if constexpr (Cell::kHasCell) u.c_prev = load(c + unit);
+  return u;
+}
 
-struct SessionRnnTanh : SessionCell<1, false> {
-  SEQACCEL_INLINE static Vec<float> update(const SessionLayer& l, ptrdiff_t unit, const float* x, const float* h,
-                                           Vec<float>, Vec<float>&) {
-    return tanh_vec<float>(sum(l, 0, unit, x, h));
+// Adds gates of the sums x and h, a vector a gate, to the pre-activations from `first` on.
+template <class Cell>
+SEQACCEL_INLINE void add_sums(Unit<Cell, Vec<float>>& u, const float* x, const float* h, int first, int count) {
+  constexpr int L = Lanes<float>;
+#pragma GCC unroll 8
+  for (int g = 0; g < count; ++g) {
+    const Vec<float> from_x = load(x + g * L), from_h = load(h + g * L);
+    if (Cell::kApart && first + g == Cell::kGates - 1) {
+      u.pre[first + g] += from_x;
+      u.pre[first + g + 1] += from_h;
+    } else {
+      u.pre[first + g] += from_x + from_h;
+    }
   }
-};
-
-struct SessionRnnRelu : SessionCell<1, false> {
-  SEQACCEL_INLINE static Vec<float> update(const SessionLayer& l, ptrdiff_t unit, const float* x, const float* h,
-                                           Vec<float>, Vec<float>&) {
-    const Vec<float> pre = sum(l, 0, unit, x, h);
-    return pre < 0.0f ? Vec<float>{} : pre;
-  }
-};
-
-struct SessionLstm : SessionCell<4, true> {
-  SEQACCEL_INLINE static Vec<float> update(const SessionLayer& l, ptrdiff_t unit, const float* x, const float* h,
-                                           Vec<float>, Vec<float>& c) {
-    Vec<float> pre[4], gates[4], new_c, new_h;
-    for (int g = 0; g < 4; ++g) pre[g] = sum(l, g, unit, x, h);
-    LstmCell::forward<SessionFunctions>(pre, c, gates, new_c, new_h);
-    c = new_c;
-    return new_h;
-  }
-};
-
-// The bias of h's part of n is apart, the fourth.
-struct SessionGru : SessionCell<3, false> {
-  SEQACCEL_INLINE static Vec<float> update(const SessionLayer& l, ptrdiff_t unit, const float* x, const float* h,
-                                           Vec<float> before, Vec<float>&) {
-    constexpr int L = Lanes<float>;
-    const Vec<float> r = sigmoid_vec<float>(sum(l, 0, unit, x, h)), z = sigmoid_vec<float>(sum(l, 1, unit, x, h));
-    const Vec<float> n = tanh_vec<float>(load(x + 2 * L) + bias(l, 2, unit) + r * (load(h + 2 * L) + bias(l, 3, unit)));
-    return n + z * (before - n);
-  }
-};
-
-struct SessionPeepholeLstm : SessionCell<4, true> {
-  SEQACCEL_INLINE static Vec<float> update(const SessionLayer& l, ptrdiff_t unit, const float* x, const float* h,
-                                           Vec<float>, Vec<float>& c) {
-    const float* const peephole = l.weights + unit;
-    const Vec<float> i = sigmoid_vec<float>(sum(l, 0, unit, x, h) + load(peephole) * c);
-    const Vec<float> f = sigmoid_vec<float>(sum(l, 1, unit, x, h) + load(peephole + l.stride) * c);
-    c = f * c + i * tanh_vec<float>(sum(l, 2, unit, x, h));
-    const Vec<float> o = sigmoid_vec<float>(sum(l, 3, unit, x, h) + load(peephole + 2 * l.stride) * c);
-    return o * tanh_vec<float>(c);
-  }
-};
+}
 
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel

@@ -115,7 +115,7 @@ SEQACCEL_INLINE void for_blocks(const SessionThread& t, const SessionMatrix& m, 
 template <class Cell>
 void recurrent_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
                     ptrdiff_t x_row, const float* projected) {
-  constexpr int L = kWordLanes, V = Cell::kVectors, U = V / Cell::kGates;
+  constexpr int L = kWordLanes, V = kBlockVectors<Cell::kGates>, U = V / Cell::kGates;
   const SessionMatrix& m = l.matrices[0];
   const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
   const bool projects = l.matrices[1].blocks > 0;
@@ -126,14 +126,14 @@ void recurrent_step(const SessionThread& t, const SessionLayer& l, const Session
                  for (int j = 0; j < U; ++j) {
                    const ptrdiff_t unit = (u * U + j) * L;
                    if (unit >= l.hidden) break;
-                   Vec<float> c = Cell::kHasCell ? load(l.c + b * l.stride + unit) : Vec<float>{};
-                   const Vec<float> new_h = Cell::update(l, unit, from_x + (i * V + j) * L, from_h + (i * V + j) * L,
-                                                         load(step.h + b * l.stride + unit), c);
-                   if (Cell::kHasCell) keep_cell(t, l, step, b, unit, c);
+                   auto state = unit_at<Cell>(l, unit, step.h + b * l.stride, l.c + b * l.stride);
+                   add_sums(state, from_x + (i * V + j) * L, from_h + (i * V + j) * L, 0, Cell::kGates);
+                   Cell::template forward<SessionFunctions>(state);
+                   if constexpr (Cell::kHasCell) keep_cell(t, l, step, b, unit, state.c);
                    if (projects) {
-                     store(l.middle + b * l.stride + unit, new_h);
+                     store(l.middle + b * l.stride + unit, state.h);
                    } else {
-                     finish(t, l, step, b, unit, new_h);
+                     finish(t, l, step, b, unit, state.h);
                    }
                  }
                }
@@ -274,15 +274,13 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
     case LayerKind::activation:
       return activation_layer(t, l);
     case LayerKind::rnn_tanh:
-      return recurrent_layer(t, l, recurrent_step<SessionRnnTanh>);
+      return recurrent_layer(t, l, recurrent_step<RnnTanhCell>);
     case LayerKind::rnn_relu:
-      return recurrent_layer(t, l, recurrent_step<SessionRnnRelu>);
+      return recurrent_layer(t, l, recurrent_step<RnnReluCell>);
     case LayerKind::gru:
-      return recurrent_layer(t, l, recurrent_step<SessionGru>);
-    case LayerKind::peephole_lstm:
-      return recurrent_layer(t, l, recurrent_step<SessionPeepholeLstm>);
+      return recurrent_layer(t, l, recurrent_step<GruCell>);
     default:
-      return recurrent_layer(t, l, recurrent_step<SessionLstm>);
+      return recurrent_layer(t, l, recurrent_step<LstmCell>);
   }
 }
 

@@ -35,7 +35,6 @@ const KindName kKinds[] = {
     {"rnn_relu", LayerKind::rnn_relu, 1, false, 1, 0, 0},
     {"lstm", LayerKind::lstm, 4, true, 4, 0, 1},
     {"gru", LayerKind::gru, 3, false, 4, 0, 0},
-    {"peephole_lstm", LayerKind::peephole_lstm, 4, true, 4, 3, 1},
 };
 
 const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu"};
