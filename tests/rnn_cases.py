@@ -1,4 +1,4 @@
-"""What the tests of the recurrent layers share: problems of any cell, calls, and the arrays that torch.nn and ONNX take."""
+"""What the tests of the recurrent layers share: problems of any cell, and calls of any backend."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class CellSpec:
     Attributes:
         gates: G; weight_ih, weight_hh and the biases have G * H rows.
         has_cell_state: has c beside h.
-        extra: names and shapes of its weights behind weight_ih, weight_hh, bias_ih, bias_hh; a letter a dimension: G for G * H,
-            H, P, I, or a number.
+        extra: names and shapes of its weights behind weight_ih, weight_hh, bias_ih and bias_hh; a letter a dimension:
+            G for G * H, H, P, I, or a number.
         optional: the weights that may be missing.
         zoneout: takes zoneout.
         backends: those it has.

@@ -185,8 +185,8 @@ def lstm(
         bias_hh: b', (4 * H,). Default: none.
         weight_hr: projection, (P, H). Default: none.
         zoneout: Z for h and for c: a new state s becomes :math:`Z \odot s_{t-1} + (1 - Z) \odot s_t`, h being
-            calculated from the c before zoneout. Each None, a number between 0 and 1, or factors (T, B, P) or (T, B, H),
-            to which no gradient flows. Default: none.
+            calculated from the c before zoneout. Each None, a number between 0 and 1, or factors (T, B, P) or
+            (T, B, H), to which no gradient flows. Default: none.
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.

@@ -215,7 +215,7 @@ def layer(
 
     A state that is None is zero. Zoneout is None, a number, or blend factors.
     """
-    spec = CELLS[cell]
+    spec, given = CELLS[cell], input.dtype
     weight_hh, projection = weights[1], weights[4] if spec.projects else None
     if h_0 is None and weight_hh is not None:
         batch, hidden = input.shape[1] if input.dim() == 3 else 0, weight_hh.shape[0] // spec.gates
@@ -223,27 +223,49 @@ def layer(
         c_0 = weight_hh.new_zeros(batch, hidden) if spec.has_cell_state else None
     input, h_0, c_0, *weights = _common.autocast(input, h_0, c_0, *weights)  # type: ignore[assignment]
     _check(name, cell, input, h_0, c_0, weights)  # type: ignore[arg-type]
-    assert h_0 is not None
-    steps, batch = input.shape[:2]
     if lengths is not None:
-        _check_lengths(name, lengths, steps, batch)
-    zoned = zoneout_h is not None or zoneout_c is not None
+        _check_lengths(name, lengths, input.shape[0], input.shape[1])
+    found = _run(cell, input, h_0, c_0, weights, lengths, reverse, zoneout_h, zoneout_c)  # type: ignore[arg-type]
+    if spec.gates == 3 and input.dtype != given and input.device.type == "cpu":
+        # Autocast of a torch.nn.GRU on a CPU gives the state the dtype it had.
+        return found[0].to(given), found[1].to(given), None
+    return found
+
+
+def _run(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Weights,
+    lengths: Tensor | None,
+    reverse: bool,
+    zoneout_h: Zoneout,
+    zoneout_c: Zoneout,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``layer`` with arguments that fit together."""
+    spec = CELLS[cell]
+    steps, batch, inputs = input.shape
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
     recorded = _common.needs_grad(input, h_0, c_0, *weights)
     prefer = None
     if "torch" in spec.backends and input.device.type == "cpu":
-        problem = Problem(steps, batch, input.shape[2], hidden, input.dtype, lengths is not None, recorded)
+        problem = Problem(steps, batch, inputs, hidden, input.dtype, lengths is not None, recorded)
         prefer = "torch" if spec.torch_is_faster(problem) else None
-    backend = backends.choose(name, input, _supported(spec, projection is not None, zoned), prefer=prefer)
-    dtype, transformed = input.dtype, _common.transforms_active()
-    compute = _common.compute_dtype(dtype) if backend == "cpp" and not transformed else dtype
-    factors_h = _factors(name, "zoneout of h", zoneout_h, input, h_0.shape[1], compute)
-    factors_c = _factors(name, "zoneout of c", zoneout_c, input, hidden, compute) if spec.has_cell_state else None
-    if backend == "torch" and not transformed:
+    projected = spec.projects and weights[4] is not None
+    supported = _supported(spec, projected, zoneout_h is not None or zoneout_c is not None)
+    backend = backends.choose(cell, input, supported, prefer=prefer)
+    if _common.transforms_active():
+        backend = "reference"
+    if backend == "torch":
         return _torch.layer(cell, input, h_0, c_0, list(weights), lengths, reverse)
+    dtype = input.dtype
+    compute = _common.compute_dtype(dtype) if backend == "cpp" else dtype
+    factors_h = _factors(cell, "zoneout of h", zoneout_h, input, h_0.shape[1], compute)
+    factors_c = _factors(cell, "zoneout of c", zoneout_c, input, hidden, compute) if spec.has_cell_state else None
     if lengths is not None:
         lengths = lengths.to(input.device)
-    if backend == "reference" or transformed:
+    if backend == "reference":
         return reference.layer(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
     tensors = [input, h_0, c_0, *weights]
     if dtype != compute:

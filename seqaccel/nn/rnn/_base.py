@@ -1,0 +1,299 @@
+"""What every recurrent layer shares: layers, directions, packed sequences, dropout, streams."""
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from seqaccel.functional.rnn._cells import CELLS, CellSpec
+from seqaccel.functional.rnn._operator import layer as run_layer
+from seqaccel.nn.streaming import Streaming
+
+Hidden = Any  # h, or (h, c) where the cell has a state of its own
+
+
+def _probability(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Number) or isinstance(value, bool) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} should be a number in range [0, 1], got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+class Recurrent(Streaming, torch.nn.RNNBase):
+    """A stack of layers of one cell. A module names the cell, and torch's mode with as many gates.
+
+    The parameters are looked up by name at each call, so that parametrizations, weight tying and
+    ``torch.func.functional_call`` reach them.
+    """
+
+    # Of the class, for modules that ``seqaccel.convert`` made out of torch's.
+    zoneout: Any = 0.0
+    recurrent_dropout: float = 0.0
+    forget_bias: float | None = None
+
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        zoneout: Any = 0.0,
+        recurrent_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(zoneout, (tuple, list)) and self._spec.has_cell_state and len(zoneout) == 2:
+            self.zoneout = tuple(_probability("zoneout", value) for value in zoneout)
+        else:
+            self.zoneout = _probability("zoneout", zoneout)
+        self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
+        self.forget_bias = None if forget_bias is None else float(forget_bias)
+        super().__init__(mode, *args, **kwargs)
+        if self.proj_size and not self._spec.projects:
+            raise ValueError(f"{self._title}: proj_size is not supported")
+        if forget_bias is not None and not self.bias:
+            raise ValueError(f"{self._title}: forget_bias needs bias=True")
+        self._add_weights()
+
+    @property
+    def cell(self) -> str:
+        """The name of the cell (see ``seqaccel.functional.rnn``)."""
+        raise NotImplementedError
+
+    @property
+    def _spec(self) -> CellSpec:
+        return CELLS[self.cell]
+
+    @property
+    def _title(self) -> str:
+        return type(self).__name__
+
+    # ---- parameters ----
+
+    def _own_weights(self) -> list[str]:
+        """Names of the weights that torch's layers do not have."""
+        return [name for name in self._spec.extra if name != "weight_hr"]
+
+    def _add_weights(self) -> None:
+        names = self._own_weights()
+        if not names:
+            return
+        directions = 2 if self.bidirectional else 1
+        for index, layer_names in enumerate(self._all_weights):
+            first = getattr(self, layer_names[0])
+            sizes = {"G": first.shape[0], "I": first.shape[1], "H": self.hidden_size, "3": 3}
+            for name in names:
+                shape = [sizes[letter] for letter in self._spec.extra[name]]
+                full = f"{name}_l{index // directions}{'_reverse' if index % directions else ''}"
+                setattr(self, full, torch.nn.Parameter(torch.empty(shape, device=first.device, dtype=first.dtype)))
+                layer_names.append(full)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters from U(-1/√H, 1/√H); gains of layer norms are 1 and their biases 0."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.startswith("ln_"):
+                    parameter.fill_(0 if "bias" in name else 1)
+                elif self.forget_bias is not None and name.startswith("bias"):
+                    forget = slice(self.hidden_size, 2 * self.hidden_size)
+                    parameter[forget] = self.forget_bias if name.startswith("bias_ih") else 0
+
+    def _layer_weights(self, index: int) -> list[Tensor | None]:
+        """The weights of one layer and direction, in the cell's order."""
+        weights: list[Tensor | None] = [getattr(self, name) for name in self._all_weights[index]]
+        if not self.bias:
+            weights[2:2] = [None, None]
+        if self._spec.projects and not self.proj_size:
+            weights.insert(4, None)
+        if self.recurrent_dropout > 0 and self.training:
+            weights[1] = torch.nn.functional.dropout(weights[1], self.recurrent_dropout)  # type: ignore[arg-type]
+        return weights
+
+    # ---- forward ----
+
+    def _factors(self, input: Tensor) -> dict[str, Any]:
+        """Zoneout: masks for a training step, the expectation in eval."""
+        if not self.zoneout:
+            return {}
+        rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
+        if self.training:
+            steps, batch = input.shape[:2]
+            rates = tuple(
+                torch.empty(steps, batch, width, device=input.device, dtype=input.dtype).bernoulli_(rate)
+                if rate
+                else None
+                for rate, width in zip(rates, widths, strict=True)
+            )
+        names = ("zoneout_h", "zoneout_c")[: 2 if self._spec.has_cell_state else 1]
+        return dict(zip(names, rates, strict=False))
+
+    def _run(
+        self, input: Tensor, state: tuple[Tensor, ...] | None, lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers on input (T, B, I); a state is (h,) or (h, c), each (layers * directions, B, ·)."""
+        cell, has_cell_state = self.cell, self._spec.has_cell_state
+        directions = 2 if self.bidirectional else 1
+        last: list[list[Tensor]] = [[], []]
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                input = torch.nn.functional.dropout(input, self.dropout, self.training)
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                output, h, c = run_layer(
+                    cell,
+                    cell,
+                    input,
+                    None if state is None else state[0][index],
+                    None if state is None or not has_cell_state else state[1][index],
+                    self._layer_weights(index),
+                    lengths=lengths,
+                    reverse=direction == 1,
+                    **self._factors(input),
+                )
+                outputs.append(output)
+                last[0].append(h)
+                if c is not None:
+                    last[1].append(c)
+            input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        return input, tuple(part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part) for part in last if part)
+
+    def _hidden(self, state: tuple[Tensor, ...]) -> Hidden:
+        return state if self._spec.has_cell_state else state[0]
+
+    def _state(self, hx: Hidden | None) -> tuple[Tensor, ...] | None:
+        return hx if hx is None or self._spec.has_cell_state else (hx,)
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: Hidden, batch_sizes: Tensor | None) -> None:
+        if not self._spec.has_cell_state:
+            super().check_forward_args(input, hidden, batch_sizes)
+            return
+        self.check_input(input, batch_sizes)
+        self.check_hidden_size(
+            hidden[0], self.get_expected_hidden_size(input, batch_sizes), "Expected hidden[0] size {}, got {}"
+        )
+        self.check_hidden_size(
+            hidden[1], self.get_expected_cell_size(input, batch_sizes), "Expected hidden[1] size {}, got {}"
+        )
+
+    def permute_hidden(self, hx: Hidden, permutation: Tensor | None) -> Hidden:
+        if permutation is None:
+            return hx
+        if not self._spec.has_cell_state:
+            return hx.index_select(1, permutation)
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def _check_ranks(self, hx: Hidden, batched: bool) -> None:
+        expected, kind = (3, "batched") if batched else (2, "unbatched")
+        if self._spec.has_cell_state:
+            if hx[0].dim() != expected or hx[1].dim() != expected:
+                raise RuntimeError(
+                    f"For {kind} {expected}-D input, hx and cx should also be {expected}-D "
+                    f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+        elif hx.dim() != expected:
+            raise RuntimeError(
+                f"For {kind} {expected}-D input, hx should also be {expected}-D but got {hx.dim()}-D tensor"
+            )
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Hidden | None = None
+    ) -> tuple[Tensor | PackedSequence, Hidden]:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            tensor = "tensor " if self._title == "RNN" else ""
+            raise ValueError(f"{self._title}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        state = None
+        if hx is None:
+            self.check_input(input, None)
+        else:
+            self._check_ranks(hx, batched)
+            state = self._state(hx)
+            if not batched:
+                state = tuple(part.unsqueeze(1) for part in state)  # type: ignore[union-attr]
+            self.check_forward_args(input, self._hidden(state), None)  # type: ignore[arg-type]
+        if input.shape[1 - batch_dim] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        output, last = self._run(input.transpose(0, 1) if self.batch_first else input, state, None)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        if not batched:
+            return output.squeeze(batch_dim), self._hidden(tuple(part.squeeze(1) for part in last))
+        return output, self._hidden(last)
+
+    def _forward_packed(self, input: PackedSequence, hx: Hidden | None) -> tuple[PackedSequence, Hidden]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            self.check_input(data, batch_sizes)
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+            self.check_forward_args(data, hx, batch_sizes)
+        padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        output, last = self._run(padded, self._state(hx), lengths)
+        packed = pack_padded_sequence(output, lengths)
+        return (
+            PackedSequence(packed.data, batch_sizes, sorted_indices, unsorted_indices),
+            self.permute_hidden(self._hidden(last), unsorted_indices),
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.zoneout:
+            text += f", zoneout={self.zoneout}"
+        if self.recurrent_dropout:
+            text += f", recurrent_dropout={self.recurrent_dropout}"
+        if self.forget_bias is not None:
+            text += f", forget_bias={self.forget_bias}"
+        return text
+
+    # ---- streams ----
+
+    def _check_streams(self) -> None:
+        if self.bidirectional:
+            raise RuntimeError(
+                f"{self._title}: a bidirectional module cannot run on a stream: it needs the end of the sequence"
+            )
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
+        """``(h,)`` or, for a cell with a state of its own, ``(h, c)``, each (batch_size, num_layers, ·), zero."""
+        self._check_streams()
+        weight = getattr(self, self._all_weights[0][0])
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._spec.has_cell_state else 1]
+        return tuple(
+            torch.zeros(
+                batch_size, self.num_layers, width, device=device or weight.device, dtype=dtype or weight.dtype
+            )
+            for width in widths
+        )
+
+    def extend(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output for a chunk, laid out as in ``forward``, and the state after it; a chunk may have no step."""
+        self._check_streams()
+        if x.dim() != 3:
+            raise ValueError(f"{self._title}: expected a chunk to have 3 dimensions, but got {x.dim()}")
+        first = tuple(part.transpose(0, 1) for part in state)
+        self.check_forward_args(x, self._hidden(first), None)
+        output, last = self._run(x.transpose(0, 1) if self.batch_first else x, first, None)
+        state = tuple(part.transpose(0, 1).contiguous() for part in last)
+        return output.transpose(0, 1) if self.batch_first else output, state
+
+    def step(self, x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output (B, ·) for one step (B, input_size), and the state after it."""
+        if x_t.dim() != 2:
+            raise ValueError(f"{self._title}: expected one step (B, input_size), but got {x_t.dim()} dimensions")
+        time_dim = 1 if self.batch_first else 0
+        output, state = self.extend(x_t.unsqueeze(time_dim), state)
+        return output.squeeze(time_dim), state
