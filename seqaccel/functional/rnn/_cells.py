@@ -38,6 +38,7 @@ class CellSpec:
         zoneout: takes zoneout.
         backends: those it has.
         without_projection: those of them that do not project.
+        without_zoneout: those of them that take no zoneout.
         torch_is_faster: whether torch's operator, where it has this cell, was measured faster on a CPU: then ``auto``
             takes it.
     """
@@ -49,6 +50,7 @@ class CellSpec:
     zoneout: bool = True
     backends: tuple[str, ...] = ("reference",)
     without_projection: tuple[str, ...] = ()
+    without_zoneout: tuple[str, ...] = ("torch",)
     torch_is_faster: Callable[[Problem], bool] = _ours
 
     @property
@@ -75,6 +77,7 @@ CELLS: dict[str, CellSpec] = {
         _PROJECTION,
         backends=("reference", "cpp", "triton", "torch"),
         without_projection=("cpp", "triton"),
+        without_zoneout=("torch", "triton"),
     ),
     "gru": CellSpec(3, backends=("reference", "cpp", "torch")),
     "gru_reset_before": CellSpec(3),

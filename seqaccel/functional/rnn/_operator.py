@@ -183,7 +183,7 @@ def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, d
 
 
 def _supported(spec: CellSpec, projected: bool, zoneout: bool) -> tuple[str, ...]:
-    left_out = (spec.without_projection if projected else ()) + (("torch",) if zoneout else ())
+    left_out = (spec.without_projection if projected else ()) + (spec.without_zoneout if zoneout else ())
     return tuple(backend for backend in spec.backends if backend not in left_out)
 
 

@@ -273,9 +273,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         weight = getattr(self, self._all_weights[0][0])
         widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._spec.has_cell_state else 1]
         return tuple(
-            torch.zeros(
-                batch_size, self.num_layers, width, device=device or weight.device, dtype=dtype or weight.dtype
-            )
+            torch.zeros(batch_size, self.num_layers, width, device=device or weight.device, dtype=dtype or weight.dtype)
             for width in widths
         )
 

@@ -32,19 +32,18 @@ class _Cell(torch.nn.RNNCellBase):
             hx = None if hx is None else tuple(part.unsqueeze(0) for part in hx)
         self._check(input, hx or ())
         h_0, c_0 = (*(hx or ()), None, None)[:2]
-        weights: list[Tensor | None] = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]  # type: ignore[list-item]
+        weights: list[Tensor | None] = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         if cell == "lstm":
             weights.append(None)
-        _, *state = run_layer(cell, cell, input.unsqueeze(0), h_0, c_0, weights)
-        if cell == "lstm" and input.device.type == "cpu":
-            state = [part.to(input.dtype) for part in state]  # as autocast has it for torch.nn.LSTMCell
-        return tuple(part if batched else part.squeeze(0) for part in state if part is not None)
+        _, h, c = run_layer(cell, cell, input.unsqueeze(0), h_0, c_0, weights)
+        state: tuple[Tensor, ...] = (h,) if c is None else (h, c)
+        if c is not None and input.device.type == "cpu":
+            state = tuple(part.to(input.dtype) for part in state)  # as autocast has it for torch.nn.LSTMCell
+        return state if batched else tuple(part.squeeze(0) for part in state)
 
     def _check(self, input: Tensor, state: tuple[Tensor, ...]) -> None:
         if input.shape[1] != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}"
-            )
+            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
         for label, part in enumerate(state):
             if input.shape[0] != part.shape[0]:
                 raise RuntimeError(

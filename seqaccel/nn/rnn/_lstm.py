@@ -32,8 +32,8 @@ class LSTM(Recurrent):
             expectation is taken. A pair: of h, and of c. h is calculated from the fresh c. Default: 0.
         recurrent_dropout: probability of zeroing an element of ``weight_hh``, in training, for the whole sequence; the
             others are scaled by 1 / (1 - p). One mask a forward, layer and direction. Default: 0.
-        forget_bias: at initialisation the forget gate's slice of ``bias_ih`` is this, and that of ``bias_hh`` 0. Default:
-            ``None``, torch's initialisation.
+        forget_bias: at initialisation the forget gate's slice of ``bias_ih`` is this, and that of ``bias_hh`` 0.
+            Default: ``None``, torch's initialisation.
 
     Shapes, with D directions and L layers:
         - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
@@ -59,7 +59,7 @@ class LSTM(Recurrent):
         torch.Size([3, 20])
     """
 
-    cell = "lstm"  # type: ignore[assignment]
+    cell = "lstm"
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class PeepholeLSTM(LSTM):
         (torch.Size([5, 3, 40]), torch.Size([3, 20]))
     """
 
-    cell = "peephole_lstm"  # type: ignore[assignment]
+    cell = "peephole_lstm"
 
 
 class LayerNormLSTM(LSTM):
@@ -193,4 +193,4 @@ class MultiplicativeLSTM(LSTM):
         torch.Size([5, 3, 20])
     """
 
-    cell = "multiplicative_lstm"  # type: ignore[assignment]
+    cell = "multiplicative_lstm"
