@@ -4,6 +4,14 @@ from typing import Any
 
 from seqaccel.nn.rnn._base import Recurrent
 
+_NO_FORGET_GATE = "a GRU has no forget gate"
+
+
+def _refuse(title: str, kwargs: dict[str, Any], **reasons: str) -> None:
+    for name, reason in reasons.items():
+        if name in kwargs:
+            raise TypeError(f"{title}: {name} is not supported: {reason}")
+
 
 def _no_projection(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
@@ -62,8 +70,7 @@ class RNN(Recurrent):
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        if "zoneout" in kwargs or "forget_bias" in kwargs:
-            raise TypeError("RNN: zoneout and forget_bias are not supported for a plain RNN")
+        _refuse("RNN", kwargs, zoneout="a plain RNN has no gates", forget_bias="a plain RNN has no gates")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, recurrent_dropout=recurrent_dropout, **kwargs)
 
     @property
@@ -131,8 +138,7 @@ class GRU(Recurrent):
         **kwargs: Any,
     ) -> None:
         _no_projection(kwargs)
-        if "forget_bias" in kwargs:
-            raise TypeError(f"{type(self).__name__}: forget_bias is not supported: a GRU has no forget gate")
+        _refuse("GRU", kwargs, forget_bias=_NO_FORGET_GATE)
         self.reset_after = reset_after
         super().__init__("GRU", *args, zoneout=zoneout, recurrent_dropout=recurrent_dropout, **kwargs)
 
@@ -144,7 +150,7 @@ class GRU(Recurrent):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-class LayerNormGRU(GRU):
+class LayerNormGRU(Recurrent):
     r"""Multi-layer gated recurrent unit with layer norm inside the recurrence.
 
     .. math::
@@ -168,9 +174,10 @@ class LayerNormGRU(GRU):
     """
 
     def __init__(self, *args: Any, zoneout: float = 0.0, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
-        if "reset_after" in kwargs:
-            raise TypeError("LayerNormGRU: reset_after is not supported: its reset gate comes after the product")
-        super().__init__(*args, zoneout=zoneout, recurrent_dropout=recurrent_dropout, **kwargs)
+        _refuse(
+            "LayerNormGRU", kwargs, reset_after="its reset gate comes after the product", forget_bias=_NO_FORGET_GATE
+        )
+        super().__init__("GRU", *args, zoneout=zoneout, recurrent_dropout=recurrent_dropout, **kwargs)
 
     @property
     def cell(self) -> str:

@@ -5,7 +5,45 @@ from typing import Any
 from seqaccel.nn.rnn._base import Recurrent
 
 
-class LSTM(Recurrent):
+class _WithCellState(Recurrent):
+    """What the layers of this file share: torch.nn.LSTM's constructor."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        forget_bias: float | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            forget_bias=forget_bias,
+        )
+
+
+class LSTM(_WithCellState):
     r"""Multi-layer long short-term memory: torch.nn.LSTM on our kernels.
 
     .. math::
@@ -61,42 +99,8 @@ class LSTM(Recurrent):
 
     cell = "lstm"
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        zoneout: float | tuple[float, float] = 0.0,
-        recurrent_dropout: float = 0.0,
-        forget_bias: float | None = None,
-    ) -> None:
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-            zoneout=zoneout,
-            recurrent_dropout=recurrent_dropout,
-            forget_bias=forget_bias,
-        )
 
-
-class PeepholeLSTM(LSTM):
+class PeepholeLSTM(_WithCellState):
     r"""Multi-layer long short-term memory whose gates see the cell.
 
     .. math::
@@ -122,7 +126,7 @@ class PeepholeLSTM(LSTM):
     cell = "peephole_lstm"
 
 
-class LayerNormLSTM(LSTM):
+class LayerNormLSTM(_WithCellState):
     r"""Multi-layer long short-term memory with layer norm inside the recurrence.
 
     .. math::
@@ -160,14 +164,14 @@ class LayerNormLSTM(LSTM):
         super().__init__(*args, **kwargs)
 
     @property
-    def cell(self) -> str:  # type: ignore[override]
+    def cell(self) -> str:
         return "layer_norm_lstm_normalized_cell" if self.normalize_cell else "layer_norm_lstm"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", normalize_cell=True" if self.normalize_cell else "")
 
 
-class MultiplicativeLSTM(LSTM):
+class MultiplicativeLSTM(_WithCellState):
     r"""Multi-layer multiplicative long short-term memory.
 
     .. math::
