@@ -9,7 +9,7 @@
 namespace seqaccel {
 namespace {
 
-constexpr int64_t kFusedRows = 12;                       // of a thread
+constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence calculates the input's part itself
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
 
 bool run(const RnnCellEntry& cell, const RnnForward<float>& pass) { return cell.forward_float(pass); }
@@ -124,10 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
   result.h_n = new_empty(input, {B, P});
   result.c_n = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
 
-  // Rows enough for each thread to run at the machine's peak: a product over all steps would only write and read its
-  // result once more.
-  const bool fused =
-      T >= 4 && layer.inputs > 0 && layer.packed_rows >= kFusedRows * int64_t(torch::stable::get_num_threads()) * T;
+  const bool fused = layer.inputs > 0 && layer.packed_rows > kFusedRows;
   Projection projection{{}, layer.gate_rows(), T, false};
   if (!fused && layer.cell->saved == 0 && P == layer.gate_rows() && !layer.ragged()) {
     projection.values = as_rows(result.output);

@@ -145,7 +145,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
   typedef ColumnProduct<T> Product;
   const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps, K = G * H;
   const ptrdiff_t blocks = Product::blocks(H);
-  const bool direct = B <= kDirectRows || steps * B <= 64;
+  const bool direct = steps * B <= kDirectRows;
   const ptrdiff_t weights = K * H;
   const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
   const int threads = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks).threads();

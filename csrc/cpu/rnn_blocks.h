@@ -11,7 +11,6 @@ namespace seqaccel {
 namespace SEQACCEL_ISA {
 
 constexpr ptrdiff_t kChunk = 48;  // rows between a product and its update: 12 KB of L1
-constexpr ptrdiff_t kDirectRows = 4;
 
 template <typename T>
 struct Functions {
@@ -97,6 +96,50 @@ struct UnitProduct {
       for (int v = 0; v < U && first + v * L < N; ++v) {
         dot_product<T, 1>(rows, a, a_row, weight + (first + v * L) * K, 0, K, int(min_of(L, N - first - v * L)), sums);
         for (ptrdiff_t i = 0; i < rows; ++i) store(y + (i * U + v) * L, load(sums + i * L));
+      }
+    }
+  }
+};
+
+// The input's part of the pre-activations of a thread's blocks, some steps ahead: W_ih x needs no state, so that rows
+// of several steps make products that run at the machine's peak where those of one step would not.
+template <typename T, int G>
+struct InputAhead {
+  typedef UnitProduct<T, G> Product;
+  const Product& product;
+  const T* input;  // packed [., I]
+  const RnnRows& rows;
+  const RowShare& share;
+  T* values;          // [blocks of the thread, held, V, L]
+  ptrdiff_t steps;    // at a time; 1: nothing is held
+  ptrdiff_t held;     // rows
+  ptrdiff_t low = 0;  // the first time held
+
+  static ptrdiff_t steps_ahead(ptrdiff_t share_rows) {
+    return share_rows == 0 ? 1 : max_of(1, kAheadRows / share_rows);
+  }
+  static ptrdiff_t capacity(ptrdiff_t share_rows) { return max_of(kAheadRows, share_rows); }
+
+  // Where the rows of all times lie one behind the other in memory.
+  bool dense() const { return share.first == 0 && share.step == 1 && share.size == rows.batch; }
+  ptrdiff_t offset(ptrdiff_t t) const {
+    return dense() ? rows.packed(t, 0) - rows.packed(low, 0) : (t - low) * share.size;
+  }
+  T* at(ptrdiff_t block, ptrdiff_t t) const { return values + (block * held + offset(t)) * Product::V * Lanes<T>; }
+
+  // Times [t0, t1), for the blocks [u0, u1).
+  void fill(ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t u0, ptrdiff_t u1) {
+    const ptrdiff_t K = product.K;
+    low = t0;
+    for (ptrdiff_t u = u0; u < u1; ++u) {
+      if (dense()) {
+        const ptrdiff_t count = rows.packed(t1 - 1, 0) + rows.count(t1 - 1) - rows.packed(t0, 0);
+        product(count, input + rows.packed(t0, 0) * K, K, u, at(u - u0, t0));
+        continue;
+      }
+      for (ptrdiff_t t = t0; t < t1; ++t) {
+        const ptrdiff_t count = share.among(rows.count(t));
+        if (count > 0) product(count, input + rows.packed(t, share.first) * K, share.step * K, u, at(u - u0, t));
       }
     }
   }

@@ -3,15 +3,15 @@
 // A step, for a block of L = Lanes<T> hidden units (4 L with one gate):
 //   pre [rows, G, L] = h' [rows, P] * panel [P, G, L]     all gates of the block's units lie side by side
 //   saved, c, h = Cell::forward(pre + x[t] + bias, ...)   right behind the product, from L1
-// Panels of W_hh are packed once a call; with enough rows a thread, W_ih's stand before them in one panel of K = I + P,
-// and the input's part of the pre-activations never leaves L1. Up to kDirectRows rows the product is bound by reading
-// W_hh, and dot products along its own rows do as well; nothing is packed.
+// Panels of W_hh and W_ih are packed once a call. The input's part is calculated some steps ahead (InputAhead), or with
+// rows enough beside the recurrent part, and never leaves L1. Up to kDirectRows rows in all a product is bound by
+// reading W_hh, and dot products along its own rows do as well; nothing is packed.
 //
-// Threads. The batch is split first: its parts never wait for each other. Where there are too few rows to hide the
-// reading of W_hh from L3 (kRowsPerThread), units are split too, and the threads of a part meet once a step at a
-// barrier that yields after a bounded spin. On odd steps the blocks run backwards, so that those read last, still in
-// L2, come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two Zen 4 cores with
-// 1 MB of L2 each.
+// Threads share the units, each its half of the weights in its own L2, and meet once a step at a barrier that yields
+// after a bounded spin; the batch is split only where the weights are small or rows are many (kRowsPerThread), and its
+// parts never wait for each other. On odd steps the blocks run backwards, so that those read last, still in L2, come
+// first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two Zen 4 cores with 1 MB of L2
+// each.
 #pragma once
 
 #include "rnn_blocks.h"
@@ -97,14 +97,16 @@ template <class Cell, typename T>
 bool rnn_forward(const RnnForward<T>& p) {
   constexpr int G = Cell::kGates, L = Lanes<T>;
   typedef UnitProduct<T, G> Product;
+  typedef InputAhead<T, G> Ahead;
   const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps;
   const ptrdiff_t blocks = Product::blocks(H);
-  const bool direct = H >= L && p.input == nullptr && (B <= kDirectRows || steps * B <= 64);
+  const bool direct = H >= L && p.input == nullptr && steps * B <= kDirectRows;
   const ptrdiff_t weights = G * H * H;
   const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
   const ptrdiff_t inputs = p.input ? p.inputs : 0;
   const ptrdiff_t panel_size = Product::panel_values(inputs + H);
-  const int threads = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks).threads();
+  const Split planned = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks);
+  const int threads = planned.threads();
 
   ForwardState<T> state;
   state.stride = state.h_stride = (panel_count(H, L) + 1) * L;
@@ -112,6 +114,9 @@ bool rnn_forward(const RnnForward<T>& p) {
   const size_t panels_at = workspace.reserve<T>(direct ? 0 : blocks * panel_size);
   const size_t state_at = workspace.reserve<T>((3 * B + kPre<Cell> + Cell::kWeights) * state.stride);
   const size_t barriers_at = workspace.reserve<Barrier>(threads);
+  const ptrdiff_t ahead_size = blocks * Ahead::capacity(B) * Product::V * L;
+  const bool runs_ahead = p.input && Ahead::steps_ahead(B / planned.parts) > 1;
+  const size_t ahead_at = workspace.reserve<T>(runs_ahead ? threads * ahead_size : 0);
   if (!workspace.allocate()) return false;
   T* const panels = workspace.at<T>(panels_at);
   Barrier* const barriers = workspace.at<Barrier>(barriers_at);
@@ -151,20 +156,35 @@ bool rnn_forward(const RnnForward<T>& p) {
     if (!share.idle) {
       alignas(64) T pre[kChunk * Product::V * L];
       alignas(64) T x_pre[Cell::kApart ? kChunk * Product::V * L : 1];
+      Ahead ahead{input,
+                  p.input,
+                  p.rows,
+                  rows,
+                  workspace.at<T>(ahead_at) + thread * ahead_size,
+                  runs_ahead ? Ahead::steps_ahead(rows.size) : 1,
+                  Ahead::capacity(B)};
       for (ptrdiff_t s = 0; s < steps; ++s) {
         const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
         const T* const h_prev = state.h[s & 1];
+        if (ahead.steps > 1 && s % ahead.steps == 0) {
+          const ptrdiff_t count = min_of(ahead.steps, steps - s), low = p.reverse ? t - count + 1 : t;
+          ahead.fill(low, low + count, share.u0, share.u1);
+        }
         const ptrdiff_t running = p.rows.running ? rows.among(p.rows.running[t]) : rows.size;
         for (ptrdiff_t j = share.u0; j < share.u1; ++j) {
           const ptrdiff_t u = s & 1 ? share.u0 + share.u1 - 1 - j : j;
           for (ptrdiff_t i = 0; i < running; i += kChunk) {
             const ptrdiff_t count = min_of(kChunk, running - i), b = rows.at(i);
-            if (p.input) {
-              input(count, p.input + p.rows.packed(t, b) * inputs, rows.step * inputs, u, Cell::kApart ? x_pre : pre);
+            T* x_sum = Cell::kApart ? x_pre : pre;
+            if (ahead.steps > 1) {
+              x_sum = ahead.at(u - share.u0, t) + i * Product::V * L;
+            } else if (p.input) {
+              input(count, p.input + p.rows.packed(t, b) * inputs, rows.step * inputs, u, x_sum);
             }
-            recurrent(count, h_prev + b * state.h_stride, rows.step * state.h_stride, u, pre, p.input && !Cell::kApart);
+            T* const sum = Cell::kApart ? pre : x_sum;
+            recurrent(count, h_prev + b * state.h_stride, rows.step * state.h_stride, u, sum, p.input && !Cell::kApart);
             for (int v = 0; v < Product::U && (u * Product::U + v) * L < H; ++v) {
-              forward_update<Cell, T>(p, state, rows, s, t, i, i + count, (u * Product::U + v) * L, pre + v * L, x_pre,
+              forward_update<Cell, T>(p, state, rows, s, t, i, i + count, (u * Product::U + v) * L, sum + v * L, x_sum,
                                       Product::V * L);
             }
           }

@@ -9,6 +9,8 @@ namespace seqaccel {
 namespace SEQACCEL_ISA {
 
 constexpr ptrdiff_t kRowsPerThread = 48;
+constexpr ptrdiff_t kDirectRows = 64;  // in all: up to here packing a weight costs more than its products gain
+constexpr ptrdiff_t kAheadRows = 48;   // of the input's part of the pre-activations, calculated at a time
 
 struct Barrier {
   alignas(64) int arrived;
