@@ -4,10 +4,10 @@ import warnings
 
 from seqaccel import _extension, functional, nn
 from seqaccel.backends import backend
-from seqaccel.convert import convert
+from seqaccel.convert import convert, from_haste, from_mlstm
 from seqaccel.session import Session
 
-__all__ = ["Session", "backend", "convert", "functional", "nn"]
+__all__ = ["Session", "backend", "convert", "from_haste", "from_mlstm", "functional", "nn"]
 __version__ = "0.1.0"
 
 if _extension.cpp_error is not None:
