@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 import seqaccel
+from seqaccel import backends
 from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import CELLS
 
 ISAS = ["portable", "avx2", "avx512"]
-#: A cell, and whether with a projection: every kind of layer there is.
-KINDS = [(cell, False) for cell in CELLS] + [(cell, True) for cell, spec in CELLS.items() if spec.projects]
-IDS = [cell + ("_projected" if projected else "") for cell, projected in KINDS]
 # T, B, I, H: one row and one step, ragged units, whole vectors, rows beyond a tile and beyond a chunk.
 SHAPES = [
     (1, 1, 4, 3),
@@ -26,8 +25,34 @@ SHAPES = [
 ]
 
 
-def projected_size(H: int) -> int:
-    return max(1, 2 * H // 3)
+def kinds(backend: str) -> list[tuple[str, bool]]:
+    """Every cell that a backend runs, without and with a projection."""
+    found = []
+    for cell, spec in CELLS.items():
+        if backend in spec.backends:
+            found.append((cell, False))
+            if spec.projects and backend not in spec.without_projection:
+                found.append((cell, True))
+    return found
+
+
+def each_kind(backend: str):
+    """Parametrizes a test with ``cell`` and ``projected``."""
+    found = kinds(backend)
+    names = [cell + "_projected" * projected for cell, projected in found]
+    return pytest.mark.parametrize("cell, projected", found, ids=names)
+
+
+def each_cell(backend: str):
+    return pytest.mark.parametrize("cell", [cell for cell, projected in kinds(backend) if not projected])
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa().partition("_")[0]):
+        pytest.skip(f"this processor has no {request.param}")
+    with backends.isa(request.param):
+        yield request.param
 
 
 def names(cell: str, projected: bool = False) -> list[str]:
@@ -40,39 +65,50 @@ def names(cell: str, projected: bool = False) -> list[str]:
 def problem(cell, T, B, I, H, *, projected=False, dtype=torch.float64, requires_grad=True) -> dict[str, Tensor]:
     """input, h_0, c_0 and the weights of a layer, by name, in the range a trained layer has."""
     spec, k = CELLS[cell], H**-0.5
-    sizes = {"I": I, "G": spec.gates * H, "H": H, "P": projected_size(H) if projected else H, "3": 3}
-    tensors = {"input": torch.randn(T, B, I), "h_0": torch.randn(B, sizes["P"]).tanh()}
+    P = max(1, 2 * H // 3) if projected else H
+    sizes = {"I": I, "G": spec.gates * H, "H": H, "P": P, "3": 3}
+    tensors = {"input": torch.randn(T, B, I), "h_0": torch.randn(B, P).tanh()}
     if spec.has_cell_state:
         tensors["c_0"] = torch.randn(B, H)
-    for name, shape in spec.weights.items():
-        if name in names(cell, projected):
-            tensors[name] = torch.empty([sizes[letter] for letter in shape]).uniform_(-k, k)
-            if name.startswith("ln_") and name.endswith("weight"):
-                tensors[name] = 1 + 0.3 * torch.randn(sizes[shape])
+    for name in names(cell, projected)[2 + spec.has_cell_state :]:
+        shape = [sizes[letter] for letter in spec.weights[name]]
+        tensors[name] = torch.empty(shape).uniform_(-k, k)
+        if name.startswith("ln_") and name.endswith("weight"):
+            tensors[name] = 1 + 0.3 * torch.randn(shape)
     return {name: tensor.to(dtype).requires_grad_(requires_grad) for name, tensor in tensors.items()}
+
+
+def weights_of(cell, tensors) -> list[Tensor | None]:
+    return [tensors.get(name) for name in CELLS[cell].weights]
 
 
 def call(cell, tensors, backend, **options) -> list[Tensor]:
     """output, h_n and, where there is one, c_n; ``tensors`` by name, those missing being None."""
-    weights = [tensors.get(name) for name in CELLS[cell].weights]
     with seqaccel.backend(backend):
-        found = _operator.layer(cell, cell, tensors["input"], tensors["h_0"], tensors.get("c_0"), weights, **options)
+        found = _operator.layer(
+            cell, cell, tensors["input"], tensors["h_0"], tensors.get("c_0"), weights_of(cell, tensors), **options
+        )
     return [t for t in found if t is not None]
 
 
-def results(cell, tensors, backend, grads=None, **options) -> dict[str, Tensor]:
-    """Outputs, and the gradient of each tensor, by name; ``grads`` of the outputs are random by default."""
+def results(cell, tensors, backend, grads, **options) -> dict[str, Tensor]:
+    """Outputs, and the gradient of each tensor from those of the outputs, by name."""
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     outputs = call(cell, tensors, backend, **options)
     found = dict(zip(("output", "h_n", "c_n"), outputs, strict=False))
-    gradients = torch.autograd.grad(
-        outputs, list(tensors.values()), [g.to(outputs[0].dtype) for g in grads], allow_unused=True
-    )
+    grads = [g.to(outputs[0].dtype) for g in grads]
+    gradients = torch.autograd.grad(outputs, list(tensors.values()), grads)
     return found | {f"grad of {name}": g for name, g in zip(tensors, gradients, strict=True)}
 
 
+def random_grads(cell, tensors, **options) -> list[Tensor]:
+    """Gradients of the outputs."""
+    with torch.no_grad():
+        return [torch.randn_like(t) for t in call(cell, tensors, "reference", **options)]
+
+
 def some_lengths(T, B):
-    return torch.randint(1, T + 1, (B,)) if B > 1 else torch.tensor([max(1, T - 1)])
+    return torch.randint(1, T + 1, (B,)) if B != 1 else torch.tensor([max(1, T - 1)])
 
 
 def zoneout_masks(cell, tensors, p=0.3):
@@ -82,3 +118,16 @@ def zoneout_masks(cell, tensors, p=0.3):
     if CELLS[cell].has_cell_state:
         masks["zoneout_c"] = torch.empty(T, B, tensors["c_0"].shape[1]).bernoulli_(p)
     return masks
+
+
+def variant(number, cell, tensors, backends) -> dict:
+    """One of four ways to call a layer: as it is; reversed, lengths; reversed, zoned out; lengths, expected zoneout."""
+    T, B = tensors["input"].shape[:2]
+    spec = CELLS[cell]
+    zoned = spec.zoneout and not set(backends) & set(spec.without_zoneout)
+    options = {"reverse": number in (1, 2), "lengths": some_lengths(T, B) if number % 2 else None}
+    if zoned and number == 2:
+        options |= zoneout_masks(cell, tensors)
+    elif zoned and number == 3:
+        options |= {"zoneout_h": 0.1} | ({"zoneout_c": 0.2} if spec.has_cell_state else {})
+    return options

@@ -173,7 +173,7 @@ def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, d
     if not isinstance(zoneout, Tensor):
         if not 0 <= zoneout <= 1:
             raise ValueError(f"{name}: expected {key} to be between 0 and 1, but got {zoneout}")
-        return None if zoneout == 0 else torch.full((1,), float(zoneout), dtype=dtype, device=input.device)
+        return torch.full((1,), float(zoneout), dtype=dtype, device=input.device)
     shape = (input.shape[0], input.shape[1], width)
     if zoneout.numel() == 1:
         zoneout = zoneout.reshape(1)
@@ -225,6 +225,7 @@ def layer(
     _check(name, cell, input, h_0, c_0, weights)  # type: ignore[arg-type]
     if lengths is not None:
         _check_lengths(name, lengths, input.shape[0], input.shape[1])
+    zoneout_h, zoneout_c = (None if not isinstance(z, Tensor) and z == 0 else z for z in (zoneout_h, zoneout_c))
     found = _run(cell, input, h_0, c_0, weights, lengths, reverse, zoneout_h, zoneout_c)  # type: ignore[arg-type]
     if spec.gates == 3 and input.dtype != given and input.device.type == "cpu":
         # Autocast of a torch.nn.GRU on a CPU gives the state the dtype it had.
@@ -253,7 +254,7 @@ def _run(
         problem = Problem(steps, batch, inputs, hidden, input.dtype, lengths is not None, recorded)
         prefer = "torch" if spec.torch_is_faster(problem) else None
     projected = spec.projects and weights[4] is not None
-    supported = _supported(spec, projected, zoneout_h is not None or zoneout_c is not None)
+    supported = _supported(spec, projected, any(z is not None for z in (zoneout_h, zoneout_c)))
     backend = backends.choose(cell, input, supported, prefer=prefer)
     if _common.transforms_active():
         backend = "reference"

@@ -26,7 +26,7 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Arguments and results as those of ``seqaccel.reference.rnn.layer``."""
     steps, batch = input.shape[:2]
-    if steps == 0 or batch == 0:
+    if steps == 0 or (batch == 0 and lengths is not None):
         return h_0.new_zeros(steps, *h_0.shape), h_0.clone(), None if c_0 is None else c_0.clone()
     weight_ih, weight_hh, *biases = weights[:4]
     has_biases = any(bias is not None for bias in biases)

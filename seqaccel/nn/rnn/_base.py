@@ -106,8 +106,6 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             weights[2:2] = [None, None]
         if self._spec.projects and not self.proj_size:
             weights.insert(4, None)
-        if self.recurrent_dropout > 0 and self.training:
-            weights[1] = torch.nn.functional.dropout(weights[1], self.recurrent_dropout)  # type: ignore[arg-type]
         return weights
 
     # ---- forward ----
@@ -142,13 +140,16 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
+                weights = self._layer_weights(index)
+                if self.recurrent_dropout > 0 and self.training:
+                    weights[1] = torch.nn.functional.dropout(weights[1], self.recurrent_dropout)  # type: ignore[arg-type]
                 output, h, c = run_layer(
                     cell,
                     cell,
                     input,
                     None if state is None else state[0][index],
                     None if state is None or not has_cell_state else state[1][index],
-                    self._layer_weights(index),
+                    weights,
                     lengths=lengths,
                     reverse=direction == 1,
                     **self._factors(input),

@@ -1,0 +1,303 @@
+"""The operators of the recurrent layers: autograd, schemas, bad input, determinism, threads, messages."""
+
+import pytest
+import torch
+from rnn_cases import call, each_kind, kinds, problem, random_grads, results, variant, weights_of
+
+import seqaccel
+from seqaccel import backends
+from seqaccel.functional import gru, lstm, rnn
+from seqaccel.functional.rnn._cells import CELLS, saved_shapes
+
+EVERY = [(backend, cell, projected) for backend in ("reference", "cpp") for cell, projected in kinds(backend)]
+
+
+every_kind = pytest.mark.parametrize("backend, cell, projected", EVERY)
+
+
+# ---- autograd ----
+
+
+def function(cell, tensors, backend, options):
+    """``call`` as a function of the tensors, one after the other."""
+    return lambda *values: tuple(call(cell, dict(zip(tensors, values, strict=True)), backend, **options))
+
+
+@every_kind
+def test_gradcheck(backend, cell, projected):
+    tensors = problem(cell, 3, 2, 2, 3, projected=projected)
+    for number in (0, 1, 2):
+        options = variant(number, cell, tensors, [backend])
+        torch.autograd.gradcheck(function(cell, tensors, backend, options), list(tensors.values()))
+
+
+@every_kind
+def test_gradgradcheck(backend, cell, projected):
+    tensors = problem(cell, 2, 2, 1, 2, projected=projected)
+    options = variant(3, cell, tensors, [backend])
+    torch.autograd.gradgradcheck(function(cell, tensors, backend, options), list(tensors.values()))
+
+
+@each_kind("cpp")
+def test_gradients_only_where_they_are_needed(cell, projected):
+    tensors = problem(cell, 4, 3, 2, 5, projected=projected)
+    expected = torch.autograd.grad(call(cell, tensors, "reference")[1].sum(), list(tensors.values()))
+    for wanted, gradient in zip(tensors, expected, strict=True):
+        alone = {name: t.detach().requires_grad_(name == wanted) for name, t in tensors.items()}
+        found = torch.autograd.grad(call(cell, alone, "cpp")[1].sum(), alone[wanted])[0]
+        torch.testing.assert_close(found, gradient)
+
+
+# ---- the operators ----
+
+
+def operator_arguments(cell, projected=False, **options):
+    """What rnn_forward takes, but for ``save``."""
+    tensors = problem(cell, 4, 3, 2, 5, projected=projected, dtype=torch.float32, requires_grad=False)
+    lengths = options.get("lengths")
+    factors = (options.get("zoneout_h"), options.get("zoneout_c"))
+    states = (tensors["h_0"], tensors.get("c_0"))
+    weights, reverse = weights_of(cell, tensors), options.get("reverse", False)
+    return [cell, tensors["input"], *states, weights, lengths, *factors, reverse]
+
+
+def forward_and_backward(forward, backward, arguments, grads=None, needs=True):
+    """All tensors that the two operators give; ``grads`` of the outputs are the outputs by default."""
+    cell, *inputs, reverse = arguments
+    output, h_n, c_n, saved = forward(*arguments, True)
+    if grads is None:
+        grads = (output, h_n, c_n if CELLS[cell].has_cell_state else None)
+    found = backward(cell, *grads, *inputs, output, saved, reverse, [needs] * (1 + len(inputs[3])))
+    return [output, h_n, c_n, *saved, *found[:3], *found[3]]
+
+
+def check_operators(forward, backward, cell, projected):
+    tensors = problem(cell, 4, 3, 2, 5, projected=projected, dtype=torch.float32, requires_grad=False)
+    for number in range(3):
+        arguments = operator_arguments(cell, projected, **variant(number, cell, tensors, ["cpp"]))
+        for save in (False, True):
+            torch.library.opcheck(forward, (*arguments, save))
+        output, h_n, c_n, saved = forward(*arguments, True)
+        c_n = c_n if CELLS[cell].has_cell_state else None
+        for needs, grads in ((True, (output, h_n, c_n)), (False, (None, None, c_n))):
+            cell_, *inputs, reverse = arguments
+            tail = (output, saved, reverse, [needs] * (1 + len(inputs[3])))
+            torch.library.opcheck(backward, (cell_, *grads, *inputs, *tail))
+
+
+@each_kind("cpp")
+def test_opcheck(cell, projected):
+    operators = torch.ops.seqaccel.rnn_forward.default, torch.ops.seqaccel.rnn_backward.default
+    check_operators(*operators, cell, projected)
+
+
+@each_kind("cpp")
+def test_saved_shapes(cell, projected):
+    arguments = operator_arguments(cell, projected)
+    P = arguments[2].shape[1]
+    saved = torch.ops.seqaccel.rnn_forward(*arguments, True)[3]
+    assert [tuple(t.shape) for t in saved] == saved_shapes(cell, 4, 3, 2, 5, P)
+
+
+@each_kind("triton")
+def test_opcheck_triton(cell, projected):
+    if torch.cuda.is_available():
+        pytest.skip("runs the kernels in Triton's interpreter")
+    from seqaccel.kernels import rnn as kernels
+
+    if not hasattr(kernels, "rnn_forward"):
+        pytest.skip("the operators are those of the LSTM")
+    check_operators(kernels.rnn_forward._opoverload, kernels.rnn_backward._opoverload, cell, projected)
+
+
+@each_kind("cpp")
+def test_operators_refuse_what_does_not_fit(cell, projected):
+    """Whatever the shape, dtype or number of an argument: an error, and no access out of bounds."""
+    forward, backward = torch.ops.seqaccel.rnn_forward, torch.ops.seqaccel.rnn_backward
+    good = operator_arguments(cell, projected)
+
+    def wrong(t):
+        return (t[..., :-1], t[:0], t.unsqueeze(0), t.double())
+
+    expected = r"seqaccel: expected|the dtype"
+    for i in (2, 3):
+        for bad in wrong(good[i]) if good[i] is not None else (good[2],):
+            with pytest.raises(RuntimeError, match=expected):
+                forward(*good[:i], bad, *good[i + 1 :], True)
+    for bad in (good[1][:, :-1], good[1][..., :-1], good[1].unsqueeze(0), good[1].double()):
+        with pytest.raises(RuntimeError, match=expected):
+            forward(cell, bad, *good[2:], True)
+    weights = good[4]
+    for i, weight in enumerate(weights):
+        for bad in wrong(weight) if weight is not None else ():
+            if i == 4 and CELLS[cell].projects and bad.dim() == 2 and bad.dtype == torch.float32:
+                continue
+            with pytest.raises(RuntimeError, match=expected):
+                forward(*good[:4], [*weights[:i], bad, *weights[i + 1 :]], *good[5:], True)
+    for bad in (weights[:3], [*weights, weights[0]], [None, *weights[1:]]):
+        with pytest.raises(RuntimeError, match=expected):
+            forward(*good[:4], bad, *good[5:], True)
+    with pytest.raises(RuntimeError, match="there is no recurrent cell 'elman'"):
+        forward("elman", *good[1:], True)
+    for bad in (torch.tensor([1, 2]), torch.tensor([1, 2, 3], dtype=torch.int32)):
+        with pytest.raises(RuntimeError, match="expected lengths to have"):
+            forward(*good[:5], bad, *good[6:], True)
+    for i in (6, 7):
+        for bad in (torch.zeros(4, 3, 4), torch.zeros(3, 5), torch.zeros(4, 3, 5).double()):
+            with pytest.raises(RuntimeError, match=r"seqaccel: (expected|the cell)"):
+                forward(*good[:i], bad, *good[i + 1 :], True)
+    output, h_n, _, saved = forward(*good, True)
+    head, needs = (cell, output, h_n, None, *good[1:8]), [True] * (1 + len(weights))
+    with pytest.raises(RuntimeError, match=expected):
+        backward(*head, output[1:], saved, False, needs)
+    with pytest.raises(RuntimeError, match=expected):
+        backward(cell, output[1:], *head[2:], output, saved, False, needs)
+    with pytest.raises(RuntimeError, match=expected):
+        backward(cell, output, h_n[1:], *head[3:], output, saved, False, needs)
+    with pytest.raises(RuntimeError, match=expected):
+        backward(*head, output, [*saved, output], False, needs)
+    with pytest.raises(RuntimeError, match=expected):
+        backward(*head, output, saved, False, needs[1:])
+    for i in range(len(saved)):
+        with pytest.raises(RuntimeError, match=expected):
+            backward(*head, output, [*saved[:i], saved[i][1:], *saved[i + 1 :]], False, needs)
+
+
+@each_kind("cpp")
+def test_operators_clamp_lengths(poison, cell, projected):
+    arguments = operator_arguments(cell, projected)
+    for reverse in (False, True):
+        found = []
+        for lengths in (torch.tensor([-(1 << 62), 1 << 62, 2]), torch.tensor([0, 4, 2])):
+            arguments[5], arguments[8] = lengths, reverse
+            tensors = forward_and_backward(torch.ops.seqaccel.rnn_forward, torch.ops.seqaccel.rnn_backward, arguments)
+            kept = len(saved_shapes(cell, 4, 3, 2, 5, 5))  # of which only the rows that run are written
+            found.append([*tensors[:3], *tensors[3 + kept :]])
+        assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(*found, strict=True))
+
+
+@each_kind("cpp")
+def test_layouts_of_the_inputs(cell, projected):
+    tensors = problem(cell, 6, 4, 3, 20, projected=projected)
+    grads = [torch.ones_like(g) for g in random_grads(cell, tensors)]
+    expected = results(cell, tensors, "reference", grads)
+    strided = {
+        name: t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach().repeat_interleave(2)[::2]
+        for name, t in tensors.items()
+    }
+    strided["input"] = tensors["input"].detach().transpose(0, 1).contiguous().transpose(0, 1)
+    grads[1] = torch.ones(1, 1, dtype=torch.float64).expand_as(grads[1])
+    for name, found in results(cell, strided, "cpp", grads).items():
+        torch.testing.assert_close(found, expected[name])
+
+
+@each_kind("cpp")
+def test_same_bits_every_time(cell, projected):
+    for B in (1, 3, 40):
+        tensors = problem(cell, 9, B, 11, 130, projected=projected, dtype=torch.float32)
+        grads = random_grads(cell, tensors)
+        first = results(cell, tensors, "cpp", grads)
+        for _ in range(2):
+            again = results(cell, tensors, "cpp", grads)
+            assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@each_kind("cpp")
+def test_any_number_of_threads(cell, projected, threads):
+    """More threads than cores too: a step's barrier must let others run."""
+    before = torch.get_num_threads()
+    try:
+        for number, B in enumerate((1, 6, 40)):
+            tensors = problem(cell, 8, B, 8, 200, projected=projected)
+            options = variant(number, cell, tensors, ["cpp"])
+            grads = random_grads(cell, tensors, **options)
+            expected = results(cell, tensors, "reference", grads, **options)
+            torch.set_num_threads(threads)
+            for name, found in results(cell, tensors, "cpp", grads, **options).items():
+                torch.testing.assert_close(found, expected[name])
+            torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_kind("cpp")
+def test_profile_shows_no_torch_operator_of_the_job(cell, projected):
+    tensors = problem(cell, 4, 3, 5, 20, projected=projected, dtype=torch.float32)
+    with torch.profiler.profile() as profile:
+        sum(t.sum() for t in call(cell, tensors, "cpp")).backward()
+    found = {event.name for event in profile.events()}
+    assert {"seqaccel::rnn_forward", "seqaccel::rnn_backward"} <= found
+    others = [name.lower() for name in found if not name.startswith("seqaccel::")]
+    assert not [name for name in others if any(job in name for job in ("rnn", "lstm", "gru", "sigmoid", "tanh"))]
+
+
+# ---- backends and messages ----
+
+
+def test_zoneout_and_projection_choose_the_backend():
+    tensors = problem("lstm", 4, 3, 2, 5, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="lstm: no backend 'torch'; it has reference"):
+        call("lstm", tensors, "torch", zoneout_h=0.1)
+    assert call("lstm", tensors, "torch", zoneout_h=0.0)
+    for cell, spec in CELLS.items():
+        with seqaccel.backend("auto"):
+            expected = "cpp" if "cpp" in spec.backends else "torch" if "torch" in spec.backends else "reference"
+            assert backends.choose(cell, tensors["input"], spec.backends) == expected
+
+
+SHAPE_MESSAGES = {
+    "h_0": (torch.zeros(3, 4), r"h_0 to have shape \(3, 5\), but got \(3, 4\)"),
+    "c_0": (torch.zeros(2, 5), r"c_0 to have shape \(3, 5\), but got \(2, 5\)"),
+    "weight_ih": (torch.zeros(20, 3), r"weight_ih to have shape \(20, 2\), but got \(20, 3\)"),
+    "weight_hh": (torch.zeros(21, 5), r"weight_hh to have shape \(4 \* H, H\), but got \(21, 5\)"),
+    "bias_hh": (torch.zeros(19), r"bias_hh to have shape \(20,\), but got \(19,\)"),
+}
+OTHER_MESSAGES = [
+    ("input", torch.zeros(4, 2), ValueError, r"input to have 3 dimensions \(T, B, I\), but got shape \(4, 2\)"),
+    ("input", torch.zeros(4, 3, 2, dtype=torch.int64), TypeError, "input to be floating point, but got torch.int64"),
+    ("bias_ih", torch.zeros(20).double(), TypeError, "the dtype of input, torch.float32, but got torch.float64"),
+    ("c_0", torch.zeros(3, 5, device="meta"), RuntimeError, "but input is on cpu and c_0 is on meta"),
+    ("lengths", torch.tensor([1, 2]), ValueError, r"of shape \(3,\), but got torch.int64 of \(2,\)"),
+    ("lengths", torch.tensor([1, 5, 2]), ValueError, "between 1 and 4, but they range from 1 to 5"),
+    ("lengths", torch.tensor([0, 4, 2]), ValueError, "between 1 and 4, but they range from 0 to 4"),
+    ("zoneout", (1.5, 0), ValueError, "zoneout of h to be between 0 and 1, but got 1.5"),
+    ("zoneout", (0, torch.zeros(4, 5)), ValueError, r"zoneout of c to be a number or of shape \(4, 3, 5\)"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [(name, value, ValueError, message) for name, (value, message) in SHAPE_MESSAGES.items()] + OTHER_MESSAGES,
+)
+def test_messages_of_the_function(name, value, error, message):
+    given = problem("lstm", 4, 3, 2, 5, dtype=torch.float32, requires_grad=False) | {name: value}
+    options = {key: given.pop(key) for key in ("lengths", "zoneout") if key in given}
+    input, h_0, c_0, *weights = given.values()
+    with pytest.raises(error, match=f"lstm: expected .*{message}"):
+        lstm(input, (h_0, c_0), *weights, **options)
+
+
+def test_messages_name_the_function():
+    x = torch.zeros(4, 3, 2)
+    with pytest.raises(ValueError, match=r"gru: expected weight_hh to have shape \(3 \* H, H\), but got \(5, 5\)"):
+        gru(x, None, torch.zeros(15, 2), torch.zeros(5, 5))
+    with pytest.raises(ValueError, match=r"rnn: expected weight_ih to have shape \(5, 2\), but got \(5, 3\)"):
+        rnn(x, None, torch.zeros(5, 3), torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="rnn: expected nonlinearity to be 'tanh' or 'relu', but got 'sine'"):
+        rnn(x, None, torch.zeros(5, 2), torch.zeros(5, 5), nonlinearity="sine")
+    with pytest.raises(TypeError, match="peephole_lstm: expected weight_peephole to be a tensor, but got None"):
+        seqaccel.functional.peephole_lstm(x, None, torch.zeros(20, 2), torch.zeros(20, 5), None, None, None)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_sequence_and_empty_batch(cell):
+    for backend in [b for b in ("cpp", "reference", "torch") if b in CELLS[cell].backends]:
+        for T, B in ((0, 3), (4, 0), (0, 0)):
+            tensors = problem(cell, T, B, 2, 5)
+            output, *last = call(cell, tensors, backend)
+            assert output.shape == (T, B, 5)
+            for state, start in zip(last, ("h_0", "c_0"), strict=False):
+                assert torch.equal(state, tensors[start])
+            sum(t.sum() for t in (output, *last)).backward()
+            assert not tensors["h_0"].grad.isnan().any() and torch.equal(tensors["h_0"].grad, torch.ones(B, 5))
