@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "rnn_layer.h"
+#include "scratch.h"
 
 namespace seqaccel {
 namespace {
@@ -277,7 +278,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
     return {result.grad_input, result.grad_h_0, result.grad_c_0, result.grad_weights};
   }
 
-  Tensor grad_pre = new_empty(input, {layer.packed_rows, layer.pre_width()});
+  Scratch scratch(input, layer.packed_rows * layer.pre_width());
+  Tensor grad_pre = scratch.matrix(layer.packed_rows, layer.pre_width());
   Tensor grad_bias = new_empty(input, {layer.pre_width()});
   (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, saved, reverse, grad_pre,
                                                                     grad_bias, result);

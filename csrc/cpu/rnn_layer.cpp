@@ -134,8 +134,6 @@ void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
 }
 
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const bool sliced = b.size(1) < kNarrow && a.size(1) > kSlice;
-  if (!accumulate && !sliced) return mm_out(out, a, b);
   (a.scalar_type() == ScalarType::Float ? multiply<float> : multiply<double>)(out, a, b, accumulate);
 }
 

@@ -71,7 +71,7 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t end = begin + uintptr_t(t.numel()) * (t.scalar_type() == ScalarType::Double ? 8 : 4);
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (last >= first + 2 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return t;
 }

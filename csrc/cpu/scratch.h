@@ -1,0 +1,40 @@
+// A large tensor of an operator's own, kept for its next call: fresh pages cost more than many a kernel that fills
+// them.
+#pragma once
+
+#include <atomic>
+
+#include "tensor.h"
+
+namespace seqaccel {
+
+class Scratch {
+ public:
+  // Room for `count` values of like's dtype; at most kKept bytes of it outlive the call.
+  Scratch(const Tensor& like, int64_t count) : tensor_(kept().exchange(nullptr)) {
+    if (tensor_ && tensor_->scalar_type() == like.scalar_type() && tensor_->numel() >= count) return;
+    delete tensor_;
+    tensor_ = new Tensor(new_empty(like, {count}));
+  }
+  ~Scratch() {
+    const int64_t bytes = tensor_->numel() * (tensor_->scalar_type() == ScalarType::Double ? 8 : 4);
+    if (bytes <= kKept) tensor_ = kept().exchange(tensor_);
+    delete tensor_;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  Tensor matrix(int64_t rows, int64_t columns) {
+    return torch::stable::view(torch::stable::narrow(*tensor_, 0, 0, rows * columns), {rows, columns});
+  }
+
+ private:
+  static constexpr int64_t kKept = int64_t(64) << 20;
+  static std::atomic<Tensor*>& kept() {
+    static std::atomic<Tensor*> tensor{nullptr};
+    return tensor;
+  }
+  Tensor* tensor_;
+};
+
+}  // namespace seqaccel
