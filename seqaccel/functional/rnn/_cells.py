@@ -48,7 +48,7 @@ class CellSpec:
     extra: dict[str, str] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ("bias_ih", "bias_hh")
     zoneout: bool = True
-    backends: tuple[str, ...] = ("reference",)
+    backends: tuple[str, ...] = ("reference", "triton")
     without_projection: tuple[str, ...] = ()
     without_zoneout: tuple[str, ...] = ("torch",)
     torch_is_faster: Callable[[Problem], bool] = _ours
@@ -68,18 +68,17 @@ _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
 CELLS: dict[str, CellSpec] = {
-    "rnn_tanh": CellSpec(1, zoneout=False, backends=("reference", "cpp", "torch")),
-    "rnn_relu": CellSpec(1, zoneout=False, backends=("reference", "cpp", "torch")),
+    "rnn_tanh": CellSpec(1, zoneout=False, backends=("reference", "cpp", "triton", "torch")),
+    "rnn_relu": CellSpec(1, zoneout=False, backends=("reference", "cpp", "triton", "torch")),
     "lstm": CellSpec(
         4,
         True,
         {"weight_hr": "PH"},
         _PROJECTION,
         backends=("reference", "cpp", "triton", "torch"),
-        without_projection=("cpp", "triton"),
-        without_zoneout=("torch", "triton"),
+        without_projection=("cpp",),
     ),
-    "gru": CellSpec(3, backends=("reference", "cpp", "torch")),
+    "gru": CellSpec(3, backends=("reference", "cpp", "triton", "torch")),
     "gru_reset_before": CellSpec(3),
     "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
     "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),

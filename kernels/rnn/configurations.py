@@ -1,0 +1,100 @@
+"""What the launchers launch: the table that the tests compile offline.
+
+Rows have lengths and what training saves, which take the most registers. The kernels of one step do not depend on the
+dtype but for their loads; those of all steps are listed at the sizes that take the most registers and shared memory.
+"""
+
+from typing import Any
+
+from seqaccel.kernels._launch import Configuration
+from seqaccel.kernels.rnn import around, launchers, step, whole
+from seqaccel.kernels.rnn.cells import CELLS
+
+_FLOAT32 = ("p_h", "p_c", "p_cells", "p_carried", "p_dh", "p_dc", "p_grad_norm", "p_dgamma")
+_INTEGERS = ("t", "earlier", "T", "B", "H", "P", "N", "W", "ROWS", "zoneout_h_stride", "zoneout_c_stride")
+
+
+def _configuration(
+    kernel: Any, kind: str, constants: dict[str, Any], absent: tuple[str, ...], num_warps: int, num_stages: int = 3
+) -> Configuration:
+    """``constants`` and ``absent`` may name what the kernel does not have."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    constants |= {name: None for name in absent if name in kernel.arg_names}
+    types = {**dict.fromkeys(_FLOAT32, "*fp32"), **dict.fromkeys(_INTEGERS, "i32"), "p_lengths": "*i64"}
+    signature = {name: types.get(name, f"*{kind}") for name in kernel.arg_names if name not in constants}
+    return Configuration(kernel, signature, constants, num_warps, num_stages, multiples_of_16=("H", "P", "W"))
+
+
+def _cell(name: str, zoneout: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Constexprs of a cell's kernels, and the pointers that it does not have."""
+    spec = CELLS[name]
+    constants = {
+        "FORWARD": spec.forward, "BACKWARD": spec.backward, "GATES": spec.gates, "FIRST": spec.first,
+        "SAVED": spec.saved, "VECTORS": spec.vectors, "HAS_C": spec.has_c, "USES_OUTPUT": spec.uses_output,
+        "USES_H": spec.uses_h, "PROJECTED": False,
+    }  # fmt: skip
+    has = {
+        "p_zoneout_h": zoneout,
+        "p_zoneout_c": zoneout and spec.has_c,
+        "p_carried": spec.has_c and (zoneout or spec.carries),
+        "p_bias": spec.separate,
+        "p_grad_r": spec.separate,
+        "p_vectors": spec.vectors > 0,
+        "p_gates": spec.saved > 0,
+        **dict.fromkeys(("p_gamma", "p_products", "p_grad_products"), spec.norm),
+        **dict.fromkeys(("p_c", "p_cells", "p_c_0", "p_dc"), spec.has_c),
+        "p_grad_norm": spec.norm and spec.has_c,
+    }
+    return constants, tuple(name for name, there in has.items() if not there)
+
+
+def _one_step() -> list[Configuration]:
+    rows = []
+    for name, spec in CELLS.items():
+        if name == "multiplicative_lstm":
+            continue  # lstm's
+        constants, absent = _cell(name, zoneout=spec.saved > 0)
+        options = launchers.point_options(spec, 2048)
+        for kernel in (step.forward_kernel, step.backward_kernel):
+            constants["BLOCK"] = options["BLOCK"]
+            rows.append(_configuration(kernel, "bf16", constants, absent, options["num_warps"]))
+    constants = {"BLOCK": launchers.POINTS}
+    for kernel in (
+        step.project_forward_kernel,
+        step.project_backward_kernel,
+        around.reset_forward_kernel,
+        around.reset_backward_kernel,
+        around.multiply_forward_kernel,
+        around.multiply_backward_kernel,
+    ):
+        rows.append(_configuration(kernel, "bf16", constants, (), 4))
+    for kernel in (around.rows_forward_kernel, around.rows_backward_kernel):
+        rows.append(_configuration(kernel, "bf16", {"BLOCK": 8192}, (), launchers.norm_warps(8192)))
+    return rows
+
+
+def _all_steps() -> list[Configuration]:
+    rows = []
+    for name, kind, block in (
+        ("rnn_tanh", "bf16", 64),
+        ("rnn_tanh", "bf16", 128),
+        ("rnn_tanh", "fp32", 64),
+        ("gru", "bf16", 64),
+        ("gru", "bf16", 128),
+        ("gru", "fp32", 64),
+        ("lstm", "bf16", 64),
+        ("lstm", "bf16", 128),
+        ("lstm", "fp32", 32),
+        ("peephole_lstm", "bf16", 128),
+        ("peephole_lstm", "fp32", 32),
+    ):
+        constants, absent = _cell(name, zoneout=False)
+        constants |= {"REVERSE": False, "BLOCK_B": launchers.BLOCK_B, "BLOCK_H": block}
+        constants["PRECISION"] = "tf32" if kind == "fp32" else "ieee"
+        warps = launchers.WHOLE[4 if kind == "fp32" else 2, block, CELLS[name].gates]
+        for kernel, num_warps in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), warps, strict=True):
+            rows.append(_configuration(kernel, kind, constants, absent, num_warps, 1))
+    return rows
+
+
+CONFIGURATIONS = [*_one_step(), *_all_steps()]

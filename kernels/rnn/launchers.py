@@ -1,0 +1,269 @@
+"""The forward operator, and what both share: which kernels run, what is allocated, what is saved.
+
+The input projection and the weight gradients are matrix products over all steps. Between them, for one step after the
+other, ``torch.mm`` into buffers allocated before the loop and one launch (two for cells with two dependent products, or
+with a projection), or one launch for all steps where ``WHOLE`` has the size. Nothing waits for the GPU.
+
+Both operators are opaque custom operators: under torch.compile a traced loop over steps would be unrolled.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from seqaccel.kernels.rnn import around, step, whole
+from seqaccel.kernels.rnn.cells import CELLS, Cell
+from seqaccel.kernels.rnn.checks import check
+
+POINTS = 256  # hidden units of a program of one step
+BLOCK_B = 16  # rows of a program of all steps: the least that tl.dot takes
+
+# Warps of a program of all steps, forward and backward, by (bytes of an element, BLOCK_H, gates). float32 only with
+# torch's TF32 switch on: without tensor cores the dot products spill, and with 64 units so do four gates.
+WHOLE = {
+    (2, 32, 1): (4, 4),
+    (2, 32, 3): (4, 4),
+    (2, 32, 4): (4, 4),
+    (2, 64, 1): (8, 8),
+    (2, 64, 3): (4, 4),
+    (2, 64, 4): (4, 4),
+    (2, 128, 1): (8, 8),
+    (2, 128, 3): (8, 8),
+    (2, 128, 4): (8, 8),
+    (4, 32, 1): (4, 4),
+    (4, 32, 3): (4, 4),
+    (4, 32, 4): (4, 4),
+    (4, 64, 1): (8, 8),
+    (4, 64, 3): (8, 8),
+}
+
+
+def precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def block_h(hidden: int) -> int:
+    return max(32, triton.next_power_of_2(hidden))
+
+
+def whole_warps(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[int, int] | None:
+    """Forward and backward; None where the cell runs step by step."""
+    if not spec.whole or projected or (weight_hh.dtype == torch.float32 and precision() != "tf32"):
+        return None
+    return WHOLE.get((weight_hh.element_size(), block_h(weight_hh.shape[1]), spec.gates))
+
+
+def row_warps(block: int) -> int:
+    """Warps of a program that runs a step of a row of ``block`` normalised units: no spills up to 2048."""
+    return 4 if block <= 512 else 8 if block <= 2048 else 16
+
+
+def norm_warps(block: int) -> int:
+    """Warps of a program that normalises rows of ``block`` elements: no spills up to 8192."""
+    return max(4, min(32, block // 256))
+
+
+def point_options(spec: Cell, hidden: int) -> dict[str, int]:
+    """A block of units, or the whole row where it is normalised."""
+    if not spec.norm:
+        return {"BLOCK": POINTS, "num_warps": 4}
+    block = max(POINTS, triton.next_power_of_2(hidden))
+    return {"BLOCK": block, "num_warps": row_warps(block)}
+
+
+def grid_of(batch: int, width: int, block: int) -> tuple[int, int]:
+    return batch, triton.cdiv(width, block)
+
+
+def _carries(cell: str, zoneout_c: Tensor | None) -> bool:
+    return CELLS[cell].carries or zoneout_c is not None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def float_copy(x: Tensor) -> Tensor:
+    """A float32 copy."""
+    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def zoneout_of(z: Tensor | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if z is None else (z.contiguous(), int(z.numel() != 1))
+
+
+def _biases(spec: Cell, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the input projection, and to the product."""
+    return (bias_ih, bias_hh) if spec.separate else (_sum(bias_ih, bias_hh), None)
+
+
+def vectors_of(spec: Cell, extra: Sequence[Tensor | None]) -> Tensor | None:
+    if not spec.vectors:
+        return None
+    return torch.stack([w for w in extra[2:] if w is not None]) if spec.norm else extra[1].contiguous()
+
+
+def contiguous(weights: Sequence[Tensor | None]) -> list[Any]:
+    return [None if w is None else w.contiguous() for w in weights]
+
+
+def saved_shapes(
+    cell: str, zoneout_c: Tensor | None, steps: int, batch: int, hidden: int
+) -> list[tuple[tuple[int, ...], bool]]:
+    """Shape of each saved tensor, and whether it is float32 whatever the input is.
+
+    In this order, each if the cell has it: activated gates (the GRUs' with W_hn h' + b_hn behind them), c, the carried
+    c where it is another, W_hh h' before its layer norm, W_mx x and W_mh h'.
+    """
+    spec = CELLS[cell]
+    sequence = (steps, batch, hidden)
+    shapes: list[tuple[tuple[int, ...], bool]] = []
+    if spec.saved:
+        shapes.append(((steps, batch, spec.saved * hidden), False))
+    if spec.has_c:
+        shapes += [(sequence, True)] * (1 + _carries(cell, zoneout_c))
+    if spec.norm:
+        shapes.append(((steps, batch, spec.gates * hidden), False))
+    if spec.multiplies:
+        shapes += [(sequence, False)] * 2
+    return shapes
+
+
+def unpack(cell: str, zoneout_c: Tensor | None, saved: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """gates, cells, carried, products, m_x, m_h; None for what the cell does not have."""
+    spec, rest = CELLS[cell], iter(saved)
+    has = (spec.saved > 0, spec.has_c, spec.has_c and _carries(cell, zoneout_c), spec.norm)
+    return tuple(next(rest) if there else None for there in (*has, spec.multiplies, spec.multiplies))
+
+
+def _layer_norm_rows(x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
+    """In place, over the last dimension."""
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    around.rows_forward_kernel[(x.numel() // width,)](x, gamma, bias, width, BLOCK=block, num_warps=norm_warps(block))
+
+
+@torch.library.custom_op(
+    "seqaccel::rnn_forward_triton",
+    mutates_args=(),
+    schema="(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, "
+    "Tensor? zoneout_c, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+    """output, h_n, c_n (empty for a cell without c), and where ``save`` what ``saved_shapes`` lists (else nothing)."""
+    sizes = check(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c)
+    spec, steps, batch, hidden = CELLS[cell], sizes["T"], sizes["B"], sizes["H"]
+    weight_ih, weight_hh, bias_ih, bias_hh, *extra = contiguous(weights)
+    dtype = input.dtype
+    weight_hr = extra[0] if spec.projects else None
+    bias_x, bias_r = _biases(spec, bias_ih, bias_hh)
+    h = float_copy(h_0)
+    c = float_copy(c_0) if spec.has_c else None
+    output = input.new_empty(steps, batch, sizes["P"])
+    x = None
+    if steps and batch:
+        flat = input.reshape(-1, input.shape[2])
+        x = (
+            torch.matmul(flat, weight_ih.t())
+            if spec.norm or bias_x is None
+            else torch.addmm(bias_x, flat, weight_ih.t())
+        )
+        x = x.view(steps, batch, spec.gates * hidden)
+        if spec.norm:
+            _layer_norm_rows(x, extra[0], bias_x)
+    shapes = saved_shapes(cell, zoneout_c, steps, batch, hidden) if save else []
+    in_place = x is not None and save and spec.saved == spec.gates  # the gates are activated where x lies
+    saved = [x] if in_place else []
+    for shape, wide in shapes[len(saved) :]:
+        saved.append(input.new_empty(shape, dtype=torch.float32 if wide else dtype))
+    if x is not None:
+        _run_forward(
+            cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, zoneout_h, zoneout_c,
+            reverse, saved,
+        )  # fmt: skip
+    c_n = input.new_empty(0) if c is None else c.to(dtype)
+    return output, h.to(dtype), c_n, saved
+
+
+def _run_forward(
+    cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, zoneout_h, zoneout_c, reverse,
+    saved,
+):  # fmt: skip
+    steps, batch, outputs = output.shape
+    hidden, dtype = weight_hh.shape[0] // spec.gates, x.dtype
+    save = bool(saved)
+    gates, cells, carried, products, m_x, m_h = unpack(cell, zoneout_c, saved) if save else (None,) * 6
+    zone_h, zone_c = zoneout_of(zoneout_h), zoneout_of(zoneout_c)
+    vectors = vectors_of(spec, extra)
+    warps = whole_warps(spec, weight_hh, weight_hr is not None)
+    constants = {"GATES": spec.gates, "SAVED": spec.saved, "VECTORS": spec.vectors, "HAS_C": spec.has_c}
+    if warps is not None:
+        whole.whole_forward_kernel[(triton.cdiv(batch, BLOCK_B),)](
+            x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
+            steps, batch, hidden, zone_h[1], zone_c[1], FORWARD=spec.forward, **constants, REVERSE=reverse,
+            BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), PRECISION=precision(),
+            num_warps=warps[0], num_stages=1,
+        )  # fmt: skip
+        return
+    options = point_options(spec, hidden)
+    transposed = weight_hh.t()
+    gamma = extra[1] if spec.norm else None
+    # h in the products' dtype: h itself where that is float32
+    operand = h if dtype == torch.float32 else h.to(dtype)
+    operand_out = None if operand is h else operand
+    product = x.new_empty(batch, (spec.gates - spec.first) * hidden)
+    grid = grid_of(batch, hidden, options["BLOCK"])
+    if weight_hr is not None:
+        inner, projected = x.new_empty(batch, hidden), x.new_empty(batch, outputs)
+        project = weight_hr.t()
+    if spec.first:
+        first_product, inner = x.new_empty(batch, spec.first * hidden), x.new_empty(batch, hidden)
+        first_weight, transposed = weight_hh[: spec.first * hidden].t(), weight_hh[spec.first * hidden :].t()
+    if spec.multiplies:
+        inner = x.new_empty(batch, hidden)
+        mx = torch.matmul(input, extra[0].t(), out=m_x)
+        mh = x.new_empty(batch, hidden) if m_h is None else m_h
+        first_weight = extra[1].t()
+    for s in range(steps):
+        t = steps - 1 - s if reverse else s
+        left = operand
+        if spec.first:
+            torch.mm(operand, first_weight, out=first_product)
+            around.reset_forward_kernel[grid](x, first_product, h, inner, t, batch, hidden, **options)
+            left = inner
+        elif spec.multiplies:
+            mh_t = mh if m_h is None else mh[t]
+            torch.mm(operand, first_weight, out=mh_t)
+            around.multiply_forward_kernel[grid](mx, mh_t, inner, t, batch, hidden, **options)
+            left = inner
+        if products is not None:
+            product = products[t]
+        torch.mm(left, transposed, out=product)
+        step.forward_kernel[grid](
+            x, product, bias_r, gamma, vectors, lengths, zone_h[0], zone_c[0], h,
+            operand_out if weight_hr is None else inner, c, output, gates, cells, carried, t, batch, hidden,
+            zone_h[1], zone_c[1], FORWARD=spec.forward, FIRST=spec.first, **constants,
+            PROJECTED=weight_hr is not None, **options,
+        )  # fmt: skip
+        if weight_hr is not None:
+            torch.mm(inner, project, out=projected)
+            step.project_forward_kernel[grid_of(batch, outputs, POINTS)](
+                projected, lengths, zone_h[0], h, operand_out, output, t, batch, outputs, zone_h[1],
+                BLOCK=POINTS, num_warps=4,
+            )  # fmt: skip
+
+
+@rnn_forward.register_fake
+def _(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+    steps, batch = input.shape[:2]
+    hidden, outputs = weights[1].shape[0] // CELLS[cell].gates, weights[1].shape[1]
+    shapes = saved_shapes(cell, zoneout_c, steps, batch, hidden) if save else ()
+    return (
+        input.new_empty(steps, batch, outputs),
+        input.new_empty(batch, outputs),
+        input.new_empty((batch, hidden) if CELLS[cell].has_c else (0,)),
+        [input.new_empty(shape, dtype=torch.float32 if wide else input.dtype) for shape, wide in shapes],
+    )

@@ -1,0 +1,280 @@
+"""The Triton kernels of the recurrent cells: beside the tests of every backend, what only they have."""
+
+import offline
+import pytest
+import torch
+from rnn_cases import call, problem, results, some_lengths, zoneout_masks
+from tolerances import assert_as_good_as
+
+from seqaccel.functional.rnn._cells import CELLS
+
+kernels = pytest.importorskip("seqaccel.kernels.rnn")
+from seqaccel.kernels.rnn import checks, launchers, step, whole  # noqa: E402
+from seqaccel.kernels.rnn.cells import CELLS as TRAITS  # noqa: E402
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+KINDS = [(cell, False) for cell in CELLS] + [(cell, True) for cell, spec in CELLS.items() if spec.projects]
+each_kind = pytest.mark.parametrize(
+    ("cell", "projected"), KINDS, ids=[cell + "_projected" * projected for cell, projected in KINDS]
+)
+EVERY_STEP_AT_ONCE = [cell for cell, spec in TRAITS.items() if spec.whole]
+
+
+@pytest.fixture
+def tf32():
+    """torch's TF32 switch is on, so that the kernels of all steps serve float32; the interpreter knows no TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def variants(cell, tensors):
+    """Options of a call that together reach every branch of the kernels."""
+    T, B = tensors["input"].shape[:2]
+    masks = zoneout_masks(cell, tensors) if CELLS[cell].zoneout else {}
+    rates = {"zoneout_h": 0.3} | ({"zoneout_c": 0.2} if CELLS[cell].has_cell_state else {}) if masks else {}
+    return [
+        {},
+        {"reverse": True, "lengths": some_lengths(T, B), **masks},
+        {"lengths": some_lengths(T, B), **rates},
+        {"reverse": True, **masks},
+    ]
+
+
+def test_tables_agree():
+    assert list(TRAITS) == list(CELLS) == list(checks.WEIGHTS)
+    for cell, spec in CELLS.items():
+        traits = TRAITS[cell]
+        assert (spec.gates, spec.has_cell_state, spec.projects) == (traits.gates, traits.has_c, traits.projects)
+        assert tuple(spec.weights.values()) == checks.WEIGHTS[cell]
+        assert "triton" in spec.backends and "triton" not in spec.without_projection
+
+
+def assert_as_good_as_plain_float32(cell, shape, projected):
+    """The error against the float64 reference is at most twice that of the float32 reference, or one rounding.
+
+    The largest error of the few values of a small layer is a lottery, and more so behind a layer norm; its mean square
+    over some problems is not.
+    """
+    squares: dict = {}
+    for number in range(4):
+        tensors = problem(cell, *shape, projected=projected, dtype=torch.float32, requires_grad=False)
+        doubles = {name: t.double() for name, t in tensors.items()}
+        options = variants(cell, doubles)[number]
+        grads = [torch.randn_like(t).float() for t in call(cell, doubles, "reference", **options)]
+        expected = results(cell, doubles, "reference", grads, **options)
+        for backend in ("triton", "reference"):
+            for name, found in results(cell, tensors, backend, grads, **options).items():
+                exact = expected[name].detach()
+                error = (found.detach().double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+                assert error < 1e-4, f"{backend}, variant {number}, {name}: error {error:.3g}"
+                squares.setdefault((backend, name), []).append(float(error) ** 2)
+    for (backend, name), found in squares.items():
+        ours, theirs = ((sum(s) / len(s)) ** 0.5 for s in (found, squares["reference", name]))
+        assert ours <= max(2 * theirs, torch.finfo(torch.float32).eps), f"{backend}, {name}: {ours:.3g}, {theirs:.3g}"
+
+
+@interpreted
+@each_kind
+def test_one_step_a_launch(cell, projected, poison):
+    assert_as_good_as_plain_float32(cell, (3, 2, 5, 20), projected)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 18, 5, 20), (2, 2, 4, 40)], ids=str)
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_all_steps_in_one_launch(cell, shape, tf32, poison, monkeypatch):
+    if (4, launchers.block_h(shape[3]), CELLS[cell].gates) not in launchers.WHOLE:
+        pytest.skip("this many gates of this many units run step by step")
+    monkeypatch.setattr(step, "forward_kernel", None)
+    monkeypatch.setattr(step, "backward_kernel", None)
+    assert_as_good_as_plain_float32(cell, shape, False)
+
+
+@interpreted
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
+    """The block that serves 65 to 128 units, which only 16 bits take on a GPU; the interpreter runs it in float32."""
+    monkeypatch.setitem(launchers.WHOLE, (4, 128, CELLS[cell].gates), (8, 8))
+    monkeypatch.setattr(step, "forward_kernel", None)
+    monkeypatch.setattr(step, "backward_kernel", None)
+    tensors = problem(cell, 2, 17, 3, 100, dtype=torch.float32)
+    grads = [torch.randn_like(t) for t in call(cell, tensors, "reference")]
+    expected = results(cell, tensors, "reference", grads)
+    for name, found in results(cell, tensors, "triton", grads).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@interpreted
+@each_kind
+def test_blocks_of_units(cell, projected):
+    """More hidden units than a block has."""
+    tensors = problem(cell, 2, 2, 3, 300, projected=projected, dtype=torch.float32)
+    grads = [torch.randn_like(t) for t in call(cell, tensors, "reference")]
+    expected = results(cell, tensors, "reference", grads)
+    for name, found in results(cell, tensors, "triton", grads).items():
+        torch.testing.assert_close(found, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@interpreted
+@pytest.mark.parametrize("whole_launch", [False, True], ids=["one_step", "all_steps"])
+@pytest.mark.parametrize("reverse", [False, True])
+@each_kind
+def test_padding_has_no_say(cell, projected, reverse, whole_launch, request):
+    """Outputs and gradients of states do not see what lies past a sequence's end, not even NaN."""
+    if whole_launch:
+        if projected or not TRAITS[cell].whole:
+            pytest.skip("runs step by step")
+        request.getfixturevalue("tf32")
+    lengths = torch.tensor([3, 1])
+    tensors = problem(cell, 3, 2, 4, 6, projected=projected, dtype=torch.float32)
+    options = {"reverse": reverse, "lengths": lengths}
+    grads = [torch.randn_like(t) for t in call(cell, tensors, "triton", **options)]
+    expected = results(cell, tensors, "triton", grads, **options)
+    padded = tensors["input"].detach().clone()
+    padded[1:, 1] = float("nan")
+    found = results(cell, tensors | {"input": padded}, "triton", grads, **options)
+    for name in ("output", "h_n", "c_n", "grad of h_0", "grad of c_0"):
+        if name in expected:
+            assert torch.equal(found[name], expected[name]), name
+    assert torch.equal(found["grad of input"][:, 0], expected["grad of input"][:, 0])
+
+
+@interpreted
+@each_kind
+@pytest.mark.parametrize(("T", "B"), [(0, 3), (3, 0)])
+def test_nothing_to_do(cell, projected, T, B):
+    tensors = problem(cell, T, B, 4, 5, projected=projected, dtype=torch.float32)
+    output, *state = call(cell, tensors, "triton")
+    assert output.shape == (T, B, tensors["h_0"].shape[1])
+    for found, before in zip(state, ("h_0", "c_0"), strict=False):
+        assert torch.equal(found, tensors[before])
+    sum((t * t).sum() for t in (output, *state)).backward()
+    for name, t in tensors.items():
+        wanted = 2 * t if name in ("h_0", "c_0") else torch.zeros_like(t)
+        assert torch.equal(t.grad, wanted), name
+
+
+def arguments(cell, projected, device="cpu"):
+    tensors = problem(cell, 3, 2, 4, 6, projected=projected, dtype=torch.float32, requires_grad=False)
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    weights = [tensors.get(name) for name in CELLS[cell].weights]
+    masks = {name: m.float().to(device) for name, m in zoneout_masks(cell, tensors).items()}
+    zoneout = (masks["zoneout_h"], masks.get("zoneout_c")) if CELLS[cell].zoneout else (None, None)
+    lengths = torch.tensor([3, 1], device=device)
+    return cell, tensors["input"], tensors["h_0"], tensors.get("c_0"), weights, lengths, *zoneout
+
+
+@interpreted
+@each_kind
+def test_opcheck(cell, projected):
+    given = arguments(cell, projected)
+    for save in (False, True):
+        torch.library.opcheck(kernels.rnn_forward._opoverload, (*given, False, save))
+    output, h_n, c_n, saved = kernels.rnn_forward(*given, True, True)
+    grads = (output, h_n, c_n if TRAITS[cell].has_c else None)
+    for need, upstream in ((True, grads), (False, (None, h_n, None))):
+        needs = [need] * (1 + len(given[4]))
+        torch.library.opcheck(
+            kernels.rnn_backward._opoverload, (cell, *upstream, *given[1:], output, saved, True, needs)
+        )
+
+
+@interpreted
+@each_kind
+def test_operators_refuse_what_does_not_fit(cell, projected):
+    given = [*arguments(cell, projected), False, True]
+    for position, value in enumerate(given):
+        if not isinstance(value, torch.Tensor):
+            continue
+        wrong = [value.unsqueeze(0), value.double()] + [value[..., :-1]] * (position != 1)
+        for bad in wrong:
+            with pytest.raises(RuntimeError, match=r"^rnn: "):
+                kernels.rnn_forward(*given[:position], bad, *given[position + 1 :])
+    weights = given[4]
+    for i, weight in enumerate(weights):
+        if weight is not None:
+            for bad in (weight[..., :-1], weight.half(), weight[None]):
+                with pytest.raises(RuntimeError, match=r"^rnn: "):
+                    kernels.rnn_forward(*given[:4], [*weights[:i], bad, *weights[i + 1 :]], *given[5:])
+    with pytest.raises(RuntimeError, match="no cell 'gated'"):
+        kernels.rnn_forward("gated", *given[1:])
+    with pytest.raises(RuntimeError, match="weights of"):
+        kernels.rnn_forward(*given[:4], weights[:-1], *given[5:])
+    output, h_n, _, saved = kernels.rnn_forward(*given)
+    needs = [True] * (1 + len(weights))
+    with pytest.raises(RuntimeError, match="a gradient or output"):
+        kernels.rnn_backward(cell, output[1:], h_n, None, *given[1:8], output, saved, False, needs)
+    with pytest.raises(RuntimeError, match="saved"):
+        kernels.rnn_backward(cell, output, h_n, None, *given[1:8], output, [*saved, output], False, needs)
+    with pytest.raises(RuntimeError, match="needs"):
+        kernels.rnn_backward(cell, output, h_n, None, *given[1:8], output, saved, False, needs[1:])
+
+
+def test_configurations():
+    offline.check_configurations("seqaccel.kernels.rnn")
+
+
+# ---- on a GPU ----
+
+
+def stock(cell, options):
+    return "torch" if "torch" in CELLS[cell].backends and not any("zoneout" in key for key in options) else "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 17, 16, 32), (12, 33, 24, 64), (9, 5, 40, 100), (7, 40, 24, 128)], ids=str)
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_all_steps_on_a_gpu(cell, shape, dtype):
+    tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
+    tensors = {name: t.cuda().to(dtype) for name, t in tensors.items()}
+    doubles = {name: t.double() for name, t in tensors.items()}
+    for number, options in enumerate(variants(cell, tensors)):
+        options = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+        grads = [torch.randn_like(t) for t in call(cell, doubles, "reference", **options)]
+        expected = results(cell, doubles, "reference", grads, **options)
+        theirs = results(cell, tensors, stock(cell, options), grads, **options)
+        for name, ours in results(cell, tensors, "triton", grads, **options).items():
+            assert_as_good_as(ours, theirs[name], expected[name], what=f"{name}, variant {number}")
+
+
+@pytest.mark.gpu
+@each_kind
+def test_cuda_graph(cell, projected):
+    """Neither pass waits for the GPU, so that both can be captured."""
+    given = arguments(cell, projected, "cuda")
+    needs = [True] * (1 + len(given[4]))
+
+    def both():
+        output, h_n, c_n, saved = kernels.rnn_forward(*given, False, True)
+        upstream = (output, h_n, c_n if TRAITS[cell].has_c else None)
+        grads = kernels.rnn_backward(cell, *upstream, *given[1:], output, saved, False, needs)
+        return output, h_n, c_n, *grads[:3], *grads[3]
+
+    expected = [t.clone() for t in both()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    for found, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_one_launch_or_many_on_a_gpu(cell, monkeypatch):
+    tensors = problem(cell, 9, 20, 16, 64, dtype=torch.float32)
+    tensors = {name: t.detach().cuda().to(torch.bfloat16) for name, t in tensors.items()}
+    grads = [torch.randn_like(t) for t in call(cell, tensors, "reference")]
+    at_once = results(cell, tensors, "triton", grads)
+    monkeypatch.setattr(launchers, "WHOLE", {})
+    monkeypatch.setattr(whole, "whole_forward_kernel", None)
+    for name, found in results(cell, tensors, "triton", grads).items():
+        torch.testing.assert_close(found, at_once[name], rtol=0.05, atol=0.05, msg=lambda m, name=name: f"{name}: {m}")
