@@ -1,6 +1,5 @@
 """Recurrent layers: every backend of every cell against the float64 reference, outputs and every gradient."""
 
-import offline
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +19,6 @@ from rnn_cases import (
 from tolerances import assert_as_good_as, assert_close
 
 from seqaccel.functional.rnn._cells import CELLS
-
-INTERPRETER = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
 
 
 def stock(cell, options):
@@ -98,56 +95,6 @@ def test_cpp_on_any_shape(kind, T, B, I, H, number, biases, dtype):
     for ours, expected in zip(*found, strict=True):
         scale = max([1.0, *expected.detach().abs().flatten().tolist()])
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * scale)
-
-
-# ---- Triton ----
-
-
-@pytest.fixture(params=[False, True], ids=["step_by_step", "whole"])
-def tf32(request):
-    """torch's TF32 switch: on, the kernel of all steps serves float32 too (the interpreter multiplies in float32)."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@each_kind("triton")
-@INTERPRETER
-def test_triton_in_the_interpreter(cell, projected, tf32):
-    for number, shape in enumerate([(3, 2, 5, 7), (2, 18, 3, 20), (3, 2, 5, 7), (3, 3, 2, 9)]):
-        for name, (ours, theirs) in rms_errors(cell, projected, shape, "triton", number, 3).items():
-            assert ours <= 2 * theirs, f"{name}: error {ours:.3g}, the stock operator's {theirs:.3g} ({number})"
-
-
-@each_kind("triton")
-@INTERPRETER
-def test_triton_without_grad(cell, projected, tf32):
-    tensors = problem(cell, 3, 2, 5, 7, projected=projected, dtype=torch.float32, requires_grad=False)
-    for ours, expected in zip(call(cell, tensors, "triton"), call(cell, tensors, "reference"), strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(20, 5, 24, 64), (20, 33, 40, 130), (9, 17, 16, 32)], ids=str)
-@each_kind("triton")
-def test_triton_on_a_gpu(cell, projected, shape, dtype):
-    tensors = problem(cell, *shape, projected=projected, dtype=torch.float32)
-    tensors = {name: t.detach().cuda().to(dtype) for name, t in tensors.items()}
-    for number in range(4):
-        options = variant(number, cell, tensors, ["triton"])
-        options = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
-        doubles = {name: t.double() for name, t in tensors.items()}
-        grads = random_grads(cell, doubles, **options)
-        expected = results(cell, doubles, "reference", grads, **options)
-        theirs = results(cell, tensors, stock(cell, options), grads, **options)
-        for name, ours in results(cell, tensors, "triton", grads, **options).items():
-            assert_as_good_as(ours, theirs[name], expected[name], what=f"{name} {number}")
-
-
-def test_triton_configurations():
-    offline.check_configurations("seqaccel.kernels.rnn")
 
 
 # ---- types ----

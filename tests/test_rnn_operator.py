@@ -105,8 +105,6 @@ def test_opcheck_triton(cell, projected):
         pytest.skip("runs the kernels in Triton's interpreter")
     from seqaccel.kernels import rnn as kernels
 
-    if not hasattr(kernels, "rnn_forward"):
-        pytest.skip("the operators are those of the LSTM")
     check_operators(kernels.rnn_forward._opoverload, kernels.rnn_backward._opoverload, cell, projected)
 
 

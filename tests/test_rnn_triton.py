@@ -3,7 +3,7 @@
 import offline
 import pytest
 import torch
-from rnn_cases import call, problem, results, some_lengths, zoneout_masks
+from rnn_cases import call, each_kind, problem, random_grads, results, variant, weights_of, zoneout_masks
 from tolerances import assert_as_good_as
 
 from seqaccel.functional.rnn._cells import CELLS
@@ -13,10 +13,6 @@ from seqaccel.kernels.rnn import checks, launchers, step, whole  # noqa: E402
 from seqaccel.kernels.rnn.cells import CELLS as TRAITS  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
-KINDS = [(cell, False) for cell in CELLS] + [(cell, True) for cell, spec in CELLS.items() if spec.projects]
-each_kind = pytest.mark.parametrize(
-    ("cell", "projected"), KINDS, ids=[cell + "_projected" * projected for cell, projected in KINDS]
-)
 EVERY_STEP_AT_ONCE = [cell for cell, spec in TRAITS.items() if spec.whole]
 
 
@@ -27,19 +23,6 @@ def tf32():
     torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def variants(cell, tensors):
-    """Options of a call that together reach every branch of the kernels."""
-    T, B = tensors["input"].shape[:2]
-    masks = zoneout_masks(cell, tensors) if CELLS[cell].zoneout else {}
-    rates = {"zoneout_h": 0.3} | ({"zoneout_c": 0.2} if CELLS[cell].has_cell_state else {}) if masks else {}
-    return [
-        {},
-        {"reverse": True, "lengths": some_lengths(T, B), **masks},
-        {"lengths": some_lengths(T, B), **rates},
-        {"reverse": True, **masks},
-    ]
 
 
 def test_tables_agree():
@@ -61,8 +44,8 @@ def assert_as_good_as_plain_float32(cell, shape, projected):
     for number in range(4):
         tensors = problem(cell, *shape, projected=projected, dtype=torch.float32, requires_grad=False)
         doubles = {name: t.double() for name, t in tensors.items()}
-        options = variants(cell, doubles)[number]
-        grads = [torch.randn_like(t).float() for t in call(cell, doubles, "reference", **options)]
+        options = variant(number, cell, doubles, ["triton"])
+        grads = [g.float() for g in random_grads(cell, doubles, **options)]
         expected = results(cell, doubles, "reference", grads, **options)
         for backend in ("triton", "reference"):
             for name, found in results(cell, tensors, backend, grads, **options).items():
@@ -76,7 +59,7 @@ def assert_as_good_as_plain_float32(cell, shape, projected):
 
 
 @interpreted
-@each_kind
+@each_kind("triton")
 def test_one_step_a_launch(cell, projected, poison):
     assert_as_good_as_plain_float32(cell, (3, 2, 5, 20), projected)
 
@@ -100,18 +83,18 @@ def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
     tensors = problem(cell, 2, 17, 3, 100, dtype=torch.float32)
-    grads = [torch.randn_like(t) for t in call(cell, tensors, "reference")]
+    grads = random_grads(cell, tensors)
     expected = results(cell, tensors, "reference", grads)
     for name, found in results(cell, tensors, "triton", grads).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @interpreted
-@each_kind
+@each_kind("triton")
 def test_blocks_of_units(cell, projected):
     """More hidden units than a block has."""
     tensors = problem(cell, 2, 2, 3, 300, projected=projected, dtype=torch.float32)
-    grads = [torch.randn_like(t) for t in call(cell, tensors, "reference")]
+    grads = random_grads(cell, tensors)
     expected = results(cell, tensors, "reference", grads)
     for name, found in results(cell, tensors, "triton", grads).items():
         torch.testing.assert_close(found, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -120,7 +103,7 @@ def test_blocks_of_units(cell, projected):
 @interpreted
 @pytest.mark.parametrize("whole_launch", [False, True], ids=["one_step", "all_steps"])
 @pytest.mark.parametrize("reverse", [False, True])
-@each_kind
+@each_kind("triton")
 def test_padding_has_no_say(cell, projected, reverse, whole_launch, request):
     """Outputs and gradients of states do not see what lies past a sequence's end, not even NaN."""
     if whole_launch:
@@ -142,7 +125,7 @@ def test_padding_has_no_say(cell, projected, reverse, whole_launch, request):
 
 
 @interpreted
-@each_kind
+@each_kind("triton")
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (3, 0)])
 def test_nothing_to_do(cell, projected, T, B):
     tensors = problem(cell, T, B, 4, 5, projected=projected, dtype=torch.float32)
@@ -159,7 +142,7 @@ def test_nothing_to_do(cell, projected, T, B):
 def arguments(cell, projected, device="cpu"):
     tensors = problem(cell, 3, 2, 4, 6, projected=projected, dtype=torch.float32, requires_grad=False)
     tensors = {name: t.to(device) for name, t in tensors.items()}
-    weights = [tensors.get(name) for name in CELLS[cell].weights]
+    weights = weights_of(cell, tensors)
     masks = {name: m.float().to(device) for name, m in zoneout_masks(cell, tensors).items()}
     zoneout = (masks["zoneout_h"], masks.get("zoneout_c")) if CELLS[cell].zoneout else (None, None)
     lengths = torch.tensor([3, 1], device=device)
@@ -167,22 +150,7 @@ def arguments(cell, projected, device="cpu"):
 
 
 @interpreted
-@each_kind
-def test_opcheck(cell, projected):
-    given = arguments(cell, projected)
-    for save in (False, True):
-        torch.library.opcheck(kernels.rnn_forward._opoverload, (*given, False, save))
-    output, h_n, c_n, saved = kernels.rnn_forward(*given, True, True)
-    grads = (output, h_n, c_n if TRAITS[cell].has_c else None)
-    for need, upstream in ((True, grads), (False, (None, h_n, None))):
-        needs = [need] * (1 + len(given[4]))
-        torch.library.opcheck(
-            kernels.rnn_backward._opoverload, (cell, *upstream, *given[1:], output, saved, True, needs)
-        )
-
-
-@interpreted
-@each_kind
+@each_kind("triton")
 def test_operators_refuse_what_does_not_fit(cell, projected):
     given = [*arguments(cell, projected), False, True]
     for position, value in enumerate(given):
@@ -219,29 +187,40 @@ def test_configurations():
 # ---- on a GPU ----
 
 
-def stock(cell, options):
-    return "torch" if "torch" in CELLS[cell].backends and not any("zoneout" in key for key in options) else "reference"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(9, 17, 16, 32), (12, 33, 24, 64), (9, 5, 40, 100), (7, 40, 24, 128)], ids=str)
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
-def test_all_steps_on_a_gpu(cell, shape, dtype):
-    tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
-    tensors = {name: t.cuda().to(dtype) for name, t in tensors.items()}
+def assert_as_good_as_stock(cell, tensors):
+    """By torch's operator, or where torch has none by the reference in the same dtype, plain PyTorch."""
     doubles = {name: t.double() for name, t in tensors.items()}
-    for number, options in enumerate(variants(cell, tensors)):
+    for number in range(4):
+        options = variant(number, cell, tensors, ["triton"])
         options = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
-        grads = [torch.randn_like(t) for t in call(cell, doubles, "reference", **options)]
+        grads = random_grads(cell, doubles, **options)
         expected = results(cell, doubles, "reference", grads, **options)
-        theirs = results(cell, tensors, stock(cell, options), grads, **options)
+        has_stock = "torch" in CELLS[cell].backends and options.get("zoneout_h") is None
+        theirs = results(cell, tensors, "torch" if has_stock else "reference", grads, **options)
         for name, ours in results(cell, tensors, "triton", grads, **options).items():
             assert_as_good_as(ours, theirs[name], expected[name], what=f"{name}, variant {number}")
 
 
 @pytest.mark.gpu
-@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(20, 5, 24, 64), (20, 33, 40, 130), (9, 17, 16, 32), (5, 3, 8, 1000)], ids=str)
+@each_kind("triton")
+def test_every_cell_on_a_gpu(cell, projected, shape, dtype):
+    tensors = problem(cell, *shape, projected=projected, dtype=torch.float32, requires_grad=False)
+    assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 5, 40, 100), (7, 40, 24, 128), (1, 1, 3, 1)], ids=str)
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_all_steps_on_a_gpu(cell, shape, dtype, tf32):
+    tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
+    assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
+
+
+@pytest.mark.gpu
+@each_kind("triton")
 def test_cuda_graph(cell, projected):
     """Neither pass waits for the GPU, so that both can be captured."""
     given = arguments(cell, projected, "cuda")
@@ -272,7 +251,7 @@ def test_cuda_graph(cell, projected):
 def test_one_launch_or_many_on_a_gpu(cell, monkeypatch):
     tensors = problem(cell, 9, 20, 16, 64, dtype=torch.float32)
     tensors = {name: t.detach().cuda().to(torch.bfloat16) for name, t in tensors.items()}
-    grads = [torch.randn_like(t) for t in call(cell, tensors, "reference")]
+    grads = random_grads(cell, tensors)
     at_once = results(cell, tensors, "triton", grads)
     monkeypatch.setattr(launchers, "WHOLE", {})
     monkeypatch.setattr(whole, "whole_forward_kernel", None)

@@ -21,28 +21,7 @@ def _operators(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return torch.ops.seqaccel.rnn_forward.default, torch.ops.seqaccel.rnn_backward.default
     from seqaccel.kernels import rnn as kernels
 
-    if not hasattr(kernels, "rnn_forward"):
-        return _of_lstm(kernels.lstm_forward, kernels.lstm_backward)
     return kernels.rnn_forward, kernels.rnn_backward
-
-
-def _of_lstm(lstm_forward, lstm_backward):
-    """The generic pair from operators of the LSTM alone."""
-
-    def forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
-        output, h_n, c_n, *saved = lstm_forward(input, h_0, c_0, *weights[:4], lengths, reverse, save)
-        return output, h_n, c_n, saved if save else []
-
-    def backward(
-        cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output, saved,
-        reverse, needs,
-    ):  # fmt: skip
-        grads = lstm_backward(
-            grad_output, grad_h_n, grad_c_n, input, h_0, c_0, *weights[:2], output, *saved, lengths, reverse, *needs[:3]
-        )
-        return *grads[:3], [*grads[3:], grads[5], None]
-
-    return forward, backward
 
 
 def _forward_fake(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
