@@ -161,8 +161,25 @@ def test_errors_of_cells(name, use):
     def hx(*shape):
         return (torch.zeros(shape), torch.zeros(shape)) if name == "LSTMCell" else torch.zeros(shape)
 
-    expected = outcome(lambda: CELL_USES[use](getattr(torch.nn, name)(5, 8), hx))
-    assert expected is not None and outcome(lambda: CELL_USES[use](getattr(seqaccel.nn, name)(5, 8), hx)) == expected
+    for grad_mode in (True, False):  # without autograd torch's operator may serve small cells
+        with torch.set_grad_enabled(grad_mode):
+            expected = outcome(lambda: CELL_USES[use](getattr(torch.nn, name)(5, 8), hx))
+            found = outcome(lambda: CELL_USES[use](getattr(seqaccel.nn, name)(5, 8), hx))
+        assert expected is not None and found == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp", "reference", "torch"])
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells_without_autograd(name, backend):
+    stock, ours = getattr(torch.nn, name)(5, 8), getattr(seqaccel.nn, name)(5, 8)
+    ours.load_state_dict(stock.state_dict())
+    with torch.no_grad(), seqaccel.backend(backend):
+        for shape in ((3, 5), (5,), (900, 5)):
+            x = torch.randn(shape)
+            state, expected = ours(x), stock(x)
+            torch.testing.assert_close(state, expected)
+            torch.testing.assert_close(ours(x, state), stock(x, expected))
+        assert flat(ours(torch.zeros(0, 5)))[0].shape == (0, 8)
 
 
 def test_nonlinearity():

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 __all__ = ["CELLS", "CellSpec", "saved_shapes"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call, as far as speed depends on it."""
 
     steps: int
@@ -19,10 +19,6 @@ class Problem:
     dtype: torch.dtype
     ragged: bool  # has lengths
     training: bool  # autograd records
-
-
-def _ours(problem: Problem) -> bool:
-    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +36,11 @@ class CellSpec:
         without_projection: those of them that do not project.
         without_zoneout: those of them that take no zoneout.
         torch_is_faster: whether torch's operator, where it has this cell, was measured faster on a CPU: then ``auto``
-            takes it.
+            takes it. Default: it never is.
+        torch_steps: largest batch * hidden_size at which torch's operator of one step, which costs less Python, was
+            measured faster on a CPU without autograd: then ``auto`` takes it for the modules of one step.
+        weights: names and shapes of all weights, in the operators' order.
+        projects: takes weight_hr.
     """
 
     gates: int
@@ -51,34 +51,28 @@ class CellSpec:
     backends: tuple[str, ...] = ("reference", "triton")
     without_projection: tuple[str, ...] = ()
     without_zoneout: tuple[str, ...] = ("torch",)
-    torch_is_faster: Callable[[Problem], bool] = _ours
+    torch_is_faster: Callable[[Problem], bool] | None = None
+    torch_steps: int = 0
+    weights: dict[str, str] = dataclasses.field(init=False)
+    projects: bool = dataclasses.field(init=False)
 
-    @property
-    def weights(self) -> dict[str, str]:
-        """Names and shapes of all weights, in the operators' order."""
-        return {"weight_ih": "GI", "weight_hh": "GP", "bias_ih": "G", "bias_hh": "G"} | self.extra
-
-    @property
-    def projects(self) -> bool:
-        """Takes weight_hr."""
-        return "weight_hr" in self.extra
+    def __post_init__(self) -> None:
+        weights = {"weight_ih": "GI", "weight_hh": "GP", "bias_ih": "G", "bias_hh": "G"} | self.extra
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "projects", "weight_hr" in self.extra)
 
 
+_EVERY = ("reference", "cpp", "triton", "torch")
 _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
 CELLS: dict[str, CellSpec] = {
-    "rnn_tanh": CellSpec(1, zoneout=False, backends=("reference", "cpp", "triton", "torch")),
-    "rnn_relu": CellSpec(1, zoneout=False, backends=("reference", "cpp", "triton", "torch")),
+    "rnn_tanh": CellSpec(1, zoneout=False, backends=_EVERY, torch_steps=4096),
+    "rnn_relu": CellSpec(1, zoneout=False, backends=_EVERY, torch_steps=4096),
     "lstm": CellSpec(
-        4,
-        True,
-        {"weight_hr": "PH"},
-        _PROJECTION,
-        backends=("reference", "cpp", "triton", "torch"),
-        without_projection=("cpp",),
+        4, True, {"weight_hr": "PH"}, _PROJECTION, backends=_EVERY, without_projection=("cpp",), torch_steps=128
     ),
-    "gru": CellSpec(3, backends=("reference", "cpp", "triton", "torch")),
+    "gru": CellSpec(3, backends=_EVERY, torch_steps=128),
     "gru_reset_before": CellSpec(3),
     "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
     "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),

@@ -96,6 +96,9 @@ class _Layer(torch.autograd.Function):
 # ---- checks ----
 
 
+_STATES = (("h_0", "BP"), ("c_0", "BH"))
+
+
 def _check(name: str, cell: str, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: Weights) -> None:
     spec = CELLS[cell]
     gates, weight_hh = spec.gates, weights[1]
@@ -107,20 +110,22 @@ def _check(name: str, cell: str, input: Tensor, h_0: Tensor, c_0: Tensor | None,
         rows = "H" if gates == 1 else f"{gates} * H"
         found = None if weight_hh is None else tuple(weight_hh.shape)
         raise ValueError(f"{name}: expected weight_hh to have shape ({rows}, H), but got {found}")
-    hidden = weight_hh.shape[0] // gates
-    projection = weights[4] if spec.projects else None
-    sizes = {"B": input.shape[1], "I": input.shape[2], "G": gates * hidden, "H": hidden, "3": 3}
-    sizes["P"] = hidden if projection is None else projection.shape[0]
+    _, B, I = input.shape
+    G, P = weight_hh.shape
+    H = G // gates
+    if spec.projects:
+        P = H if weights[4] is None else weights[4].shape[0]
+    else:
+        P = H
+    shapes = {"GI": (G, I), "GP": (G, P), "G": (G,), "BP": (B, P), "BH": (B, H), "PH": (P, H), "H": (H,)}
     dtype, device = input.dtype, input.device
-    named = zip(weights, spec.weights.items(), strict=True)
-    expected = [(tensor, key, shape) for tensor, (key, shape) in named]
-    for tensor, key, shape in [*expected, (h_0, "h_0", "BP"), (c_0, "c_0", "BH")]:
+    for tensor, (key, letters) in zip((h_0, c_0, *weights), (*_STATES, *spec.weights.items()), strict=True):
         if tensor is None:
-            if key == "c_0" or key in spec.optional:
+            if key in spec.optional or (key == "c_0" and not spec.has_cell_state):
                 continue
             raise TypeError(f"{name}: expected {key} to be a tensor, but got None")
-        if tensor.shape != torch.Size([sizes[letter] for letter in shape]):
-            wanted = tuple(sizes[letter] for letter in shape)
+        wanted = shapes.get(letters) or tuple({"3": 3, "H": H, "I": I}[letter] for letter in letters)
+        if tensor.shape != wanted:
             raise ValueError(f"{name}: expected {key} to have shape {wanted}, but got {tuple(tensor.shape)}")
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {key} to have the dtype of input, {dtype}, but got {tensor.dtype}")
@@ -204,7 +209,10 @@ def layer(
     _check(name, cell, input, h_0, c_0, weights)  # type: ignore[arg-type]
     if lengths is not None:
         _check_lengths(name, lengths, input.shape[0], input.shape[1])
-    zoneout_h, zoneout_c = (None if not isinstance(z, Tensor) and z == 0 else z for z in (zoneout_h, zoneout_c))
+    if not isinstance(zoneout_h, Tensor) and zoneout_h == 0:
+        zoneout_h = None
+    if not isinstance(zoneout_c, Tensor) and zoneout_c == 0:
+        zoneout_c = None
     found = _run(cell, input, h_0, c_0, weights, lengths, reverse, zoneout_h, zoneout_c)  # type: ignore[arg-type]
     if spec.gates == 3 and input.dtype != given and input.device.type == "cpu":
         # Autocast of a torch.nn.GRU on a CPU gives the state the dtype it had.
@@ -229,11 +237,12 @@ def _run(
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
     recorded = _common.needs_grad(input, h_0, c_0, *weights)
     prefer = None
-    if "torch" in spec.backends and input.device.type == "cpu":
+    if spec.torch_is_faster is not None and input.device.type == "cpu":
         problem = Problem(steps, batch, inputs, hidden, input.dtype, lengths is not None, recorded)
         prefer = "torch" if spec.torch_is_faster(problem) else None
     projected = spec.projects and weights[4] is not None
-    supported = _supported(spec, projected, any(z is not None for z in (zoneout_h, zoneout_c)))
+    zoned = zoneout_h is not None or zoneout_c is not None
+    supported = _supported(spec, projected, zoned) if projected or zoned else spec.backends
     backend = backends.choose(cell, input, supported, prefer=prefer)
     if _common.transforms_active():
         backend = "reference"
@@ -262,3 +271,14 @@ def _run(
     if dtype != compute:
         output, h_n, c_n = output.to(dtype), h_n.to(dtype), c_n.to(dtype)
     return output, h_n, c_n if spec.has_cell_state else None
+
+
+def torch_step_is_faster(cell: str, input: Tensor, hidden_size: int) -> bool:
+    """Whether ``auto`` takes torch's operator of a single step for input (B, I): see ``CellSpec.torch_steps``."""
+    return (
+        0 < input.shape[0] * hidden_size <= CELLS[cell].torch_steps
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and input.device.type == "cpu"
+        and backends.current() == "auto"
+    )

@@ -55,3 +55,15 @@ def layer(
     if reverse:
         output = _reverse_in_time(output, lengths)
     return output, last[0][0], None if c_0 is None else last[1][0]
+
+
+def step(
+    cell: str, input: Tensor, state: tuple[Tensor, ...] | None, weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """torch's operator of a single step: the new state from input (B, I) and (h,) or (h, c), by default zero."""
+    if cell == "lstm":
+        if state is None:
+            state = (input.new_zeros(input.shape[0], weights[1].shape[1]),) * 2  # type: ignore[union-attr]
+        return torch._VF.lstm_cell(input, state, *weights)  # type: ignore[arg-type]
+    h = input.new_zeros(input.shape[0], weights[1].shape[1]) if state is None else state[0]  # type: ignore[union-attr]
+    return (getattr(torch._VF, f"{cell}_cell")(input, h, *weights),)

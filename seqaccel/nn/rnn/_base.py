@@ -101,7 +101,9 @@ class Recurrent(Streaming, torch.nn.RNNBase):
 
     def _layer_weights(self, index: int) -> list[Tensor | None]:
         """The weights of one layer and direction, in the cell's order."""
-        weights: list[Tensor | None] = [getattr(self, name) for name in self._all_weights[index]]
+        own = self._parameters
+        names = self._all_weights[index]
+        weights: list[Tensor | None] = [own[name] if name in own else getattr(self, name) for name in names]
         if not self.bias:
             weights[2:2] = [None, None]
         if self._spec.projects and not self.proj_size:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from seqaccel.functional import _common
 from seqaccel.functional.rnn._operator import layer as run_layer
+from seqaccel.functional.rnn._operator import torch_step_is_faster
+from seqaccel.functional.rnn._torch import step as torch_step
 
 #: torch's names of dtypes, as its messages have them.
 _TITLES = {
@@ -30,6 +32,9 @@ class _Cell(torch.nn.RNNCellBase):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else tuple(part.unsqueeze(0) for part in hx)
+        if torch_step_is_faster(cell, input, self.hidden_size):
+            found = torch_step(cell, input, hx, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
+            return found if batched else tuple(part.squeeze(0) for part in found)
         self._check(input, hx or ())
         h_0, c_0 = (*(hx or ()), None, None)[:2]
         weights: list[Tensor | None] = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
