@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rnn_cases import call, each_kind, kinds, problem, random_grads, results, variant, weights_of
+from rnn_cases import call, each_kind, kinds, one_thread, problem, random_grads, results, variant, weights_of
 
 import seqaccel
 from seqaccel import backends
@@ -28,14 +28,16 @@ def test_gradcheck(backend, cell, projected):
     tensors = problem(cell, 3, 2, 2, 3, projected=projected)
     for number in (0, 1, 2):
         options = variant(number, cell, tensors, [backend])
-        torch.autograd.gradcheck(function(cell, tensors, backend, options), list(tensors.values()))
+        with one_thread():
+            torch.autograd.gradcheck(function(cell, tensors, backend, options), list(tensors.values()))
 
 
 @every_kind
 def test_gradgradcheck(backend, cell, projected):
     tensors = problem(cell, 2, 2, 1, 2, projected=projected)
     options = variant(3, cell, tensors, [backend])
-    torch.autograd.gradgradcheck(function(cell, tensors, backend, options), list(tensors.values()))
+    with one_thread():
+        torch.autograd.gradgradcheck(function(cell, tensors, backend, options), list(tensors.values()))
 
 
 @each_kind("cpp")
