@@ -72,6 +72,8 @@ struct SessionLayer {
   int64_t stride;   // between the rows of the state and of the buffers below
   float* h[2];      // [B, stride]; h[parity] is the state
   float* c;         // [B, stride]
+  int32_t buffers;
+  bool normalised;  // layer norm between the product and the update
   float* middle;    // [buffers, B, stride]: what passes from a part of a step to the next
   float* sums;      // layer norm: [blocks, B, 2, vectors, L]
   int parity;

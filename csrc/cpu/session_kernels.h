@@ -44,6 +44,11 @@ struct SessionThread {
   }
   void store_output(ptrdiff_t row, ptrdiff_t width, ptrdiff_t unit, Vec<float> value, int units) const {
     if (!narrow_y) return store_some(static_cast<float*>(y) + row * width + unit, value, units);
+    if (units == kWordLanes) {
+      const Halves narrow = __builtin_convertvector(bfloat16_bits(value), Halves);
+      memcpy(static_cast<uint16_t*>(y) + row * width + unit, &narrow, sizeof(narrow));
+      return;
+    }
     alignas(64) uint32_t bits[kWordLanes];
     store_words(bits, bfloat16_bits(value));
     for (int i = 0; i < units; ++i) static_cast<uint16_t*>(y)[row * width + unit + i] = uint16_t(bits[i]);

@@ -35,10 +35,12 @@ SEQACCEL_INLINE Words bfloat16_bits(Vec<float> x) {
 
 // ---------------------------------------------------------------- precisions
 //
-// Sum: the accumulator's vector. multiply: sum += word of the input, in every lane, times a word of each lane's row.
+// Sum: the accumulator's vector. kChain: most words in a row that one adds up, since rounding errors grow with it (far
+// below bfloat16's own). multiply: sum += word of the input, in every lane, times a word of each lane's row.
 
 struct Float32 {
   typedef Vec<float> Sum;
+  static constexpr ptrdiff_t kChain = kPartial;
   static constexpr ptrdiff_t kPerWord = 1;
   SEQACCEL_INLINE static void multiply(Sum& sum, uint32_t x, Words w) {
     sum += (Vec<float>)broadcast_word(x) * (Vec<float>)w;
@@ -47,6 +49,7 @@ struct Float32 {
 
 struct Bfloat16 {
   typedef Vec<float> Sum;
+  static constexpr ptrdiff_t kChain = 1024;
   static constexpr ptrdiff_t kPerWord = 2;
   SEQACCEL_INLINE static void multiply(Sum& sum, uint32_t x, Words w) {
 #if defined(SEQACCEL_ISA_AVX512_BF16)
@@ -60,6 +63,7 @@ struct Bfloat16 {
 
 struct Int8 {
   typedef Ints Sum;
+  static constexpr ptrdiff_t kChain = ptrdiff_t(1) << 30;
   static constexpr ptrdiff_t kPerWord = 4;
   SEQACCEL_INLINE static void multiply(Sum& sum, uint32_t x, Words w) {
 #if defined(SEQACCEL_ISA_AVX512_BF16)
@@ -182,13 +186,13 @@ inline WordRows prepare_rows(const uint16_t* x, ptrdiff_t K, ptrdiff_t rows, uin
 // ---------------------------------------------------------------- products
 
 // out [MR, NV, L] = rows of x * panel [K words, NV, L]. Several chains along K hide the latency where there are few
-// sums; a chain ends after kPartial words, since rounding errors grow with its length.
+// sums.
 template <class P, int MR, int NV>
 void word_tile(const uint32_t* x, ptrdiff_t x_row, const uint32_t* panel, ptrdiff_t K, typename P::Sum* out) {
   constexpr int L = kWordLanes, kChains = MR * NV >= 8 ? 1 : (8 + MR * NV - 1) / (MR * NV);
-  for (int i = 0; i < MR * NV; ++i) out[i] = typename P::Sum{};
-  for (ptrdiff_t k0 = 0; k0 < K; k0 += kPartial * kChains) {
-    const ptrdiff_t k1 = min_of(K, k0 + kPartial * kChains), whole = k0 + (k1 - k0) / kChains * kChains;
+  for (int i = 0; i < MR * NV && K == 0; ++i) out[i] = typename P::Sum{};
+  for (ptrdiff_t k0 = 0; k0 < K; k0 += P::kChain * kChains) {
+    const ptrdiff_t k1 = min_of(K, k0 + P::kChain * kChains), whole = k0 + (k1 - k0) / kChains * kChains;
     typename P::Sum sum[kChains][MR][NV] = {};
     const auto step = [&](ptrdiff_t k, typename P::Sum(&chain)[MR][NV]) __attribute__((always_inline)) {
       Words w[NV];
@@ -212,7 +216,7 @@ void word_tile(const uint32_t* x, ptrdiff_t x_row, const uint32_t* panel, ptrdif
       for (int i = 0; i < MR * NV; ++i) sum[0][i / NV][i % NV] += sum[c][i / NV][i % NV];
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < MR * NV; ++i) out[i] += sum[0][i / NV][i % NV];
+    for (int i = 0; i < MR * NV; ++i) out[i] = k0 == 0 ? sum[0][i / NV][i % NV] : out[i] + sum[0][i / NV][i % NV];
   }
 }
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -14,44 +16,30 @@
 namespace seqaccel {
 namespace {
 
-constexpr int64_t kChunkRows = 256;  // of a chunk: their projections, at 2,048 gates, are 2 MB
+constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
 constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
 
-struct KindName {
-  const char* name;
-  LayerKind kind;
-  int gates;         // 0: no state
-  bool cell;         // has c
-  int biases;        // rows of the bias a step adds
-  int unit_weights;  // vectors of H weights
-  int buffers;       // [B, stride] buffers between the parts of a step
-};
-
-const KindName kKinds[] = {
-    {"linear", LayerKind::linear, 0, false, 0, 0, 0},
-    {"embedding", LayerKind::embedding, 0, false, 0, 0, 0},
-    {"layer_norm", LayerKind::layer_norm, 0, false, 0, 0, 0},
-    {"rnn_tanh", LayerKind::rnn_tanh, 1, false, 1, 0, 0},
-    {"rnn_relu", LayerKind::rnn_relu, 1, false, 1, 0, 0},
-    {"lstm", LayerKind::lstm, 4, true, 4, 0, 1},
-    {"gru", LayerKind::gru, 3, false, 4, 0, 0},
+const std::map<std::string, SessionCell> kCells = {
+    {"rnn_tanh", {LayerKind::rnn_tanh, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
+    {"rnn_relu", {LayerKind::rnn_relu, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
+    {"lstm", {LayerKind::lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH"}}},
+    {"gru", {LayerKind::gru, 3, false, 4, 0, {"GI", "GP", "G", "G"}}},
 };
 
 const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu"};
 
-const KindName& kind_named(const std::string& name) {
-  for (const KindName& kind : kKinds) {
-    if (name == kind.name) return kind;
-  }
-  throw std::invalid_argument("unknown layer '" + name + "'");
-}
+constexpr size_t kPooled = size_t(64) << 20;
 
-const KindName& kind_of(const SessionLayer& layer) {
-  for (const KindName& kind : kKinds) {
-    if (layer.kind == kind.kind) return kind;
+// Blocks by size. It outlives every session, and so is never destroyed.
+struct Pool {
+  std::mutex mutex;
+  std::multimap<size_t, char*> blocks;
+  size_t total = 0;
+  static Pool& instance() {
+    static Pool* const pool = new Pool;
+    return *pool;
   }
-  throw std::logic_error("a layer without a kind");
-}
+};
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -71,15 +59,53 @@ class Layout {
 
 }  // namespace
 
+const SessionCell* session_cell(const std::string& name) {
+  const auto found = kCells.find(name);
+  return found == kCells.end() ? nullptr : &found->second;
+}
+
+std::vector<int64_t> SessionCell::shape(size_t weight, int64_t inputs, int64_t hidden, int64_t outputs) const {
+  std::vector<int64_t> sizes;
+  for (const char letter : weights[weight]) {
+    sizes.push_back(letter == 'G'   ? gates * hidden
+                    : letter == 'H' ? hidden
+                    : letter == 'P' ? outputs
+                    : letter == 'I' ? inputs
+                                    : 3);
+  }
+  return sizes;
+}
+
+void AlignedMemory::GiveBack::operator()(char* p) const {
+  Pool& pool = Pool::instance();
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  if (pool.total + size > kPooled) return std::free(p);
+  pool.total += size;
+  pool.blocks.emplace(size, p);
+}
+
 AlignedMemory::AlignedMemory(size_t bytes, bool zero) {
   constexpr size_t kHugePage = size_t(2) << 20;
   const size_t align = bytes >= 2 * kHugePage ? kHugePage : 64;
   const size_t rounded = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
-  memory_.reset(static_cast<char*>(std::aligned_alloc(align, rounded)));
-  if (!memory_) throw std::bad_alloc();
+  Pool& pool = Pool::instance();
+  {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    const auto found = pool.blocks.lower_bound(rounded);
+    if (found != pool.blocks.end() && found->first <= rounded + rounded / 4) {
+      memory_ = std::unique_ptr<char, GiveBack>(found->second, GiveBack{found->first});
+      pool.total -= found->first;
+      pool.blocks.erase(found);
+    }
+  }
+  if (!memory_) {
+    memory_ =
+        std::unique_ptr<char, GiveBack>(static_cast<char*>(std::aligned_alloc(align, rounded)), GiveBack{rounded});
+    if (!memory_) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (align == kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
+    if (align == kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
 #endif
+  }
   if (zero) std::memset(memory_.get(), 0, rounded);
 }
 
@@ -127,39 +153,57 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
     layers_.push_back(layer);
     return;
   }
-  const KindName& kind = kind_named(name);
-  layer.kind = kind.kind;
-  const int64_t I = layer.inputs, H = layer.hidden, P = layer.outputs;
+  const int64_t I = layer.inputs, P = layer.outputs;
   const float* const* const w = from.weights;
-  if (kind.kind == LayerKind::linear) {
+  if (name == "linear") {
+    layer.kind = LayerKind::linear;
     add_matrix(layer, 0, 1, P, I, w[0], 0, nullptr, bfloat16);
     layer.bias = keep(w[1], P);
-  } else if (kind.kind == LayerKind::embedding) {
+  } else if (name == "embedding") {
+    layer.kind = LayerKind::embedding;
     layer.weights = keep(w[0], I * P);
-  } else if (kind.kind == LayerKind::layer_norm) {
+  } else if (name == "layer_norm") {
+    layer.kind = LayerKind::layer_norm;
     layer.weights = keep(w[0], P);
     layer.bias = keep(w[1], P);
   } else {
-    layer.stride = round_up(std::max(H, P), kernels_.lanes) + kernels_.lanes;
-    add_matrix(layer, 0, kind.gates, H, I, w[0], P, w[1], bfloat16);
-    if (name.find("lstm") != std::string::npos && w[4]) add_matrix(layer, 1, 1, P, H, w[4], 0, nullptr, bfloat16);
-    // Pre-activations' biases, the two summed; where h's part of the last gate is apart, so is its bias.
-    std::vector<float> bias(size_t(kind.biases * layer.stride), 0.0f);
-    for (int64_t g = 0; g < kind.gates; ++g) {
-      const bool apart = kind.biases > kind.gates && g + 1 == kind.gates;
-      for (int64_t k = 0; k < H; ++k) {
-        bias[size_t(g * layer.stride + k)] += w[2] ? w[2][g * H + k] : 0.0f;
-        bias[size_t((g + apart) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
-      }
-    }
-    layer.bias = keep(bias.data(), int64_t(bias.size()));
-    if (kind.unit_weights) {
-      std::vector<float> weights(size_t(kind.unit_weights * layer.stride), 0.0f);
-      for (int64_t i = 0; i < kind.unit_weights; ++i) std::copy_n(w[5] + i * H, H, &weights[size_t(i * layer.stride)]);
-      layer.weights = keep(weights.data(), int64_t(weights.size()));
-    }
+    const SessionCell* const cell = session_cell(name);
+    if (cell == nullptr) throw std::invalid_argument("unknown layer '" + name + "'");
+    add_recurrent(layer, *cell, w, bfloat16);
   }
   layers_.push_back(layer);
+}
+
+void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell, const float* const* w, bool bfloat16) {
+  const int64_t I = layer.inputs, H = layer.hidden, P = layer.outputs, gates = cell.gates;
+  layer.kind = cell.kind;
+  layer.stride = round_up(std::max(H, P), kernels_.lanes) + kernels_.lanes;
+  layer.buffers = cell.buffers;
+  add_matrix(layer, 0, gates, H, I, w[0], P, w[1], bfloat16);
+  // Where h's part of the last gate is apart, so is its bias; else the two are summed.
+  std::vector<float> bias(size_t(cell.biases * layer.stride), 0.0f);
+  for (int64_t g = 0; g < gates; ++g) {
+    const bool apart = cell.biases > gates && g + 1 == gates;
+    for (int64_t k = 0; k < H; ++k) {
+      bias[size_t(g * layer.stride + k)] += w[2] ? w[2][g * H + k] : 0.0f;
+      bias[size_t((g + apart) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
+    }
+  }
+  layer.bias = keep(bias.data(), int64_t(bias.size()));
+  std::vector<float> rows;
+  for (size_t i = 4; i < cell.weights.size(); ++i) {
+    const std::vector<int64_t> shape = cell.shape(i, I, H, P);
+    if (cell.weights[i] == "PH") {
+      if (w[i]) add_matrix(layer, 1, 1, P, H, w[i], 0, nullptr, bfloat16);
+      continue;
+    }
+    const int64_t values = shape.size() == 1 ? shape[0] : shape[0] * shape[1];
+    for (int64_t k = 0; k < values; k += H) {
+      rows.insert(rows.end(), w[i] + k, w[i] + k + H);
+      rows.insert(rows.end(), size_t(layer.stride - H), 0.0f);
+    }
+  }
+  if (!rows.empty()) layer.weights = keep(rows.data(), int64_t(rows.size()));
 }
 
 void SessionProgram::finish() {
@@ -174,11 +218,10 @@ void SessionProgram::finish() {
   }
   for (const SessionLayer& l : layers_) {
     for (int i = 0; i < 3; ++i) state_at.push_back(state.add(size_t(batch_ * l.stride) * 4));
-    const KindName* const kind = l.kind == LayerKind::activation ? nullptr : &kind_of(l);
-    state_at.push_back(state.add(size_t((kind ? kind->buffers : 0) * batch_ * l.stride) * 4));
+    state_at.push_back(state.add(size_t(l.buffers * batch_ * l.stride) * 4));
     const SessionMatrix& m = l.matrices[0];
-    state_at.push_back(state.add(
-        kind && kind->unit_weights > 3 ? size_t(m.blocks * batch_ * 2 * m.vectors) * size_t(kernels_.lanes) * 4 : 0));
+    state_at.push_back(
+        state.add(l.normalised ? size_t(m.blocks * batch_ * 2 * m.vectors * kernels_.lanes) * sizeof(float) : 0));
   }
   panels_ = AlignedMemory(panels.bytes(), false);
   state_ = AlignedMemory(state.bytes());
