@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from seqaccel import _extension, nn
+from seqaccel import _extension
+from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.nn.rnn._base import Recurrent
 
 __all__ = ["Session"]
 
@@ -26,10 +28,10 @@ class Session:
     eval mode: no dropout, zoneout's expectation. A session is not thread-safe; make one for each thread.
 
     Args:
-        module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, …) in float32 on the CPU, any
-            number of layers, one direction; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding``
-            (first), ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``GELU``, ``LeakyReLU``,
-            ``ELU``, ``Identity`` and ``Dropout`` between.
+        module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`, …) in
+            float32 on the CPU, any number of layers, one direction; or a :class:`torch.nn.Sequential` of those with
+            ``Linear``, ``Embedding`` (first), ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``,
+            ``SiLU``, ``GELU``, ``LeakyReLU``, ``ELU``, ``Identity`` and ``Dropout`` between.
         batch_size: number of independent streams B. Default: 1
         weights: what the packed matrices are held in. ``"float32"``; ``"bfloat16"``: half the memory, the weights and
             what they multiply rounded to 8 bits; ``"int8"``: a quarter, each row of a weight rounded to 255 values with
@@ -202,7 +204,7 @@ def _describe(
     if isinstance(module, torch.nn.Sequential):
         for child, part in module.named_children():
             _describe(part, layers, states, session, f"{name}{child}.")
-    elif isinstance(module, nn.LSTM):
+    elif isinstance(module, Recurrent):
         _describe_recurrent(module, layers, states, session, name)
     elif isinstance(module, torch.nn.Linear):
         sizes = (module.in_features, 0, module.out_features)
@@ -244,18 +246,22 @@ def _activation(module: torch.nn.Module) -> tuple[str, float]:
 
 
 def _describe_recurrent(
-    module: nn.LSTM, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str
+    module: Recurrent, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str
 ) -> None:
-    kind = type(module).__name__
     if module.bidirectional:
-        raise ValueError(f"module: a bidirectional {kind} cannot run step by step")
+        raise ValueError(f"module: a bidirectional {type(module).__name__} cannot run step by step")
     session.batch_first = session.batch_first or module.batch_first
     hidden, outputs = module.hidden_size, module.proj_size or module.hidden_size
+    rates = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout, module.zoneout)
     for layer in range(module.num_layers):
         inputs = module.input_size if layer == 0 else outputs
         states.append((name, len(layers), "h", outputs))
-        states.append((name, len(layers), "c", hidden))
-        layers.append(("lstm", (inputs, hidden, outputs), module._layer_weights(layer), _NO_NUMBERS))
+        if CELLS[module.cell].has_cell_state:
+            states.append((name, len(layers), "c", hidden))
+        weights = module._layer_weights(layer)
+        if module.training and module.recurrent_dropout > 0:
+            weights[1] = getattr(module, module._all_weights[layer][1])
+        layers.append((module.cell, (inputs, hidden, outputs), weights, (*rates, 0.0)))
 
 
 def _table() -> int:

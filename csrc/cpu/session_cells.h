@@ -13,30 +13,42 @@ struct SessionFunctions {
   SEQACCEL_INLINE static Vec<float> tanh(Vec<float> x) { return tanh_vec<float>(x); }
 };
 
-// Mean and 1 / sqrt(variance + epsilon) of N values in rows of `run` values, `stride` apart; the variance is biased.
+// v where the lane is one of the first n, else 0.
+SEQACCEL_INLINE Vec<float> first_lanes(Vec<float> v, int n) {
+  alignas(64) float lanes[Lanes<float>];
+  store(lanes, v);
+  for (int i = n; i < Lanes<float>; ++i) lanes[i] = 0.0f;
+  return load(lanes);
+}
+
+// Mean and 1 / sqrt(variance + epsilon); the variance is biased.
 struct Moments {
   float mean, scale;
 };
 
-inline Moments moments_of(const float* x, ptrdiff_t run, ptrdiff_t stride, ptrdiff_t rows, float epsilon) {
+inline Moments moments_of(const float* x, ptrdiff_t count, float epsilon) {
   constexpr int L = Lanes<float>;
-  const float count = float(run * rows);
   Vec<float> sum = {}, squares = {};
-  for (ptrdiff_t r = 0; r < rows; ++r) {
-    for (ptrdiff_t k = 0; k < run; k += L) sum += load_some(x + r * stride + k, int(min_of(L, run - k)));
+  for (ptrdiff_t k = 0; k < count; k += L) sum += load_some(x + k, int(min_of(L, count - k)));
+  const float mean = horizontal_sum<float>(sum) / float(count);
+  for (ptrdiff_t k = 0; k < count; k += L) {
+    const int n = int(min_of(L, count - k));
+    const Vec<float> d = load_some(x + k, n) - mean;
+    squares += n == L ? d * d : first_lanes(d * d, n);
   }
-  const float mean = horizontal_sum<float>(sum) / count;
-  for (ptrdiff_t r = 0; r < rows; ++r) {
-    for (ptrdiff_t k = 0; k < run; k += L) {
-      const int n = int(min_of(L, run - k));
-      alignas(64) float lanes[L];
-      for (int i = 0; i < L; ++i) lanes[i] = i < n ? 1.0f : 0.0f;
-      const Vec<float> d = (load_some(x + r * stride + k, n) - mean) * (n < L ? load(lanes) : broadcast(1.0f));
-      squares += d * d;
-    }
-  }
-  return {mean, 1.0f / sqrtf(horizontal_sum<float>(squares) / count + epsilon)};
+  return {mean, 1.0f / sqrtf(horizontal_sum<float>(squares) / float(count) + epsilon)};
 }
+
+struct SessionPeepholeLstm : LstmCell {
+  static constexpr int kWeights = 3;
+
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    const auto i = F::sigmoid(u.pre[0] + u.weights[0] * u.c_prev), f = F::sigmoid(u.pre[1] + u.weights[1] * u.c_prev);
+    u.c = f * u.c_prev + i * F::tanh(u.pre[2]);
+    u.h = F::sigmoid(u.pre[3] + u.weights[2] * u.c) * F::tanh(u.c);
+  }
+};
 
 // Vectors of a block: the gates of L units, or four vectors of units where there is one gate.
 template <int Gates>

@@ -157,6 +157,182 @@ void recurrent_step(const SessionThread& t, const SessionLayer& l, const Session
   t.wait();
 }
 
+// Cells whose second product needs what comes of the first: `first` puts the vector that takes the place of h' into
+// middle[0], and what else the second half needs into middle[1].
+template <class First>
+SEQACCEL_INLINE WordRows first_half(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                    const WordRows& x, ptrdiff_t x_row, const float* projected, int vectors_of_unit,
+                                    First first) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t V = m.vectors, U = V / vectors_of_unit;
+  const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
+  for_blocks(t, m, step, x, x_row, projected, h,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_h) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 for (ptrdiff_t j = 0; j < U && (u * U + j) * L < l.hidden; ++j) {
+                   const ptrdiff_t at = (i * V + j * vectors_of_unit) * L;
+                   first(b0 + i, (u * U + j) * L, from_x + at, from_h + at);
+                 }
+               }
+             });
+  t.wait();
+  return t.state_rows(m.precision, l.middle, l.stride, l.hidden);
+}
+
+inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                     const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes;
+  const WordRows m = first_half(t, l, step, x, x_row, projected, 1,
+                                [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
+                                  store(l.middle + b * l.stride + unit, load(from_x) * load(from_h));
+                                });
+  for_blocks(t, l.matrices[1], step, x, x_row, nullptr, m,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_m) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 const ptrdiff_t b = b0 + i;
+                 auto state = unit_at<LstmCell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
+                 add_sums(state, from_x + i * 4 * L, from_m + i * 4 * L, 0, 4);
+                 LstmCell::forward<SessionFunctions>(state);
+                 keep_cell(t, l, step, b, u * L, state.c);
+                 finish(t, l, step, b, u * L, state.h);
+               }
+             });
+  t.wait();
+}
+
+inline void gru_reset_before_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                  const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes;
+  float* const update = l.middle + t.run.batch * l.stride;
+  const auto bias = [&](int g, ptrdiff_t unit) { return load(l.bias + g * l.stride + unit); };
+  const WordRows reset = first_half(
+      t, l, step, x, x_row, projected, 2, [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
+        const ptrdiff_t at = b * l.stride + unit;
+        const Vec<float> r = sigmoid_vec<float>(load(from_x) + load(from_h) + bias(0, unit));
+        store(l.middle + at, r * load(step.h + at));
+        store(update + at, sigmoid_vec<float>(load(from_x + L) + load(from_h + L) + bias(1, unit)));
+      });
+  for_blocks(t, l.matrices[1], step, x, x_row, nullptr, reset,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_reset) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 for (int v = 0; v < 4 && (u * 4 + v) * L < l.hidden; ++v) {
+                   const ptrdiff_t unit = (u * 4 + v) * L, at = (b0 + i) * l.stride + unit, sum = (i * 4 + v) * L;
+                   const Vec<float> n = tanh_vec<float>(load(from_x + sum) + load(from_reset + sum) + bias(2, unit));
+                   finish(t, l, step, b0 + i, unit, n + load(update + at) * (load(step.h + at) - n));
+                 }
+               }
+             });
+  t.wait();
+}
+
+// ---------------------------------------------------------------- recurrent layers with layer norm
+
+// Of all gates of a stream: segment s of the sums [blocks, B, 2, vectors, L].
+inline Moments moments_of_sums(const SessionThread& t, const SessionLayer& l, ptrdiff_t b, int s) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t V = m.vectors;
+  const float count = float(V * l.hidden);
+  const auto add_up = [&](auto of) {
+    Vec<float> sum = {};
+    for (ptrdiff_t u = 0; u < m.blocks; ++u) {
+      const float* const at = l.sums + ((u * t.run.batch + b) * 2 + s) * V * L;
+      const int units = int(min_of(L, l.hidden - u * L));
+      for (ptrdiff_t v = 0; v < V; ++v) sum += of(at + v * L, units);
+    }
+    return horizontal_sum<float>(sum) / count;
+  };
+  // Past the last unit the sums are zero.
+  const float mean = add_up([](const float* at, int) { return load(at); });
+  const float variance = add_up([&](const float* at, int units) {
+    const Vec<float> d = load(at) - mean;
+    return units == L ? d * d : first_lanes(d * d, units);
+  });
+  return {mean, 1.0f / sqrtf(variance + l.parameter)};
+}
+
+// The normalised pre-activations of a unit: gains of x's part are the first rows of l.weights, of h's the next.
+template <class Cell>
+SEQACCEL_INLINE void add_normalised(Unit<Cell, Vec<float>>& state, const SessionThread& t, const SessionLayer& l,
+                                    ptrdiff_t b, ptrdiff_t u, const Moments (&moments)[2]) {
+  constexpr int L = kWordLanes, V = Cell::kGates;
+  alignas(64) float normal[2][V * L];
+  for (int s = 0; s < 2; ++s) {
+    for (int v = 0; v < V; ++v) {
+      const Vec<float> sum = load(l.sums + (((u * t.run.batch + b) * 2 + s) * V + v) * L);
+      const Vec<float> gain = load(l.weights + (s * V + v) * l.stride + u * L);
+      store(normal[s] + v * L, (sum - moments[s].mean) * moments[s].scale * gain);
+    }
+  }
+  add_sums(state, normal[0], normal[1], 0, V);
+}
+
+inline void keep_sums(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                      ptrdiff_t x_row, const float* projected) {
+  const SessionMatrix& m = l.matrices[0];
+  const size_t width = size_t(m.vectors) * kWordLanes;
+  const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
+  for_blocks(t, m, step, x, x_row, projected, h,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_h) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 float* const to = l.sums + (u * t.run.batch + b0 + i) * 2 * ptrdiff_t(width);
+                 memcpy(to, from_x + i * ptrdiff_t(width), width * sizeof(float));
+                 memcpy(to + width, from_h + i * ptrdiff_t(width), width * sizeof(float));
+               }
+             });
+  t.wait();
+}
+
+inline void layer_norm_gru_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes;
+  keep_sums(t, l, step, x, x_row, projected);
+  for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
+    const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
+    for (ptrdiff_t u = t.begin(l.matrices[0].blocks); u < t.end(l.matrices[0].blocks); ++u) {
+      auto state = unit_at<GruCell>(l, u * L, step.h + b * l.stride, nullptr);
+      add_normalised(state, t, l, b, u, moments);
+      GruCell::forward<SessionFunctions>(state);
+      finish(t, l, step, b, u * L, state.h);
+    }
+  }
+  t.wait();
+}
+
+// middle: o, and the new c.
+inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                 const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes;
+  const bool normalized = l.kind == LayerKind::layer_norm_lstm_normalized_cell;
+  const ptrdiff_t begin = t.begin(l.matrices[0].blocks), end = t.end(l.matrices[0].blocks);
+  float* const new_c = l.middle + t.run.batch * l.stride;
+  keep_sums(t, l, step, x, x_row, projected);
+  for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
+    const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
+    for (ptrdiff_t u = begin; u < end; ++u) {
+      auto state = unit_at<LstmCell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
+      add_normalised(state, t, l, b, u, moments);
+      LstmCell::forward<SessionFunctions>(state);
+      store(l.middle + b * l.stride + u * L, state.saved[3]);
+      store(new_c + b * l.stride + u * L, state.c);
+    }
+  }
+  t.wait();
+  const float* const gain = l.weights + 8 * l.stride;
+  for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
+    const Moments moments = moments_of(new_c + b * l.stride, l.hidden, l.parameter);
+    for (ptrdiff_t u = begin; u < end; ++u) {
+      const ptrdiff_t at = b * l.stride + u * L;
+      const Vec<float> c = load(new_c + at);
+      const Vec<float> normal = (c - moments.mean) * moments.scale * load(gain + u * L) + load(gain + l.stride + u * L);
+      keep_cell(t, l, step, b, u * L, normalized ? normal : c);
+      finish(t, l, step, b, u * L, load(l.middle + at) * tanh_vec<float>(normal));
+    }
+  }
+  t.wait();
+}
+
 typedef void StepFunction(const SessionThread&, const SessionLayer&, const SessionStep&, const WordRows&, ptrdiff_t,
                           const float*);
 
@@ -215,7 +391,7 @@ inline void layer_norm_layer(const SessionThread& t, const SessionLayer& l) {
   for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
     const float* const x = static_cast<const float*>(t.x) + i * N;
     float* const y = static_cast<float*>(t.y) + i * N;
-    const Moments moments = moments_of(x, N, N, 1, l.parameter);
+    const Moments moments = moments_of(x, N, l.parameter);
     for (ptrdiff_t k = 0; k < N; k += kWordLanes) {
       const int count = int(min_of(kWordLanes, N - k));
       Vec<float> value = (load_some(x + k, count) - moments.mean) * moments.scale;
@@ -284,6 +460,17 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
       return recurrent_layer(t, l, recurrent_step<RnnReluCell>);
     case LayerKind::gru:
       return recurrent_layer(t, l, recurrent_step<GruCell>);
+    case LayerKind::gru_reset_before:
+      return recurrent_layer(t, l, gru_reset_before_step);
+    case LayerKind::peephole_lstm:
+      return recurrent_layer(t, l, recurrent_step<SessionPeepholeLstm>);
+    case LayerKind::layer_norm_lstm:
+    case LayerKind::layer_norm_lstm_normalized_cell:
+      return recurrent_layer(t, l, layer_norm_lstm_step);
+    case LayerKind::layer_norm_gru:
+      return recurrent_layer(t, l, layer_norm_gru_step);
+    case LayerKind::multiplicative_lstm:
+      return recurrent_layer(t, l, multiplicative_lstm_step);
     default:
       return recurrent_layer(t, l, recurrent_step<LstmCell>);
   }

@@ -299,6 +299,10 @@ inline void pack_vector(const SessionMatrix& m, int s, const void* source, bool 
   constexpr int L = kWordLanes;
   const ptrdiff_t K = m.columns[s], words = m.words[s], step = m.vectors * L;
   const uint32_t* from[L];
+  for (int q = rows; q < L && scales; ++q) {
+    scales[q] = 0.0f;
+    offsets[q] = 0;
+  }
   for (int q = 0; q < rows; ++q) {
     uint32_t* const to = row + q * words;
     from[q] = to;

@@ -24,6 +24,13 @@ const std::map<std::string, SessionCell> kCells = {
     {"rnn_relu", {LayerKind::rnn_relu, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
     {"lstm", {LayerKind::lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH"}}},
     {"gru", {LayerKind::gru, 3, false, 4, 0, {"GI", "GP", "G", "G"}}},
+    {"gru_reset_before", {LayerKind::gru_reset_before, 3, false, 3, 2, {"GI", "GP", "G", "G"}}},
+    {"peephole_lstm", {LayerKind::peephole_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH", "3H"}}},
+    {"layer_norm_lstm", {LayerKind::layer_norm_lstm, 4, true, 4, 2, {"GI", "GP", "G", "G", "G", "G", "H", "H"}}},
+    {"layer_norm_lstm_normalized_cell",
+     {LayerKind::layer_norm_lstm_normalized_cell, 4, true, 4, 2, {"GI", "GP", "G", "G", "G", "G", "H", "H"}}},
+    {"layer_norm_gru", {LayerKind::layer_norm_gru, 3, false, 4, 0, {"GI", "GP", "G", "G", "G", "G"}}},
+    {"multiplicative_lstm", {LayerKind::multiplicative_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "HI", "HH"}}},
 };
 
 const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu"};
@@ -179,7 +186,22 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell,
   layer.kind = cell.kind;
   layer.stride = round_up(std::max(H, P), kernels_.lanes) + kernels_.lanes;
   layer.buffers = cell.buffers;
-  add_matrix(layer, 0, gates, H, I, w[0], P, w[1], bfloat16);
+  if (cell.kind == LayerKind::gru_reset_before) {
+    // r and z, then n.
+    const int64_t value = bfloat16 ? 2 : 4;
+    const auto rows_from = [&](const float* weight, int64_t columns) {
+      return reinterpret_cast<const char*>(weight) + 2 * H * columns * value;
+    };
+    add_matrix(layer, 0, 2, H, I, w[0], H, w[1], bfloat16);
+    add_matrix(layer, 1, 1, H, I, rows_from(w[0], I), H, rows_from(w[1], H), bfloat16);
+  } else if (cell.kind == LayerKind::multiplicative_lstm) {
+    add_matrix(layer, 0, 1, H, I, w[4], H, w[5], bfloat16);
+    add_matrix(layer, 1, gates, H, I, w[0], H, w[1], bfloat16);
+  } else {
+    add_matrix(layer, 0, gates, H, I, w[0], P, w[1], bfloat16);
+  }
+  layer.normalised = cell.weights.size() > 4 && cell.weights[4] == "G";
+  if (layer.normalised) layer.parameter = 1e-5f;
   // Where h's part of the last gate is apart, so is its bias; else the two are summed.
   std::vector<float> bias(size_t(cell.biases * layer.stride), 0.0f);
   for (int64_t g = 0; g < gates; ++g) {
@@ -197,6 +219,7 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell,
       if (w[i]) add_matrix(layer, 1, 1, P, H, w[i], 0, nullptr, bfloat16);
       continue;
     }
+    if (shape.size() == 2 && cell.weights[i] != "3H") continue;
     const int64_t values = shape.size() == 1 ? shape[0] : shape[0] * shape[1];
     for (int64_t k = 0; k < values; k += H) {
       rows.insert(rows.end(), w[i] + k, w[i] + k + H);

@@ -50,7 +50,12 @@ def _backward_fake(
     )
 
 
+def _bfloat16_fake(cell, input, h_0, c_0, weights, lengths, reverse):
+    return _forward_fake(cell, input, h_0, c_0, weights, lengths, None, None, reverse, False)[:3]
+
+
 if _extension.cpp_error is None:
+    torch.library.register_fake("seqaccel::rnn_forward_bfloat16")(_bfloat16_fake)
     torch.library.register_fake("seqaccel::rnn_forward")(_forward_fake)
     torch.library.register_fake("seqaccel::rnn_backward")(_backward_fake)
 
@@ -256,6 +261,11 @@ def _run(
         lengths = lengths.to(input.device)
     if backend == "reference":
         return reference.layer(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
+    if backend == "cpp" and dtype == torch.bfloat16 and not recorded and factors_h is None and factors_c is None:
+        output, h_n, c_n = torch.ops.seqaccel.rnn_forward_bfloat16.default(
+            cell, input, h_0, c_0, list(weights), lengths, reverse
+        )
+        return output, h_n, c_n if spec.has_cell_state else None
     tensors = [input, h_0, c_0, *weights]
     if dtype != compute:
         tensors = [None if t is None else t.to(compute) for t in tensors]
