@@ -66,8 +66,9 @@ def expected(module, x, dtype=torch.float64):
     return x
 
 
-def assert_same(actual, wanted, weights="float32"):
-    assert_close(actual, wanted, f"session_{weights}", torch.float32)
+def assert_same(actual, wanted, weights="float32", cell=""):
+    normed = "layer_norm_" if cell.startswith("layer_norm_lstm") else ""
+    assert_close(actual, wanted, f"session_{normed}{weights}", torch.float32)
 
 
 def run(session, x):
@@ -83,28 +84,26 @@ SHAPES = [(1, 1, 5, 64, True), (2, 3, 6, 19, True), (3, 29, 33, 33, False), (1, 
 @functools.cache
 def case(cell, num_layers, batch_size, input_size, hidden_size, bias, steps=23):
     """A module, an input and the output that it gives."""
-    if cell.startswith("layer_norm_lstm"):
-        num_layers = min(num_layers, 2)  # the norm of a small c expands differences, which the bounds do not foresee
     module = CELLS[cell](input_size, hidden_size, num_layers=num_layers, bias=bias)
     x = torch.randn(steps, batch_size, input_size)
     return module, x, expected(module, x)
 
 
 @pytest.mark.parametrize("weights", PRECISIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_steps_and_chunks_give_what_the_module_gives(cell, shape, weights, isa, poison):
-    if "projected" in cell and shape[3] == 1:
-        pytest.skip("a projection is smaller than the state")
-    module, x, wanted = case(cell, *shape)
-    assert_same(run(seqaccel.Session(module, shape[1], weights), x), wanted, weights)
+def test_steps_and_chunks_give_what_the_module_gives(cell, weights, isa, poison):
+    for shape in SHAPES:
+        if "projected" in cell and shape[3] == 1:
+            continue  # a projection is smaller than the state
+        module, x, wanted = case(cell, *shape)
+        assert_same(run(seqaccel.Session(module, shape[1], weights), x), wanted, weights, cell)
 
 
 @pytest.mark.parametrize("weights", PRECISIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_wide_layers_and_long_chunks(cell, weights):
     module, x, wanted = case(cell, 1, 2, 130, 260, True, steps=140)
-    assert_same(seqaccel.Session(module, 2, weights).extend(x), wanted, weights)
+    assert_same(seqaccel.Session(module, 2, weights).extend(x), wanted, weights, cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)
