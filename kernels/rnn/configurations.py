@@ -15,14 +15,20 @@ _INTEGERS = ("t", "earlier", "T", "B", "H", "P", "N", "W", "ROWS", "zoneout_h_st
 
 
 def _configuration(
-    kernel: Any, kind: str, constants: dict[str, Any], absent: tuple[str, ...], num_warps: int, num_stages: int = 3
+    kernel: Any,
+    kind: str,
+    constants: dict[str, Any],
+    absent: tuple[str, ...],
+    num_warps: int,
+    num_stages: int = 3,
+    aligned: bool = True,
 ) -> Configuration:
     """``constants`` and ``absent`` may name what the kernel does not have."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants |= {name: None for name in absent if name in kernel.arg_names}
     types = {**dict.fromkeys(_FLOAT32, "*fp32"), **dict.fromkeys(_INTEGERS, "i32"), "p_lengths": "*i64"}
     signature = {name: types.get(name, f"*{kind}") for name in kernel.arg_names if name not in constants}
-    return Configuration(kernel, signature, constants, num_warps, num_stages, multiples_of_16=("H", "P", "W"))
+    return Configuration(kernel, signature, constants, num_warps, num_stages, ("H", "P", "W") if aligned else ())
 
 
 def _cell(name: str, zoneout: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -93,7 +99,8 @@ def _all_steps() -> list[Configuration]:
         constants["PRECISION"] = "tf32" if kind == "fp32" else "ieee"
         warps = launchers.WHOLE[4 if kind == "fp32" else 2, block, CELLS[name].gates]
         for kernel, num_warps in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), warps, strict=True):
-            rows.append(_configuration(kernel, kind, constants, absent, num_warps, 1))
+            # More than 64 units go by 16; fewer need not, which takes more registers.
+            rows.append(_configuration(kernel, kind, constants, absent, num_warps, 1, aligned=block > 64))
     return rows
 
 

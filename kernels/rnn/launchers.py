@@ -28,8 +28,8 @@ WHOLE = {
     (2, 32, 3): (4, 4),
     (2, 32, 4): (4, 4),
     (2, 64, 1): (8, 8),
-    (2, 64, 3): (4, 4),
-    (2, 64, 4): (4, 4),
+    (2, 64, 3): (8, 4),
+    (2, 64, 4): (8, 4),
     (2, 128, 1): (8, 8),
     (2, 128, 3): (8, 8),
     (2, 128, 4): (8, 8),
@@ -50,10 +50,16 @@ def block_h(hidden: int) -> int:
 
 
 def whole_warps(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[int, int] | None:
-    """Forward and backward; None where the cell runs step by step."""
+    """Forward and backward; None where the cell runs step by step.
+
+    More than 64 units go by 16: other rows are read element by element, which takes registers that are not there.
+    """
+    hidden = weight_hh.shape[1]
+    if hidden > 64 and hidden % 16:
+        return None
     if not spec.whole or projected or (weight_hh.dtype == torch.float32 and precision() != "tf32"):
         return None
-    return WHOLE.get((weight_hh.element_size(), block_h(weight_hh.shape[1]), spec.gates))
+    return WHOLE.get((weight_hh.element_size(), block_h(hidden), spec.gates))
 
 
 def row_warps(block: int) -> int:
