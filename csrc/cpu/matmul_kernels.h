@@ -12,7 +12,7 @@ namespace SEQACCEL_ISA {
 
 constexpr int kTileRows = SEQACCEL_REGISTERS >= 32 ? 6 : SEQACCEL_VECTOR_BYTES >= 32 ? 6 : 4;
 constexpr int kTileVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
-constexpr ptrdiff_t kDepth = 512;
+constexpr ptrdiff_t kDepth = 256;
 constexpr ptrdiff_t kPackDepth = 32;  // rows of A^T that are packed at a time: the lines they share stay in L1
 
 // C tile [MR, n] (+)= A tile [MR, K] * panel [K, NV vectors]. A's element (m, k) lies at tile[m * row + k], or in a
