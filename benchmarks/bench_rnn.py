@@ -8,6 +8,7 @@ time, at the cache bandwidth over their footprint, whichever takes longer.
 
 import contextlib
 import functools
+import multiprocessing
 
 import pytest
 import torch
@@ -177,6 +178,36 @@ def bench_lstm_session_step(B, H):
             contenders[f"seqaccel[cpp] {weights}"] = functools.partial(session.step, x[0])
     costs = {"flops": 2.0 * B * 8 * H * H, "bytes": 4.0 * 8 * H * H}
     return Case(contenders | peers(stock, x, ("onnxruntime",)), **costs)
+
+
+def _spin(busy) -> None:
+    while True:
+        if busy.wait(1.0):
+            sum(range(10_000))
+
+
+@suite([dict(B=32, H=512, T=128)], ["seqaccel[cpp]", "seqaccel[cpp] busy", "torch", "torch busy"])
+def bench_lstm_busy_cores(B, T, H):
+    """Alone, and while another process spins on every core."""
+    ours, stock, x, _ = layers("LSTM", B, T, H)
+    context = multiprocessing.get_context("spawn")
+    busy = context.Event()
+    for _ in range(torch.get_num_threads()):
+        context.Process(target=_spin, args=(busy,), daemon=True).start()
+
+    def beside_others(function):
+        def run():
+            busy.set()
+            try:
+                return function()
+            finally:
+                busy.clear()
+
+        return run
+
+    contenders = {"seqaccel[cpp]": inference(ours, x, backend="cpp"), "torch": inference(stock, x)}
+    contenders |= {f"{name} busy": beside_others(function) for name, function in contenders.items()}
+    return Case(contenders, **cost(4, B, T, H))
 
 
 @suite([dict(B=B, H=H, T=128) for H in (256, 512) for B in (1, 16)], ["seqaccel[cpp]", "torch"])

@@ -207,6 +207,14 @@ BARS = (
         for cell, bar in (("peephole", 1.1), ("layer_norm", 1.4), ("multiplicative", 1.5))
     ),
     ("< packed LSTM, time over padded", ("lstm_packed",), any_size, time_over("seqaccel[cpp] padded"), 0.65, None),
+    (
+        "< LSTM beside busy cores, time over quiet",
+        ("lstm_busy_cores",),
+        any_size,
+        speed_over("seqaccel[cpp] busy"),
+        4.0,
+        None,
+    ),
     ("session step, share of weight reading", ("lstm_session_step",), any_size, share_of_ceiling, 0.8, None),
     ("session step over ONNX Runtime", ("lstm_session_step",), any_size, speed_over("onnxruntime"), 1.05, None),
     (
