@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
+from seqaccel.functional.rnn import _packed
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
 from seqaccel.functional.rnn._operator import layer as run_layer
 from seqaccel.nn.streaming import Streaming
@@ -242,11 +243,10 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         else:
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
-        padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        output, last = self._run(padded, self._state(hx), lengths)
-        packed = pack_padded_sequence(output, lengths)
+        lengths = _packed.lengths_of(batch_sizes)
+        output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
         return (
-            PackedSequence(packed.data, batch_sizes, sorted_indices, unsorted_indices),
+            PackedSequence(_packed.pack(output, batch_sizes, lengths), batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(self._hidden(last), unsorted_indices),
         )
 

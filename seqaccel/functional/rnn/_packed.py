@@ -1,0 +1,57 @@
+"""Packed sequences to padded ones and back. torch's functions with a backward pass of one copy, not one a length."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from seqaccel.functional import _common
+
+
+def _pad(data: Tensor, batch_sizes: Tensor) -> Tensor:
+    return pad_packed_sequence(PackedSequence(data, batch_sizes))[0]
+
+
+def _pack(padded: Tensor, lengths: Tensor) -> Tensor:
+    return pack_padded_sequence(padded, lengths).data
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, data, batch_sizes, lengths):
+        ctx.batch_sizes, ctx.lengths = batch_sizes, lengths
+        return _pad(data, batch_sizes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Pack.apply(grad, ctx.batch_sizes, ctx.lengths), None, None
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, padded, batch_sizes, lengths):
+        ctx.batch_sizes, ctx.lengths = batch_sizes, lengths
+        return _pack(padded, lengths)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Pad.apply(grad, ctx.batch_sizes, ctx.lengths), None, None
+
+
+def _recorded(tensor: Tensor) -> bool:
+    return _common.needs_grad(tensor) and not _common.transforms_active() and not torch.compiler.is_compiling()
+
+
+def lengths_of(batch_sizes: Tensor) -> Tensor:
+    """Lengths (B,), longest first, of sequences of which ``batch_sizes`` (T,) run at each step."""
+    rows = torch.arange(int(batch_sizes[0]))
+    return (batch_sizes.unsqueeze(1) > rows).sum(0)
+
+
+def pad(data: Tensor, batch_sizes: Tensor, lengths: Tensor) -> Tensor:
+    """(T, B, ·), zero past each sequence's end, from packed rows (N, ·)."""
+    return _Pad.apply(data, batch_sizes, lengths) if _recorded(data) else _pad(data, batch_sizes)
+
+
+def pack(padded: Tensor, batch_sizes: Tensor, lengths: Tensor) -> Tensor:
+    """Packed rows (N, ·) from (T, B, ·)."""
+    return _Pack.apply(padded, batch_sizes, lengths) if _recorded(padded) else _pack(padded, lengths)
