@@ -62,9 +62,9 @@ class CellSpec:
         object.__setattr__(self, "projects", "weight_hr" in self.extra)
 
 
-def _narrow(problem: Problem) -> bool:
-    """oneDNN multiplies bfloat16 as it is, where our kernels calculate in float32; ragged batches it does not take."""
-    return problem.dtype == torch.bfloat16 and not problem.ragged
+def _trains_in_bfloat16(problem: Problem) -> bool:
+    """oneDNN multiplies bfloat16 as it is, where our kernels train in float32; ragged batches it does not take."""
+    return problem.dtype == torch.bfloat16 and problem.training and not problem.ragged
 
 
 _EVERY = ("reference", "cpp", "triton", "torch")
@@ -81,7 +81,7 @@ CELLS: dict[str, CellSpec] = {
         _PROJECTION,
         backends=_EVERY,
         without_projection=("cpp",),
-        torch_is_faster=_narrow,
+        torch_is_faster=_trains_in_bfloat16,
         torch_steps=128,
     ),
     "gru": CellSpec(3, backends=_EVERY, torch_steps=128),
