@@ -25,7 +25,8 @@ def rnn(
     .. math::
         h_t = \phi(W x_t + b + U h_{t-1} + b'), \qquad \phi = \tanh \text{ or } \mathrm{relu}
 
-    float16 and bfloat16 are computed in float32 by the backend ``cpp``. Training keeps the input and the output for the
+    The backend ``cpp`` computes float16 and bfloat16 in float32, but multiplies bfloat16 as it is where nothing is kept
+    for a backward pass. Training keeps the input and the output for the
     backward pass. Gradients of gradients go through the reference.
 
     Args:
@@ -90,7 +91,8 @@ def gru(
     With ``reset_after=False`` the reset gate comes before the product:
     :math:`n_t = \tanh(W_n x_t + b_n + U_n (r_t \odot h_{t-1}) + b'_n)`.
 
-    float16 and bfloat16 are computed in float32 by the backend ``cpp``. Training keeps the input and, with H hidden
+    The backend ``cpp`` computes float16 and bfloat16 in float32, but multiplies bfloat16 as it is where nothing is kept
+    for a backward pass. Training keeps the input and, with H hidden
     units, 5 H values a step and row for the backward pass (4 H without ``reset_after``), the output among them.
     Gradients of gradients go through the reference.
 
@@ -172,7 +174,8 @@ def lstm(
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t) \qquad \text{or} \quad W_{hr} (o_t \odot \tanh(c_t))
 
-    float16 and bfloat16 are computed in float32 by the backend ``cpp``. Training keeps the input and, with H hidden
+    The backend ``cpp`` computes float16 and bfloat16 in float32, but multiplies bfloat16 as it is where nothing is kept
+    for a backward pass. Training keeps the input and, with H hidden
     units, 6 H values a step and row for the backward pass, the output among them: 24 H bytes in float32. Gradients of
     gradients go through the reference.
 
