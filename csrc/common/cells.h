@@ -3,10 +3,17 @@
 //
 // A cell is a struct of traits (CellTraits says which, and their defaults) and
 //   forward<F>(u)    from u.pre, u.weights, u.h_prev, u.c_prev: u.saved, u.c and u.h, the new state
-//   backward<F>(u)   from u.saved, u.weights, u.h_prev, u.c_prev, u.h, and dL/dh in u.grad_h, dL/dc in u.grad_c:
-//                    u.grad_pre, u.grad_weights, dL/dc' in u.grad_c, and in u.grad_h_prev what of dL/dh' does not pass
-//                    through the recurrent weights
+//   backward<F>(u)   from u.saved, u.weights, u.h_prev, u.c_prev, and dL/dh in u.grad_h, dL/dc in u.grad_c: u.grad_pre,
+//                    u.grad_weights, dL/dc' in u.grad_c, and in u.grad_h_prev what of dL/dh' does not pass through the
+//                    recurrent weights. With kUsesH it is given u.h; with kProjects it calculates it
 // u is a Unit<Cell, V>; V is the value of a lane or a vector of them, and F gives V its functions: F::sigmoid, F::tanh.
+//
+// A cell of two products a step (kFirst) multiplies h' first; what first<F>(u) makes of that, u.source, is what the
+// main product multiplies. Backward, first_backward<F>(u) follows backward<F>(u) with dL/dsource in u.grad_source.
+//
+// A cell with layer norm (kNorm) has u.pre already normalised, scaled and added up. Where it normalises c too (kNormC),
+// forward gives u.c only; finish<F>(u) makes u.h of u.c, normalised and scaled. finish_backward<F>(u) is its reverse:
+// from dL/dh in u.grad_h, dL/dc in u.grad_c; backward follows, with what passed the norm in u.grad_c.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -30,13 +37,27 @@ struct CellTraits {
   static constexpr bool kUsesH = false;     // backward reads u.h
   static constexpr bool kZoneout = true;    // takes zoneout
   static constexpr bool kProjects = false;  // takes weight_hr
-  static constexpr int kWeights = 0;        // weights of a unit that are not part of a product
-  static constexpr int kTensors = 0;        // weight tensors besides weight_ih, weight_hh, bias_ih and bias_hh
+  // Weights of a unit that are not part of a product, and how many of them each weight tensor holds.
+  static constexpr int kWeights = 0;
+  static constexpr int kWeightTensors[4] = {};
+  // Two products: the first has kFirst rows a unit, for pre[kFirstPre ...], the main one the rest of weight_hh, for
+  // pre[kMainPre ...]. The first's rows are those in front in weight_hh, or (kExtra) weight_mh's, and weight_mx makes
+  // one more pre-activation of the input. first takes pre[kFirstBegin ... kFirstEnd) and gives the same of saved;
+  // first_backward gives grad_pre[kFirstGrad ... kFirstGradEnd).
+  static constexpr int kFirst = 0, kFirstPre = 0, kMainPre = 0;
+  static constexpr int kFirstBegin = 0, kFirstEnd = 0, kFirstGrad = 0, kFirstGradEnd = 0;
+  static constexpr bool kExtra = false;
+  static constexpr bool kNorm = false, kNormC = false;
+  static constexpr bool kNormState = false;  // the state is c normalised
 };
 
-// Pre-activations of a unit at a step.
+// Pre-activations of a unit at a step, those of them that the input has a part in, and rows of the main product.
 template <class Cell>
-constexpr int kPre = Cell::kGates + (Cell::kApart ? 1 : 0);
+constexpr int kPre = Cell::kGates + (Cell::kApart ? 1 : 0) + (Cell::kExtra ? 2 : 0);
+template <class Cell>
+constexpr int kInputs = Cell::kGates + (Cell::kExtra ? 1 : 0);
+template <class Cell>
+constexpr int kMain = Cell::kGates - (Cell::kExtra ? 0 : Cell::kFirst);
 
 template <class Cell, typename V>
 struct Unit {
@@ -44,6 +65,7 @@ struct Unit {
   V weights[Cell::kWeights + 1];  // (the last one only keeps the array from being empty)
   V saved[Cell::kSaved + 1];
   V h_prev, c_prev, h, c;
+  V source, grad_source;
   V grad_h, grad_c, grad_h_prev;
   V grad_pre[kPre<Cell>];
   V grad_weights[Cell::kWeights + 1];
@@ -55,13 +77,13 @@ struct RnnTanhCell : CellTraits {
   static constexpr int kGates = 1;
   static constexpr bool kUsesH = true, kZoneout = false;
 
-  template <class F, typename V>
-  SEQACCEL_CELL void forward(Unit<RnnTanhCell, V>& u) {
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
     u.h = F::tanh(u.pre[0]);
   }
 
-  template <class F, typename V>
-  SEQACCEL_CELL void backward(Unit<RnnTanhCell, V>& u) {
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
     u.grad_pre[0] = u.grad_h * (1 - u.h * u.h);
   }
 };
@@ -72,26 +94,26 @@ struct RnnReluCell : CellTraits {
   static constexpr int kGates = 1;
   static constexpr bool kUsesH = true, kZoneout = false;
 
-  template <class F, typename V>
-  SEQACCEL_CELL void forward(Unit<RnnReluCell, V>& u) {
-    u.h = u.pre[0] < 0 ? V{} : u.pre[0];
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    u.h = u.pre[0] < 0 ? decltype(u.h){} : u.pre[0];
   }
 
-  template <class F, typename V>
-  SEQACCEL_CELL void backward(Unit<RnnReluCell, V>& u) {
-    u.grad_pre[0] = u.h <= 0 ? V{} : u.grad_h;
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    u.grad_pre[0] = u.h <= 0 ? decltype(u.h){} : u.grad_h;
   }
 };
 
 // torch.nn.LSTM: i, f, o = sigmoid, g = tanh; c = f c' + i g; h = o tanh(c). Gates in the order i, f, g, o.
 struct LstmCell : CellTraits {
   static constexpr const char* kName = "lstm";
-  static constexpr int kGates = 4, kSaved = 4, kTensors = 1;
-  static constexpr bool kHasCell = true;
+  static constexpr int kGates = 4, kSaved = 4;
+  static constexpr bool kHasCell = true, kProjects = true;
 
-  template <class F, typename V>
-  SEQACCEL_CELL void forward(Unit<LstmCell, V>& u) {
-    const V i = F::sigmoid(u.pre[0]), f = F::sigmoid(u.pre[1]), g = F::tanh(u.pre[2]), o = F::sigmoid(u.pre[3]);
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    const auto i = F::sigmoid(u.pre[0]), f = F::sigmoid(u.pre[1]), g = F::tanh(u.pre[2]), o = F::sigmoid(u.pre[3]);
     u.saved[0] = i;
     u.saved[1] = f;
     u.saved[2] = g;
@@ -100,11 +122,12 @@ struct LstmCell : CellTraits {
     u.h = o * F::tanh(u.c);
   }
 
-  template <class F, typename V>
-  SEQACCEL_CELL void backward(Unit<LstmCell, V>& u) {
-    const V i = u.saved[0], f = u.saved[1], g = u.saved[2], o = u.saved[3];
-    const V tanh_c = F::tanh(f * u.c_prev + i * g);
-    const V grad = u.grad_c + u.grad_h * o * (1 - tanh_c * tanh_c);
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    const auto i = u.saved[0], f = u.saved[1], g = u.saved[2], o = u.saved[3];
+    const auto tanh_c = F::tanh(f * u.c_prev + i * g);
+    const auto grad = u.grad_c + u.grad_h * o * (1 - tanh_c * tanh_c);
+    u.h = o * tanh_c;
     u.grad_pre[0] = grad * g * i * (1 - i);
     u.grad_pre[1] = grad * u.c_prev * f * (1 - f);
     u.grad_pre[2] = grad * i * (1 - g * g);
@@ -113,15 +136,75 @@ struct LstmCell : CellTraits {
   }
 };
 
+// The LSTM whose gates see the cell: p_i c' in i, p_f c' in f, p_o c in o. u.weights in the order i, f, o.
+struct PeepholeLstmCell : LstmCell {
+  static constexpr const char* kName = "peephole_lstm";
+  static constexpr int kWeights = 3;
+  static constexpr int kWeightTensors[4] = {3};
+
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    const auto i = F::sigmoid(u.pre[0] + u.weights[0] * u.c_prev), f = F::sigmoid(u.pre[1] + u.weights[1] * u.c_prev);
+    const auto g = F::tanh(u.pre[2]);
+    u.c = f * u.c_prev + i * g;
+    const auto o = F::sigmoid(u.pre[3] + u.weights[2] * u.c);
+    u.saved[0] = i;
+    u.saved[1] = f;
+    u.saved[2] = g;
+    u.saved[3] = o;
+    u.h = o * F::tanh(u.c);
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    const auto i = u.saved[0], f = u.saved[1], g = u.saved[2], o = u.saved[3];
+    const auto c = f * u.c_prev + i * g, tanh_c = F::tanh(c);
+    u.h = o * tanh_c;
+    u.grad_pre[3] = u.grad_h * tanh_c * o * (1 - o);
+    const auto grad = u.grad_c + u.grad_h * o * (1 - tanh_c * tanh_c) + u.grad_pre[3] * u.weights[2];
+    u.grad_pre[0] = grad * g * i * (1 - i);
+    u.grad_pre[1] = grad * u.c_prev * f * (1 - f);
+    u.grad_pre[2] = grad * i * (1 - g * g);
+    u.grad_c = grad * f + u.grad_pre[0] * u.weights[0] + u.grad_pre[1] * u.weights[1];
+    u.grad_weights[0] = u.grad_pre[0] * u.c_prev;
+    u.grad_weights[1] = u.grad_pre[1] * u.c_prev;
+    u.grad_weights[2] = u.grad_pre[3] * c;
+  }
+};
+
+// m = (W_mx x) (W_mh h') takes the place of h' in the gates of an LSTM. Saved: i, f, g, o, W_mx x, W_mh h'.
+struct MultiplicativeLstmCell : LstmCell {
+  static constexpr const char* kName = "multiplicative_lstm";
+  static constexpr int kSaved = 6;
+  static constexpr bool kProjects = false;
+  static constexpr int kFirst = 1, kFirstPre = 5, kFirstBegin = 4, kFirstEnd = 6, kFirstGrad = 4, kFirstGradEnd = 6;
+  static constexpr bool kExtra = true;
+
+  template <class F, class U>
+  SEQACCEL_CELL void first(U& u) {
+    u.saved[4] = u.pre[4];
+    u.saved[5] = u.pre[5];
+    u.source = u.pre[4] * u.pre[5];
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void first_backward(U& u) {
+    u.source = u.saved[4] * u.saved[5];
+    u.grad_pre[4] = u.grad_source * u.saved[5];
+    u.grad_pre[5] = u.grad_source * u.saved[4];
+  }
+};
+
 // torch.nn.GRU: r, z = sigmoid; n = tanh(pre_nx + r pre_nh); h = (1 - z) n + z h'. Gates in the order r, z, n.
+// Saved: r, z, n, pre_nh.
 struct GruCell : CellTraits {
   static constexpr const char* kName = "gru";
   static constexpr int kGates = 3, kSaved = 4;
   static constexpr bool kApart = true, kDirect = true, kUsesPrev = true;
 
-  template <class F, typename V>
-  SEQACCEL_CELL void forward(Unit<GruCell, V>& u) {
-    const V r = F::sigmoid(u.pre[0]), z = F::sigmoid(u.pre[1]), n = F::tanh(u.pre[2] + r * u.pre[3]);
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    const auto r = F::sigmoid(u.pre[0]), z = F::sigmoid(u.pre[1]), n = F::tanh(u.pre[2] + r * u.pre[3]);
     u.saved[0] = r;
     u.saved[1] = z;
     u.saved[2] = n;
@@ -129,15 +212,52 @@ struct GruCell : CellTraits {
     u.h = n + z * (u.h_prev - n);
   }
 
-  template <class F, typename V>
-  SEQACCEL_CELL void backward(Unit<GruCell, V>& u) {
-    const V r = u.saved[0], z = u.saved[1], n = u.saved[2];
-    const V grad_n = u.grad_h * (1 - z) * (1 - n * n);
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    const auto r = u.saved[0], z = u.saved[1], n = u.saved[2];
+    const auto grad_n = u.grad_h * (1 - z) * (1 - n * n);
     u.grad_pre[0] = grad_n * u.saved[3] * r * (1 - r);
     u.grad_pre[1] = u.grad_h * (u.h_prev - n) * z * (1 - z);
     u.grad_pre[2] = grad_n;
     u.grad_pre[3] = grad_n * r;
     u.grad_h_prev = u.grad_h * z;
+  }
+};
+
+// The GRU of 2014: the reset gate comes before the product, n = tanh(pre_n) with r h' in the place of h'.
+struct GruResetBeforeCell : CellTraits {
+  static constexpr const char* kName = "gru_reset_before";
+  static constexpr int kGates = 3, kSaved = 3;
+  static constexpr bool kDirect = true, kUsesPrev = true;
+  static constexpr int kFirst = 2, kMainPre = 2, kFirstEnd = 2, kFirstGradEnd = 1;
+
+  template <class F, class U>
+  SEQACCEL_CELL void first(U& u) {
+    u.saved[0] = F::sigmoid(u.pre[0]);
+    u.saved[1] = F::sigmoid(u.pre[1]);
+    u.source = u.saved[0] * u.h_prev;
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    u.saved[2] = F::tanh(u.pre[2]);
+    u.h = u.saved[2] + u.saved[1] * (u.h_prev - u.saved[2]);
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    const auto z = u.saved[1], n = u.saved[2];
+    u.grad_pre[1] = u.grad_h * (u.h_prev - n) * z * (1 - z);
+    u.grad_pre[2] = u.grad_h * (1 - z) * (1 - n * n);
+    u.grad_h_prev = u.grad_h * z;
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void first_backward(U& u) {
+    const auto r = u.saved[0];
+    u.source = r * u.h_prev;
+    u.grad_pre[0] = u.grad_source * u.h_prev * r * (1 - r);
+    u.grad_h_prev = u.grad_source * r;
   }
 };
 

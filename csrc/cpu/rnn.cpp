@@ -19,6 +19,8 @@ bool run(const RnnCellEntry& cell, const RnnBackward<float>& pass) { return cell
 bool run(const RnnCellEntry& cell, const RnnBackward<double>& pass) { return cell.backward_double(pass); }
 void run(const RowProduct<float>& product) { active_rnn_kernels().row_product_float(product); }
 void run(const RowProduct<double>& product) { active_rnn_kernels().row_product_double(product); }
+void run(const NormRows<float>& rows) { active_rnn_norm_kernels().normalize_float(rows); }
+void run(const NormRows<double>& rows) { active_rnn_norm_kernels().normalize_double(rows); }
 
 // The biases of the pre-activations [kPre, H], or what there is of them.
 template <typename T>
@@ -36,46 +38,85 @@ std::vector<T> bias_of(const RnnLayer& layer) {
   return sum;
 }
 
-// The input's part of the pre-activations, which a forward pass adds to the recurrent one.
-struct Projection {
-  Tensor values;   // [chunk * B, width] at least, G*H values of a row used; empty: calculated step by step
-  int64_t width;   // from one row to the next
-  int64_t chunk;   // steps held at a time
-  bool in_output;  // values are the output itself
-};
-
-// values = input W_ih^T of the packed rows [first, first + rows).
+// The weights of units [kWeights, H], of all tensors one after the other.
 template <typename T>
-void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t rows, const Tensor& weight_t,
-             const Projection& projection) {
-  const int64_t from = projection.in_output ? first : 0;
-  if (rows <= kFewRows) {
-    return run(RowProduct<T>{rows, layer.gate_rows(), layer.inputs, input.const_data_ptr<T>() + first * layer.inputs,
-                             layer.weight(kWeightIh).const_data_ptr<T>(),
-                             projection.values.mutable_data_ptr<T>() + from * projection.width, projection.width});
+std::vector<T> unit_weights_of(const RnnLayer& layer) {
+  std::vector<T> all;
+  for (int i = layer.first_unit_tensor(); layer.cell->unit_weights && i < int(layer.weights.size()); ++i) {
+    const T* const values = layer.weight(i).const_data_ptr<T>();
+    all.insert(all.end(), values, values + layer.weight(i).numel());
   }
-  Tensor values = columns_of(rows_of(projection.values, from, rows), 0, layer.gate_rows());
-  mm_out(values, rows_of(input, first, rows), weight_t);
+  return all;
 }
 
-struct ForwardResult {
+template <typename T>
+RnnWeights<T> weights_of(const RnnLayer& layer, const std::vector<T>& unit_weights) {
+  return {layer.weight(kWeightHh).const_data_ptr<T>(),
+          layer.cell->extra ? layer.weight_mh().const_data_ptr<T>() : nullptr, data_or_null<T>(layer.weight_hr()),
+          unit_weights.empty() ? nullptr : unit_weights.data()};
+}
+
+// The input's part of the pre-activations, which a forward pass adds to the recurrent one.
+struct Projection {
+  Tensor values;  // [rows, width], kInputs*H values a row used; undefined: calculated step by step
+  int64_t width;
+  int64_t chunk;  // steps a pass
+  bool whole;     // values has room for all steps, else for those of a pass
+};
+
+// What a forward pass keeps, in the operator's order; undefined where the cell has none, or nothing is kept.
+struct Kept {
+  Tensor gates, cells, normed, stats;
+  std::vector<Tensor> list() const {
+    std::vector<Tensor> tensors;
+    for (const Tensor* tensor : {&gates, &cells, &normed, &stats}) {
+      if (tensor->defined()) tensors.push_back(*tensor);
+    }
+    return tensors;
+  }
+};
+
+struct Outputs {
   Tensor output, h_n, c_n;
-  std::vector<Tensor> saved;
 };
 
 template <typename T>
-void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection& projection, bool fused, bool reverse,
-                   ForwardResult& result) {
-  const Tensor weight_t = torch::stable::transpose(layer.weight(kWeightIh), 0, 1);
-  const std::vector<T> bias = bias_of<T>(layer);
-  const bool has_cell = layer.cell->has_cell, save = !result.saved.empty();
+T* pointer(const Tensor& t, int64_t row = 0, int64_t width = 0) {
+  return t.defined() ? t.mutable_data_ptr<T>() + row * width : nullptr;
+}
+
+// values = input W_ih^T of the packed rows [first, first + rows), and what else the input has a part in.
+template <typename T>
+void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t rows, const Projection& projection,
+             const Kept& kept) {
+  const int64_t at = projection.whole ? first : 0, width = projection.width;
+  const auto part = [&](const Tensor& weight, int64_t column) {
+    if (rows <= kFewRows) {
+      return run(RowProduct<T>{rows, weight.size(0), layer.inputs, input.const_data_ptr<T>() + first * layer.inputs,
+                               weight.const_data_ptr<T>(), pointer<T>(projection.values, at, width) + column, width});
+    }
+    Tensor values = columns_of(rows_of(projection.values, at, rows), column, weight.size(0));
+    mm_out(values, rows_of(input, first, rows), torch::stable::transpose(weight, 0, 1));
+  };
+  part(layer.weight(kWeightIh), 0);
+  if (layer.cell->extra) part(layer.weight_mx(), layer.gate_rows());
+  if (layer.cell->norm) {
+    run(NormRows<T>{rows, layer.gate_rows(), width, pointer<T>(projection.values, at, width),
+                    pointer<T>(kept.stats, first, kNormStats)});
+  }
+}
+
+template <typename T>
+void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection& projection, bool reverse,
+                   const Kept& kept, const Outputs& outputs) {
+  const std::vector<T> bias = bias_of<T>(layer), unit_weights = unit_weights_of<T>(layer);
+  const bool has_cell = layer.cell->has_cell, fused = !projection.values.defined();
   const Tensor *h = &layer.h_0, *c = has_cell ? &*layer.c_0 : nullptr;
   for (int64_t done = 0; done < layer.steps; done += projection.chunk) {
     const int64_t steps = std::min(projection.chunk, layer.steps - done);
     const int64_t first = reverse ? layer.steps - done - steps : done, padded = first * layer.batch;
     const int64_t packed = layer.offset(first);
     const int64_t rows = (first + steps < layer.steps ? layer.offset(first + steps) : layer.packed_rows) - packed;
-    if (!fused) project<T>(layer, input, packed, rows, weight_t, projection);
     RnnForward<T> pass{};
     pass.rows = layer.rows(first, steps);
     pass.hidden = layer.hidden;
@@ -83,27 +124,56 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
     pass.reverse = reverse;
     pass.h_0 = h->const_data_ptr<T>();
     pass.c_0 = has_cell ? c->const_data_ptr<T>() : nullptr;
-    pass.weight = layer.weight(kWeightHh).const_data_ptr<T>();
+    pass.weights = weights_of(layer, unit_weights);
     pass.bias = bias.empty() ? nullptr : bias.data();
     if (fused) {
       pass.input = input.const_data_ptr<T>() + packed * layer.inputs;
       pass.weight_ih = layer.weight(kWeightIh).const_data_ptr<T>();
       pass.inputs = layer.inputs;
     } else {
-      pass.x = projection.values.const_data_ptr<T>() + (projection.in_output ? packed * projection.width : 0);
+      project<T>(layer, input, packed, rows, projection, kept);
+      pass.x = pointer<T>(projection.values, projection.whole ? packed : 0, projection.width);
       pass.x_row = projection.width;
     }
-    pass.output = result.output.mutable_data_ptr<T>() + padded * layer.outputs;
-    pass.h_n = result.h_n.mutable_data_ptr<T>();
-    if (has_cell) pass.c_n = result.c_n.mutable_data_ptr<T>();
-    if (save) pass.saved = result.saved[0].mutable_data_ptr<T>();
-    if (save && has_cell) pass.cells = result.saved[1].mutable_data_ptr<T>();
+    // What the first of two products leaves for the second lies where a training step keeps it.
+    pass.saved = layer.cell->first && !kept.gates.defined() ? const_cast<T*>(pass.x)
+                                                            : pointer<T>(kept.gates, packed, layer.saved_width());
+    pass.cells = pointer<T>(kept.cells, packed, layer.hidden);
+    if (kept.normed.defined()) pass.normed = pointer<T>(kept.normed, packed, projection.width) + layer.gate_rows();
+    pass.stats = pointer<T>(kept.stats, packed, kNormStats);
+    pass.output = pointer<T>(outputs.output, padded, layer.outputs);
+    pass.h_n = outputs.h_n.mutable_data_ptr<T>();
+    if (has_cell) pass.c_n = outputs.c_n.mutable_data_ptr<T>();
     pass.zoneout_h = blend_of<T>(layer.zoneout_h, padded * layer.outputs);
     pass.zoneout_c = blend_of<T>(layer.zoneout_c, padded * layer.hidden);
     check_workspace(run(*layer.cell, pass));
-    h = &result.h_n;
-    c = &result.c_n;
+    h = &outputs.h_n;
+    c = &outputs.c_n;
   }
+}
+
+Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tensor& output) {
+  const RnnCellEntry& cell = *layer.cell;
+  const int64_t T = layer.steps;
+  Projection projection{{}, layer.input_width(), T, true};
+  const bool fused = cell.first == 0 && !cell.norm && layer.inputs > 0 && layer.packed_rows > kFusedRows;
+  if (fused) return projection;
+  if (cell.saved == 0 && !layer.ragged()) {
+    projection.values = as_rows(output);
+  } else if (kept.normed.defined()) {
+    projection.values = as_rows(kept.normed);
+    projection.width = 2 * layer.gate_rows();
+  } else if (kept.gates.defined()) {
+    projection.values = as_rows(kept.gates);
+    projection.width = layer.saved_width();
+  } else {
+    if (cell.first) projection.width = layer.saved_width();
+    const int64_t step_bytes = layer.batch * projection.width * (layer.single() ? 4 : 8);
+    projection.chunk = std::min(T, std::max<int64_t>(1, kProjectionBytes / step_bytes));
+    projection.values = new_empty(layer.input, {projection.chunk * layer.batch, projection.width});
+    projection.whole = false;
+  }
+  return projection;
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string cell, Tensor input, Tensor h_0,
@@ -112,55 +182,39 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
                                                                     OptionalTensor zoneout_c, bool reverse, bool save) {
   const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
   const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
-  const bool has_cell = layer.cell->has_cell;
-  ForwardResult result;
-  result.output = new_empty(input, {T, B, P});
-  if (save && layer.cell->saved > 0) result.saved.push_back(new_empty(input, {T, B, layer.saved_width()}));
-  if (save && has_cell) result.saved.push_back(new_empty(input, {T, B, H}));
+  const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
+  Kept kept;
+  if (save && layer.cell->saved > 0) kept.gates = new_empty(input, {T, B, layer.saved_width()});
+  if (save && has_cell) kept.cells = new_empty(input, {T, B, H});
+  if (save && norm) kept.normed = new_empty(input, {T, B, 2 * layer.gate_rows()});
+  if (save && norm) kept.stats = new_empty(input, {T, B, kNormStats});
+  Outputs outputs;
+  outputs.output = new_empty(input, {T, B, P});
   if (layer.packed_rows == 0) {
-    if (T > 0) torch::stable::zero_(result.output);
-    return {result.output, torch::stable::clone(layer.h_0),
-            has_cell ? torch::stable::clone(*layer.c_0) : new_empty(input, {0}), result.saved};
+    torch::stable::zero_(outputs.output);
+    for (Tensor& tensor : kept.list()) torch::stable::zero_(tensor);
+    return {outputs.output, torch::stable::clone(layer.h_0),
+            has_cell ? torch::stable::clone(*layer.c_0) : new_empty(input, {0}), kept.list()};
   }
-  result.h_n = new_empty(input, {B, P});
-  result.c_n = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
-
-  const bool fused = layer.inputs > 0 && layer.packed_rows > kFusedRows;
-  Projection projection{{}, layer.gate_rows(), T, false};
-  if (!fused && layer.cell->saved == 0 && P == layer.gate_rows() && !layer.ragged()) {
-    projection.values = as_rows(result.output);
-    projection.in_output = true;
-  } else if (!fused && !result.saved.empty()) {
-    projection.values = as_rows(result.saved[0]);
-    projection.width = layer.saved_width();
-  } else if (!fused) {
-    const int64_t step_bytes = B * layer.gate_rows() * (layer.single() ? 4 : 8);
-    projection.chunk = std::min(T, std::max<int64_t>(1, kProjectionBytes / step_bytes));
-    projection.values = new_empty(input, {projection.chunk * B, projection.width});
-  }
+  outputs.h_n = new_empty(input, {B, P});
+  outputs.c_n = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
+  const Projection projection = choose_projection(layer, kept, outputs.output);
   const Tensor rows = layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input);
-  (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, fused, reverse, result);
+  (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, reverse, kept, outputs);
   if (layer.ragged()) {
-    zero_padding(layer, result.output);
-    for (Tensor& tensor : result.saved) {  // what follows the packed rows
+    zero_padding(layer, outputs.output);
+    for (const Tensor& tensor : kept.list()) {  // what follows the packed rows
       Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, T * B - layer.packed_rows);
       torch::stable::zero_(rest);
     }
   }
-  return {result.output, result.h_n, result.c_n, result.saved};
+  return {outputs.output, outputs.h_n, outputs.c_n, kept.list()};
 }
 
 template <typename T>
 bool all_zero(const Tensor& t) {
   const T* data = t.const_data_ptr<T>();
   return std::all_of(data, data + t.numel(), [](T x) { return x == T(0); });
-}
-
-// grad_weight += D^T h_0, D [B, .] columns of the gradients of each row's first step.
-template <typename T>
-void add_first_step(const RnnLayer& layer, const Tensor& first_step, Tensor& grad_weight) {
-  if (all_zero<T>(layer.h_0)) return;
-  product(grad_weight, torch::stable::transpose(first_step, 0, 1), layer.h_0, true);
 }
 
 // h' of every packed row.
@@ -181,35 +235,23 @@ Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) 
   return packed;
 }
 
-// grad_weight = D^T h', D columns of grad_pre [packed rows, kPre*H].
-void recurrent_gradient(const RnnLayer& layer, const Tensor& columns, const Tensor& output, const Tensor& previous,
-                        bool reverse, Tensor& grad_weight) {
-  if (layer.ragged()) return product(grad_weight, torch::stable::transpose(columns, 0, 1), previous);
-  const int64_t B = layer.batch, rest = layer.packed_rows - B;
-  if (rest > 0) {
-    product(grad_weight, torch::stable::transpose(rows_of(columns, reverse ? 0 : B, rest), 0, 1),
-            rows_of(output, reverse ? B : 0, rest));
-  } else {
-    torch::stable::zero_(grad_weight);
-  }
-  (layer.single() ? add_first_step<float> : add_first_step<double>)(layer, rows_of(columns, reverse ? rest : 0, B),
-                                                                    grad_weight);
-}
-
-struct BackwardResult {
-  Tensor grad_input, grad_h_0, grad_c_0;
-  std::vector<Tensor> grad_weights;
-};
-
 struct GradOutputs {
   OptionalTensor output, h_n, c_n;
 };
 
+// What a backward pass leaves, besides the gradients of the initial state, for the products over all steps.
+struct Swept {
+  Tensor grad_pre;           // [packed rows, kPre*H], or 2*G*H
+  Tensor grad_bias;          // [kPre*H]
+  Tensor grad_unit_weights;  // [kWeights*H]
+  Tensor source, grad_h;     // [packed rows, H], [packed rows, P]; undefined where there is none
+  Tensor grad_h_0, grad_c_0;
+};
+
 template <typename T>
-void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output,
-                    const std::vector<Tensor>& saved, bool reverse, Tensor& grad_pre, Tensor& grad_bias,
-                    BackwardResult& result) {
-  const bool has_cell = layer.cell->has_cell;
+void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
+                    bool reverse, Swept& swept) {
+  const std::vector<T> unit_weights = unit_weights_of<T>(layer);
   RnnBackward<T> pass{};
   pass.rows = layer.rows(0, layer.steps);
   pass.hidden = layer.hidden;
@@ -220,17 +262,110 @@ void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   pass.grad_c_n = data_or_null<T>(grads.c_n);
   pass.h_0 = layer.h_0.const_data_ptr<T>();
   pass.c_0 = data_or_null<T>(layer.c_0);
-  pass.weight = layer.weight(kWeightHh).const_data_ptr<T>();
+  pass.weights = weights_of(layer, unit_weights);
   pass.output = output.const_data_ptr<T>();
-  if (layer.cell->saved > 0) pass.saved = saved[0].const_data_ptr<T>();
-  if (has_cell) pass.cells = saved[1].const_data_ptr<T>();
-  pass.grad_pre = grad_pre.mutable_data_ptr<T>();
-  pass.grad_h_0 = result.grad_h_0.mutable_data_ptr<T>();
-  if (has_cell) pass.grad_c_0 = result.grad_c_0.mutable_data_ptr<T>();
-  pass.grad_bias = grad_bias.mutable_data_ptr<T>();
+  pass.saved = pointer<T>(kept.gates);
+  pass.cells = pointer<T>(kept.cells);
+  pass.normed = pointer<T>(kept.normed);
+  pass.stats = pointer<T>(kept.stats);
+  pass.grad_pre = pointer<T>(swept.grad_pre);
+  pass.grad_h_0 = pointer<T>(swept.grad_h_0);
+  pass.grad_c_0 = pointer<T>(swept.grad_c_0);
+  pass.grad_bias = pointer<T>(swept.grad_bias);
+  pass.grad_unit_weights = pointer<T>(swept.grad_unit_weights);
+  pass.source = pointer<T>(swept.source);
+  pass.grad_h = pointer<T>(swept.grad_h);
   pass.zoneout_h = blend_of<T>(layer.zoneout_h, 0);
   pass.zoneout_c = blend_of<T>(layer.zoneout_c, 0);
   check_workspace(run(*layer.cell, pass));
+}
+
+// Products over all steps: the gradients of the input and of the weights that `needs` names.
+class Gradients {
+ public:
+  Gradients(const RnnLayer& layer, const Swept& swept, const Tensor& output, bool reverse)
+      : layer_(layer), swept_(swept), output_(as_rows(output)), reverse_(reverse) {
+    if (layer.ragged()) previous_ = pack_previous(layer, output, reverse);
+  }
+
+  void input(Tensor& grad) const {
+    Tensor rows = layer_.ragged() ? new_empty(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
+    product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
+    if (layer_.cell->extra) product(rows, columns(layer_.gate_rows(), layer_.hidden), layer_.weight_mx(), true);
+    if (layer_.ragged()) unpack_rows(layer_, rows, grad);
+  }
+
+  // A weight that `factor` [packed rows, .] was multiplied by: grad = D^T factor, D being columns of grad_pre.
+  void weight(Tensor& grad, int64_t first_column, const Tensor& factor) const {
+    product(grad, torch::stable::transpose(columns(first_column, grad.size(0)), 0, 1), factor);
+  }
+
+  // A weight that h' was multiplied by.
+  void recurrent(Tensor& grad, int64_t first_column) const {
+    if (layer_.ragged()) return weight(grad, first_column, previous_);
+    const Tensor D = columns(first_column, grad.size(0));
+    const int64_t B = layer_.batch, rest = layer_.packed_rows - B;
+    if (rest > 0) {
+      product(grad, torch::stable::transpose(rows_of(D, reverse_ ? 0 : B, rest), 0, 1),
+              rows_of(output_, reverse_ ? B : 0, rest));
+    } else {
+      torch::stable::zero_(grad);
+    }
+    if (layer_.single() ? all_zero<float>(layer_.h_0) : all_zero<double>(layer_.h_0)) return;
+    product(grad, torch::stable::transpose(rows_of(D, reverse_ ? rest : 0, B), 0, 1), layer_.h_0, true);
+  }
+
+  void weight_hh(Tensor& grad) const {
+    const RnnCellEntry& cell = *layer_.cell;
+    const int64_t rows = layer_.gate_rows(), H = layer_.hidden;
+    if (cell.extra) return weight(grad, 0, swept_.source);
+    if (cell.norm) return recurrent(grad, rows);
+    // The last rows of a cell of two products multiplied something else than h'; of one with an apart pre-activation,
+    // its columns lie behind the others.
+    const int64_t joined = cell.apart ? rows - H : cell.first ? cell.first * H : rows;
+    Tensor front = rows_of(grad, 0, joined);
+    recurrent(front, 0);
+    if (joined == rows) return;
+    Tensor back = rows_of(grad, joined, rows - joined);
+    if (cell.apart) {
+      recurrent(back, rows);
+    } else {
+      weight(back, joined, swept_.source);
+    }
+  }
+
+ private:
+  Tensor columns(int64_t first, int64_t count) const { return columns_of(swept_.grad_pre, first, count); }
+
+  const RnnLayer& layer_;
+  const Swept& swept_;
+  Tensor output_, previous_;
+  bool reverse_;
+};
+
+void copy_rows(Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
+  Tensor part = rows_of(to, first, count);
+  torch::stable::copy_(part, rows_of(from, from_first, count));
+}
+
+// Saved tensors by name, checked.
+Kept check_kept(const RnnLayer& layer, const std::vector<Tensor>& saved) {
+  const RnnCellEntry& cell = *layer.cell;
+  const ScalarType dtype = layer.input.scalar_type();
+  const size_t count = size_t(cell.saved > 0) + size_t(cell.has_cell) + (cell.norm ? 2 : 0);
+  STD_TORCH_CHECK(saved.size() == count, "seqaccel: expected ", int64_t(count), " saved tensors of the cell '",
+                  cell.name, "', but got ", int64_t(saved.size()));
+  Kept kept;
+  size_t next = 0;
+  const auto take = [&](Tensor& tensor, const char* name, int64_t width) {
+    check_tensor(saved[next], name, {layer.steps, layer.batch, width}, dtype);
+    tensor = to_contiguous(saved[next++]);
+  };
+  if (cell.saved > 0) take(kept.gates, "saved gates", layer.saved_width());
+  if (cell.has_cell) take(kept.cells, "saved cells", layer.hidden);
+  if (cell.norm) take(kept.normed, "saved norms", 2 * layer.gate_rows());
+  if (cell.norm) take(kept.stats, "saved statistics", kNormStats);
+  return kept;
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
@@ -238,96 +373,91 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
     Tensor h_0, OptionalTensor c_0, WeightList weights, OptionalTensor lengths, OptionalTensor zoneout_h,
     OptionalTensor zoneout_c, Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs) {
   const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+  const RnnCellEntry& traits = *layer.cell;
   const ScalarType dtype = input.scalar_type();
   const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
-  const bool has_cell = layer.cell->has_cell;
-  const size_t kept = size_t(layer.cell->saved > 0) + size_t(has_cell);
-  STD_TORCH_CHECK(saved.size() == kept, "seqaccel: expected ", int64_t(kept), " saved tensors of the cell '", cell,
-                  "', but got ", int64_t(saved.size()));
+  const bool has_cell = traits.has_cell, projected = bool(layer.weight_hr());
   STD_TORCH_CHECK(needs.size() == weights.size() + 1, "seqaccel: expected needs to have ", int64_t(weights.size() + 1),
                   " entries, but got ", int64_t(needs.size()));
+  const Kept kept = check_kept(layer, saved);
   check_tensor(output, "output", {T, B, P}, dtype);
-  if (layer.cell->saved > 0) check_tensor(saved[0], "saved gates", {T, B, layer.saved_width()}, dtype);
-  if (has_cell) check_tensor(saved[1], "saved cells", {T, B, H}, dtype);
   if (grad_output) check_tensor(*grad_output, "grad_output", {T, B, P}, dtype);
   if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {B, P}, dtype);
-  if (grad_c_n && has_cell) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
+  if (!has_cell) grad_c_n = std::nullopt;
+  if (grad_c_n) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
   output = to_contiguous(detach(output));
-  for (Tensor& tensor : saved) tensor = to_contiguous(tensor);
   const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
 
-  BackwardResult result;
-  result.grad_input = needs[0] ? new_empty(input, {T, B, layer.inputs}) : new_empty(input, {0});
-  result.grad_h_0 = new_empty(input, {B, P});
-  result.grad_c_0 = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
+  Tensor grad_input = needs[0] ? new_empty(input, {T, B, layer.inputs}) : new_empty(input, {0});
+  Swept swept;
+  swept.grad_h_0 = new_empty(input, {B, P});
+  swept.grad_c_0 = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
+  std::vector<Tensor> grad_weights;
   const auto wanted = [&](int i) { return needs[size_t(i) + 1] && bool(weights[size_t(i)]); };
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (!wanted(int(i))) {
-      result.grad_weights.push_back(new_empty(input, {0}));
-    } else if (weights[i]->dim() == 1) {
-      result.grad_weights.push_back(new_empty(input, {weights[i]->size(0)}));
-    } else {
-      result.grad_weights.push_back(new_empty(input, {weights[i]->size(0), weights[i]->size(1)}));
-    }
+  for (int i = 0; i < int(weights.size()); ++i) {
+    grad_weights.push_back(wanted(i) ? torch::stable::empty_like(layer.weight(i)) : new_empty(input, {0}));
   }
   if (layer.packed_rows == 0) {
-    for (Tensor& grad : result.grad_weights) torch::stable::zero_(grad);
-    for (Tensor* grad : {&result.grad_input, &result.grad_h_0, &result.grad_c_0}) torch::stable::zero_(*grad);
-    if (grads.h_n) torch::stable::copy_(result.grad_h_0, *grads.h_n);
-    if (grads.c_n && has_cell) torch::stable::copy_(result.grad_c_0, *grads.c_n);
-    return {result.grad_input, result.grad_h_0, result.grad_c_0, result.grad_weights};
+    for (Tensor& grad : grad_weights) torch::stable::zero_(grad);
+    for (Tensor* grad : {&grad_input, &swept.grad_h_0, &swept.grad_c_0}) torch::stable::zero_(*grad);
+    if (grads.h_n) torch::stable::copy_(swept.grad_h_0, *grads.h_n);
+    if (grads.c_n) torch::stable::copy_(swept.grad_c_0, *grads.c_n);
+    return {grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
   }
 
-  Scratch scratch(input, layer.packed_rows * layer.pre_width());
-  Tensor grad_pre = scratch.matrix(layer.packed_rows, layer.pre_width());
-  Tensor grad_bias = new_empty(input, {layer.pre_width()});
-  (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, saved, reverse, grad_pre,
-                                                                    grad_bias, result);
-  const Tensor of_input = columns_of(grad_pre, 0, rows);
-  if (needs[0] && layer.ragged()) {
-    Tensor packed = new_empty(input, {layer.packed_rows, layer.inputs});
-    product(packed, of_input, layer.weight(kWeightIh));
-    unpack_rows(layer, packed, result.grad_input);
-  } else if (needs[0]) {
-    Tensor flat = as_rows(result.grad_input);
-    product(flat, of_input, layer.weight(kWeightIh));
+  const int64_t grad_width = traits.norm ? 2 * rows : layer.pre_width();
+  Scratch scratch(input, layer.packed_rows * grad_width);
+  swept.grad_pre = scratch.matrix(layer.packed_rows, grad_width);
+  swept.grad_bias = new_empty(input, {layer.pre_width()});
+  swept.grad_unit_weights = new_empty(input, {traits.unit_weights * H});
+  if (traits.first || projected) swept.source = new_empty(input, {layer.packed_rows, H});
+  if (projected) swept.grad_h = new_empty(input, {layer.packed_rows, P});
+  (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, swept);
+
+  const Gradients gradients(layer, swept, output, reverse);
+  if (needs[0]) gradients.input(grad_input);
+  if (wanted(kWeightIh) || (traits.extra && wanted(kCommonWeights))) {
+    const Tensor factor = layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+    if (wanted(kWeightIh)) gradients.weight(grad_weights[kWeightIh], 0, factor);
+    if (traits.extra && wanted(kCommonWeights)) gradients.weight(grad_weights[kCommonWeights], rows, factor);
   }
-  if (wanted(kWeightIh)) {
-    product(result.grad_weights[kWeightIh], torch::stable::transpose(of_input, 0, 1),
-            layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input));
+  if (wanted(kWeightHh)) gradients.weight_hh(grad_weights[kWeightHh]);
+  if (traits.extra && wanted(kCommonWeights + 1)) {
+    gradients.recurrent(grad_weights[kCommonWeights + 1], traits.first_pre * H);
+  }
+  if (projected && wanted(kCommonWeights)) {
+    product(grad_weights[kCommonWeights], torch::stable::transpose(swept.grad_h, 0, 1), swept.source);
   }
   // The last gate's pre-activation of h' may lie apart, behind the others.
-  const int64_t joined = layer.cell->apart ? rows - H : rows;
-  if (wanted(kWeightHh)) {
-    const Tensor previous = layer.ragged() ? pack_previous(layer, output, reverse) : Tensor();
-    const Tensor flat = as_rows(output);
-    for (const int64_t first : {int64_t(0), joined}) {
-      const int64_t count = first ? rows - joined : joined;
-      if (count == 0) continue;
-      Tensor grad = rows_of(result.grad_weights[kWeightHh], first, count);
-      recurrent_gradient(layer, columns_of(grad_pre, first ? rows : 0, count), flat, previous, reverse, grad);
-    }
-  }
-  if (wanted(kBiasIh)) torch::stable::copy_(result.grad_weights[kBiasIh], rows_of(grad_bias, 0, rows));
+  const int64_t joined = traits.apart ? rows - H : rows;
+  if (wanted(kBiasIh)) copy_rows(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
   if (wanted(kBiasHh)) {
-    Tensor front = rows_of(result.grad_weights[kBiasHh], 0, joined);
-    torch::stable::copy_(front, rows_of(grad_bias, 0, joined));
-    if (joined < rows) {
-      Tensor back = rows_of(result.grad_weights[kBiasHh], joined, rows - joined);
-      torch::stable::copy_(back, rows_of(grad_bias, rows, rows - joined));
-    }
+    copy_rows(grad_weights[kBiasHh], 0, swept.grad_bias, 0, joined);
+    if (joined < rows) copy_rows(grad_weights[kBiasHh], joined, swept.grad_bias, rows, rows - joined);
   }
-  return {result.grad_input, result.grad_h_0, result.grad_c_0, result.grad_weights};
+  for (int i = layer.first_unit_tensor(), done = 0, tensor = 0; done < traits.unit_weights; ++i, ++tensor) {
+    const int64_t count = traits.weight_tensors[tensor];
+    if (wanted(i)) {
+      Tensor flat = torch::stable::view(grad_weights[size_t(i)], {count * H});
+      copy_rows(flat, 0, swept.grad_unit_weights, done * H, count * H);
+    }
+    done += int(count);
+  }
+  return {grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
 }
 
 }  // namespace
 
 const RnnCellEntry* find_rnn_cell(const char* name) {
-  const RnnKernels& kernels = active_rnn_kernels();
-  for (int i = 0; i < kernels.count; ++i) {
-    if (std::strcmp(kernels.cells[i].name, name) == 0) return &kernels.cells[i];
-  }
-  return nullptr;
+  const auto find = [&](const auto& kernels) -> const RnnCellEntry* {
+    for (int i = 0; i < kernels.count; ++i) {
+      if (std::strcmp(kernels.cells[i].name, name) == 0) return &kernels.cells[i];
+    }
+    return nullptr;
+  };
+  if (const RnnCellEntry* cell = find(active_rnn_kernels())) return cell;
+  if (const RnnCellEntry* cell = find(active_rnn_staged_kernels())) return cell;
+  return find(active_rnn_norm_kernels());
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {

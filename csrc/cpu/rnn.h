@@ -30,20 +30,28 @@ struct RnnBlend {
   bool one = false;
 };
 
+// The weights of a layer's recurrence.
+template <typename T>
+struct RnnWeights {
+  const T* hh;                      // weight_hh [G*H, P]
+  const T* mh = nullptr;            // [H, H], of a cell with kExtra
+  const T* hr = nullptr;            // [P, H], or null: P is H
+  const T* unit_weights = nullptr;  // [kWeights, H]
+};
+
 // A stretch of a layer's recurrence in one direction. Pre-activations and their biases: see CellTraits.
 template <typename T>
 struct RnnForward {
   RnnRows rows;
-  int64_t hidden, outputs;          // H and P
-  bool reverse;                     // runs from the last step to the first
-  const T* h_0;                     // [B, P]; may be h_n
-  const T* c_0;                     // [B, H], or null: the cell has none; may be c_n
-  const T* weight;                  // weight_hh [G*H, P]
-  const T* bias;                    // [kPre, H], or null
-  const T* unit_weights = nullptr;  // [kWeights, H]
-  const T* x;                       // packed [., x_row]: W_ih x, G*H values a row; null: calculated from input
+  int64_t hidden, outputs;  // H and P
+  bool reverse;             // runs from the last step to the first
+  const T* h_0;             // [B, P]; may be h_n
+  const T* c_0;             // [B, H], or null: the cell has none; may be c_n
+  RnnWeights<T> weights;
+  const T* bias;  // [kPre, H], or null
+  const T* x;     // packed [., x_row]: W_ih x, kInputs*H values a row; null: calculated from input
   int64_t x_row;
-  T* saved;   // packed [., kSaved*H], or null: nothing is kept for a backward pass; may be x
+  T* saved;   // packed [., kSaved*H]; may be x. Null: nothing is kept; not so where a step has two products
   T* cells;   // packed [., H]: the new c, or null
   T* output;  // padded [steps, B, P]; may be x where rows are not packed. Rows that do not run stay as they are
   T* h_n;     // [B, P]
@@ -53,6 +61,9 @@ struct RnnForward {
   const T* input = nullptr;      // packed [., I]
   const T* weight_ih = nullptr;  // [G*H, I]
   int64_t inputs = 0;            // I
+  // Of a cell with kNorm, whose x is W_ih x normalised; null: not kept.
+  T* normed = nullptr;  // packed, rows x_row apart: W_hh h' normalised, G*H values a row
+  T* stats = nullptr;   // packed [., kNormStats]
 };
 
 template <typename T>
@@ -65,17 +76,33 @@ struct RnnBackward {
   const T* grad_c_n;     // [B, H], or null: zero
   const T* h_0;
   const T* c_0;
-  const T* weight;
-  const T* unit_weights;
+  RnnWeights<T> weights;
   const T* output;       // padded
   const T* saved;        // packed [., kSaved*H]
   const T* cells;        // packed [., H]
-  T* grad_pre;           // packed [., kPre*H]: dL/dpre
+  T* grad_pre;           // packed [., kPre*H]: dL/dpre; with kNorm [., 2*G*H]: dL/d(W_ih x), dL/d(W_hh h')
   T* grad_h_0;           // [B, P]
   T* grad_c_0;           // [B, H]
   T* grad_bias;          // [kPre, H]
   T* grad_unit_weights;  // [kWeights, H]
   RnnBlend<T> zoneout_h, zoneout_c;
+  // What weight_hr, or the main of two products, multiplied: packed [., H]; and with weight_hr dL/dh, packed [., P].
+  T* source = nullptr;
+  T* grad_h = nullptr;
+  // Of a cell with kNorm.
+  const T* normed = nullptr;  // packed [., 2*G*H]: W_ih x and W_hh h', normalised
+  const T* stats = nullptr;   // packed [., kNormStats]
+};
+
+// Of a step's layer norms: 1/sigma of W_ih x and of W_hh h', mean and 1/sigma of c.
+enum NormStat { kScaleX, kScaleH, kMeanC, kScaleC, kNormStats };
+
+// Rows of W_ih x, `row` apart, normalised in place; 1/sigma to stats [rows, kNormStats], if not null.
+template <typename T>
+struct NormRows {
+  int64_t rows, width, row;
+  T* x;
+  T* stats;
 };
 
 // y [M, N] = x [M, K] weight^T, for the few rows where packing weight [N, K] would cost more than the product; rows of
@@ -89,12 +116,14 @@ struct RowProduct {
   int64_t y_row;
 };
 
-// What the operators need to know of a cell, and its loops. A loop returns false when its workspace could not be
-// allocated.
+// What the operators need to know of a cell (see CellTraits), and its loops. A loop returns false when its workspace
+// could not be allocated.
 struct RnnCellEntry {
   const char* name;
-  int gates, pre, saved, unit_weights, tensors;
-  bool apart, has_cell, zoneout, projects;
+  int gates, inputs, pre, saved, unit_weights;
+  const int* weight_tensors;  // [4]
+  int first, first_pre, main_pre;
+  bool apart, has_cell, zoneout, projects, extra, norm, norm_c;
   bool (*forward_float)(const RnnForward<float>&);
   bool (*forward_double)(const RnnForward<double>&);
   bool (*backward_float)(const RnnBackward<float>&);
@@ -108,7 +137,22 @@ struct RnnKernels {
   void (*row_product_double)(const RowProduct<double>&);
 };
 
+// The cells of several products or of layer norm, apart for the sake of compile time.
+struct RnnStagedKernels {
+  const RnnCellEntry* cells;
+  int count;
+};
+
+struct RnnNormKernels {
+  const RnnCellEntry* cells;
+  int count;
+  void (*normalize_float)(const NormRows<float>&);
+  void (*normalize_double)(const NormRows<double>&);
+};
+
 SEQACCEL_DECLARE_KERNELS(RnnKernels, rnn_kernels)
+SEQACCEL_DECLARE_KERNELS(RnnStagedKernels, rnn_staged_kernels)
+SEQACCEL_DECLARE_KERNELS(RnnNormKernels, rnn_norm_kernels)
 
 // The entry of the active instruction set; null: there is no such cell.
 const RnnCellEntry* find_rnn_cell(const char* name);

@@ -34,13 +34,47 @@ inline RowShare row_share(const Split& split, const Share& share, const RnnRows&
   return {share.part, split.parts, (rows.batch - share.part + split.parts - 1) / split.parts};
 }
 
-// The part of `count` blocks that belongs to a thread's group of units.
+// What a thread knows of its team.
+struct Member {
+  Split split;
+  Share share;
+  RowShare rows;
+  Barrier* barrier;
+  int part() const { return share.part; }
+  void wait() const { wait_for_all(*barrier, split.groups); }
+};
+
+inline Member member_of(const Split& split, int thread, const RnnRows& rows, ptrdiff_t blocks, Barrier* barriers) {
+  const Share share = share_of(split, thread, rows.batch, blocks);
+  return {split, share, row_share(split, share, rows), barriers + (share.idle ? 0 : share.part)};
+}
+
+// The part of `count` blocks of units that belongs to a thread.
 struct Blocks {
   ptrdiff_t begin, end;
 };
 
-inline Blocks blocks_of(const Split& split, const Share& share, ptrdiff_t count) {
-  return {count * share.group / split.groups, count * (share.group + 1) / split.groups};
+inline Blocks blocks_of(const Member& me, ptrdiff_t count) {
+  return {count * me.share.group / me.split.groups, count * (me.share.group + 1) / me.split.groups};
+}
+
+// A thread's part of `count` blocks of units, each with the first `rows` of its rows in chunks: body(block, row, rows).
+// On odd steps the blocks run backwards.
+template <class Body>
+SEQACCEL_INLINE void for_blocks(const Member& me, ptrdiff_t count, ptrdiff_t step, ptrdiff_t rows, const Body& body) {
+  const Blocks mine = blocks_of(me, count);
+  for (ptrdiff_t i = mine.begin; i < mine.end; ++i) {
+    const ptrdiff_t block = step & 1 ? mine.begin + mine.end - 1 - i : i;
+    for (ptrdiff_t row = 0; row < rows; row += kChunk) body(block, row, min_of(kChunk, rows - row));
+  }
+}
+
+// A thread's part of the vectors of `width` values, whatever the blocks of its products: body(unit, units in it).
+template <typename T, class Body>
+SEQACCEL_INLINE void for_units(const Member& me, ptrdiff_t width, const Body& body) {
+  constexpr int L = Lanes<T>;
+  const Blocks mine = blocks_of(me, panel_count(width, L));
+  for (ptrdiff_t v = mine.begin; v < mine.end; ++v) body(v * L, int(min_of(L, width - v * L)));
 }
 
 // [count, H] to rows `stride` apart, zero behind the H values; null: zero.

@@ -1,6 +1,5 @@
 // The table of recurrent cells, and products of few rows.
-#include "rnn_backward.h"
-#include "rnn_forward.h"
+#include "rnn_entry.h"
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
@@ -33,25 +32,6 @@ void row_product(const RowProduct<T>& p) {
     }
   }
 }
-
-// Every cell of cells.h has its row here.
-template <class Cell>
-constexpr RnnCellEntry kEntry = {
-    Cell::kName,
-    Cell::kGates,
-    kPre<Cell>,
-    Cell::kSaved,
-    Cell::kWeights,
-    Cell::kTensors,
-    Cell::kApart,
-    Cell::kHasCell,
-    Cell::kZoneout,
-    Cell::kProjects,
-    rnn_forward<Cell, float>,
-    rnn_forward<Cell, double>,
-    rnn_backward<Cell, float>,
-    rnn_backward<Cell, double>,
-};
 
 constexpr RnnCellEntry kCells[] = {kEntry<LstmCell>, kEntry<GruCell>, kEntry<RnnTanhCell>, kEntry<RnnReluCell>};
 

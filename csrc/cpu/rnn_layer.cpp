@@ -12,6 +12,12 @@ Tensor call(const char* name, const char* overload, const Tensor& self) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+int64_t weight_count(const RnnCellEntry& cell) {
+  int64_t count = kCommonWeights + (cell.projects ? 1 : 0) + (cell.extra ? 2 : 0);
+  for (int i = 0; i < 4 && cell.weight_tensors[i]; ++i) ++count;
+  return count;
+}
+
 void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, const RnnLayer& layer, int64_t width) {
   if (!zoneout) return;
   STD_TORCH_CHECK(taken, "seqaccel: the cell '", layer.cell->name, "' takes no ", name);
@@ -76,21 +82,43 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   check_float_or_double(input, "input");
   const ScalarType dtype = input.scalar_type();
   check_tensor(input, "input", {-1, -1, -1}, dtype);
-  const int64_t expected = kCommonWeights + entry->tensors;
+  const int64_t expected = weight_count(*entry);
   STD_TORCH_CHECK(int64_t(weights.size()) == expected, "seqaccel: expected ", expected, " weights of the cell '", cell,
                   "', but got ", int64_t(weights.size()));
-  STD_TORCH_CHECK(weights[kWeightIh] && weights[kWeightHh], "seqaccel: expected weight_ih and weight_hh to be given");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool optional = i == kBiasIh || i == kBiasHh || (i == kCommonWeights && entry->projects);
+    STD_TORCH_CHECK(weights[i] || optional, "seqaccel: expected weight ", int64_t(i), " of the cell '", cell,
+                    "' to be given");
+  }
   const Tensor& weight_hh = *weights[kWeightHh];
   check_tensor(weight_hh, "weight_hh", {-1, -1}, dtype);
-  RnnLayer layer{entry, input.size(0), input.size(1), input.size(2), weight_hh.size(1), weight_hh.size(1), input, h_0};
-  STD_TORCH_CHECK(layer.hidden > 0, "seqaccel: expected weight_hh to have at least one column");
+  STD_TORCH_CHECK(weight_hh.size(0) > 0 && weight_hh.size(0) % entry->gates == 0,
+                  "seqaccel: expected weight_hh to have ", int64_t(entry->gates), " H rows, but got shape ",
+                  shape_string(weight_hh));
+  const int64_t H = weight_hh.size(0) / entry->gates, P = weight_hh.size(1);
+  RnnLayer layer{entry, input.size(0), input.size(1), input.size(2), H, P, input, h_0};
   const int64_t rows = layer.gate_rows();
-  check_tensor(weight_hh, "weight_hh", {rows, layer.outputs}, dtype);
   check_tensor(*weights[kWeightIh], "weight_ih", {rows, layer.inputs}, dtype);
   if (weights[kBiasIh]) check_tensor(*weights[kBiasIh], "bias_ih", {rows}, dtype);
   if (weights[kBiasHh]) check_tensor(*weights[kBiasHh], "bias_hh", {rows}, dtype);
-  for (size_t i = kCommonWeights; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(!weights[i], "seqaccel: the cell '", cell, "' has no kernel with weight_hr yet");
+  if (entry->projects && weights[kCommonWeights]) {
+    STD_TORCH_CHECK(P > 0, "seqaccel: expected weight_hr to have at least one row");
+    check_tensor(*weights[kCommonWeights], "weight_hr", {P, H}, dtype);
+  } else {
+    check_tensor(weight_hh, "weight_hh", {rows, H}, dtype);
+  }
+  if (entry->extra) {
+    check_tensor(*weights[kCommonWeights], "weight_mx", {H, layer.inputs}, dtype);
+    check_tensor(*weights[kCommonWeights + 1], "weight_mh", {H, H}, dtype);
+  }
+  for (size_t i = 0; i < 4 && entry->weight_tensors[i]; ++i) {
+    const Tensor& weight = *weights[size_t(layer.first_unit_tensor()) + i];
+    const int64_t count = entry->weight_tensors[i];
+    if (weight.dim() == 2) {
+      check_tensor(weight, "weights of units", {count, H}, dtype);
+    } else {
+      check_tensor(weight, "weights of units", {count * H}, dtype);
+    }
   }
   check_tensor(h_0, "h_0", {layer.batch, layer.outputs}, dtype);
   STD_TORCH_CHECK(bool(c_0) == entry->has_cell, "seqaccel: expected c_0 to be ", entry->has_cell ? "given" : "None",
@@ -107,6 +135,7 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   layer.zoneout_c = to_contiguous(zoneout_c);
   for (const OptionalTensor& weight : weights) layer.weights.push_back(to_contiguous(weight));
   layer.weights[kWeightIh] = detach(layer.weight(kWeightIh));
+  if (entry->extra) layer.weights[kCommonWeights] = detach(layer.weight_mx());
   layer.packed_rows = layer.steps * layer.batch;
   if (lengths && layer.packed_rows > 0) sort_rows(*lengths, layer);
   return layer;

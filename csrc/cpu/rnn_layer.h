@@ -17,6 +17,8 @@ enum RnnWeight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kCommonWeights };
 
 using WeightList = std::vector<OptionalTensor>;
 
+inline const OptionalTensor kNone;
+
 // A layer's arguments after the checks, contiguous and out of autograd's sight.
 struct RnnLayer {
   const RnnCellEntry* cell;
@@ -35,6 +37,12 @@ struct RnnLayer {
   int64_t pre_width() const { return cell->pre * hidden; }
   int64_t saved_width() const { return cell->saved * hidden; }
   int64_t gate_rows() const { return cell->gates * hidden; }
+  int64_t input_width() const { return cell->inputs * hidden; }
+  // A cell's own weights: weight_hr, or weight_mx and weight_mh, or those of units, in the order of weight_tensors.
+  const OptionalTensor& weight_hr() const { return cell->projects ? weights[kCommonWeights] : kNone; }
+  const Tensor& weight_mx() const { return weight(kCommonWeights); }
+  const Tensor& weight_mh() const { return weight(kCommonWeights + 1); }
+  int first_unit_tensor() const { return kCommonWeights + int(cell->projects); }
   int64_t offset(int64_t t) const { return ragged() ? offsets[size_t(t)] : t * batch; }
   // The steps [first, first + count).
   RnnRows rows(int64_t first, int64_t count) const {

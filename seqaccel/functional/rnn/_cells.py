@@ -48,7 +48,7 @@ class CellSpec:
     extra: dict[str, str] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ("bias_ih", "bias_hh")
     zoneout: bool = True
-    backends: tuple[str, ...] = ("reference", "triton")
+    backends: tuple[str, ...] = ("reference", "cpp", "triton")
     without_projection: tuple[str, ...] = ()
     without_zoneout: tuple[str, ...] = ("torch",)
     torch_is_faster: Callable[[Problem], bool] | None = None
@@ -80,7 +80,6 @@ CELLS: dict[str, CellSpec] = {
         {"weight_hr": "PH"},
         _PROJECTION,
         backends=_EVERY,
-        without_projection=("cpp",),
         torch_is_faster=_trains_in_bfloat16,
         torch_steps=128,
     ),
@@ -96,7 +95,11 @@ CELLS: dict[str, CellSpec] = {
 
 def saved_shapes(cell: str, T: int, B: int, I: int, H: int, P: int) -> list[tuple[int, ...]]:
     """What ``rnn_forward`` of the C++ backend keeps for the backward pass, where it is told to save."""
-    gates = {"gru": 4}.get(cell, CELLS[cell].gates)
+    spec = CELLS[cell]
     if cell in ("rnn_tanh", "rnn_relu"):
         return []
-    return [(T, B, gates * H), *([(T, B, H)] if CELLS[cell].has_cell_state else [])]
+    values = {"gru": 4, "layer_norm_gru": 4, "multiplicative_lstm": 6}.get(cell, spec.gates)
+    shapes = [(T, B, values * H), *([(T, B, H)] if spec.has_cell_state else [])]
+    if cell.startswith("layer_norm"):
+        shapes += [(T, B, 2 * spec.gates * H), (T, B, 4)]  # both products normalised; statistics of the norms
+    return shapes
