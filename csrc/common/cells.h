@@ -12,8 +12,9 @@
 // main product multiplies. Backward, first_backward<F>(u) follows backward<F>(u) with dL/dsource in u.grad_source.
 //
 // A cell with layer norm (kNorm) has u.pre already normalised, scaled and added up. Where it normalises c too (kNormC),
-// forward gives u.c only; finish<F>(u) makes u.h of u.c, normalised and scaled. finish_backward<F>(u) is its reverse:
-// from dL/dh in u.grad_h, dL/dc in u.grad_c; backward follows, with what passed the norm in u.grad_c.
+// forward gives u.c only; finish<F>(u) makes u.h of u.c, normalised and scaled. finish_backward<F>(u) takes that u.c
+// and u.grad_h and gives dL/du.c in u.grad_c, and the part of u.grad_pre that does not pass through c; backward follows
+// with dL/dc in u.grad_c and gives the rest.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -47,8 +48,9 @@ struct CellTraits {
   static constexpr int kFirst = 0, kFirstPre = 0, kMainPre = 0;
   static constexpr int kFirstBegin = 0, kFirstEnd = 0, kFirstGrad = 0, kFirstGradEnd = 0;
   static constexpr bool kExtra = false;
-  static constexpr bool kNorm = false, kNormC = false;
-  static constexpr bool kNormState = false;  // the state is c normalised
+  // Layer norm: of both products, of c on its way to h, and of c as the next step sees it. The weights of units begin
+  // with the scales of the input's products and of the recurrent ones, kGates each, and end with scale and shift of c.
+  static constexpr bool kNorm = false, kNormC = false, kNormState = false;
 };
 
 // Pre-activations of a unit at a step, those of them that the input has a part in, and rows of the main product.
@@ -259,6 +261,60 @@ struct GruResetBeforeCell : CellTraits {
     u.grad_pre[0] = u.grad_source * u.h_prev * r * (1 - r);
     u.grad_h_prev = u.grad_source * r;
   }
+};
+
+// The LSTM of normalised products: u.pre = gamma_1 LN(W_ih x) + gamma_2 LN(W_hh h') + b; h = o tanh(LN(c)). u.weights:
+// gamma_1 and gamma_2 of i, f, g, o, gamma and beta of c.
+struct LayerNormLstmCell : CellTraits {
+  static constexpr const char* kName = "layer_norm_lstm";
+  static constexpr int kGates = 4, kSaved = 4, kWeights = 10;
+  static constexpr int kWeightTensors[4] = {4, 4, 1, 1};
+  static constexpr bool kHasCell = true, kNorm = true, kNormC = true;
+
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    u.saved[0] = F::sigmoid(u.pre[0]);
+    u.saved[1] = F::sigmoid(u.pre[1]);
+    u.saved[2] = F::tanh(u.pre[2]);
+    u.saved[3] = F::sigmoid(u.pre[3]);
+    u.c = u.saved[1] * u.c_prev + u.saved[0] * u.saved[2];
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void finish(U& u) {
+    u.h = u.saved[3] * F::tanh(u.c);
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void finish_backward(U& u) {
+    const auto o = u.saved[3], tanh_c = F::tanh(u.c);
+    u.grad_pre[3] = u.grad_h * tanh_c * o * (1 - o);
+    u.grad_c = u.grad_h * o * (1 - tanh_c * tanh_c);
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    const auto i = u.saved[0], f = u.saved[1], g = u.saved[2];
+    u.grad_pre[0] = u.grad_c * g * i * (1 - i);
+    u.grad_pre[1] = u.grad_c * u.c_prev * f * (1 - f);
+    u.grad_pre[2] = u.grad_c * i * (1 - g * g);
+    u.grad_c = u.grad_c * f;
+  }
+};
+
+// The same with c = LN(f c' + i g) itself normalised.
+struct LayerNormLstmNormalizedCell : LayerNormLstmCell {
+  static constexpr const char* kName = "layer_norm_lstm_normalized_cell";
+  static constexpr bool kNormState = true;
+};
+
+// The GRU of normalised products, u.pre = gamma LN(.) + b for each: r, z = sigmoid(pre_x + pre_h). u.weights: gamma_1
+// and gamma_2 of r, z, n.
+struct LayerNormGruCell : GruCell {
+  static constexpr const char* kName = "layer_norm_gru";
+  static constexpr int kWeights = 6;
+  static constexpr int kWeightTensors[4] = {3, 3};
+  static constexpr bool kNorm = true;
 };
 
 }  // namespace seqaccel

@@ -1,0 +1,258 @@
+// The recurrence of a layer whose cell normalises its products (kNorm), backward. A step has the stages
+//   grad_h [rows, 4 L] = dL/d(W_hh h')[t+1] [rows, G*H] * panel [G*H, 4 L], and behind it
+//     with kNormC: Cell::finish_backward, and grad_y = dL/d(LN(c)) of the row
+//     else: Cell::backward, and grad_pre of the row
+//   with kNormC: dL/dc through the norm, Cell::backward, grad_pre of the row
+//   dL/d(W_ih x), dL/d(W_hh h') through their norms
+#pragma once
+
+#include "rnn_backward.h"
+#include "rnn_norm.h"
+
+namespace seqaccel {
+namespace SEQACCEL_ISA {
+
+template <typename T>
+struct NormBackwardState {
+  BackwardState<T> backward;
+  T* grad_pre;  // [B, kPre, H]
+  T* grad_y;    // [B, H]: of c's norm: dL/d(LN(c)) gamma
+  T* y;         // [B, H]: c normalised
+};
+
+// What the unit of a row needs at a step: saved values, the old state, and c before its norm.
+template <class Cell, typename T>
+SEQACCEL_INLINE void take_unit(const RnnBackward<T>& p, const BackwardStep& step, ptrdiff_t b, ptrdiff_t unit,
+                               int units, Unit<Cell, Vec<T>>& u) {
+  const ptrdiff_t H = p.hidden, packed = p.rows.packed(step.t, b);
+  const bool inner = b < step.earlier_running;
+#pragma GCC unroll 8
+  for (int g = 0; g < Cell::kSaved; ++g) {
+    u.saved[g] = load_some(p.saved + (packed * Cell::kSaved + g) * H + unit, units);
+  }
+  if constexpr (Cell::kUsesPrev) {
+    const T* const from = inner ? p.output + p.rows.padded(step.earlier, b) * H : p.h_0 + p.rows.row(b) * H;
+    u.h_prev = load_some(from + unit, units);
+  }
+  if constexpr (Cell::kHasCell) {
+    const T* const from = inner ? p.cells + p.rows.packed(step.earlier, b) * H : p.c_0 + p.rows.row(b) * H;
+    u.c_prev = load_some(from + unit, units);
+  }
+}
+
+// grad_pre of a unit and row to the row, and its products with what they scaled to the sums: biases, then gamma_1 and
+// gamma_2.
+template <class Cell, typename T, class Sums>
+SEQACCEL_INLINE void put_grad_pre(const RnnBackward<T>& p, const NormBackwardState<T>& state, ptrdiff_t packed,
+                                  ptrdiff_t b, ptrdiff_t unit, int units, const Unit<Cell, Vec<T>>& u, Sums& sums) {
+  constexpr int G = Cell::kGates, kPres = kPre<Cell>;
+  const ptrdiff_t H = p.hidden;
+#pragma GCC unroll 8
+  for (int g = 0; g < kPres; ++g) {
+    store_some(state.grad_pre + (b * kPres + g) * H + unit, u.grad_pre[g], units);
+    sums.values[g] += u.grad_pre[g];
+  }
+  const T* const normed = p.normed + packed * 2 * G * H + unit;
+#pragma GCC unroll 8
+  for (int g = 0; g < G; ++g) {
+    const int at = Cell::kApart && g == G - 1 ? G : g;
+    sums.values[kPres + g] += u.grad_pre[g] * load_some(normed + g * H, units);
+    sums.values[kPres + G + g] += u.grad_pre[at] * load_some(normed + (G + g) * H, units);
+  }
+}
+
+// The first stage, behind the product.
+template <class Cell, typename T>
+void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state, const RowShare& share,
+                         const BackwardStep& step, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const T* product,
+                         T* sums_at) {
+  constexpr int L = Lanes<T>, kSums = kPre<Cell> + Cell::kWeights;
+  const ptrdiff_t H = p.hidden, stride = state.backward.stride;
+  const int units = int(min_of(L, H - unit));
+  const bool blend = p.zoneout_h.factors, direct = Cell::kDirect || blend;
+  RowSums<T, kSums, kSums> sums{sums_at + unit, stride};
+  const T* const weights = state.backward.weights + unit;
+  for (ptrdiff_t i = 0; i < count; ++i) {
+    const ptrdiff_t b = share.at(i0 + i);
+    Unit<Cell, Vec<T>> u;
+    if (!take_grad_h(p, state.backward, step, b, unit, units, direct, product + i * kColumns * L, u.grad_h)) {
+      if constexpr (Cell::kHasCell) {
+        store_some(p.grad_c_0 + p.rows.row(b) * H + unit, load(state.backward.grad_c + b * stride + unit), units);
+      }
+      continue;
+    }
+    const ptrdiff_t packed = p.rows.packed(step.t, b);
+    Vec<T> kept{};
+    if (blend) kept = split_grad(p.zoneout_h, p.rows.padded(step.t, b) * H + unit, units, u.grad_h);
+    take_unit(p, step, b, unit, units, u);
+    if constexpr (Cell::kNormC) {
+      const T* const stats = p.stats + packed * kNormStats;
+      const Vec<T> fresh = u.saved[1] * u.c_prev + u.saved[0] * u.saved[2];
+      const Vec<T> y = (fresh - stats[kMeanC]) * stats[kScaleC];
+      const Vec<T> gamma = load(weights + (Cell::kWeights - 2) * stride);
+      u.c = gamma * y + load(weights + (Cell::kWeights - 1) * stride);
+      Cell::template finish_backward<Functions<T>>(u);
+      if constexpr (Cell::kNormState) {
+        // The part of dL/dc that zoneout sends to c' is added in the next stage, which finds the whole in grad_c.
+        Vec<T> grad = load(state.backward.grad_c + b * stride + unit);
+        if (p.zoneout_c.factors) split_grad(p.zoneout_c, p.rows.padded(step.t, b) * H + unit, units, grad);
+        u.grad_c += grad;
+      }
+      store_some(state.grad_y + b * H + unit, gamma * u.grad_c, units);
+      store_some(state.y + b * H + unit, y, units);
+      store_some(state.grad_pre + (b * kPre<Cell> + Cell::kGates - 1) * H + unit, u.grad_pre[Cell::kGates - 1], units);
+      sums.values[kSums - 2] += u.grad_c * y;
+      sums.values[kSums - 1] += u.grad_c;
+    } else {
+      Cell::template backward<Functions<T>>(u);
+      put_grad_pre<Cell>(p, state, packed, b, unit, units, u, sums);
+    }
+    if (direct) {
+      if constexpr (Cell::kDirect) kept += u.grad_h_prev;
+      store(state.backward.grad_h + b * state.backward.h_stride + unit, kept);
+    }
+    sums.joined_every(i);
+  }
+  sums.join();
+}
+
+// Behind c's norm.
+template <class Cell, typename T>
+void norm_c_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state, const RowShare& share,
+                     const BackwardStep& step, ptrdiff_t count, ptrdiff_t unit, const NormGrad<T>* norms, T* sums_at) {
+  constexpr int kSums = kPre<Cell> + Cell::kWeights, kLast = Cell::kGates - 1;
+  const ptrdiff_t H = p.hidden, stride = state.backward.stride;
+  const int units = int(min_of(Lanes<T>, H - unit));
+  RowSums<T, kSums, kSums> sums{sums_at + unit, stride};
+  for (ptrdiff_t i = 0; i < count; ++i) {
+    const ptrdiff_t b = share.at(i);
+    T* const grad_c = state.backward.grad_c + b * stride + unit;
+    Unit<Cell, Vec<T>> u;
+    take_unit(p, step, b, unit, units, u);
+    u.grad_pre[kLast] = load_some(state.grad_pre + (b * kPre<Cell> + kLast) * H + unit, units);
+    Vec<T> grad = load(grad_c), kept{};
+    if (p.zoneout_c.factors) kept = split_grad(p.zoneout_c, p.rows.padded(step.t, b) * H + unit, units, grad);
+    u.grad_c = norms[i](load_some(state.grad_y + b * H + unit, units), load_some(state.y + b * H + unit, units));
+    if (!Cell::kNormState) u.grad_c += grad;
+    Cell::template backward<Functions<T>>(u);
+    store(grad_c, u.grad_c + kept);
+    put_grad_pre<Cell>(p, state, p.rows.packed(step.t, b), b, unit, units, u, sums);
+    sums.joined_every(i);
+  }
+  sums.join();
+}
+
+template <class Cell, typename T>
+bool norm_backward(const RnnBackward<T>& p) {
+  constexpr int G = Cell::kGates, L = Lanes<T>, kPres = kPre<Cell>, kSums = kPres + Cell::kWeights;
+  typedef ColumnProduct<T> Product;
+  const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps, row = 2 * G * H;
+  const bool direct = steps * B <= kDirectRows;
+  Product product{p.weights.hh, H, G * H, direct ? H / Product::kWidth : 0};
+  const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
+  const int threads = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks).threads();
+
+  NormBackwardState<T> norm;
+  BackwardState<T>& state = norm.backward;
+  state.stride = state.h_stride = blocks * Product::kWidth + L;
+  Workspace workspace;
+  const size_t panels_at = workspace.reserve<T>(product.panel_values());
+  const size_t state_at = workspace.reserve<T>((2 * B + 2 * threads * kSums + Cell::kWeights) * state.stride);
+  const size_t rows_at = workspace.reserve<T>(B * (kPres + 2) * H);
+  const size_t norms_at = workspace.reserve<NormGrad<T>>(2 * threads * B);
+  const size_t barriers_at = workspace.reserve<Barrier>(threads);
+  if (!workspace.allocate()) return false;
+  product.panels = workspace.at<T>(panels_at);
+  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
+  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
+  state.grad_h = workspace.at<T>(state_at);
+  state.grad_c = state.grad_h + B * state.stride;
+  state.sums = state.grad_c + B * state.stride;
+  state.weights = state.sums + 2 * threads * kSums * state.stride;
+  norm.grad_pre = workspace.at<T>(rows_at);
+  norm.grad_y = norm.grad_pre + B * kPres * H;
+  norm.y = norm.grad_y + B * H;
+  memset(state.sums, 0, sizeof(T) * size_t(2 * threads * kSums * state.stride));
+  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, H);
+  const T* const gamma_x = p.weights.unit_weights;
+  const T* const gamma_h = gamma_x + G * H;
+  int parts = 1;
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const Split split = split_work(team, steps, B, weights, weight_bytes, blocks);
+    const Member me = member_of(split, thread, p.rows, blocks, barriers);
+    const RowShare& rows = me.rows;
+    if (thread == 0) parts = split.parts;
+    for (ptrdiff_t j = thread; j < blocks; j += team) product.pack(j);
+    if (!me.share.idle) take_grad_state<Cell>(p, state, me);
+#pragma omp barrier
+    if (!me.share.idle) {
+      alignas(64) T out[kChunk * Product::kWidth];
+      T* const sums = state.sums + me.part() * 2 * kSums * state.stride;
+      NormGrad<T>* const norms = workspace.at<NormGrad<T>>(norms_at) + 2 * thread * B;
+      for (ptrdiff_t s = steps - 1; s >= -1; --s) {
+        const BackwardStep step = backward_step(p.rows, p.reverse, s);
+        const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
+        for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+          if (known > i) {
+            product(min_of(count, known - i), p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + G * H,
+                    rows.step * row, j, 0, G * H, out);
+          }
+          for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
+            norm_first_backward<Cell, T>(p, norm, rows, step, i, count, (j * kColumns + v) * L, out + v * L, sums);
+          }
+        });
+        me.wait();
+        if constexpr (Cell::kNormC) {
+          for (ptrdiff_t i = 0; i < now; ++i) {
+            const ptrdiff_t b = rows.at(i);
+            norms[i] = norm_grad_of<T>(norm.grad_y + b * H, nullptr, norm.y + b * H, H,
+                                       p.stats[p.rows.packed(step.t, b) * kNormStats + kScaleC]);
+          }
+          for_units<T>(me, H, [&](ptrdiff_t unit, int) {
+            norm_c_backward<Cell, T>(p, norm, rows, step, now, unit, norms, sums);
+          });
+          me.wait();
+        }
+        // A pre-activation of h' that lies apart takes the place of the input's, last of the gates.
+        for (ptrdiff_t i = 0; i < now; ++i) {
+          const ptrdiff_t b = rows.at(i), packed = p.rows.packed(step.t, b);
+          T* const grad_pre = norm.grad_pre + b * kPres * H;
+          const T* const normed = p.normed + packed * row;
+          const T* const stats = p.stats + packed * kNormStats;
+          const NormGrad<T> of_x = norm_grad_of(grad_pre, gamma_x, normed, G * H, stats[kScaleX]);
+          NormGrad<T> of_h;
+          if constexpr (Cell::kApart) {
+            const ptrdiff_t joined = (G - 1) * H;
+            const NormGrad<T> front = norm_grad_of(grad_pre, gamma_h, normed + G * H, joined, stats[kScaleH]);
+            const NormGrad<T> back = norm_grad_of(grad_pre + G * H, gamma_h + joined, normed + G * H + joined, H, T(0));
+            of_h = {(front.mean * T(G - 1) + back.mean) / T(G), (front.slope * T(G - 1) + back.slope) / T(G),
+                    stats[kScaleH]};
+          } else {
+            of_h = norm_grad_of(grad_pre, gamma_h, normed + G * H, G * H, stats[kScaleH]);
+          }
+          T* const to = p.grad_pre + packed * row;
+          for_units<T>(me, H, [&](ptrdiff_t unit, int units) {
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) {
+              const ptrdiff_t at = g * H + unit;
+              const Vec<T> grad_x = load_some(grad_pre + at, units);
+              const Vec<T> grad_h = Cell::kApart && g == G - 1 ? load_some(grad_pre + G * H + unit, units) : grad_x;
+              store_some(to + at, of_x(grad_x * load_some(gamma_x + at, units), load_some(normed + at, units)), units);
+              store_some(to + G * H + at,
+                         of_h(grad_h * load_some(gamma_h + at, units), load_some(normed + G * H + at, units)), units);
+            }
+          });
+        }
+        me.wait();
+      }
+    }
+  }
+  give_sums<Cell>(p, state, parts);
+  return true;
+}
+
+}  // namespace SEQACCEL_ISA
+}  // namespace seqaccel
