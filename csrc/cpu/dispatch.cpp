@@ -33,7 +33,8 @@ Isa parse_isa(const std::string& name) {
       return Isa(i);
     }
   }
-  STD_TORCH_CHECK(false, "unknown instruction set '", name, "': expected 'auto', 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
+  STD_TORCH_CHECK(false, "unknown instruction set '", name,
+                  "': expected 'auto', 'portable', 'avx2', 'avx512' or 'avx512_bf16'");
   return best;
 }
 

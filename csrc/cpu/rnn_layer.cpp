@@ -114,10 +114,10 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   for (size_t i = 0; i < 4 && entry->weight_tensors[i]; ++i) {
     const Tensor& weight = *weights[size_t(layer.first_unit_tensor()) + i];
     const int64_t count = entry->weight_tensors[i];
-    if (weight.dim() == 2) {
-      check_tensor(weight, "weights of units", {count, H}, dtype);
+    if (entry->norm) {
+      check_tensor(weight, "weights of norms", {count * H}, dtype);
     } else {
-      check_tensor(weight, "weights of units", {count * H}, dtype);
+      check_tensor(weight, "weights of units", {count, H}, dtype);
     }
   }
   check_tensor(h_0, "h_0", {layer.batch, layer.outputs}, dtype);

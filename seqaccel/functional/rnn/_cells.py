@@ -99,7 +99,7 @@ def saved_shapes(cell: str, T: int, B: int, I: int, H: int, P: int) -> list[tupl
     if cell in ("rnn_tanh", "rnn_relu"):
         return []
     values = {"gru": 4, "layer_norm_gru": 4, "multiplicative_lstm": 6}.get(cell, spec.gates)
-    shapes = [(T, B, values * H), *([(T, B, H)] if spec.has_cell_state else [])]
+    shapes: list[tuple[int, ...]] = [(T, B, values * H), *([(T, B, H)] if spec.has_cell_state else [])]
     if cell.startswith("layer_norm"):
         shapes += [(T, B, 2 * spec.gates * H), (T, B, 4)]  # both products normalised; statistics of the norms
     return shapes
