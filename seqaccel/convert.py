@@ -176,9 +176,9 @@ def from_mlstm(weights: Mapping[str, Any], *, batch_first: bool = False) -> nn.M
 
     Args:
         weights: tensors or arrays ``wx`` (I, 4H), ``wh`` (H, 4H), ``wmx`` (I, H), ``wmh`` (H, H) and ``b`` (4H), gates
-            in the order i, f, o, u; where there is weight norm also the gains ``gx``, ``gh`` (4H), ``gmx``, ``gmh`` (H).
-            The files of the published model of 4,096 units hold, in their order and the four parts of ``wh`` joined,
-            the embedding, then wx, wh, wmx, wmh, b, gx, gh, gmx, gmh, then the output layer.
+            in the order i, f, o, u; with weight norm also the gains ``gx``, ``gh`` (4H), ``gmx`` and ``gmh`` (H). The
+            files of the published model of 4,096 units hold, in their order and the four parts of ``wh`` joined, the
+            embedding, then wx, wh, wmx, wmh, b, gx, gh, gmx, gmh, then the output layer.
         batch_first: input and output are (B, T, ·). Default: ``False``.
 
     Returns:

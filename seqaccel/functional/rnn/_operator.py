@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqaccel import _extension, backends
 from seqaccel.functional import _common
-from seqaccel.functional.rnn import _torch
+from seqaccel.functional.rnn import _onnx, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem, saved_shapes
 from seqaccel.reference import rnn as reference
 
@@ -237,6 +237,11 @@ def _run(
     zoneout_c: Zoneout,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``layer`` with arguments that fit together."""
+    exporting = _onnx.exporting()
+    if exporting and _onnx.is_operator(cell, zoneout_h, zoneout_c):
+        first_c = None if c_0 is None else c_0[None]
+        output, h_n, c_n = _onnx.layer(cell, input, h_0[None], first_c, [weights], lengths, reverse)
+        return output, h_n[0], None if c_n is None else c_n[0]
     spec = CELLS[cell]
     steps, batch, inputs = input.shape
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
@@ -249,7 +254,7 @@ def _run(
     zoned = zoneout_h is not None or zoneout_c is not None
     supported = _supported(spec, projected, zoned) if projected or zoned else spec.backends
     backend = backends.choose(cell, input, supported, prefer=prefer)
-    if _common.transforms_active():
+    if exporting or _common.transforms_active():
         backend = "reference"
     if backend == "torch":
         return _torch.layer(cell, input, h_0, c_0, list(weights), lengths, reverse)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqaccel.functional.rnn import _packed
+from seqaccel.functional.rnn import _onnx, _packed
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
 from seqaccel.functional.rnn._operator import layer as run_layer
 from seqaccel.nn.streaming import Streaming
@@ -137,9 +137,18 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         cell, has_cell_state = self.cell, self._spec.has_cell_state
         directions = 2 if self.bidirectional else 1
         last: list[list[Tensor]] = [[], []]
+        operator_of_onnx = _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 input = torch.nn.functional.dropout(input, self.dropout, self.training)
+            if operator_of_onnx:  # of both directions
+                first, end = layer * directions, (layer + 1) * directions
+                h_0, c_0 = (None, None) if state is None else (*(part[first:end] for part in state), None)[:2]
+                both = [self._layer_weights(index) for index in range(first, end)]
+                input, h_n, c_n = _onnx.layer(cell, input, h_0, c_0, both, lengths)
+                last[0].extend(h_n)
+                last[1].extend(() if c_n is None else c_n)
+                continue
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction

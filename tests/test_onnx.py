@@ -1,0 +1,144 @@
+"""torch.onnx.export of recurrent layers gives ONNX's operators, and ONNX Runtime computes with them what we do."""
+
+import io
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import seqaccel
+from seqaccel import functional as SF
+from seqaccel import nn
+
+pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
+
+LAYERS = {
+    "lstm": lambda *a, **k: nn.LSTM(*a, **k),
+    "peephole": lambda *a, **k: nn.PeepholeLSTM(*a, **k),
+    "gru": lambda *a, **k: nn.GRU(*a, **k),
+    "gru_reset_before": lambda *a, **k: nn.GRU(*a, reset_after=False, **k),
+    "rnn_tanh": lambda *a, **k: nn.RNN(*a, **k),
+    "rnn_relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
+}
+OPTIONS = {
+    "plain": {},
+    "stacked": {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
+    "no bias, batch first": {"bias": False, "batch_first": True},
+}
+PROJECTED = {"proj_size": 3, "num_layers": 2, "bidirectional": True}
+
+
+def flat(values):
+    return [values] if isinstance(values, torch.Tensor) else [t for value in values for t in flat(value)]
+
+
+def exported(model, arguments, dynamic):
+    """The ONNX model, and a function that runs it on other arguments."""
+    file = io.BytesIO()
+    torch.onnx.export(model, arguments, file, dynamic_shapes=dynamic, verbose=False)
+    onnx_model = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(onnx_model)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+
+    def run(*others):
+        feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), flat(others), strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    return onnx_model, run
+
+
+def operators(onnx_model):
+    return [node.op_type for node in onnx_model.graph.node if node.op_type in ("LSTM", "GRU", "RNN")]
+
+
+def assert_same(run, model, *arguments):
+    with torch.no_grad():
+        expected = flat(model(*arguments))
+    for found, exact in zip(run(*arguments), expected, strict=True):
+        torch.testing.assert_close(found, exact, atol=2e-6, rtol=1e-5)
+
+
+def state_for(model, batch):
+    directions = 2 if model.bidirectional else 1
+    widths = (model.proj_size or model.hidden_size, model.hidden_size)
+    state = tuple(torch.randn(model.num_layers * directions, batch, width) * 0.5 for width in widths)
+    return state if "LSTM" in type(model).__name__ else state[0]
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_is_onnxs_operator(layer, options, with_state):
+    check(LAYERS[layer](4, 6, **OPTIONS[options]).eval(), with_state)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("layer", ["lstm", "peephole"])
+def test_projection(layer, with_state):
+    check(LAYERS[layer](4, 6, **PROJECTED).eval(), with_state)
+
+
+def check(model, with_state):
+    steps, batch = ("B", "T") if model.batch_first else ("T", "B")
+    state = state_for(model, 3)
+    arguments = (torch.randn(5, 3, 4).transpose(0, int(model.batch_first)), *([state] if with_state else []))
+    state_dims = ({1: "B"}, {1: "B"}) if isinstance(state, tuple) else {1: "B"}
+    onnx_model, run = exported(model, arguments, ({0: steps, 1: batch}, *([state_dims] if with_state else [])))
+    assert len(operators(onnx_model)) == model.num_layers
+    assert_same(run, model, *arguments)
+    others = (torch.randn(9, 2, 4).transpose(0, int(model.batch_first)), *([state_for(model, 2)] if with_state else []))
+    assert_same(run, model, *others)
+
+
+class Ragged(torch.nn.Module):
+    """A layer of the functions, with lengths."""
+
+    def __init__(self, reverse, projected=False):
+        super().__init__()
+        self.reverse, width = reverse, 2 if projected else 6
+        shapes = [(24, 4), (24, width), (24,), (24,), *([(2, 6)] if projected else [])]
+        self.weights = torch.nn.ParameterList(torch.randn(shape) * 0.3 for shape in shapes)
+
+    def forward(self, x, h_0, c_0, lengths):
+        return SF.lstm(x, (h_0, c_0), *self.weights, lengths=lengths, reverse=self.reverse)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_lengths(reverse, projected):
+    model = Ragged(reverse, projected)
+    x, h_0, c_0 = torch.randn(7, 3, 4), torch.randn(3, 2 if projected else 6), torch.randn(3, 6)
+    dynamic = ({0: "T", 1: "B"}, {0: "B"}, {0: "B"}, {0: "B"})
+    _, run = exported(model, (x, h_0, c_0, torch.tensor([7, 2, 5])), dynamic)
+    assert_same(run, model, x, h_0, c_0, torch.tensor([3, 7, 1]))
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 4)
+        self.encoder = torch.nn.GRU(4, 6, batch_first=True, bidirectional=True)
+        self.head = torch.nn.Linear(12, 3)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embedding(tokens))[0])
+
+
+def test_a_model_with_a_converted_layer():
+    model = seqaccel.convert(Tagger()).eval()
+    tokens = torch.randint(11, (2, 7))
+    onnx_model, run = exported(model, (tokens,), ({0: "B", 1: "T"},))
+    assert operators(onnx_model) == ["GRU"]
+    assert_same(run, model, tokens)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.LayerNormLSTM(4, 6), nn.MultiplicativeLSTM(4, 6), nn.LayerNormGRU(4, 6), nn.LSTM(4, 6, zoneout=0.1)],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_onnx_has_not_is_recorded_step_by_step(model):
+    onnx_model, run = exported(model.eval(), (torch.randn(5, 3, 4),), ({1: "B"},))
+    assert operators(onnx_model) == []
+    assert_same(run, model, torch.randn(5, 2, 4))
