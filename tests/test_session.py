@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import math
+import pathlib
 
 import pytest
 import torch
@@ -254,6 +256,31 @@ def test_state_dict_goes_on_where_it_was(cell, weights):
     assert saved["h"].shape == (2, 3, first.shape[-1])
     if "c" in saved:
         assert saved["c"].shape == (2, 3, 19)
+
+
+def test_narrow_weights_keep_a_trained_models_bits_per_byte():
+    """The demo's LSTM loses less than 0.0005 bits per byte in int8; here a small one, trained for some seconds."""
+    text = pathlib.Path(torch.nn.modules.rnn.__file__).read_bytes()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    train, validation = data[:-8200], data[-8200:-8]
+    model = torch.nn.Sequential(torch.nn.Embedding(256, 48), seqaccel.nn.LSTM(48, 96), torch.nn.Linear(96, 256))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        starts = torch.randint(0, len(train) - 65, (16,))
+        windows = torch.stack([train[i : i + 65] for i in starts], 1)
+        optimiser.zero_grad()
+        logits = model[2](model[1](model[0](windows[:-1]))[0])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[1:].flatten()).backward()
+        optimiser.step()
+    rows = validation.view(8, -1).T.contiguous()
+    bits = {}
+    for weights in PRECISIONS:
+        logits = seqaccel.Session(model, 8, weights).extend(rows[:-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[1:].flatten())
+        bits[weights] = loss.item() / math.log(2)
+    assert bits["float32"] < 5, "the model has not learnt"
+    assert abs(bits["int8"] - bits["float32"]) < 0.02
+    assert abs(bits["bfloat16"] - bits["float32"]) < 0.005
 
 
 def test_bad_modules_are_named():
