@@ -219,7 +219,7 @@ def layer(
     if not isinstance(zoneout_c, Tensor) and zoneout_c == 0:
         zoneout_c = None
     found = _run(cell, input, h_0, c_0, weights, lengths, reverse, zoneout_h, zoneout_c)  # type: ignore[arg-type]
-    if spec.gates == 3 and input.dtype != given and input.device.type == "cpu":
+    if spec.gates == 3 and not spec.has_cell_state and input.dtype != given and input.device.type == "cpu":
         # Autocast of a torch.nn.GRU on a CPU gives the state the dtype it had.
         return found[0].to(given), found[1].to(given), None
     return found
