@@ -4,23 +4,16 @@ import functools
 
 import pytest
 import torch
+from rnn_cases import ISAS, isa_fixture
 from tolerances import assert_as_good_as, error
 
 import seqaccel
-from seqaccel import backends
 from seqaccel.functional.rnn._cells import CELLS
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 STOCK = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    try:
-        with backends.isa(request.param):
-            yield request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
+isa = isa_fixture(ISAS)
 
 
 def problem(cell, T, B, I, H, P=None, bias=True):

@@ -7,12 +7,12 @@ import pathlib
 
 import pytest
 import torch
+from rnn_cases import ISAS, isa_fixture
 from tolerances import assert_close
 
 import seqaccel
 from seqaccel import backends
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 PRECISIONS = ["float32", "bfloat16", "int8"]
 
 #: Makes of (input_size, hidden_size, **keywords) a module that a session runs.
@@ -48,13 +48,7 @@ def random_norms(module):
     return module
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    try:
-        with backends.isa(request.param):
-            yield request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
+isa = isa_fixture(ISAS)
 
 
 def expected(module, x, dtype=torch.float64):
