@@ -128,5 +128,26 @@ SEQACCEL_INLINE void compose_lanes(Vec<T>& a, Vec<T>& b) {
   }
 }
 
+// Transposes the square v[Lanes][Lanes]: log2 rounds of interleaving its halves.
+template <typename T, int Rounds = Lanes<T>>
+SEQACCEL_INLINE void transpose(Vec<T>* v) {
+  constexpr int L = Lanes<T>;
+  typename VecTypes<T>::Int low = {}, high = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) {
+    low[lane] = lane / 2 + (lane % 2) * L;
+    high[lane] = low[lane] + L / 2;
+  }
+  Vec<T> next[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L / 2; ++i) {
+    next[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
+    next[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = next[i];
+  if constexpr (Rounds > 2) transpose<T, Rounds / 2>(v);
+}
+
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel
