@@ -102,6 +102,22 @@ SEQACCEL_INLINE Vec<T> split_grad(const RnnBlend<T>& blend, ptrdiff_t offset, in
   return kept;
 }
 
+// What backward_update will read of `count` rows from i0 on, and `width` units.
+template <class Cell, typename T>
+void prefetch_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
+                     ptrdiff_t count, ptrdiff_t unit, ptrdiff_t width) {
+  const ptrdiff_t H = p.hidden, now = share.among(step.now_running), inner = share.among(step.earlier_running);
+  for (ptrdiff_t i = i0; i < min_of(i0 + count, now); ++i) {
+    const ptrdiff_t b = share.at(i), packed = p.rows.packed(step.t, b), padded = p.rows.padded(step.t, b);
+    for (int g = 0; g < Cell::kSaved; ++g) prefetch_values(p.saved + (packed * Cell::kSaved + g) * H + unit, width);
+    if (Cell::kUsesH) prefetch_values(p.output + padded * H + unit, width);
+    if (p.grad_output && p.outputs == H) prefetch_values(p.grad_output + padded * H + unit, width);
+    if (i >= inner) continue;
+    if (Cell::kHasCell) prefetch_values(p.cells + p.rows.packed(step.earlier, b) * H + unit, width);
+    if (Cell::kUsesPrev) prefetch_values(p.output + p.rows.padded(step.earlier, b) * H + unit, width);
+  }
+}
+
 template <class Cell, typename T>
 void backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, const RowShare& share,
                      const BackwardStep& step, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const T* product,
@@ -333,6 +349,9 @@ bool rnn_backward(const RnnBackward<T>& p) {
       for (ptrdiff_t s = steps - 1; s >= -1; --s) {
         const BackwardStep step = backward_step(p.rows, p.reverse, s);
         const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
+        for (ptrdiff_t i = 0; i < known && split.groups > 1; ++i) {
+          prefetch_values(p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row, row);
+        }
         const auto multiply_later = [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
           const ptrdiff_t products = min_of(i + count, known) - i, apart = rows.step * row, K = recurrent.K;
           if (products <= 0) return;
@@ -354,6 +373,8 @@ bool rnn_backward(const RnnBackward<T>& p) {
           me.wait();
         }
         for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+          const ptrdiff_t unit = j * Product::kWidth;
+          prefetch_update<Cell>(p, rows, step, i, count, unit, min_of(Product::kWidth, H - unit));
           if (!projected) {
             multiply_later(j, i, count);
           } else if (now > i) {

@@ -77,6 +77,14 @@ SEQACCEL_INLINE void for_units(const Member& me, ptrdiff_t width, const Body& bo
   for (ptrdiff_t v = mine.begin; v < mine.end; ++v) body(v * L, int(min_of(L, width - v * L)));
 }
 
+// Lines of `count` values to L2, long before they are read. The processor's own prefetching does not see pieces of rows
+// coming, nor what another core has just written.
+template <typename T>
+SEQACCEL_INLINE void prefetch_values(const T* at, ptrdiff_t count) {
+  constexpr ptrdiff_t kLine = 64 / ptrdiff_t(sizeof(T));
+  for (ptrdiff_t i = 0; i < count; i += kLine) __builtin_prefetch(at + i, 0, 2);
+}
+
 // [count, H] to rows `stride` apart, zero behind the H values; null: zero.
 template <typename T>
 void spread_rows(T* to, ptrdiff_t stride, const T* from, ptrdiff_t count, ptrdiff_t H) {
