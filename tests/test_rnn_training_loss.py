@@ -42,8 +42,8 @@ def test_training_differs_no_more_than_torch_differs_from_itself(one_thread):
     """The mean difference in loss over a run: ours from torch's, against torch's with oneDNN from torch's without.
 
     Rounding does not grow from step to step on this problem (that is asserted), so every run measures the same small
-    quantity, and 40 of them tell the ratio of the two to about 5%. Both layers sum in float32, so it is near 1: the
-    test is that it is not above 1 by more than three standard errors, and that those are small enough to see a third.
+    quantity, and 40 of them tell the ratio of the two to about 5%. Both layers sum in float32, so it is near 1 (0.93 on
+    an AVX-512 machine): the test is that it is not above 1 by more than one standard error.
     """
     ratios = []
     for seed in range(SEEDS):
@@ -56,4 +56,4 @@ def test_training_differs_no_more_than_torch_differs_from_itself(one_thread):
     ratio = torch.tensor(ratios)
     error = ratio.std() / SEEDS**0.5
     assert error < 0.1
-    assert ratio.mean() < 3 * error, f"{ratio.mean().exp():.2f} times as far, +- {error:.0%}"
+    assert ratio.mean() < error, f"{ratio.mean().exp():.2f} times as far, +- {error:.0%}"

@@ -1,8 +1,8 @@
 // K runs in blocks of kDepth. For each block the team packs B into panels of NV vectors and, unless its rows are
 // contiguous, A into strips of MR rows; then every thread takes a share of the tiles of A, and for each of them goes
-// through a chunk of panels, so that the tile stays in L1 and the chunk (8 panels of 256 x 64 floats, 512 KB) in L2. The
-// inner loop reads 256 bytes of L2 and does 24 vector multiply-adds a step of k, so it is bound by arithmetic. What comes
-// from further away is prefetched: the tile of C and the next tile of A.
+// through a chunk of panels, so that the tile stays in L1 and the chunk (8 panels of 256 x 64 floats, 512 KB) in L2.
+// The inner loop reads 256 bytes of L2 and does 24 vector multiply-adds a step of k, so it is bound by arithmetic. What
+// comes from further away is prefetched: the tile of C and the next tile of A.
 #include "gemm.h"
 #include "matmul.h"
 #include "shuffle.h"

@@ -108,6 +108,7 @@ struct UnitProduct {
   ptrdiff_t N, K;
   T* panels = nullptr;       // null: direct
   ptrdiff_t panel_size = 0;  // apart; a panel may hold more than this weight's K rows
+  bool far = false;          // a thread's panels are more than its L2 holds
 
   static ptrdiff_t blocks(ptrdiff_t N) { return panel_count(N, U * Lanes<T>); }
   static ptrdiff_t panel_values(ptrdiff_t K) { return K * V * Lanes<T>; }
@@ -128,7 +129,7 @@ struct UnitProduct {
 
   void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t u, T* y, bool add = false) const {
     constexpr int L = Lanes<T>;
-    if (panels) return panel_product<T, V>(rows, a, a_row, panels + u * panel_size, V * L, K, y, add);
+    if (panels) return panel_product<T, V>(rows, a, a_row, panels + u * panel_size, V * L, K, y, add, far);
     if constexpr (U == 1) {
       dot_product<T, G>(rows, a, a_row, weight + u * L * K, N * K, K, int(min_of(L, N - u * L)), y);
     } else {

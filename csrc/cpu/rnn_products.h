@@ -10,11 +10,11 @@ namespace SEQACCEL_ISA {
 
 constexpr int kRows = SEQACCEL_REGISTERS >= 32 ? 6 : 2;     // rows of a register tile, beside 4 vectors
 constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
-constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
 constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
 constexpr int kColumns = 4;                                 // vectors of a panel of columns
-constexpr ptrdiff_t kPage = 4096;                           // the processor's own prefetching ends there
-constexpr int kPrefetchRows = 3;                            // rows of a register tile that leave time to prefetch
+constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
+constexpr ptrdiff_t kLine = 64, kPage = 4096;
+constexpr int kPrefetchRows = 3;  // rows of a register tile that leave time to prefetch
 
 SEQACCEL_INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 SEQACCEL_INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
@@ -60,70 +60,98 @@ SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
 
 // ---------------------------------------------------------------- products
 
-// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row. The sum over K is one
-// of partial sums of kPartial products: rounding errors grow with the square root of the terms of a chain. The panel is
-// prefetched a page ahead: 4 rows, 2 MB of panels a core, went from 72 to 92 GFLOP/s on an Intel core with 2 MB of L2.
-template <typename T, int MR, int NV>
-void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add) {
-  for (ptrdiff_t k0 = 0; k0 < K; k0 += kPartial) {
-    const ptrdiff_t k1 = min_of(K, k0 + kPartial);
-    Vec<T> acc[MR][NV] = {};
-    for (ptrdiff_t k = k0; k < k1; ++k) {
-      Vec<T> b[NV];
+// Where a tile prefetches from at step k: `at` + k * step and the line behind it, or (alone) the panel a page ahead,
+// where the processor's own prefetching ends.
+struct Ahead {
+  const char* at;
+  ptrdiff_t step;
+};
+
+// A tile's share of prefetching the part of a panel behind the one that `tiles` tiles go through.
+template <typename T, int NV>
+SEQACCEL_INLINE Ahead ahead_of(const T* part, ptrdiff_t panel_row, ptrdiff_t tile, ptrdiff_t tiles) {
+  const ptrdiff_t shares = tiles < 4 ? 2 : 4, step = NV * SEQACCEL_VECTOR_BYTES / shares;
+  const char* const here = reinterpret_cast<const char*>(part);
+  if (tile >= shares || panel_row != NV * Lanes<T>) return {here, 0};
+  return {here + kPartial * (NV * SEQACCEL_VECTOR_BYTES + tile * step), step};
+}
+
+// out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row.
+template <typename T, int MR, int NV, bool Alone>
+void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add,
+              Ahead ahead) {
+  Vec<T> acc[MR][NV] = {};
+  for (ptrdiff_t k = 0; k < K; ++k) {
+    Vec<T> b[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
-      if (MR >= kPrefetchRows) {
+    for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
+    if (!Alone) {
+      __builtin_prefetch(ahead.at, 0, 2);
+      __builtin_prefetch(ahead.at + kLine, 0, 2);
+      ahead.at += ahead.step;
+    } else if (MR >= kPrefetchRows) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) __builtin_prefetch(reinterpret_cast<const char*>(panel + v * Lanes<T>) + kPage);
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const Vec<T> x = broadcast(a[m * a_row + k]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
-      }
-      panel += panel_row;
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(reinterpret_cast<const char*>(panel + v * Lanes<T>) + kPage);
     }
-    const bool first = !add && k0 == 0;
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> x = broadcast(a[m * a_row + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[m][v] += x * b[v];
+    }
+    panel += panel_row;
+  }
 #pragma GCC unroll 32
-    for (int i = 0; i < MR * NV; ++i) {
-      T* const sum = out + i * Lanes<T>;
-      store(sum, first ? acc[i / NV][i % NV] : load(sum) + acc[i / NV][i % NV]);
-    }
+  for (int i = 0; i < MR * NV; ++i) {
+    T* const sum = out + i * Lanes<T>;
+    store(sum, add ? load(sum) + acc[i / NV][i % NV] : acc[i / NV][i % NV]);
   }
 }
 
-// out [rows, NV vectors] (+)= a [rows, K] * panel.
+template <typename T, int NV, bool Alone>
+void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out,
+              bool add, Ahead ahead) {
+  switch (rows) {
+    case 1:
+      return rnn_tile<T, 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+    case 2:
+      return rnn_tile<T, 2, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+    case 3:
+      return rnn_tile<T, kRows >= 3 ? 3 : 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+    case 4:
+      return rnn_tile<T, kRows >= 4 ? 4 : 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+    case 5:
+      return rnn_tile<T, kRows >= 5 ? 5 : 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+    default:
+      return rnn_tile<T, kRows, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+  }
+}
+
+// out [rows, NV vectors] (+)= a [rows, K] * panel. The sum over K is one of partial sums of kPartial products: rounding
+// errors grow with the square root of the terms of a chain. With panels that lie in L2, a tile of rows goes through
+// kDepthBlock rows of the panel at a time; with `far` ones, all tiles go through kPartial rows (32 KB), which stay in
+// L1, and prefetch the next ones meanwhile.
 template <typename T, int NV>
 void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
-                   T* out, bool add = false) {
+                   T* out, bool add = false, bool far = false) {
   const ptrdiff_t tiles = panel_count(rows, kRows);
-  const ptrdiff_t depth = tiles == 1 ? K : kDepthBlock;
+  const bool together = far && tiles > 1;
+  const ptrdiff_t depth = together ? kPartial : kDepthBlock;
   for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
-    const ptrdiff_t k = min_of(depth, K - k0);
+    const ptrdiff_t k_end = min_of(K, k0 + depth);
     for (ptrdiff_t tile = 0; tile < tiles; ++tile) {
-      const ptrdiff_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-      const T* const x = a + first * a_row + k0;
-      const T* const w = panel + k0 * panel_row;
+      const ptrdiff_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
       T* const y = out + first * NV * Lanes<T>;
-      switch (last - first) {
-        case 1:
-          rnn_tile<T, 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
-          break;
-        case 2:
-          rnn_tile<T, 2, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
-          break;
-        case 3:
-          rnn_tile<T, kRows >= 3 ? 3 : 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
-          break;
-        case 4:
-          rnn_tile<T, kRows >= 4 ? 4 : 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
-          break;
-        case 5:
-          rnn_tile<T, kRows >= 5 ? 5 : 1, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
-          break;
-        default:
-          rnn_tile<T, kRows, NV>(x, a_row, w, panel_row, k, y, add || k0 > 0);
+      for (ptrdiff_t k = k0; k < k_end; k += kPartial) {
+        const ptrdiff_t terms = min_of(kPartial, k_end - k);
+        const T* const x = a + first * a_row + k;
+        const T* const part = panel + k * panel_row;
+        if (together) {
+          rnn_rows<T, NV, false>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
+                                 ahead_of<T, NV>(part, panel_row, tile, tiles));
+        } else {
+          rnn_rows<T, NV, true>(count, x, a_row, part, panel_row, terms, y, add || k > 0, {});
+        }
       }
     }
   }

@@ -1,6 +1,8 @@
 // How threads share the steps of a recurrence.
 #pragma once
 
+#include <unistd.h>
+
 #include "isa.h"
 #include "rnn_products.h"
 #include "workspace.h"
@@ -13,6 +15,16 @@ namespace SEQACCEL_ISA {
 constexpr ptrdiff_t kRowsPerThread = 16;
 constexpr ptrdiff_t kDirectRows = 64;  // in all: up to here packing a weight costs more than its products gain
 constexpr ptrdiff_t kAheadRows = 48;   // of the input's part of the pre-activations, calculated at a time
+
+// Whether a thread's share of panels is more than the second-level cache of its core holds beside what else passes.
+inline bool beyond_l2(ptrdiff_t bytes) {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const long size = 0;
+#endif
+  return bytes > (size > 0 ? size : 1 << 20) / 4 * 3;
+}
 
 struct Barrier {
   alignas(64) int arrived;

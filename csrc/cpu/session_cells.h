@@ -39,17 +39,6 @@ inline Moments moments_of(const float* x, ptrdiff_t count, float epsilon) {
   return {mean, 1.0f / sqrtf(horizontal_sum<float>(squares) / float(count) + epsilon)};
 }
 
-struct SessionPeepholeLstm : LstmCell {
-  static constexpr int kWeights = 3;
-
-  template <class F, class U>
-  SEQACCEL_CELL void forward(U& u) {
-    const auto i = F::sigmoid(u.pre[0] + u.weights[0] * u.c_prev), f = F::sigmoid(u.pre[1] + u.weights[1] * u.c_prev);
-    u.c = f * u.c_prev + i * F::tanh(u.pre[2]);
-    u.h = F::sigmoid(u.pre[3] + u.weights[2] * u.c) * F::tanh(u.c);
-  }
-};
-
 // Vectors of a block: the gates of L units, or four vectors of units where there is one gate.
 template <int Gates>
 constexpr int kBlockVectors = Gates == 1 ? 4 : Gates;
@@ -59,7 +48,7 @@ template <class Cell>
 SEQACCEL_INLINE Unit<Cell, Vec<float>> unit_at(const SessionLayer& l, ptrdiff_t unit, const float* h, const float* c) {
   Unit<Cell, Vec<float>> u;
 #pragma GCC unroll 8
-  for (int g = 0; g < kPre<Cell>; ++g) u.pre[g] = load(l.bias + g * l.stride + unit);
+  for (int g = 0; g < Cell::kGates + int(Cell::kApart); ++g) u.pre[g] = load(l.bias + g * l.stride + unit);
 #pragma GCC unroll 16
   for (int w = 0; w < Cell::kWeights; ++w) u.weights[w] = load(l.weights + w * l.stride + unit);
   u.h_prev = load(h + unit);

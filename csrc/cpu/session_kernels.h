@@ -182,18 +182,23 @@ SEQACCEL_INLINE WordRows first_half(const SessionThread& t, const SessionLayer& 
 
 inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
                                      const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  typedef MultiplicativeLstmCell Cell;
   constexpr int L = kWordLanes;
   const WordRows m = first_half(t, l, step, x, x_row, projected, 1,
                                 [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
-                                  store(l.middle + b * l.stride + unit, load(from_x) * load(from_h));
+                                  Unit<Cell, Vec<float>> state;
+                                  state.pre[Cell::kGates] = load(from_x);
+                                  state.pre[Cell::kFirstPre] = load(from_h);
+                                  Cell::first<SessionFunctions>(state);
+                                  store(l.middle + b * l.stride + unit, state.source);
                                 });
   for_blocks(t, l.matrices[1], step, x, x_row, nullptr, m,
              [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_m) {
                for (ptrdiff_t i = 0; i < rows; ++i) {
                  const ptrdiff_t b = b0 + i;
-                 auto state = unit_at<LstmCell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
+                 auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
                  add_sums(state, from_x + i * 4 * L, from_m + i * 4 * L, 0, 4);
-                 LstmCell::forward<SessionFunctions>(state);
+                 Cell::forward<SessionFunctions>(state);
                  keep_cell(t, l, step, b, u * L, state.c);
                  finish(t, l, step, b, u * L, state.h);
                }
@@ -201,25 +206,31 @@ inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer&
   t.wait();
 }
 
+// middle: r h', and z.
 inline void gru_reset_before_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
                                   const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  typedef GruResetBeforeCell Cell;
   constexpr int L = kWordLanes;
   float* const update = l.middle + t.run.batch * l.stride;
-  const auto bias = [&](int g, ptrdiff_t unit) { return load(l.bias + g * l.stride + unit); };
-  const WordRows reset = first_half(
-      t, l, step, x, x_row, projected, 2, [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
-        const ptrdiff_t at = b * l.stride + unit;
-        const Vec<float> r = sigmoid_vec<float>(load(from_x) + load(from_h) + bias(0, unit));
-        store(l.middle + at, r * load(step.h + at));
-        store(update + at, sigmoid_vec<float>(load(from_x + L) + load(from_h + L) + bias(1, unit)));
-      });
+  const WordRows reset = first_half(t, l, step, x, x_row, projected, Cell::kFirst,
+                                    [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
+                                      const ptrdiff_t row = b * l.stride;
+                                      auto state = unit_at<Cell>(l, unit, step.h + row, nullptr);
+                                      add_sums(state, from_x, from_h, 0, Cell::kFirst);
+                                      Cell::first<SessionFunctions>(state);
+                                      store(l.middle + row + unit, state.source);
+                                      store(update + row + unit, state.saved[1]);
+                                    });
   for_blocks(t, l.matrices[1], step, x, x_row, nullptr, reset,
              [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_reset) {
                for (ptrdiff_t i = 0; i < rows; ++i) {
                  for (int v = 0; v < 4 && (u * 4 + v) * L < l.hidden; ++v) {
-                   const ptrdiff_t unit = (u * 4 + v) * L, at = (b0 + i) * l.stride + unit, sum = (i * 4 + v) * L;
-                   const Vec<float> n = tanh_vec<float>(load(from_x + sum) + load(from_reset + sum) + bias(2, unit));
-                   finish(t, l, step, b0 + i, unit, n + load(update + at) * (load(step.h + at) - n));
+                   const ptrdiff_t unit = (u * 4 + v) * L, row = (b0 + i) * l.stride, sum = (i * 4 + v) * L;
+                   auto state = unit_at<Cell>(l, unit, step.h + row, nullptr);
+                   add_sums(state, from_x + sum, from_reset + sum, Cell::kMainPre, 1);
+                   state.saved[1] = load(update + row + unit);
+                   Cell::forward<SessionFunctions>(state);
+                   finish(t, l, step, b0 + i, unit, state.h);
                  }
                }
              });
@@ -252,7 +263,7 @@ inline Moments moments_of_sums(const SessionThread& t, const SessionLayer& l, pt
   return {mean, 1.0f / sqrtf(variance + l.parameter)};
 }
 
-// The normalised pre-activations of a unit: gains of x's part are the first rows of l.weights, of h's the next.
+// The normalised pre-activations of a unit: gains of x's part are the first of its weights, of h's the next.
 template <class Cell>
 SEQACCEL_INLINE void add_normalised(Unit<Cell, Vec<float>>& state, const SessionThread& t, const SessionLayer& l,
                                     ptrdiff_t b, ptrdiff_t u, const Moments (&moments)[2]) {
@@ -261,8 +272,7 @@ SEQACCEL_INLINE void add_normalised(Unit<Cell, Vec<float>>& state, const Session
   for (int s = 0; s < 2; ++s) {
     for (int v = 0; v < V; ++v) {
       const Vec<float> sum = load(l.sums + (((u * t.run.batch + b) * 2 + s) * V + v) * L);
-      const Vec<float> gain = load(l.weights + (s * V + v) * l.stride + u * L);
-      store(normal[s] + v * L, (sum - moments[s].mean) * moments[s].scale * gain);
+      store(normal[s] + v * L, (sum - moments[s].mean) * moments[s].scale * state.weights[s * V + v]);
     }
   }
   add_sums(state, normal[0], normal[1], 0, V);
@@ -291,9 +301,9 @@ inline void layer_norm_gru_step(const SessionThread& t, const SessionLayer& l, c
   for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
     const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
     for (ptrdiff_t u = t.begin(l.matrices[0].blocks); u < t.end(l.matrices[0].blocks); ++u) {
-      auto state = unit_at<GruCell>(l, u * L, step.h + b * l.stride, nullptr);
+      auto state = unit_at<LayerNormGruCell>(l, u * L, step.h + b * l.stride, nullptr);
       add_normalised(state, t, l, b, u, moments);
-      GruCell::forward<SessionFunctions>(state);
+      LayerNormGruCell::forward<SessionFunctions>(state);
       finish(t, l, step, b, u * L, state.h);
     }
   }
@@ -303,6 +313,7 @@ inline void layer_norm_gru_step(const SessionThread& t, const SessionLayer& l, c
 // middle: o, and the new c.
 inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
                                  const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  typedef LayerNormLstmCell Cell;
   constexpr int L = kWordLanes;
   const bool normalized = l.kind == LayerKind::layer_norm_lstm_normalized_cell;
   const ptrdiff_t begin = t.begin(l.matrices[0].blocks), end = t.end(l.matrices[0].blocks);
@@ -311,23 +322,26 @@ inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, 
   for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
     const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
     for (ptrdiff_t u = begin; u < end; ++u) {
-      auto state = unit_at<LstmCell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
+      auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
       add_normalised(state, t, l, b, u, moments);
-      LstmCell::forward<SessionFunctions>(state);
+      Cell::forward<SessionFunctions>(state);
       store(l.middle + b * l.stride + u * L, state.saved[3]);
       store(new_c + b * l.stride + u * L, state.c);
     }
   }
   t.wait();
-  const float* const gain = l.weights + 8 * l.stride;
+  const float* const gain = l.weights + (Cell::kWeights - 2) * l.stride;
   for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
     const Moments moments = moments_of(new_c + b * l.stride, l.hidden, l.parameter);
     for (ptrdiff_t u = begin; u < end; ++u) {
       const ptrdiff_t at = b * l.stride + u * L;
       const Vec<float> c = load(new_c + at);
-      const Vec<float> normal = (c - moments.mean) * moments.scale * load(gain + u * L) + load(gain + l.stride + u * L);
-      keep_cell(t, l, step, b, u * L, normalized ? normal : c);
-      finish(t, l, step, b, u * L, load(l.middle + at) * tanh_vec<float>(normal));
+      Unit<Cell, Vec<float>> state;
+      state.c = (c - moments.mean) * moments.scale * load(gain + u * L) + load(gain + l.stride + u * L);
+      state.saved[3] = load(l.middle + at);
+      Cell::finish<SessionFunctions>(state);
+      keep_cell(t, l, step, b, u * L, normalized ? state.c : c);
+      finish(t, l, step, b, u * L, state.h);
     }
   }
   t.wait();
@@ -463,7 +477,7 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
     case LayerKind::gru_reset_before:
       return recurrent_layer(t, l, gru_reset_before_step);
     case LayerKind::peephole_lstm:
-      return recurrent_layer(t, l, recurrent_step<SessionPeepholeLstm>);
+      return recurrent_layer(t, l, recurrent_step<PeepholeLstmCell>);
     case LayerKind::layer_norm_lstm:
     case LayerKind::layer_norm_lstm_normalized_cell:
       return recurrent_layer(t, l, layer_norm_lstm_step);

@@ -1,9 +1,13 @@
 // Vectors of the instruction set at hand, and the functions a recurrent cell or a softmax needs.
 //
 //   Vec<T>        a register of Lanes<T> values, T float or double (a GCC vector extension type: + - * / and ?: work on
-//   it) exp           relative error <= 2 ulp; 0 below the smallest normal number, infinity within 0.4 of the overflow
-//   threshold sigmoid(x)    1 / (1 + e^-x) |tanh(x)|     -E / (E + 2) with E = expm1(-2|x|), so that small arguments
-//   keep their relative accuracy
+//   it)
+//   exp           relative error <= 2 ulp; 0 below the smallest normal number, infinity within 0.4 of the overflow
+//                 threshold
+//   sigmoid(x)    1 / (1 + e^-x)
+//   |tanh(x)|     -E / (E + 2) with E = expm1(-2|x|), so that small arguments keep their relative accuracy; what
+//   rounding
+//                 takes of E, E + 2 and the quotient is put back: error 0.3 ulp (root of the mean square), not 0.8
 //
 // expm1(x) = 2^n p + (2^n - 1), with n = round(x log2 e), r = x - n ln 2, p = expm1(r) = r + r^2 g(r); g is a
 // polynomial fitted at Chebyshev nodes on |r| <= 1.01 ln(2)/2 (error 2.4e-8 for float, 5.5e-19 for double, relative to
@@ -168,8 +172,10 @@ SEQACCEL_INLINE Vec<T> tanh_vec(Vec<T> x) {
   const Vec<T> magnitude = (Vec<T>)(((Bits)x) ^ sign);
   Vec<T> scale, p;
   exp_parts<T>(magnitude * T(-2), scale, p);
-  const Vec<T> e = scale * p + (scale - T(1));
-  const Vec<T> y = e / (e + T(2));  // <= 0: its own sign is dropped
+  const Vec<T> less = scale - T(1), e = scale * p + less, e_low = scale * p + (less - e);
+  const Vec<T> d = e + T(2), d_low = e + (T(2) - d) + e_low, inverse = T(1) / d;
+  const Vec<T> quotient = e * inverse;
+  const Vec<T> y = quotient + inverse * ((e - quotient * d) + (e_low - quotient * d_low));  // <= 0: its sign is dropped
   return (Vec<T>)((((Bits)y) & ~((Bits)broadcast(T(-0.0)))) | sign);
 }
 
