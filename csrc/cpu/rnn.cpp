@@ -176,6 +176,8 @@ Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tens
   return projection;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string cell, Tensor input, Tensor h_0,
                                                                     OptionalTensor c_0, WeightList weights,
                                                                     OptionalTensor lengths, OptionalTensor zoneout_h,
@@ -210,6 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
   }
   return {outputs.output, outputs.h_n, outputs.c_n, kept.list()};
 }
+
+namespace {
 
 template <typename T>
 bool all_zero(const Tensor& t) {

@@ -60,6 +60,12 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
                          const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
                          const OptionalTensor& zoneout_c);
 
+// The operator of float32 and float64: output, h_n, c_n, and (save) what the backward pass takes.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string cell, Tensor input, Tensor h_0,
+                                                                    OptionalTensor c_0, WeightList weights,
+                                                                    OptionalTensor lengths, OptionalTensor zoneout_h,
+                                                                    OptionalTensor zoneout_c, bool reverse, bool save);
+
 // A tensor that autograd, which lies above the operators, takes no note of.
 Tensor detach(const Tensor& t);
 
