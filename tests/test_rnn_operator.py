@@ -96,9 +96,8 @@ def test_opcheck(cell, projected):
 @each_kind("cpp")
 def test_saved_shapes(cell, projected):
     arguments = operator_arguments(cell, projected)
-    P = arguments[2].shape[1]
     saved = torch.ops.seqaccel.rnn_forward(*arguments, True)[3]
-    assert [tuple(t.shape) for t in saved] == saved_shapes(cell, 4, 3, 2, 5, P)
+    assert [tuple(t.shape) for t in saved] == saved_shapes(cell, (4, 3), 5)
 
 
 @each_kind("triton")
@@ -171,9 +170,45 @@ def test_operators_clamp_lengths(poison, cell, projected):
         for lengths in (torch.tensor([-(1 << 62), 1 << 62, 2]), torch.tensor([0, 4, 2])):
             arguments[5], arguments[8] = lengths, reverse
             tensors = forward_and_backward(torch.ops.seqaccel.rnn_forward, torch.ops.seqaccel.rnn_backward, arguments)
-            kept = len(saved_shapes(cell, 4, 3, 2, 5, 5))  # of which only the rows that run are written
+            kept = len(saved_shapes(cell, (4, 3), 5))  # of which only the rows that run are written
             found.append([*tensors[:3], *tensors[3 + kept :]])
         assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[4, 2, 1], [4, 4, 4], [3, 3, 0]])
+@each_kind("cpp")
+def test_packed_rows_give_what_padded_ones_do(poison, cell, projected, lengths):
+    forward, backward = torch.ops.seqaccel.rnn_forward, torch.ops.seqaccel.rnn_backward
+    lengths, kept = torch.tensor(lengths), len(saved_shapes(cell, (4, 3), 5))
+    rows = (torch.arange(4)[:, None] < lengths).nonzero(as_tuple=True)
+    for number in range(4):
+        arguments = operator_arguments(cell, projected, lengths=lengths, reverse=number % 2 == 1)
+        if CELLS[cell].zoneout and number > 1:
+            arguments[6] = torch.rand(4, 3, arguments[2].shape[1])
+        expected = forward_and_backward(forward, backward, arguments)
+        packed = [a[rows] if i in (1, 6) and isinstance(a, torch.Tensor) else a for i, a in enumerate(arguments)]
+        torch.library.opcheck(forward.default, (*packed, True), test_utils=("test_schema", "test_faketensor"))
+        found = forward_and_backward(forward, backward, packed)
+        for i, (ours, padded) in enumerate(zip(found, expected, strict=True)):
+            if not 3 <= i < 3 + kept:
+                padded = padded[rows] if i in (0, 3 + kept) else padded
+                assert torch.equal(ours, padded), i
+
+
+def test_lengths_of_packed_rows_are_checked():
+    arguments = operator_arguments("lstm")
+    arguments[1] = torch.zeros(6, 2)
+    for lengths, message in (
+        (None, "lengths of a packed input to be given"),
+        ([1, 2, 3], "longest first"),
+        ([5, 1, -1], "longest first"),
+        ([3, 2, 0], "add up to 6, but they add up to 5"),
+        ([1 << 62, 1 << 62, 1 << 62], "add up to 6"),
+        ([4, 2], "h_0"),
+    ):
+        arguments[5] = None if lengths is None else torch.tensor(lengths)
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.seqaccel.rnn_forward(*arguments, False)
 
 
 @each_kind("cpp")

@@ -114,8 +114,8 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
   const Tensor *h = &layer.h_0, *c = has_cell ? &*layer.c_0 : nullptr;
   for (int64_t done = 0; done < layer.steps; done += projection.chunk) {
     const int64_t steps = std::min(projection.chunk, layer.steps - done);
-    const int64_t first = reverse ? layer.steps - done - steps : done, padded = first * layer.batch;
-    const int64_t packed = layer.offset(first);
+    const int64_t first = reverse ? layer.steps - done - steps : done, packed = layer.offset(first);
+    const int64_t padded = layer.joined ? packed : first * layer.batch;
     const int64_t rows = (first + steps < layer.steps ? layer.offset(first + steps) : layer.packed_rows) - packed;
     RnnForward<T> pass{};
     pass.rows = layer.rows(first, steps);
@@ -158,7 +158,7 @@ Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tens
   Projection projection{{}, layer.input_width(), T, true};
   const bool fused = cell.first == 0 && !cell.norm && layer.inputs > 0 && layer.packed_rows > kFusedRows;
   if (fused) return projection;
-  if (cell.saved == 0 && !layer.ragged()) {
+  if (cell.saved == 0 && !layer.padded()) {
     projection.values = as_rows(output);
   } else if (kept.normed.defined()) {
     projection.values = as_rows(kept.normed);
@@ -186,12 +186,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
   const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
   const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
   Kept kept;
-  if (save && layer.cell->saved > 0) kept.gates = new_empty(input, {T, B, layer.saved_width()});
-  if (save && has_cell) kept.cells = new_empty(input, {T, B, H});
-  if (save && norm) kept.normed = new_empty(input, {T, B, 2 * layer.gate_rows()});
-  if (save && norm) kept.stats = new_empty(input, {T, B, kNormStats});
+  if (save && layer.cell->saved > 0) kept.gates = layer.new_rows(layer.saved_width());
+  if (save && has_cell) kept.cells = layer.new_rows(H);
+  if (save && norm) kept.normed = layer.new_rows(2 * layer.gate_rows());
+  if (save && norm) kept.stats = layer.new_rows(kNormStats);
   Outputs outputs;
-  outputs.output = new_empty(input, {T, B, P});
+  outputs.output = layer.new_rows(P);
   if (layer.packed_rows == 0) {
     torch::stable::zero_(outputs.output);
     for (Tensor& tensor : kept.list()) torch::stable::zero_(tensor);
@@ -201,9 +201,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
   outputs.h_n = new_empty(input, {B, P});
   outputs.c_n = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
   const Projection projection = choose_projection(layer, kept, outputs.output);
-  const Tensor rows = layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+  const Tensor rows = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
   (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, reverse, kept, outputs);
-  if (layer.ragged()) {
+  if (layer.padded()) {
     zero_padding(layer, outputs.output);
     for (const Tensor& tensor : kept.list()) {  // what follows the packed rows
       Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, T * B - layer.packed_rows);
@@ -232,8 +232,9 @@ Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) 
     const int64_t earlier = reverse ? t + 1 : t - 1;
     const int64_t inner = earlier < 0 || earlier >= layer.steps ? 0 : layer.running[size_t(earlier)];
     for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
-      const size_t row = size_t(layer.order[size_t(b)]);
-      std::memcpy(to, b < inner ? from + (size_t(earlier * layer.batch) + row) * bytes : h_0 + row * bytes, bytes);
+      const int64_t row = layer.order[size_t(b)];
+      const int64_t before = layer.joined ? layer.offset(earlier) + b : earlier * layer.batch + row;
+      std::memcpy(to, b < inner ? from + size_t(before) * bytes : h_0 + size_t(row) * bytes, bytes);
     }
   }
   return packed;
@@ -293,10 +294,10 @@ class Gradients {
   }
 
   void input(Tensor& grad) const {
-    Tensor rows = layer_.ragged() ? new_empty(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
+    Tensor rows = layer_.padded() ? new_empty(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
     product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
     if (layer_.cell->extra) product(rows, columns(layer_.gate_rows(), layer_.hidden), layer_.weight_mx(), true);
-    if (layer_.ragged()) unpack_rows(layer_, rows, grad);
+    if (layer_.padded()) unpack_rows(layer_, rows, grad);
   }
 
   // A weight that `factor` [packed rows, .] was multiplied by: grad = D^T factor, D being columns of grad_pre.
@@ -355,14 +356,13 @@ void copy_rows(Tensor& to, int64_t first, const Tensor& from, int64_t from_first
 // Saved tensors by name, checked.
 Kept check_kept(const RnnLayer& layer, const std::vector<Tensor>& saved) {
   const RnnCellEntry& cell = *layer.cell;
-  const ScalarType dtype = layer.input.scalar_type();
   const size_t count = size_t(cell.saved > 0) + size_t(cell.has_cell) + (cell.norm ? 2 : 0);
   STD_TORCH_CHECK(saved.size() == count, "seqaccel: expected ", int64_t(count), " saved tensors of the cell '",
                   cell.name, "', but got ", int64_t(saved.size()));
   Kept kept;
   size_t next = 0;
   const auto take = [&](Tensor& tensor, const char* name, int64_t width) {
-    check_tensor(saved[next], name, {layer.steps, layer.batch, width}, dtype);
+    layer.check_rows(saved[next], name, width);
     tensor = to_contiguous(saved[next++]);
   };
   if (cell.saved > 0) take(kept.gates, "saved gates", layer.saved_width());
@@ -379,20 +379,20 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
   const RnnCellEntry& traits = *layer.cell;
   const ScalarType dtype = input.scalar_type();
-  const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
+  const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
   const bool has_cell = traits.has_cell, projected = bool(layer.weight_hr());
   STD_TORCH_CHECK(needs.size() == weights.size() + 1, "seqaccel: expected needs to have ", int64_t(weights.size() + 1),
                   " entries, but got ", int64_t(needs.size()));
   const Kept kept = check_kept(layer, saved);
-  check_tensor(output, "output", {T, B, P}, dtype);
-  if (grad_output) check_tensor(*grad_output, "grad_output", {T, B, P}, dtype);
+  layer.check_rows(output, "output", P);
+  if (grad_output) layer.check_rows(*grad_output, "grad_output", P);
   if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {B, P}, dtype);
   if (!has_cell) grad_c_n = std::nullopt;
   if (grad_c_n) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
   output = to_contiguous(detach(output));
   const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
 
-  Tensor grad_input = needs[0] ? new_empty(input, {T, B, layer.inputs}) : new_empty(input, {0});
+  Tensor grad_input = needs[0] ? layer.new_rows(layer.inputs) : new_empty(input, {0});
   Swept swept;
   swept.grad_h_0 = new_empty(input, {B, P});
   swept.grad_c_0 = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
@@ -421,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   const Gradients gradients(layer, swept, output, reverse);
   if (needs[0]) gradients.input(grad_input);
   if (wanted(kWeightIh) || (traits.extra && wanted(kCommonWeights))) {
-    const Tensor factor = layer.ragged() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+    const Tensor factor = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
     if (wanted(kWeightIh)) gradients.weight(grad_weights[kWeightIh], 0, factor);
     if (traits.extra && wanted(kCommonWeights)) gradients.weight(grad_weights[kCommonWeights], rows, factor);
   }

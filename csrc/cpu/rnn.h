@@ -10,16 +10,17 @@ namespace seqaccel {
 
 // The rows of a stretch of time, longest sequence first, so that those running at time t are the first of them. Of a
 // packed tensor only the rows that run lie in memory, step after step; a padded one holds [steps, B] rows in the
-// caller's order.
+// caller's order, unless the caller's tensors are packed themselves (joined).
 struct RnnRows {
   int64_t steps, batch;
   const int64_t* order = nullptr;    // [B]: the caller's index of row b; null: b
   const int64_t* running = nullptr;  // [steps]: rows that run at time t; null: all of them
   const int64_t* offsets = nullptr;  // [steps]: packed index of row 0 at time t; null: t B
+  bool joined = false;
 
   int64_t count(int64_t t) const { return running ? running[t] : batch; }
   int64_t row(int64_t b) const { return order ? order[b] : b; }
-  int64_t padded(int64_t t, int64_t b) const { return t * batch + row(b); }
+  int64_t padded(int64_t t, int64_t b) const { return joined ? packed(t, b) : t * batch + row(b); }
   int64_t packed(int64_t t, int64_t b) const { return (offsets ? offsets[t] - offsets[0] : t * batch) + b; }
 };
 

@@ -27,7 +27,7 @@ void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, 
     STD_TORCH_CHECK(zoneout->is_cpu(), "seqaccel: expected ", name, " to be on the CPU");
     return;
   }
-  check_tensor(*zoneout, name, {layer.steps, layer.batch, width}, layer.input.scalar_type());
+  layer.check_rows(*zoneout, name, width);
 }
 
 // Sorts the rows, longest first, and counts those that run at each step; nothing to do where all are whole.
@@ -59,6 +59,28 @@ void sort_rows(const Tensor& lengths, RnnLayer& layer) {
   }
 }
 
+// Steps and sequences of a packed input [N, I], from the sequences' lengths, longest first.
+void check_packed(const Tensor& input, const OptionalTensor& lengths, RnnLayer& layer) {
+  check_tensor(input, "input", {-1, -1}, input.scalar_type());
+  STD_TORCH_CHECK(bool(lengths), "seqaccel: expected lengths of a packed input to be given");
+  check_tensor(*lengths, "lengths", {-1}, ScalarType::Long);
+  const Tensor dense = to_contiguous(*lengths);
+  const int64_t* data = dense.const_data_ptr<int64_t>();
+  layer.joined = true;
+  layer.batch = dense.size(0);
+  layer.steps = layer.batch ? data[0] : 0;
+  layer.packed_rows = 0;
+  for (int64_t b = 0, before = layer.steps; b < layer.batch; before = data[b++]) {
+    STD_TORCH_CHECK(data[b] >= 0 && data[b] <= before,
+                    "seqaccel: expected lengths of a packed input to be longest first");
+    layer.packed_rows += data[b];
+    STD_TORCH_CHECK(layer.packed_rows <= input.size(0), "seqaccel: expected lengths of a packed input to add up to ",
+                    input.size(0));
+  }
+  STD_TORCH_CHECK(layer.packed_rows == input.size(0), "seqaccel: expected lengths of a packed input to add up to ",
+                  input.size(0), ", but they add up to ", layer.packed_rows);
+}
+
 template <typename T>
 void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
@@ -81,7 +103,7 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   STD_TORCH_CHECK(entry != nullptr, "seqaccel: there is no recurrent cell '", cell, "'");
   check_float_or_double(input, "input");
   const ScalarType dtype = input.scalar_type();
-  check_tensor(input, "input", {-1, -1, -1}, dtype);
+  if (input.dim() != 2) check_tensor(input, "input", {-1, -1, -1}, dtype);
   const int64_t expected = weight_count(*entry);
   STD_TORCH_CHECK(int64_t(weights.size()) == expected, "seqaccel: expected ", expected, " weights of the cell '", cell,
                   "', but got ", int64_t(weights.size()));
@@ -96,7 +118,9 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
                   "seqaccel: expected weight_hh to have ", int64_t(entry->gates), " H rows, but got shape ",
                   shape_string(weight_hh));
   const int64_t H = weight_hh.size(0) / entry->gates, P = weight_hh.size(1);
-  RnnLayer layer{entry, input.size(0), input.size(1), input.size(2), H, P, input, h_0};
+  RnnLayer layer{entry, input.size(0), input.size(1), input.size(input.dim() - 1), H, P, input, h_0};
+  layer.packed_rows = layer.steps * layer.batch;
+  if (input.dim() == 2) check_packed(input, lengths, layer);
   const int64_t rows = layer.gate_rows();
   check_tensor(*weights[kWeightIh], "weight_ih", {rows, layer.inputs}, dtype);
   if (weights[kBiasIh]) check_tensor(*weights[kBiasIh], "bias_ih", {rows}, dtype);
@@ -136,14 +160,13 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   for (const OptionalTensor& weight : weights) layer.weights.push_back(to_contiguous(weight));
   layer.weights[kWeightIh] = detach(layer.weight(kWeightIh));
   if (entry->extra) layer.weights[kCommonWeights] = detach(layer.weight_mx());
-  layer.packed_rows = layer.steps * layer.batch;
   if (lengths && layer.packed_rows > 0) sort_rows(*lengths, layer);
   return layer;
 }
 
 Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }
 
-Tensor as_rows(const Tensor& t) { return torch::stable::flatten(t, 0, 1); }
+Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? t : torch::stable::flatten(t, 0, 1); }
 
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
   Tensor whole = t;

@@ -30,8 +30,18 @@ struct RnnLayer {
   // With lengths: see RnnRows. Empty where every sequence is whole.
   std::vector<int64_t> lengths, order, running, offsets;
   int64_t packed_rows;  // of a packed tensor
+  bool joined = false;  // the caller's tensors are packed: [packed_rows, .] for [T, B, .]
 
   bool ragged() const { return !running.empty(); }
+  bool padded() const { return ragged() && !joined; }
+  // A new tensor of rows of `width` values for every step and sequence, as the caller's are.
+  Tensor new_rows(int64_t width) const {
+    return joined ? new_empty(input, {packed_rows, width}) : new_empty(input, {steps, batch, width});
+  }
+  void check_rows(const Tensor& t, const char* name, int64_t width) const {
+    if (joined) return check_tensor(t, name, {packed_rows, width}, input.scalar_type());
+    check_tensor(t, name, {steps, batch, width}, input.scalar_type());
+  }
   bool single() const { return input.scalar_type() == ScalarType::Float; }
   const Tensor& weight(int i) const { return *weights[size_t(i)]; }
   int64_t pre_width() const { return cell->pre * hidden; }
@@ -47,6 +57,7 @@ struct RnnLayer {
   // The steps [first, first + count).
   RnnRows rows(int64_t first, int64_t count) const {
     RnnRows rows{count, batch};
+    rows.joined = joined;
     if (ragged()) {
       rows.order = order.data();
       rows.running = running.data() + first;
@@ -69,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
 // A tensor that autograd, which lies above the operators, takes no note of.
 Tensor detach(const Tensor& t);
 
-// A tensor [T, B, N] as a matrix [T * B, N].
+// A tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
 Tensor as_rows(const Tensor& t);
 
 // Rows [begin, begin + count), or columns, of a matrix.

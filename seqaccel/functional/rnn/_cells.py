@@ -1,7 +1,7 @@
 """The recurrent cells: what every part above the kernels needs to know of each. A new cell is a row of ``CELLS``."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,13 +93,16 @@ CELLS: dict[str, CellSpec] = {
 }
 
 
-def saved_shapes(cell: str, T: int, B: int, I: int, H: int, P: int) -> list[tuple[int, ...]]:
-    """What ``rnn_forward`` of the C++ backend keeps for the backward pass, where it is told to save."""
+def saved_shapes(cell: str, lead: Sequence[int], H: int) -> list[tuple[int, ...]]:
+    """What ``rnn_forward`` of the C++ backend keeps for the backward pass, where it is told to save.
+
+    ``lead`` is (T, B), or (N,) of packed rows.
+    """
     spec = CELLS[cell]
     if cell in ("rnn_tanh", "rnn_relu"):
         return []
     values = {"gru": 4, "layer_norm_gru": 4, "multiplicative_lstm": 6}.get(cell, spec.gates)
-    shapes: list[tuple[int, ...]] = [(T, B, values * H), *([(T, B, H)] if spec.has_cell_state else [])]
+    shapes: list[tuple[int, ...]] = [(*lead, values * H), *([(*lead, H)] if spec.has_cell_state else [])]
     if cell.startswith("layer_norm"):
-        shapes += [(T, B, 2 * spec.gates * H), (T, B, 4)]  # both products normalised; statistics of the norms
+        shapes += [(*lead, 2 * spec.gates * H), (*lead, 4)]  # both products normalised; statistics of the norms
     return shapes

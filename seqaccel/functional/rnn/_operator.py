@@ -1,5 +1,6 @@
 """One layer and direction of any cell: checks, shape functions, autograd and the choice of backend."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from seqaccel import _extension, backends
 from seqaccel.functional import _common
-from seqaccel.functional.rnn import _onnx, _torch
+from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem, saved_shapes
 from seqaccel.reference import rnn as reference
 
@@ -25,13 +26,13 @@ def _operators(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _forward_fake(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
-    T, B, I = input.shape
+    lead, B = input.shape[:-1], h_0.shape[0]
     P, H = weights[1].shape[1], weights[1].shape[0] // CELLS[cell].gates
     return (
-        input.new_empty((T, B, P)),
+        input.new_empty((*lead, P)),
         input.new_empty((B, P)),
         input.new_empty((B, H) if c_0 is not None else (0,)),
-        [input.new_empty(shape) for shape in saved_shapes(cell, T, B, I, H, P)] if save else [],
+        [input.new_empty(shape) for shape in saved_shapes(cell, lead, H)] if save else [],
     )
 
 
@@ -61,13 +62,16 @@ if _extension.cpp_error is None:
 
 
 class _Layer(torch.autograd.Function):
-    """Saves the input, the output and what ``saved_shapes`` lists."""
+    """Saves the input, the output and what ``saved_shapes`` lists. ``batch_sizes``: of a packed input, else None."""
 
     @staticmethod
-    def forward(ctx, cell, backend, reverse, lengths, zoneout_h, zoneout_c, input, h_0, c_0, *weights):
+    def forward(
+        ctx, cell, backend, reverse, batch_sizes, lengths, zoneout_h, zoneout_c, input, h_0, c_0, *weights
+    ):  # fmt: skip
         output, h_n, c_n, saved = _operators(backend)[0](
             cell, input, h_0, c_0, list(weights), lengths, zoneout_h, zoneout_c, reverse, True
         )
+        ctx.batch_sizes = batch_sizes
         ctx.save_for_backward(lengths, zoneout_h, zoneout_c, output, input, h_0, c_0, *weights, *saved)
         ctx.cell, ctx.backend, ctx.reverse, ctx.weights = cell, backend, reverse, len(weights)
         ctx.set_materialize_grads(False)
@@ -78,24 +82,38 @@ class _Layer(torch.autograd.Function):
         cell, reverse = ctx.cell, ctx.reverse
         lengths, zoneout_h, zoneout_c, output, *rest = ctx.saved_tensors
         inputs, saved = rest[: 3 + ctx.weights], rest[3 + ctx.weights :]
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[7:]
         input, h_0, c_0, *weights = inputs
         if c_0 is None:
             grad_c_n = None
         if torch.is_grad_enabled():
 
             def again(input, h_0, c_0, *weights):
-                outputs = reference.layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
+                definition = functools.partial(reference.layer, cell)
+                arguments = (input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
+                outputs = _on_padded(definition, ctx.batch_sizes, *arguments)
                 return outputs if c_0 is not None else outputs[:2]
 
             grad_outputs = (grad_output, grad_h_n, grad_c_n)[: 2 if c_0 is None else 3]
-            return *[None] * 6, *_common.differentiable_backward(again, inputs, grad_outputs, needs)
+            return *[None] * 7, *_common.differentiable_backward(again, inputs, grad_outputs, needs)
         grad_input, grad_h_0, grad_c_0, grad_weights = _operators(ctx.backend)[1](
             cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output,
             saved, reverse, [needs[0], *needs[3:]],
         )  # fmt: skip
         grads = (grad_input, grad_h_0, grad_c_0, *grad_weights)
-        return *[None] * 6, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *[None] * 7, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _on_padded(function, batch_sizes, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse):
+    """``function`` of a layer's padded arguments, on packed ones if there are ``batch_sizes``."""
+    if batch_sizes is not None:
+        pad = functools.partial(_packed.pad, batch_sizes=batch_sizes, lengths=lengths)
+        input = pad(input)
+        zoneout_h, zoneout_c = (
+            pad(z) if isinstance(z, Tensor) and z.numel() != 1 else z for z in (zoneout_h, zoneout_c)
+        )
+    output, *last = function(input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
+    return output if batch_sizes is None else _packed.pack(output, batch_sizes, lengths), *last
 
 
 # ---- checks ----
@@ -104,10 +122,13 @@ class _Layer(torch.autograd.Function):
 _STATES = (("h_0", "BP"), ("c_0", "BH"))
 
 
-def _check(name: str, cell: str, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: Weights) -> None:
+def _check(
+    name: str, cell: str, input: Tensor, batch: int | None, h_0: Tensor, c_0: Tensor | None, weights: Weights
+) -> None:
+    """``batch``: sequences of a packed input, else None."""
     spec = CELLS[cell]
     gates, weight_hh = spec.gates, weights[1]
-    if input.dim() != 3:
+    if batch is None and input.dim() != 3:
         raise ValueError(f"{name}: expected input to have 3 dimensions (T, B, I), but got shape {tuple(input.shape)}")
     if not input.is_floating_point():
         raise TypeError(f"{name}: expected input to be floating point, but got {input.dtype}")
@@ -115,7 +136,7 @@ def _check(name: str, cell: str, input: Tensor, h_0: Tensor, c_0: Tensor | None,
         rows = "H" if gates == 1 else f"{gates} * H"
         found = None if weight_hh is None else tuple(weight_hh.shape)
         raise ValueError(f"{name}: expected weight_hh to have shape ({rows}, H), but got {found}")
-    _, B, I = input.shape
+    B, I = input.shape[1] if batch is None else batch, input.shape[-1]
     G, P = weight_hh.shape
     H = G // gates
     if spec.projects:
@@ -156,14 +177,14 @@ def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
 
 
 def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
-    """Blend factors as the operators take them: (T, B, width), or one for all."""
+    """Blend factors as the operators take them: (T, B, width), or of packed rows (N, width), or one for all."""
     if zoneout is None:
         return None
     if not isinstance(zoneout, Tensor):
         if not 0 <= zoneout <= 1:
             raise ValueError(f"{name}: expected {key} to be between 0 and 1, but got {zoneout}")
         return torch.full((1,), float(zoneout), dtype=dtype, device=input.device)
-    shape = (input.shape[0], input.shape[1], width)
+    shape = (*input.shape[:-1], width)
     if zoneout.numel() == 1:
         zoneout = zoneout.reshape(1)
     elif tuple(zoneout.shape) != shape:
@@ -196,29 +217,35 @@ def layer(
     weights: Weights,
     *,
     lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
     reverse: bool = False,
     zoneout_h: Zoneout = None,
     zoneout_c: Zoneout = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """output (T, B, P), h_n (B, P) and, where the cell has it, c_n (B, H); ``name`` is the public function's.
 
-    A state that is None is zero. Zoneout is None, a number, or blend factors.
+    A state that is None is zero. Zoneout is None, a number, or blend factors. With ``batch_sizes``, input and output
+    are the rows of packed sequences, (N, ·), and lengths are longest first.
     """
     spec, given = CELLS[cell], input.dtype
     weight_hh, projection = weights[1], weights[4] if spec.projects else None
     if h_0 is None and weight_hh is not None:
-        batch, hidden = input.shape[1] if input.dim() == 3 else 0, weight_hh.shape[0] // spec.gates
+        hidden = weight_hh.shape[0] // spec.gates
+        if batch_sizes is not None:
+            batch = lengths.shape[0]  # type: ignore[union-attr]
+        else:
+            batch = input.shape[1] if input.dim() == 3 else 0
         h_0 = weight_hh.new_zeros(batch, hidden if projection is None else projection.shape[0])
         c_0 = weight_hh.new_zeros(batch, hidden) if spec.has_cell_state else None
     input, h_0, c_0, *weights = _common.autocast(input, h_0, c_0, *weights)  # type: ignore[assignment]
-    _check(name, cell, input, h_0, c_0, weights)  # type: ignore[arg-type]
-    if lengths is not None:
+    _check(name, cell, input, None if batch_sizes is None else lengths.shape[0], h_0, c_0, weights)  # type: ignore
+    if lengths is not None and batch_sizes is None:
         _check_lengths(name, lengths, input.shape[0], input.shape[1])
     if not isinstance(zoneout_h, Tensor) and zoneout_h == 0:
         zoneout_h = None
     if not isinstance(zoneout_c, Tensor) and zoneout_c == 0:
         zoneout_c = None
-    found = _run(cell, input, h_0, c_0, weights, lengths, reverse, zoneout_h, zoneout_c)  # type: ignore[arg-type]
+    found = _run(cell, batch_sizes, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)  # type: ignore
     if spec.gates == 3 and not spec.has_cell_state and input.dtype != given and input.device.type == "cpu":
         # Autocast of a torch.nn.GRU on a CPU gives the state the dtype it had.
         return found[0].to(given), found[1].to(given), None
@@ -227,14 +254,15 @@ def layer(
 
 def _run(
     cell: str,
+    batch_sizes: Tensor | None,
     input: Tensor,
     h_0: Tensor,
     c_0: Tensor | None,
     weights: Weights,
     lengths: Tensor | None,
-    reverse: bool,
     zoneout_h: Zoneout,
     zoneout_c: Zoneout,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``layer`` with arguments that fit together."""
     exporting = _onnx.exporting()
@@ -243,12 +271,12 @@ def _run(
         output, h_n, c_n = _onnx.layer(cell, input, h_0[None], first_c, [weights], lengths, reverse)
         return output, h_n[0], None if c_n is None else c_n[0]
     spec = CELLS[cell]
-    steps, batch, inputs = input.shape
+    steps, batch = input.shape[0] if batch_sizes is None else batch_sizes.shape[0], h_0.shape[0]
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
     recorded = _common.needs_grad(input, h_0, c_0, *weights)
     prefer = None
     if spec.torch_is_faster is not None and input.device.type == "cpu":
-        problem = Problem(steps, batch, inputs, hidden, input.dtype, lengths is not None, recorded)
+        problem = Problem(steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded)
         prefer = "torch" if spec.torch_is_faster(problem) else None
     projected = spec.projects and weights[4] is not None
     zoned = zoneout_h is not None or zoneout_c is not None
@@ -256,6 +284,10 @@ def _run(
     backend = backends.choose(cell, input, supported, prefer=prefer)
     if exporting or _common.transforms_active():
         backend = "reference"
+    narrow = backend == "cpp" and input.dtype == torch.bfloat16 and not recorded
+    if batch_sizes is not None and (backend != "cpp" or narrow):
+        arguments = (input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
+        return _on_padded(functools.partial(_run, cell, None), batch_sizes, *arguments)
     if backend == "torch":
         return _torch.layer(cell, input, h_0, c_0, list(weights), lengths, reverse)
     dtype = input.dtype
@@ -266,7 +298,7 @@ def _run(
         lengths = lengths.to(input.device)
     if backend == "reference":
         return reference.layer(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
-    if backend == "cpp" and dtype == torch.bfloat16 and not recorded and factors_h is None and factors_c is None:
+    if narrow and factors_h is None and factors_c is None:
         output, h_n, c_n = torch.ops.seqaccel.rnn_forward_bfloat16.default(
             cell, input, h_0, c_0, list(weights), lengths, reverse
         )
@@ -277,7 +309,7 @@ def _run(
     if recorded:
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        output, h_n, c_n = _Layer.apply(cell, backend, reverse, lengths, factors_h, factors_c, *tensors)
+        output, h_n, c_n = _Layer.apply(cell, backend, reverse, batch_sizes, lengths, factors_h, factors_c, *tensors)
     else:
         input, h_0, c_0, *weights = tensors  # type: ignore[assignment]
         output, h_n, c_n, _ = _operators(backend)[0](

@@ -120,9 +120,8 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         widths = (self.proj_size or self.hidden_size, self.hidden_size)
         if self.training:
-            steps, batch = input.shape[:2]
             rates = tuple(
-                torch.empty(steps, batch, width, device=input.device, dtype=input.dtype).bernoulli_(rate)
+                torch.empty(*input.shape[:-1], width, device=input.device, dtype=input.dtype).bernoulli_(rate)
                 if rate
                 else None
                 for rate, width in zip(rates, widths, strict=True)
@@ -131,9 +130,14 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         return dict(zip(names, rates, strict=False))
 
     def _run(
-        self, input: Tensor, state: tuple[Tensor, ...] | None, lengths: Tensor | None
+        self,
+        input: Tensor,
+        state: tuple[Tensor, ...] | None,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All layers on input (T, B, I); a state is (h,) or (h, c), each (layers * directions, B, ·)."""
+        """All layers on input (T, B, I), or (N, I) packed with ``batch_sizes``; a state is (h,) or (h, c), each
+        (layers * directions, B, ·)."""
         cell, has_cell_state = self.cell, self._spec.has_cell_state
         directions = 2 if self.bidirectional else 1
         last: list[list[Tensor]] = [[], []]
@@ -163,6 +167,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                     None if state is None or not has_cell_state else state[1][index],
                     weights,
                     lengths=lengths,
+                    batch_sizes=batch_sizes,
                     reverse=direction == 1,
                     **self._factors(input),
                 )
@@ -253,9 +258,13 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         lengths = _packed.lengths_of(batch_sizes)
-        output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
+        if data.device.type == "cpu" and not _onnx.exporting():
+            output, last = self._run(data, self._state(hx), lengths, batch_sizes)
+        else:  # padded once for all layers
+            output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
+            output = _packed.pack(output, batch_sizes, lengths)
         return (
-            PackedSequence(_packed.pack(output, batch_sizes, lengths), batch_sizes, sorted_indices, unsorted_indices),
+            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(self._hidden(last), unsorted_indices),
         )
 
