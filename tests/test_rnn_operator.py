@@ -212,6 +212,21 @@ def test_lengths_of_packed_rows_are_checked():
 
 
 @each_kind("cpp")
+def test_backward_in_parts(poison, cell, projected):
+    """34 MB of dL/dpre or more, of which 32 are held at a time: a pass takes the steps in parts."""
+    T, B, H = 36, 6000 // CELLS[cell].gates, 20
+    tensors = problem(cell, T, B, 2, H, projected=projected)
+    grads = random_grads(cell, tensors)
+    for reverse in (False, True):
+        options = {"reverse": reverse}
+        if CELLS[cell].zoneout and reverse:
+            options["zoneout_h"] = torch.rand(T, B, tensors["h_0"].shape[1], dtype=torch.float64)
+        expected = results(cell, tensors, "reference", grads, **options)
+        for name, found in results(cell, tensors, "cpp", grads, **options).items():
+            torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@each_kind("cpp")
 def test_layouts_of_the_inputs(cell, projected):
     tensors = problem(cell, 6, 4, 3, 20, projected=projected)
     grads = [torch.ones_like(g) for g in random_grads(cell, tensors)]

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence calculates the input's part itself
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
+constexpr int64_t kGradBytes = int64_t(32) << 20;  // of dL/dpre, held at a time: a backward pass takes so many steps
 
 bool run(const RnnCellEntry& cell, const RnnForward<float>& pass) { return cell.forward_float(pass); }
 bool run(const RnnCellEntry& cell, const RnnForward<double>& pass) { return cell.forward_double(pass); }
@@ -254,8 +255,25 @@ struct Swept {
 };
 
 template <typename T>
+std::vector<T> values_of(const Tensor& t) {
+  return std::vector<T>(t.const_data_ptr<T>(), t.const_data_ptr<T>() + t.numel());
+}
+
+template <typename T>
+void add_to(const Tensor& t, const std::vector<T>& values) {
+  T* const to = t.mutable_data_ptr<T>();
+  for (size_t i = 0; i < values.size(); ++i) to[i] += values[i];
+}
+
+// The gradients of biases and unit weights are added to those in `swept`, if (accumulate).
+template <typename T>
 void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
-                    bool reverse, Swept& swept) {
+                    bool reverse, bool accumulate, Swept& swept) {
+  std::vector<T> bias, others;
+  if (accumulate) {
+    bias = values_of<T>(swept.grad_bias);
+    others = values_of<T>(swept.grad_unit_weights);
+  }
   const std::vector<T> unit_weights = unit_weights_of<T>(layer);
   RnnBackward<T> pass{};
   pass.rows = layer.rows(0, layer.steps);
@@ -283,13 +301,15 @@ void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   pass.zoneout_h = blend_of<T>(layer.zoneout_h, 0);
   pass.zoneout_c = blend_of<T>(layer.zoneout_c, 0);
   check_workspace(run(*layer.cell, pass));
+  add_to(swept.grad_bias, bias);
+  add_to(swept.grad_unit_weights, others);
 }
 
-// Products over all steps: the gradients of the input and of the weights that `needs` names.
+// Products over all steps: the gradients of the input and of weights, which are added to what is there (accumulate).
 class Gradients {
  public:
-  Gradients(const RnnLayer& layer, const Swept& swept, const Tensor& output, bool reverse)
-      : layer_(layer), swept_(swept), output_(as_rows(output)), reverse_(reverse) {
+  Gradients(const RnnLayer& layer, const Swept& swept, const Tensor& output, bool reverse, bool accumulate)
+      : layer_(layer), swept_(swept), output_(as_rows(output)), reverse_(reverse), accumulate_(accumulate) {
     if (layer.ragged()) previous_ = pack_previous(layer, output, reverse);
   }
 
@@ -302,7 +322,7 @@ class Gradients {
 
   // A weight that `factor` [packed rows, .] was multiplied by: grad = D^T factor, D being columns of grad_pre.
   void weight(Tensor& grad, int64_t first_column, const Tensor& factor) const {
-    product(grad, torch::stable::transpose(columns(first_column, grad.size(0)), 0, 1), factor);
+    product(grad, torch::stable::transpose(columns(first_column, grad.size(0)), 0, 1), factor, accumulate_);
   }
 
   // A weight that h' was multiplied by.
@@ -312,12 +332,16 @@ class Gradients {
     const int64_t B = layer_.batch, rest = layer_.packed_rows - B;
     if (rest > 0) {
       product(grad, torch::stable::transpose(rows_of(D, reverse_ ? 0 : B, rest), 0, 1),
-              rows_of(output_, reverse_ ? B : 0, rest));
-    } else {
+              rows_of(output_, reverse_ ? B : 0, rest), accumulate_);
+    } else if (!accumulate_) {
       torch::stable::zero_(grad);
     }
     if (layer_.single() ? all_zero<float>(layer_.h_0) : all_zero<double>(layer_.h_0)) return;
     product(grad, torch::stable::transpose(rows_of(D, reverse_ ? rest : 0, B), 0, 1), layer_.h_0, true);
+  }
+
+  void weight_hr(Tensor& grad) const {
+    product(grad, torch::stable::transpose(swept_.grad_h, 0, 1), swept_.source, accumulate_);
   }
 
   void weight_hh(Tensor& grad) const {
@@ -345,8 +369,86 @@ class Gradients {
   const RnnLayer& layer_;
   const Swept& swept_;
   Tensor output_, previous_;
-  bool reverse_;
+  bool reverse_, accumulate_;
 };
+
+// What a backward pass is asked for.
+struct Results {
+  bool input;
+  std::vector<bool> weights;
+  Tensor grad_input;
+  std::vector<Tensor> grad_weights;
+};
+
+// The backward pass of a layer, or of a part of one as if it were a whole: the gradients of what is multiplied.
+void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
+                   bool reverse, bool accumulate, Scratch& scratch, Swept& swept, Results& results) {
+  const RnnCellEntry& traits = *layer.cell;
+  const int64_t rows = layer.gate_rows();
+  const bool projected = bool(layer.weight_hr());
+  swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width());
+  if (traits.first || projected) swept.source = new_empty(layer.input, {layer.packed_rows, layer.hidden});
+  if (projected) swept.grad_h = new_empty(layer.input, {layer.packed_rows, layer.outputs});
+  (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, accumulate,
+                                                                    swept);
+
+  const Gradients gradients(layer, swept, output, reverse, accumulate);
+  const std::vector<bool>& wanted = results.weights;
+  std::vector<Tensor>& found = results.grad_weights;
+  if (results.input) gradients.input(results.grad_input);
+  if (wanted[kWeightIh] || (traits.extra && wanted[kCommonWeights])) {
+    const Tensor factor = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+    if (wanted[kWeightIh]) gradients.weight(found[kWeightIh], 0, factor);
+    if (traits.extra && wanted[kCommonWeights]) gradients.weight(found[kCommonWeights], rows, factor);
+  }
+  if (wanted[kWeightHh]) gradients.weight_hh(found[kWeightHh]);
+  if (traits.extra && wanted[kCommonWeights + 1]) {
+    gradients.recurrent(found[kCommonWeights + 1], traits.first_pre * layer.hidden);
+  }
+  if (projected && wanted[kCommonWeights]) gradients.weight_hr(found[kCommonWeights]);
+}
+
+// A layer without lengths, part by part from the end of its recurrence on, each with the state that the part before it
+// left: dL/dpre of all steps is never held at once.
+void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
+                    bool reverse, Swept& swept, Results& results) {
+  const int64_t T = layer.steps, B = layer.batch, value = layer.single() ? 4 : 8;
+  const int64_t longest = std::max<int64_t>(1, kGradBytes / (B * layer.grad_width() * value));
+  const int64_t parts = layer.ragged() ? 1 : (T + longest - 1) / longest;
+  const int64_t most = layer.ragged() ? layer.packed_rows : (T + parts - 1) / parts * B;
+  Scratch scratch(layer.input, most * layer.grad_width());
+  if (parts == 1) return backward_part(layer, grads, output, kept, reverse, false, scratch, swept, results);
+  const auto times = [&](const Tensor& t, int64_t first, int64_t count) {
+    return t.defined() ? layer.joined ? rows_of(t, first * B, count * B) : rows_of(t, first, count) : t;
+  };
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t index = reverse ? i : parts - 1 - i;
+    const int64_t first = T * index / parts, count = T * (index + 1) / parts - first;
+    const bool begins = i + 1 == parts;  // where the recurrence does
+    const auto blend = [&](const OptionalTensor& z) {
+      return z && z->numel() > 1 ? OptionalTensor(times(*z, first, count)) : z;
+    };
+    RnnLayer part = layer;
+    part.steps = count;
+    part.packed_rows = count * B;
+    part.input = times(layer.input, first, count);
+    part.zoneout_h = blend(layer.zoneout_h);
+    part.zoneout_c = blend(layer.zoneout_c);
+    const int64_t before = reverse ? first + count : first - 1;
+    if (!begins) part.h_0 = as_rows(times(output, before, 1));
+    if (!begins && layer.c_0) part.c_0 = as_rows(times(kept.cells, before, 1));
+    GradOutputs outer;
+    if (grads.output) outer.output = times(*grads.output, first, count);
+    outer.h_n = i ? OptionalTensor(swept.grad_h_0) : grads.h_n;
+    if (layer.c_0) outer.c_n = i ? OptionalTensor(swept.grad_c_0) : grads.c_n;
+    const Kept own{times(kept.gates, first, count), times(kept.cells, first, count), times(kept.normed, first, count),
+                   times(kept.stats, first, count)};
+    Tensor whole = results.grad_input;
+    if (results.input) results.grad_input = times(whole, first, count);
+    backward_part(part, outer, times(output, first, count), own, reverse, i > 0, scratch, swept, results);
+    results.grad_input = whole;
+  }
+}
 
 void copy_rows(Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
   Tensor part = rows_of(to, first, count);
@@ -380,7 +482,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   const RnnCellEntry& traits = *layer.cell;
   const ScalarType dtype = input.scalar_type();
   const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
-  const bool has_cell = traits.has_cell, projected = bool(layer.weight_hr());
+  const bool has_cell = traits.has_cell;
   STD_TORCH_CHECK(needs.size() == weights.size() + 1, "seqaccel: expected needs to have ", int64_t(weights.size() + 1),
                   " entries, but got ", int64_t(needs.size()));
   const Kept kept = check_kept(layer, saved);
@@ -392,62 +494,44 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   output = to_contiguous(detach(output));
   const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
 
-  Tensor grad_input = needs[0] ? layer.new_rows(layer.inputs) : new_empty(input, {0});
+  Results results{needs[0], {}, needs[0] ? layer.new_rows(layer.inputs) : new_empty(input, {0}), {}};
   Swept swept;
   swept.grad_h_0 = new_empty(input, {B, P});
   swept.grad_c_0 = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
-  std::vector<Tensor> grad_weights;
-  const auto wanted = [&](int i) { return needs[size_t(i) + 1] && bool(weights[size_t(i)]); };
-  for (int i = 0; i < int(weights.size()); ++i) {
-    grad_weights.push_back(wanted(i) ? torch::stable::empty_like(layer.weight(i)) : new_empty(input, {0}));
+  std::vector<Tensor>& grad_weights = results.grad_weights;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    results.weights.push_back(needs[i + 1] && bool(weights[i]));
+    grad_weights.push_back(results.weights[i] ? torch::stable::empty_like(layer.weight(int(i)))
+                                              : new_empty(input, {0}));
   }
+  const std::vector<bool>& wanted = results.weights;
   if (layer.packed_rows == 0) {
     for (Tensor& grad : grad_weights) torch::stable::zero_(grad);
-    for (Tensor* grad : {&grad_input, &swept.grad_h_0, &swept.grad_c_0}) torch::stable::zero_(*grad);
+    for (Tensor* grad : {&results.grad_input, &swept.grad_h_0, &swept.grad_c_0}) torch::stable::zero_(*grad);
     if (grads.h_n) torch::stable::copy_(swept.grad_h_0, *grads.h_n);
     if (grads.c_n) torch::stable::copy_(swept.grad_c_0, *grads.c_n);
-    return {grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
+    return {results.grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
   }
 
-  const int64_t grad_width = traits.norm ? 2 * rows : layer.pre_width();
-  Scratch scratch(input, layer.packed_rows * grad_width);
-  swept.grad_pre = scratch.matrix(layer.packed_rows, grad_width);
   swept.grad_bias = new_empty(input, {layer.pre_width()});
   swept.grad_unit_weights = new_empty(input, {traits.unit_weights * H});
-  if (traits.first || projected) swept.source = new_empty(input, {layer.packed_rows, H});
-  if (projected) swept.grad_h = new_empty(input, {layer.packed_rows, P});
-  (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, swept);
-
-  const Gradients gradients(layer, swept, output, reverse);
-  if (needs[0]) gradients.input(grad_input);
-  if (wanted(kWeightIh) || (traits.extra && wanted(kCommonWeights))) {
-    const Tensor factor = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
-    if (wanted(kWeightIh)) gradients.weight(grad_weights[kWeightIh], 0, factor);
-    if (traits.extra && wanted(kCommonWeights)) gradients.weight(grad_weights[kCommonWeights], rows, factor);
-  }
-  if (wanted(kWeightHh)) gradients.weight_hh(grad_weights[kWeightHh]);
-  if (traits.extra && wanted(kCommonWeights + 1)) {
-    gradients.recurrent(grad_weights[kCommonWeights + 1], traits.first_pre * H);
-  }
-  if (projected && wanted(kCommonWeights)) {
-    product(grad_weights[kCommonWeights], torch::stable::transpose(swept.grad_h, 0, 1), swept.source);
-  }
+  backward_parts(layer, grads, output, kept, reverse, swept, results);
   // The last gate's pre-activation of h' may lie apart, behind the others.
   const int64_t joined = traits.apart ? rows - H : rows;
-  if (wanted(kBiasIh)) copy_rows(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
-  if (wanted(kBiasHh)) {
+  if (wanted[kBiasIh]) copy_rows(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
+  if (wanted[kBiasHh]) {
     copy_rows(grad_weights[kBiasHh], 0, swept.grad_bias, 0, joined);
     if (joined < rows) copy_rows(grad_weights[kBiasHh], joined, swept.grad_bias, rows, rows - joined);
   }
   for (int i = layer.first_unit_tensor(), done = 0, tensor = 0; done < traits.unit_weights; ++i, ++tensor) {
     const int64_t count = traits.weight_tensors[tensor];
-    if (wanted(i)) {
+    if (wanted[size_t(i)]) {
       Tensor flat = torch::stable::view(grad_weights[size_t(i)], {count * H});
       copy_rows(flat, 0, swept.grad_unit_weights, done * H, count * H);
     }
     done += int(count);
   }
-  return {grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
+  return {results.grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ struct RnnLayer {
   int64_t pre_width() const { return cell->pre * hidden; }
   int64_t saved_width() const { return cell->saved * hidden; }
   int64_t gate_rows() const { return cell->gates * hidden; }
+  int64_t grad_width() const { return cell->norm ? 2 * gate_rows() : pre_width(); }  // of dL/dpre
   int64_t input_width() const { return cell->inputs * hidden; }
   // A cell's own weights: weight_hr, or weight_mx and weight_mh, or those of units, in the order of weight_tensors.
   const OptionalTensor& weight_hr() const { return cell->projects ? weights[kCommonWeights] : kNone; }
