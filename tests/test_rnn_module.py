@@ -119,6 +119,10 @@ def test_messages_for_packed_sequences():
         packed = pack_padded_sequence(torch.zeros(3, 2, 5), [3, 1])
         with pytest.raises(RuntimeError, match=rf"Expected {part} size \(1, 2, 8\), got \[1, 3, 8\]"):
             module(packed, some_state(module, 3))
+    for sizes in ([2, 1, 2], [2, 2, 0]):
+        packed = PackedSequence(torch.zeros(sum(sizes), 5), torch.tensor(sizes))
+        with pytest.raises(ValueError, match="expected batch_sizes not to increase"):
+            make("LSTM", {}, torch.float32)(packed)
 
 
 # ---- every module against its layers, one by one ----

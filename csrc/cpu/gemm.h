@@ -32,19 +32,5 @@ SEQACCEL_INLINE void tile_multiply(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t 
 
 inline ptrdiff_t panel_count(ptrdiff_t n, int width) { return (n + width - 1) / width; }
 
-// Packs panel j of B, whose element (k, n) is b[k * k_stride + n * n_stride], into out [K, width].
-template <typename T>
-inline void pack_panel(T* out, const T* b, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t K, ptrdiff_t N,
-                       ptrdiff_t j, int width) {
-  const ptrdiff_t first = j * width;
-  const ptrdiff_t filled = N - first < width ? N - first : width;
-  for (ptrdiff_t k = 0; k < K; ++k) {
-    const T* row = b + k * k_stride + first * n_stride;
-    for (ptrdiff_t n = 0; n < filled; ++n) out[n] = row[n * n_stride];
-    for (ptrdiff_t n = filled; n < width; ++n) out[n] = T(0);
-    out += width;
-  }
-}
-
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence calculates the input's part itself
 constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
-constexpr int64_t kGradBytes = int64_t(32) << 20;  // of dL/dpre, held at a time: a backward pass takes so many steps
+// Of dL/dpre, held at a time: a backward pass of sequences of one length takes so many steps, at least one.
+constexpr int64_t kGradBytes = int64_t(32) << 20;
 
 bool run(const RnnCellEntry& cell, const RnnForward<float>& pass) { return cell.forward_float(pass); }
 bool run(const RnnCellEntry& cell, const RnnForward<double>& pass) { return cell.forward_double(pass); }
@@ -234,8 +235,10 @@ Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) 
     const int64_t inner = earlier < 0 || earlier >= layer.steps ? 0 : layer.running[size_t(earlier)];
     for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
       const int64_t row = layer.order[size_t(b)];
-      const int64_t before = layer.joined ? layer.offset(earlier) + b : earlier * layer.batch + row;
-      std::memcpy(to, b < inner ? from + size_t(before) * bytes : h_0 + size_t(row) * bytes, bytes);
+      const char* source = h_0 + size_t(row) * bytes;
+      if (b < inner)
+        source = from + size_t(layer.joined ? layer.offset(earlier) + b : earlier * layer.batch + row) * bytes;
+      std::memcpy(to, source, bytes);
     }
   }
   return packed;

@@ -54,7 +54,7 @@ struct RnnForward {
   int64_t x_row;
   T* saved;   // packed [., kSaved*H]; may be x. Null: nothing is kept; not so where a step has two products
   T* cells;   // packed [., H]: the new c, or null
-  T* output;  // padded [steps, B, P]; may be x where rows are not packed. Rows that do not run stay as they are
+  T* output;  // padded [steps, B, P]; may be x where its rows lie as x's do. Rows that do not run stay as they are
   T* h_n;     // [B, P]
   T* c_n;     // [B, H]
   RnnBlend<T> zoneout_h, zoneout_c;

@@ -1,13 +1,11 @@
 // Vectors of the instruction set at hand, and the functions a recurrent cell or a softmax needs.
 //
-//   Vec<T>        a register of Lanes<T> values, T float or double (a GCC vector extension type: + - * / and ?: work on
-//   it)
-//   exp           relative error <= 2 ulp; 0 below the smallest normal number, infinity within 0.4 of the overflow
-//                 threshold
-//   sigmoid(x)    1 / (1 + e^-x)
-//   |tanh(x)|     -E / (E + 2) with E = expm1(-2|x|), so that small arguments keep their relative accuracy; what
-//   rounding
-//                 takes of E, E + 2 and the quotient is put back: error 0.3 ulp (root of the mean square), not 0.8
+//   Vec<T>      a register of Lanes<T> values, T float or double (a GCC vector extension type: + - * / and ?: work on
+//   it) exp         relative error <= 2 ulp; 0 below the smallest normal number, infinity within 0.4 of the overflow
+//   threshold sigmoid(x)  1 / (1 + e^-x) |tanh(x)|   -E / (E + 2) with E = expm1(-2|x|), so that small arguments keep
+//   their relative accuracy; what rounding
+//               takes of E, of E + 2 and of the quotient is put back. Root of the mean square error 0.3 ulp, and 0.4
+//               without fused multiply-adds; 0.8 if it were not
 //
 // expm1(x) = 2^n p + (2^n - 1), with n = round(x log2 e), r = x - n ln 2, p = expm1(r) = r + r^2 g(r); g is a
 // polynomial fitted at Chebyshev nodes on |r| <= 1.01 ln(2)/2 (error 2.4e-8 for float, 5.5e-19 for double, relative to
