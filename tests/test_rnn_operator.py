@@ -217,13 +217,12 @@ def test_backward_in_parts(poison, cell, projected):
     T, B, H = 36, 6000 // CELLS[cell].gates, 20
     tensors = problem(cell, T, B, 2, H, projected=projected)
     grads = random_grads(cell, tensors)
-    for reverse in (False, True):
-        options = {"reverse": reverse}
-        if CELLS[cell].zoneout and reverse:
-            options["zoneout_h"] = torch.rand(T, B, tensors["h_0"].shape[1], dtype=torch.float64)
-        expected = results(cell, tensors, "reference", grads, **options)
-        for name, found in results(cell, tensors, "cpp", grads, **options).items():
-            torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    options = {"reverse": projected or CELLS[cell].gates == 3}
+    if CELLS[cell].zoneout and options["reverse"]:
+        options["zoneout_h"] = torch.rand(T, B, tensors["h_0"].shape[1], dtype=torch.float64)
+    expected = results(cell, tensors, "reference", grads, **options)
+    for name, found in results(cell, tensors, "cpp", grads, **options).items():
+        torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @each_kind("cpp")
