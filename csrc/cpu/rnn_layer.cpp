@@ -83,13 +83,9 @@ void check_packed(const Tensor& input, const OptionalTensor& lengths, RnnLayer& 
 
 template <typename T>
 void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const int64_t M = a.size(0), K = a.size(1), N = b.size(1);
-  const int64_t slice = N < kNarrow ? kSlice : std::max(K, int64_t(1));
-  for (int64_t k = 0; k == 0 || k < K; k += slice) {
-    matmul(Matmul<T>{M, N, std::min(slice, K - k), a.const_data_ptr<T>() + k * a.stride(1), a.stride(0), a.stride(1),
-                     b.const_data_ptr<T>() + k * b.stride(0), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(),
-                     out.stride(0), accumulate || k > 0});
-  }
+  matmul(Matmul<T>{a.size(0), b.size(1), a.size(1), a.const_data_ptr<T>(), a.stride(0), a.stride(1),
+                   b.const_data_ptr<T>(), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(), out.stride(0),
+                   accumulate});
 }
 
 size_t value_bytes(const RnnLayer& layer) { return layer.single() ? 4 : 8; }

@@ -9,8 +9,7 @@
 
 namespace seqaccel {
 
-constexpr int64_t kFewRows = 32;               // up to here a product reads the rows of the weight as they are
-constexpr int64_t kNarrow = 16, kSlice = 128;  // columns, and terms of a partial sum, of a sliced product
+constexpr int64_t kFewRows = 32;  // up to here a product reads the rows of the weight as they are
 
 // The weights of every cell, in this order; the cell's own follow.
 enum RnnWeight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kCommonWeights };
@@ -91,8 +90,7 @@ Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
 // out = a b.
 void mm_out(Tensor& out, const Tensor& a, const Tensor& b);
 
-// out (+)= a b, a [M, K], b [K, N]; rows of out are contiguous. MKL sums a product of few columns in one chain over K,
-// whose rounding error grows with the square root of K: such a product is taken in slices.
+// out (+)= a b, a [M, K], b [K, N]; rows of out are contiguous.
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
 // Padded [T, B, N] to packed rows [packed_rows, N], and back (0 where no row runs).
