@@ -7,7 +7,7 @@
 // and the softmax over keys runs down the lanes: no reduction across a vector.
 #pragma once
 
-#include "../vec.h"
+#include "../shuffle.h"
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
@@ -58,32 +58,6 @@ SEQACCEL_INLINE void for_row_tiles(ptrdiff_t n, const F& f) {
   }
 }
 
-// Transposes Lanes x Lanes values held in registers, by log2(Lanes) perfect shuffles.
-template <typename T>
-SEQACCEL_INLINE void transpose_registers(Vec<T> (&v)[Lanes<T>]) {
-  typedef typename VecTypes<T>::Int Int;
-  constexpr int L = Lanes<T>;
-  Int low = {}, high = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < L / 2; ++i) {
-    low[2 * i] = i;
-    low[2 * i + 1] = L + i;
-    high[2 * i] = L / 2 + i;
-    high[2 * i + 1] = L + L / 2 + i;
-  }
-#pragma GCC unroll 8
-  for (int stage = 1; stage < L; stage *= 2) {
-    Vec<T> w[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      w[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
-      w[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) v[i] = w[i];
-  }
-}
-
 // out[c * out_row + r] = factor * in[r * in_row + c] for r < rows, c < columns; out is zero for rows <= r < width, a
 // multiple of Lanes.
 template <typename T>
@@ -97,7 +71,7 @@ inline void transpose_in(T* out, ptrdiff_t out_row, const T* in, ptrdiff_t in_ro
         Vec<T> v[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) v[i] = load(in + (r + i) * in_row + c) * factor;
-        transpose_registers<T>(v);
+        transpose<T>(v);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) store(out + (c + i) * out_row + r, v[i]);
       }
@@ -122,7 +96,7 @@ inline void transpose_out(T* out, ptrdiff_t out_row, const T* in, ptrdiff_t in_r
         Vec<T> v[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) v[i] = load(in + (c + i) * in_row + r) * factor;
-        transpose_registers<T>(v);
+        transpose<T>(v);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) store(out + (r + i) * out_row + c, v[i]);
       }
