@@ -45,7 +45,11 @@ def test_elementary_functions_at_the_special_values(isa, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "M, K, N",
-    [(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (13, 1100, 150), (100, 3, 200), (0, 4, 4), (4, 0, 4), (4, 4, 0)],
+    [
+        *[(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (13, 1100, 150), (100, 3, 200)],
+        *[(0, 4, 4), (4, 0, 4), (4, 4, 0)],
+        *[(1, 64, 16), (13, 200, 240), (131, 129, 80), (50, 1000, 512)],  # a transposed and b are read where they lie
+    ],
 )
 def test_matrix_product(isa, poison, M, K, N, dtype):
     for transposed in range(4):

@@ -30,6 +30,9 @@ SEQACCEL_INLINE void tile_multiply(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t 
   }
 }
 
+SEQACCEL_INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+SEQACCEL_INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
 inline ptrdiff_t panel_count(ptrdiff_t n, int width) { return (n + width - 1) / width; }
 
 }  // namespace SEQACCEL_ISA

@@ -16,23 +16,6 @@ constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which
 constexpr ptrdiff_t kLine = 64, kPage = 4096;
 constexpr int kPrefetchRows = 3;  // rows of a register tile that leave time to prefetch
 
-SEQACCEL_INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-SEQACCEL_INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-
-template <typename T>
-SEQACCEL_INLINE Vec<T> load_some(const T* p, int n) {
-  return n == Lanes<T> ? load(p) : load(p, n);
-}
-
-template <typename T>
-SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
-  if (n == Lanes<T>) {
-    store(p, v);
-  } else {
-    store(p, v, n);
-  }
-}
-
 // ---------------------------------------------------------------- lanes to rows
 
 // Groups of W lanes of [a | b]: the even ones, and (High) the odd ones.

@@ -67,6 +67,21 @@ SEQACCEL_INLINE void store(T* p, Vec<T> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// The first n lanes, or all of them.
+template <typename T>
+SEQACCEL_INLINE Vec<T> load_some(const T* p, int n) {
+  return n == Lanes<T> ? load(p) : load(p, n);
+}
+
+template <typename T>
+SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
+  if (n == Lanes<T>) {
+    store(p, v);
+  } else {
+    store(p, v, n);
+  }
+}
+
 template <typename T>
 SEQACCEL_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 in every lane; keeps -0 and NaN
