@@ -304,7 +304,10 @@ bool rnn_backward(const RnnBackward<T>& p) {
   const ptrdiff_t blocks = Product::blocks(H), h_blocks = Product::blocks(P);
   const ptrdiff_t weights = (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
   const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
-  const int threads = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks).threads();
+  const auto split_for = [&](int team) {
+    return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(P));
+  };
+  const int threads = split_for(omp_get_max_threads()).threads();
 
   BackwardState<T> state;
   state.stride = blocks * Product::kWidth + L;
@@ -333,7 +336,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Split split = split_work(team, steps, B, weights, weight_bytes, blocks);
+    const Split split = split_for(team);
     const Member me = member_of(split, thread, p.rows, blocks, barriers);
     const RowShare& rows = me.rows;
     if (thread == 0) parts = split.parts;

@@ -182,11 +182,10 @@ bool rnn_forward(const RnnForward<T>& p) {
   const ptrdiff_t main_blocks = Main::blocks(H), first_blocks = two ? First::blocks(H) : 0;
   const ptrdiff_t last_blocks = projected ? Last::blocks(P) : 0;
   const ptrdiff_t weights = (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
-  const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
+  const ptrdiff_t weight_bytes = (weights + kMain<Cell> * H * inputs) * ptrdiff_t(sizeof(T));
   const Split planned = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, main_blocks);
   const int threads = planned.threads();
-  main.far = input.far = first.far = last.far =
-      beyond_l2((weight_bytes + kMain<Cell> * H * inputs * ptrdiff_t(sizeof(T))) / planned.groups);
+  main.far = input.far = first.far = last.far = beyond_l2(weight_bytes / planned.groups);
 
   ForwardState<T> state;
   state.stride = (panel_count(H, L) + 1) * L;

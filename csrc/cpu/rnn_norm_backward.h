@@ -150,7 +150,10 @@ bool norm_backward(const RnnBackward<T>& p) {
   const bool direct = steps * B <= kDirectRows;
   Product product{p.weights.hh, H, G * H, direct ? H / Product::kWidth : 0};
   const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
-  const int threads = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks).threads();
+  const auto split_for = [&](int team) {
+    return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(H));
+  };
+  const int threads = split_for(omp_get_max_threads()).threads();
 
   NormBackwardState<T> norm;
   BackwardState<T>& state = norm.backward;
@@ -181,7 +184,7 @@ bool norm_backward(const RnnBackward<T>& p) {
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Split split = split_work(team, steps, B, weights, weight_bytes, blocks);
+    const Split split = split_for(team);
     const Member me = member_of(split, thread, p.rows, blocks, barriers);
     const RowShare& rows = me.rows;
     if (thread == 0) parts = split.parts;

@@ -10,21 +10,27 @@
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-// With so many, parts of the batch, which never wait for each other, are as fast as a split of the units; and beside a
-// process that spins on every core they take twice their time, where a barrier a step made it 5.7 times.
-constexpr ptrdiff_t kRowsPerThread = 16;
+// Rows for each thread, with which parts of the batch, which never wait for each other, are as fast as a split of the
+// units; and beside a process that spins on every core they take twice their time, where a barrier a step made it 5.7
+// times. The fewer where a core's L2 holds all the weights. Units that are split have dL/dpre to exchange in a backward
+// step, at 13 ns a line of 64 bytes (Intel, 2 MB of L2 a core: two thirds of a step more at 16 rows, H = 256).
+constexpr ptrdiff_t kRowsPerThread = 16, kRowsFromL2 = 4;
+inline ptrdiff_t backward_rows(ptrdiff_t outputs) { return outputs <= 128 ? 2 : kRowsFromL2; }
 constexpr ptrdiff_t kDirectRows = 64;  // in all: up to here packing a weight costs more than its products gain
 constexpr ptrdiff_t kAheadRows = 48;   // of the input's part of the pre-activations, calculated at a time
 
-// Whether a thread's share of panels is more than the second-level cache of its core holds beside what else passes.
-inline bool beyond_l2(ptrdiff_t bytes) {
+// Of the second-level cache of a core.
+inline ptrdiff_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else
   static const long size = 0;
 #endif
-  return bytes > (size > 0 ? size : 1 << 20) / 4 * 3;
+  return size > 0 ? size : 1 << 20;
 }
+
+// Whether a thread's share of panels is more than its L2 holds beside what else passes.
+inline bool beyond_l2(ptrdiff_t bytes) { return bytes > l2_bytes() / 4 * 3; }
 
 struct Barrier {
   alignas(64) int arrived;
@@ -59,9 +65,9 @@ struct Split {
 };
 
 inline Split split_work(int threads, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t weights, ptrdiff_t weight_bytes,
-                        ptrdiff_t blocks) {
+                        ptrdiff_t blocks, ptrdiff_t rows_from_l2 = kRowsFromL2) {
   if (double(steps) * double(batch) * double(weights) < 262144.0) return {1, 1};
-  const ptrdiff_t rows = weight_bytes <= 262144 ? 8 : kRowsPerThread;
+  const ptrdiff_t rows = beyond_l2(weight_bytes) ? kRowsPerThread : rows_from_l2;
   int parts = threads;
   while (parts > 1 && (threads % parts != 0 || batch / parts < rows)) --parts;
   const ptrdiff_t useful = max_of(1, batch / parts * weights / 16384);  // about 0.5 us of work a step for each thread
