@@ -270,6 +270,28 @@ def test_any_number_of_threads(cell, projected, threads):
         torch.set_num_threads(before)
 
 
+def test_large_saved_tensors_take_the_memory_of_dead_ones():
+    T, B, H = 40, 32, 256  # 5 MB of gates; c is small
+    weights = [torch.randn(4 * H, H) / 16, torch.randn(4 * H, H) / 16, None, None, None]
+    state = torch.zeros(B, H)
+
+    def gates(x):
+        return torch.ops.seqaccel.rnn_forward("lstm", x, state, state, weights, None, None, None, False, True)[3][0]
+
+    inputs = [torch.randn(T, B, H) for _ in range(3)]
+    alive = gates(inputs[0])
+    expected, dead = alive.clone(), gates(inputs[1])
+    place = dead.data_ptr()
+    assert place != alive.data_ptr()
+    del dead
+    new = gates(inputs[2])
+    if torch.__version__ >= torch.torch_version.TorchVersion("2.11"):
+        assert new.data_ptr() == place
+    assert new.data_ptr() != alive.data_ptr() and torch.equal(alive, expected)
+    assert torch.equal(gates(inputs[0]), expected)
+    assert new.is_contiguous() and new.shape == (T, B, 4 * H) and new.dtype == torch.float32
+
+
 @each_kind("cpp")
 def test_profile_shows_no_torch_operator_of_the_job(cell, projected):
     tensors = problem(cell, 4, 3, 5, 20, projected=projected, dtype=torch.float32)

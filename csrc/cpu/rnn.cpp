@@ -188,9 +188,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
   const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
   const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
   Kept kept;
-  if (save && layer.cell->saved > 0) kept.gates = layer.new_rows(layer.saved_width());
-  if (save && has_cell) kept.cells = layer.new_rows(H);
-  if (save && norm) kept.normed = layer.new_rows(2 * layer.gate_rows());
+  if (save && layer.cell->saved > 0) kept.gates = layer.new_kept(layer.saved_width());
+  if (save && has_cell) kept.cells = layer.new_kept(H);
+  if (save && norm) kept.normed = layer.new_kept(2 * layer.gate_rows());
   if (save && norm) kept.stats = layer.new_rows(kNormStats);
   Outputs outputs;
   outputs.output = layer.new_rows(P);
@@ -390,8 +390,8 @@ void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor
   const int64_t rows = layer.gate_rows();
   const bool projected = bool(layer.weight_hr());
   swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width());
-  if (traits.first || projected) swept.source = new_empty(layer.input, {layer.packed_rows, layer.hidden});
-  if (projected) swept.grad_h = new_empty(layer.input, {layer.packed_rows, layer.outputs});
+  if (traits.first || projected) swept.source = new_pooled(layer.input, {layer.packed_rows, layer.hidden});
+  if (projected) swept.grad_h = new_pooled(layer.input, {layer.packed_rows, layer.outputs});
   (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, accumulate,
                                                                     swept);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "matmul.h"
+#include "pool.h"
 #include "rnn.h"
 #include "tensor.h"
 
@@ -36,6 +37,10 @@ struct RnnLayer {
   // A new tensor of rows of `width` values for every step and sequence, as the caller's are.
   Tensor new_rows(int64_t width) const {
     return joined ? new_empty(input, {packed_rows, width}) : new_empty(input, {steps, batch, width});
+  }
+  // One that is kept for the backward pass.
+  Tensor new_kept(int64_t width) const {
+    return joined ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
   }
   void check_rows(const Tensor& t, const char* name, int64_t width) const {
     if (joined) return check_tensor(t, name, {packed_rows, width}, input.scalar_type());

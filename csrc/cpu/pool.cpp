@@ -1,0 +1,103 @@
+#include "pool.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <mutex>
+
+namespace seqaccel {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kSmallest = 2 * kHugePage;    // smaller tensors come from malloc, which keeps their pages itself
+constexpr size_t kUnused = size_t(256) << 20;  // bytes of all blocks that no tensor uses
+
+struct Block {
+  void* data;
+  size_t size;
+};
+
+// Never destroyed: tensors may die after it would be.
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> blocks;  // unused, the one given back last at the end
+  size_t unused = 0;
+
+  static Pool& instance() {
+    static Pool* const pool = new Pool;
+    return *pool;
+  }
+
+  // The smallest block that has room, if it is not much larger; else a new one. Null: out of memory.
+  Block take(size_t bytes) {
+    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      auto found = blocks.end();
+      for (auto block = blocks.begin(); block != blocks.end(); ++block) {
+        const bool fits = block->size >= size && block->size <= 2 * size;
+        if (fits && (found == blocks.end() || block->size < found->size)) found = block;
+      }
+      if (found != blocks.end()) {
+        const Block block = *found;
+        blocks.erase(found);
+        unused -= block.size;
+        return block;
+      }
+    }
+    void* const data = std::aligned_alloc(kHugePage, size);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (data) madvise(data, size, MADV_HUGEPAGE);
+#endif
+    return {data, size};
+  }
+
+  void give(Block block) {
+    std::vector<Block> dropped;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      blocks.push_back(block);
+      unused += block.size;
+      while (unused > kUnused) {  // the oldest first
+        unused -= blocks.front().size;
+        dropped.push_back(blocks.front());
+        blocks.erase(blocks.begin());
+      }
+    }
+    for (const Block& old : dropped) std::free(old.data);
+  }
+};
+
+void give_back(void* data, void* size) { Pool::instance().give({data, reinterpret_cast<size_t>(size)}); }
+
+// torch_from_blob of torch 2.11's stable ABI; null before.
+using FromBlob = AOTITorchError (*)(void* data, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                    int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                                    AtenTensorHandle* tensor, int32_t layout, const uint8_t* metadata,
+                                    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+
+FromBlob from_blob() {
+  static const FromBlob function = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return function;
+}
+
+}  // namespace
+
+Tensor new_pooled(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  const bool single = like.scalar_type() == ScalarType::Float;
+  size_t bytes = single ? 4 : 8;
+  for (const int64_t size : sizes) bytes *= size_t(size);
+  if (bytes < kSmallest || from_blob() == nullptr) return new_empty(like, sizes);
+  const Block block = Pool::instance().take(bytes);
+  if (block.data == nullptr) return new_empty(like, sizes);  // which says what torch says
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes.begin()[i];
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.begin(), strides.data(), 0,
+                                            single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+                                            aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(),
+                                            nullptr, 0, give_back, reinterpret_cast<void*>(block.size)));
+  return Tensor(tensor);
+}
+
+}  // namespace seqaccel
