@@ -112,13 +112,9 @@ SEQACCEL_INLINE void product_tile(const TileProduct<T>& p) {
   for (int m = 0; m < MR; ++m, c += c_row) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-      const int left = p.n - v * L;
+      const int count = int(min_of(p.n - v * L, L));
       const Vec<T> sum = load(sums + (m * NV + v) * L);
-      if (left >= L) {
-        store(c + v * L, p.add ? load(c + v * L) + sum : sum);
-      } else if (left > 0) {
-        store(c + v * L, p.add ? load(c + v * L, left) + sum : sum, left);
-      }
+      store_some(c + v * L, p.add ? load_some(c + v * L, count) + sum : sum, count);
     }
   }
 }
@@ -194,8 +190,8 @@ void direct_share(const Matmul<T>& p, ptrdiff_t thread, ptrdiff_t team) {
   const ptrdiff_t tiles = panel_count(p.M, kTileRows), panels = panel_count(p.N, kWidth);
   ptrdiff_t across = 1;
   while (across < panels && across < team && tiles * across < team * kShareTiles) ++across;
+  while (team % across != 0) --across;
   const ptrdiff_t down = team / across, i = thread / across, j = thread % across;
-  if (i >= down) return;
   const ptrdiff_t m0 = tiles * i / down * kTileRows, m1 = min_of(tiles * (i + 1) / down * kTileRows, p.M);
   const ptrdiff_t n0 = panels * j / across * kWidth, n1 = min_of(panels * (j + 1) / across * kWidth, p.N);
   for (ptrdiff_t k0 = 0; k0 < p.K; k0 += kChain) {
@@ -273,7 +269,7 @@ bool matmul_kernel(const Matmul<T>& p) {
   const ptrdiff_t tiles = panel_count(p.M, kTileRows), panels = panel_count(p.N, kWidth);
   const ptrdiff_t depth = p.K < kDepth ? p.K : kDepth;
   const ptrdiff_t strip_size = depth * kTileRows, panel_size = depth * kWidth;
-  const bool pack_rows = p.a_column != 1 || p.a_row == 0;
+  const bool pack_rows = p.a_column != 1;
   Workspace workspace;
   const size_t panels_at = workspace.reserve<T>(panel_size * panels);
   const size_t strips_at = workspace.reserve<T>(pack_rows ? strip_size * tiles : 0);

@@ -28,7 +28,8 @@ struct Pool {
     return *pool;
   }
 
-  // The smallest block that has room, if it is not much larger; else a new one. Null: out of memory.
+  // The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one. Null: out
+  // of memory.
   Block take(size_t bytes) {
     const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     {
@@ -36,7 +37,7 @@ struct Pool {
       auto found = blocks.end();
       for (auto block = blocks.begin(); block != blocks.end(); ++block) {
         const bool fits = block->size >= size && block->size <= 2 * size;
-        if (fits && (found == blocks.end() || block->size < found->size)) found = block;
+        if (fits && (found == blocks.end() || block->size <= found->size)) found = block;
       }
       if (found != blocks.end()) {
         const Block block = *found;
@@ -52,19 +53,16 @@ struct Pool {
     return {data, size};
   }
 
-  void give(Block block) {
-    std::vector<Block> dropped;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      blocks.push_back(block);
-      unused += block.size;
-      while (unused > kUnused) {  // the oldest first
-        unused -= blocks.front().size;
-        dropped.push_back(blocks.front());
-        blocks.erase(blocks.begin());
-      }
+  void give(Block block) noexcept {
+    if (block.size > kUnused) return std::free(block.data);
+    const std::lock_guard<std::mutex> lock(mutex);
+    while (unused + block.size > kUnused) {  // the oldest first
+      unused -= blocks.front().size;
+      std::free(blocks.front().data);
+      blocks.erase(blocks.begin());
     }
-    for (const Block& old : dropped) std::free(old.data);
+    blocks.push_back(block);
+    unused += block.size;
   }
 };
 
@@ -88,10 +86,10 @@ Tensor new_pooled(const Tensor& like, std::initializer_list<int64_t> sizes) {
   size_t bytes = single ? 4 : 8;
   for (const int64_t size : sizes) bytes *= size_t(size);
   if (bytes < kSmallest || from_blob() == nullptr) return new_empty(like, sizes);
-  const Block block = Pool::instance().take(bytes);
-  if (block.data == nullptr) return new_empty(like, sizes);  // which says what torch says
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes.begin()[i];
+  const Block block = Pool::instance().take(bytes);
+  if (block.data == nullptr) return new_empty(like, sizes);  // which says what torch says
   AtenTensorHandle tensor = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.begin(), strides.data(), 0,
                                             single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),

@@ -390,6 +390,7 @@ void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor
   const int64_t rows = layer.gate_rows();
   const bool projected = bool(layer.weight_hr());
   swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width());
+  swept.source = swept.grad_h = Tensor();  // of the part before
   if (traits.first || projected) swept.source = new_pooled(layer.input, {layer.packed_rows, layer.hidden});
   if (projected) swept.grad_h = new_pooled(layer.input, {layer.packed_rows, layer.outputs});
   (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, accumulate,

@@ -6,8 +6,9 @@
 // With weight_hr, the grad_h of the first line has P units, and its product with weight_hr is what Cell::backward
 // takes. With two products, grad_pre[t+1] there is of the first one; grad_pre[t] of the main one, times its weight,
 // goes to Cell::first_backward. Columns of W_hh are packed once a call; with few rows 4 vectors of each row of W_hh
-// itself are read. Threads share the work as in the forward pass (rnn_forward.h). The weights' gradients are products
-// over all steps, after the pass; those of biases and unit weights are summed here.
+// itself are read. Threads share the work as in the forward pass (rnn_forward.h), but split the batch earlier
+// (backward_rows). The weights' gradients are products over all steps, after the pass; those of biases and unit weights
+// are summed here.
 #pragma once
 
 #include "rnn_blocks.h"

@@ -10,10 +10,10 @@
 // rows do as well; nothing is packed.
 //
 // Threads share the units, each its half of the weights in its own L2, and meet after every stage at a barrier that
-// yields after a bounded spin; the batch is split only where the weights are small or rows are many (kRowsPerThread),
-// and its parts never wait for each other. On odd steps the blocks run backwards, so that those read last, still in L2,
-// come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two Zen 4 cores with 1 MB
-// of L2 each.
+// yields after a bounded spin; the batch is split only where a part has rows enough (kRowsPerThread; kRowsFromL2 where
+// all weights fit in L2), and its parts never wait for each other. On odd steps the blocks run backwards, so that those
+// read last, still in L2, come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two
+// Zen 4 cores with 1 MB of L2 each.
 #pragma once
 
 #include "rnn_blocks.h"
