@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 
@@ -12,12 +13,7 @@ constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kSmallest = 2 * kHugePage;    // smaller tensors come from malloc, which keeps their pages itself
 constexpr size_t kUnused = size_t(256) << 20;  // bytes of all blocks that no tensor uses
 
-struct Block {
-  void* data;
-  size_t size;
-};
-
-// Never destroyed: tensors may die after it would be.
+// Never destroyed: tensors and sessions may die after it would be.
 struct Pool {
   std::mutex mutex;
   std::vector<Block> blocks;  // unused, the one given back last at the end
@@ -27,46 +23,9 @@ struct Pool {
     static Pool* const pool = new Pool;
     return *pool;
   }
-
-  // The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one. Null: out
-  // of memory.
-  Block take(size_t bytes) {
-    const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      auto found = blocks.end();
-      for (auto block = blocks.begin(); block != blocks.end(); ++block) {
-        const bool fits = block->size >= size && block->size <= 2 * size;
-        if (fits && (found == blocks.end() || block->size <= found->size)) found = block;
-      }
-      if (found != blocks.end()) {
-        const Block block = *found;
-        blocks.erase(found);
-        unused -= block.size;
-        return block;
-      }
-    }
-    void* const data = std::aligned_alloc(kHugePage, size);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (data) madvise(data, size, MADV_HUGEPAGE);
-#endif
-    return {data, size};
-  }
-
-  void give(Block block) noexcept {
-    if (block.size > kUnused) return std::free(block.data);
-    const std::lock_guard<std::mutex> lock(mutex);
-    while (unused + block.size > kUnused) {  // the oldest first
-      unused -= blocks.front().size;
-      std::free(blocks.front().data);
-      blocks.erase(blocks.begin());
-    }
-    blocks.push_back(block);
-    unused += block.size;
-  }
 };
 
-void give_back(void* data, void* size) { Pool::instance().give({data, reinterpret_cast<size_t>(size)}); }
+void give_back(void* data, void* size) { give_block({data, reinterpret_cast<size_t>(size)}); }
 
 // torch_from_blob of torch 2.11's stable ABI; null before.
 using FromBlob = AOTITorchError (*)(void* data, int64_t dim, const int64_t* sizes, const int64_t* strides,
@@ -81,6 +40,45 @@ FromBlob from_blob() {
 
 }  // namespace
 
+// The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one.
+Block take_block(size_t bytes) {
+  const size_t align = bytes >= kSmallest ? kHugePage : 64;
+  const size_t size = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
+  Pool& pool = Pool::instance();
+  {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    auto found = pool.blocks.end();
+    for (auto block = pool.blocks.begin(); block != pool.blocks.end(); ++block) {
+      const bool fits = block->size >= size && block->size <= size + size / 4;
+      if (fits && (found == pool.blocks.end() || block->size <= found->size)) found = block;
+    }
+    if (found != pool.blocks.end()) {
+      const Block block = *found;
+      pool.blocks.erase(found);
+      pool.unused -= block.size;
+      return block;
+    }
+  }
+  void* const data = std::aligned_alloc(align, size);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (data && align == kHugePage) madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return {data, size};
+}
+
+void give_block(Block block) noexcept {
+  if (block.size > kUnused) return std::free(block.data);
+  Pool& pool = Pool::instance();
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  while (pool.unused + block.size > kUnused) {  // the oldest first
+    pool.unused -= pool.blocks.front().size;
+    std::free(pool.blocks.front().data);
+    pool.blocks.erase(pool.blocks.begin());
+  }
+  pool.blocks.push_back(block);
+  pool.unused += block.size;
+}
+
 Tensor new_pooled(const Tensor& like, std::initializer_list<int64_t> sizes) {
   const bool single = like.scalar_type() == ScalarType::Float;
   size_t bytes = single ? 4 : 8;
@@ -88,7 +86,7 @@ Tensor new_pooled(const Tensor& like, std::initializer_list<int64_t> sizes) {
   if (bytes < kSmallest || from_blob() == nullptr) return new_empty(like, sizes);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes.begin()[i];
-  const Block block = Pool::instance().take(bytes);
+  const Block block = take_block(bytes);
   if (block.data == nullptr) return new_empty(like, sizes);  // which says what torch says
   AtenTensorHandle tensor = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.begin(), strides.data(), 0,

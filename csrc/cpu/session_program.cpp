@@ -5,13 +5,10 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "pool.h"
 
 namespace seqaccel {
 namespace {
@@ -34,19 +31,6 @@ const std::map<std::string, SessionCell> kCells = {
 };
 
 const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu"};
-
-constexpr size_t kPooled = size_t(64) << 20;
-
-// Blocks by size. It outlives every session, and so is never destroyed.
-struct Pool {
-  std::mutex mutex;
-  std::multimap<size_t, char*> blocks;
-  size_t total = 0;
-  static Pool& instance() {
-    static Pool* const pool = new Pool;
-    return *pool;
-  }
-};
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -83,37 +67,13 @@ std::vector<int64_t> SessionCell::shape(size_t weight, int64_t inputs, int64_t h
   return sizes;
 }
 
-void AlignedMemory::GiveBack::operator()(char* p) const {
-  Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.mutex);
-  if (pool.total + size > kPooled) return std::free(p);
-  pool.total += size;
-  pool.blocks.emplace(size, p);
-}
+void AlignedMemory::GiveBack::operator()(char* p) const { give_block({p, size}); }
 
 AlignedMemory::AlignedMemory(size_t bytes, bool zero) {
-  constexpr size_t kHugePage = size_t(2) << 20;
-  const size_t align = bytes >= 2 * kHugePage ? kHugePage : 64;
-  const size_t rounded = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
-  Pool& pool = Pool::instance();
-  {
-    const std::lock_guard<std::mutex> lock(pool.mutex);
-    const auto found = pool.blocks.lower_bound(rounded);
-    if (found != pool.blocks.end() && found->first <= rounded + rounded / 4) {
-      memory_ = std::unique_ptr<char, GiveBack>(found->second, GiveBack{found->first});
-      pool.total -= found->first;
-      pool.blocks.erase(found);
-    }
-  }
-  if (!memory_) {
-    memory_ =
-        std::unique_ptr<char, GiveBack>(static_cast<char*>(std::aligned_alloc(align, rounded)), GiveBack{rounded});
-    if (!memory_) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (align == kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
-#endif
-  }
-  if (zero) std::memset(memory_.get(), 0, rounded);
+  const Block block = take_block(bytes);
+  if (!block.data) throw std::bad_alloc();
+  memory_ = std::unique_ptr<char, GiveBack>(static_cast<char*>(block.data), GiveBack{block.size});
+  if (zero) std::memset(block.data, 0, block.size);
 }
 
 SessionProgram::SessionProgram(int64_t batch, Precision precision)

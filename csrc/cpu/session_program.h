@@ -11,8 +11,7 @@
 
 namespace seqaccel {
 
-// 64-byte aligned memory, on huge pages where it is large; throws std::bad_alloc. What is given back is kept for the
-// next of its size, up to 64 MB in all: touching fresh pages costs more than packing a layer into them.
+// Memory from the pool; throws std::bad_alloc.
 class AlignedMemory {
  public:
   AlignedMemory() = default;
