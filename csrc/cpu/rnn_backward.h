@@ -103,19 +103,24 @@ SEQACCEL_INLINE Vec<T> split_grad(const RnnBlend<T>& blend, ptrdiff_t offset, in
   return kept;
 }
 
-// What backward_update will read of `count` rows from i0 on, and `width` units.
+// What backward_update will read of `count` rows from i0 on and the kColumns vectors of units from `unit` on.
 template <class Cell, typename T>
-void prefetch_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
-                     ptrdiff_t count, ptrdiff_t unit, ptrdiff_t width) {
-  const ptrdiff_t H = p.hidden, now = share.among(step.now_running), inner = share.among(step.earlier_running);
-  for (ptrdiff_t i = i0; i < min_of(i0 + count, now); ++i) {
+void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
+                 ptrdiff_t count, ptrdiff_t unit, LineList& lines) {
+  constexpr ptrdiff_t kBytes = kColumns * SEQACCEL_VECTOR_BYTES;
+  constexpr int kPieces = Cell::kSaved + Cell::kUsesH + 1 + Cell::kHasCell + Cell::kUsesPrev;
+  const ptrdiff_t H = p.hidden, inner = share.among(step.earlier_running);
+  const ptrdiff_t end = min_of(i0 + count, share.among(step.now_running));
+  lines.begin<kBytes>((end - i0) * kPieces);
+  for (ptrdiff_t i = i0; i < end; ++i) {
     const ptrdiff_t b = share.at(i), packed = p.rows.packed(step.t, b), padded = p.rows.padded(step.t, b);
-    for (int g = 0; g < Cell::kSaved; ++g) prefetch_values(p.saved + (packed * Cell::kSaved + g) * H + unit, width);
-    if (Cell::kUsesH) prefetch_values(p.output + padded * H + unit, width);
-    if (p.grad_output && p.outputs == H) prefetch_values(p.grad_output + padded * H + unit, width);
+#pragma GCC unroll 8
+    for (int g = 0; g < Cell::kSaved; ++g) lines.add<kBytes>(p.saved + (packed * Cell::kSaved + g) * H + unit);
+    if (Cell::kUsesH) lines.add<kBytes>(p.output + padded * H + unit);
+    if (p.grad_output && p.outputs == H) lines.add<kBytes>(p.grad_output + padded * H + unit);
     if (i >= inner) continue;
-    if (Cell::kHasCell) prefetch_values(p.cells + p.rows.packed(step.earlier, b) * H + unit, width);
-    if (Cell::kUsesPrev) prefetch_values(p.output + p.rows.padded(step.earlier, b) * H + unit, width);
+    if (Cell::kHasCell) lines.add<kBytes>(p.cells + p.rows.packed(step.earlier, b) * H + unit);
+    if (Cell::kUsesPrev) lines.add<kBytes>(p.output + p.rows.padded(step.earlier, b) * H + unit);
   }
 }
 
@@ -308,7 +313,9 @@ bool rnn_backward(const RnnBackward<T>& p) {
   const auto split_for = [&](int team) {
     return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(P));
   };
-  const int threads = split_for(omp_get_max_threads()).threads();
+  const Split planned = split_for(omp_get_max_threads());
+  const int threads = planned.threads();
+  recurrent.far = main.far = last.far = beyond_l2(weight_bytes / planned.groups);
 
   BackwardState<T> state;
   state.stride = blocks * Product::kWidth + L;
@@ -349,6 +356,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
 #pragma omp barrier
     if (!me.share.idle) {
       alignas(64) T product[kChunk * Product::kWidth];
+      LineList lines;
       T* const sums = state.sums + me.part() * 2 * kSums * state.stride;
       for (ptrdiff_t s = steps - 1; s >= -1; --s) {
         const BackwardStep step = backward_step(p.rows, p.reverse, s);
@@ -361,10 +369,10 @@ bool rnn_backward(const RnnBackward<T>& p) {
           if (products <= 0) return;
           const T* const later = p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + Cell::kFirstPre * H;
           if constexpr (Cell::kApart) {
-            recurrent(products, later, apart, j, 0, K - H, product);
-            recurrent(products, later + K, apart, j, K - H, H, product, true);
+            recurrent(products, later, apart, j, 0, K - H, product, false, &lines);
+            recurrent(products, later + K, apart, j, K - H, H, product, true, &lines);
           } else {
-            recurrent(products, later, apart, j, 0, K, product);
+            recurrent(products, later, apart, j, 0, K, product, false, &lines);
           }
         };
         if (projected) {
@@ -378,12 +386,12 @@ bool rnn_backward(const RnnBackward<T>& p) {
         }
         for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
           const ptrdiff_t unit = j * Product::kWidth;
-          prefetch_update<Cell>(p, rows, step, i, count, unit, min_of(Product::kWidth, H - unit));
+          list_update<Cell>(p, rows, step, i, count, unit, lines);
           if (!projected) {
             multiply_later(j, i, count);
           } else if (now > i) {
             last(min_of(count, now - i), p.grad_h + p.rows.packed(step.t, rows.at(i)) * P, rows.step * P, j, 0, P,
-                 product);
+                 product, false, &lines);
           }
           for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
             backward_update<Cell, T>(p, state, rows, step, i, count, (j * kColumns + v) * L, product + v * L, sums);

@@ -197,6 +197,7 @@ struct ColumnProduct {
   ptrdiff_t N, K;
   ptrdiff_t packed_from = 0;
   T* panels = nullptr;
+  bool far = false;  // a thread's panels are more than its L2 holds
 
   static ptrdiff_t blocks(ptrdiff_t N) { return panel_count(N, kWidth); }
   ptrdiff_t panel_values() const { return (blocks(N) - packed_from) * K * kWidth; }
@@ -207,11 +208,11 @@ struct ColumnProduct {
 
   // With the rows [k0, k0 + count) of W.
   void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t count, T* y,
-                  bool add = false) const {
+                  bool add = false, LineList* lines = nullptr) const {
     const bool packed = j >= packed_from;
     const ptrdiff_t panel_row = packed ? kWidth : N;
     const T* const panel = packed ? panels + (j - packed_from) * K * kWidth : weight + j * kWidth;
-    panel_product<T, kColumns>(rows, a, a_row, panel + k0 * panel_row, panel_row, count, y, add);
+    panel_product<T, kColumns>(rows, a, a_row, panel + k0 * panel_row, panel_row, count, y, add, far, lines);
   }
 };
 

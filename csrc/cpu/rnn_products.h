@@ -43,25 +43,70 @@ SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
 
 // ---------------------------------------------------------------- products
 
-// Where a tile prefetches from at step k: `at` + k * step and the line behind it, or (alone) the panel a page ahead,
-// where the processor's own prefetching ends. On an Intel core with 2 MB of L2 a page ahead made 92 GFLOP/s of 72 for 4
-// rows and 2 MB of panels; a part ahead, for 12 rows and more, another 3 to 6% beyond the L2.
+// Lines to L2 that an update behind a product will touch. Few are fetched at once. Many would wait for each other, and
+// the product for them: they are listed in pairs, and the product's tiles fetch them as they go, a pair a step.
+class LineList {
+ public:
+  // Of `pieces` pieces of kBytes.
+  template <ptrdiff_t kBytes>
+  void begin(ptrdiff_t pieces) {
+    listed_ = pieces * kBytes / kPair >= 2 * kPartial && pieces * kBytes / kPair <= kRoom;
+    taken_ = count_ = 0;
+  }
+  template <ptrdiff_t kBytes>
+  SEQACCEL_INLINE void add(const void* at) {
+#pragma GCC unroll 8
+    for (ptrdiff_t i = 0; i < kBytes; i += kPair) {
+      const char* const pair = static_cast<const char*>(at) + i;
+      if (listed_) {
+        pairs_[count_++] = pair;
+      } else {
+        fetch(pair);
+      }
+    }
+  }
+  // The next `steps` pairs. Null: there are fewer, which are fetched here.
+  const char* const* take(ptrdiff_t steps) {
+    const char* const* const next = pairs_ + taken_;
+    if (count_ - taken_ >= steps) {
+      taken_ += steps;
+      return next;
+    }
+    for (; taken_ < count_; ++taken_) fetch(pairs_[taken_]);
+    return nullptr;
+  }
+
+ private:
+  static constexpr ptrdiff_t kPair = 2 * kLine, kRoom = 2048;
+  SEQACCEL_INLINE static void fetch(const char* pair) {
+    __builtin_prefetch(pair, 0, 2);
+    __builtin_prefetch(pair + kLine, 0, 2);
+  }
+  bool listed_ = false;
+  ptrdiff_t taken_ = 0, count_ = 0;
+  const char* pairs_[kRoom];
+};
+
+// What a tile prefetches at step k: kPage: the panel a page ahead, where the processor's own prefetching ends; kPart:
+// at + k * step and the line behind it; kList: list[k] and the line behind it. On an Intel core with 2 MB of L2 a page
+// ahead made 92 GFLOP/s of 72 for 4 rows and 2 MB of panels; a part ahead, for 12 rows and more, another 3 to 6% beyond
+// the L2.
+enum class Fetch { kPage, kPart, kList };
 struct Ahead {
-  const char* at;
-  ptrdiff_t step;
+  const char* at = nullptr;
+  ptrdiff_t step = 0;
+  const char* const* list = nullptr;
 };
 
 // A tile's share of prefetching the part of a panel behind the one that `tiles` tiles go through.
 template <typename T, int NV>
-SEQACCEL_INLINE Ahead ahead_of(const T* part, ptrdiff_t panel_row, ptrdiff_t tile, ptrdiff_t tiles) {
-  const ptrdiff_t shares = tiles < 4 ? 2 : 4, step = NV * SEQACCEL_VECTOR_BYTES / shares;
-  const char* const here = reinterpret_cast<const char*>(part);
-  if (tile >= shares || panel_row != NV * Lanes<T>) return {here, 0};
-  return {here + kPartial * (NV * SEQACCEL_VECTOR_BYTES + tile * step), step};
+SEQACCEL_INLINE Ahead ahead_of(const T* part, ptrdiff_t tile, ptrdiff_t shares) {
+  const ptrdiff_t step = NV * SEQACCEL_VECTOR_BYTES / shares;
+  return {reinterpret_cast<const char*>(part) + kPartial * (NV * SEQACCEL_VECTOR_BYTES + tile * step), step};
 }
 
 // out [MR, NV vectors] (+)= a [MR, K] * panel; row k of the panel lies at panel + k * panel_row.
-template <typename T, int MR, int NV, bool Alone>
+template <typename T, int MR, int NV, Fetch kFetch>
 void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out, bool add,
               Ahead ahead) {
   Vec<T> acc[MR][NV] = {};
@@ -69,7 +114,8 @@ void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, 
     Vec<T> b[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
-    if (!Alone) {
+    if (kFetch != Fetch::kPage) {
+      if (kFetch == Fetch::kList) ahead.at = ahead.list[k];
       __builtin_prefetch(ahead.at, 0, 2);
       __builtin_prefetch(ahead.at + kLine, 0, 2);
       ahead.at += ahead.step;
@@ -92,22 +138,22 @@ void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, 
   }
 }
 
-template <typename T, int NV, bool Alone>
+template <typename T, int NV, Fetch kFetch>
 void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out,
               bool add, Ahead ahead) {
   switch (rows) {
     case 1:
-      return rnn_tile<T, 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return rnn_tile<T, 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
     case 2:
-      return rnn_tile<T, 2, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return rnn_tile<T, 2, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
     case 3:
-      return rnn_tile<T, kRows >= 3 ? 3 : 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return rnn_tile<T, kRows >= 3 ? 3 : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
     case 4:
-      return rnn_tile<T, kRows >= 4 ? 4 : 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return rnn_tile<T, kRows >= 4 ? 4 : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
     case 5:
-      return rnn_tile<T, kRows >= 5 ? 5 : 1, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return rnn_tile<T, kRows >= 5 ? 5 : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
     default:
-      return rnn_tile<T, kRows, NV, Alone>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return rnn_tile<T, kRows, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
   }
 }
 
@@ -117,9 +163,9 @@ void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdi
 // L1, and prefetch the next ones meanwhile.
 template <typename T, int NV>
 void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
-                   T* out, bool add = false, bool far = false) {
-  const ptrdiff_t tiles = panel_count(rows, kRows);
-  const bool together = far && tiles > 1;
+                   T* out, bool add = false, bool far = false, LineList* lines = nullptr) {
+  const ptrdiff_t tiles = panel_count(rows, kRows), shares = tiles < 4 ? 2 : 4;
+  const bool together = far && tiles > 1, contiguous = panel_row == NV * Lanes<T>;
   const ptrdiff_t depth = together ? kPartial : kDepthBlock;
   for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
     const ptrdiff_t k_end = min_of(K, k0 + depth);
@@ -130,11 +176,19 @@ void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, 
         const ptrdiff_t terms = min_of(kPartial, k_end - k);
         const T* const x = a + first * a_row + k;
         const T* const part = panel + k * panel_row;
-        if (together) {
-          rnn_rows<T, NV, false>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
-                                 ahead_of<T, NV>(part, panel_row, tile, tiles));
+        const bool next_part = together && contiguous && tile < shares;
+        const char* const* const list = next_part || lines == nullptr ? nullptr : lines->take(terms);
+        if (next_part) {
+          rnn_rows<T, NV, Fetch::kPart>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
+                                        ahead_of<T, NV>(part, tile, shares));
+        } else if (list != nullptr) {
+          rnn_rows<T, NV, Fetch::kList>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
+                                        {nullptr, 0, list});
+        } else if (together) {
+          rnn_rows<T, NV, Fetch::kPart>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
+                                        {reinterpret_cast<const char*>(part), 0});
         } else {
-          rnn_rows<T, NV, true>(count, x, a_row, part, panel_row, terms, y, add || k > 0, {});
+          rnn_rows<T, NV, Fetch::kPage>(count, x, a_row, part, panel_row, terms, y, add || k > 0, {});
         }
       }
     }
