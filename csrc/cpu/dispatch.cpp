@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <string>
 
@@ -50,6 +52,15 @@ std::string best_isa_name() { return kNames[int(best_isa())]; }
 void set_isa(std::string name) { isa_slot() = parse_isa(name); }
 
 }  // namespace
+
+bool beyond_l2(std::ptrdiff_t bytes) {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const std::ptrdiff_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const std::ptrdiff_t known = 0;
+#endif
+  return bytes > (known > 0 ? known : 1 << 20) / 4 * 3;
+}
 
 Isa active_isa() { return isa_slot(); }
 

@@ -1,7 +1,12 @@
-// Which instruction set's kernels run.
+// The processor: which instruction set's kernels run, and what its second-level cache holds.
 #pragma once
 
+#include <cstddef>
+
 namespace seqaccel {
+
+// Whether a thread's share of weights is more than the second-level cache of a core holds beside what else passes.
+bool beyond_l2(std::ptrdiff_t bytes);
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
 

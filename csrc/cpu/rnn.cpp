@@ -2,6 +2,8 @@
 // (input projection, weight gradients) go to aten::mm or matmul.h; the recurrence is rnn_forward.h and rnn_backward.h.
 #include "rnn.h"
 
+#include <omp.h>
+
 #include <cstring>
 
 #include "rnn_layer.h"
@@ -10,8 +12,8 @@
 namespace seqaccel {
 namespace {
 
-constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence calculates the input's part itself
-constexpr int64_t kProjectionBytes = int64_t(32) << 20;  // held at a time where nothing is kept for a backward pass
+constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence may calculate the input's part itself
+constexpr int64_t kProjectionBytes = int64_t(64) << 20;  // held at a time where nothing is kept for a backward pass
 // Of dL/dpre, held at a time: a backward pass of sequences of one length takes so many steps, at least one.
 constexpr int64_t kGradBytes = int64_t(32) << 20;
 
@@ -154,12 +156,20 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
   }
 }
 
+// Whether the recurrence calculates the input's part itself, from L1 to L1. Where threads share the units and the
+// weights of both are more than L2 holds, those of the input would drive out the recurrent ones.
+bool is_fused(const RnnLayer& layer) {
+  if (layer.cell->first > 0 || layer.cell->norm || layer.inputs == 0 || layer.packed_rows <= kFusedRows) return false;
+  const int64_t threads = omp_get_max_threads();
+  const int64_t weights = layer.gate_rows() * (layer.inputs + layer.outputs);
+  return layer.batch >= kRowsPerThread * threads || !beyond_l2(weights * (layer.single() ? 4 : 8) / threads);
+}
+
 Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tensor& output) {
   const RnnCellEntry& cell = *layer.cell;
   const int64_t T = layer.steps;
   Projection projection{{}, layer.input_width(), T, true};
-  const bool fused = cell.first == 0 && !cell.norm && layer.inputs > 0 && layer.packed_rows > kFusedRows;
-  if (fused) return projection;
+  if (is_fused(layer)) return projection;
   if (cell.saved == 0 && !layer.padded()) {
     projection.values = as_rows(output);
   } else if (kept.normed.defined()) {
@@ -172,7 +182,7 @@ Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tens
     if (cell.first) projection.width = layer.saved_width();
     const int64_t step_bytes = layer.batch * projection.width * (layer.single() ? 4 : 8);
     projection.chunk = std::min(T, std::max<int64_t>(1, kProjectionBytes / step_bytes));
-    projection.values = new_empty(layer.input, {projection.chunk * layer.batch, projection.width});
+    projection.values = new_pooled(layer.input, {projection.chunk * layer.batch, projection.width});
     projection.whole = false;
   }
   return projection;

@@ -8,6 +8,8 @@
 
 namespace seqaccel {
 
+constexpr int64_t kRowsPerThread = 16;  // of the batch, with which threads share it rather than the units
+
 // The rows of a stretch of time, longest sequence first, so that those running at time t are the first of them. Of a
 // packed tensor only the rows that run lie in memory, step after step; a padded one holds [steps, B] rows in the
 // caller's order, unless the caller's tensors are packed themselves (joined).

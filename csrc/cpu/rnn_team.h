@@ -1,36 +1,22 @@
 // How threads share the steps of a recurrence.
 #pragma once
 
-#include <unistd.h>
-
 #include "isa.h"
+#include "rnn.h"
 #include "rnn_products.h"
 #include "workspace.h"
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-// Rows for each thread, with which parts of the batch, which never wait for each other, are as fast as a split of the
-// units; and beside a process that spins on every core they take twice their time, where a barrier a step made it 5.7
-// times. The fewer where a core's L2 holds all the weights. Units that are split have dL/dpre to exchange in a backward
+// Parts of the batch never wait for each other. With kRowsPerThread rows each they are as fast as a split of the units,
+// and beside a process that spins on every core they take twice their time, where a barrier a step made it 5.7 times.
+// Fewer rows do where a core's L2 holds all the weights: units that are split have dL/dpre to exchange in a backward
 // step, at 13 ns a line of 64 bytes (Intel, 2 MB of L2 a core: two thirds of a step more at 16 rows, H = 256).
-constexpr ptrdiff_t kRowsPerThread = 16, kRowsFromL2 = 4;
+constexpr ptrdiff_t kRowsFromL2 = 4;
 inline ptrdiff_t backward_rows(ptrdiff_t outputs) { return outputs <= 128 ? 2 : kRowsFromL2; }
 constexpr ptrdiff_t kDirectRows = 64;  // in all: up to here packing a weight costs more than its products gain
 constexpr ptrdiff_t kAheadRows = 48;   // of the input's part of the pre-activations, calculated at a time
-
-// Of the second-level cache of a core.
-inline ptrdiff_t l2_bytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-  static const long size = 0;
-#endif
-  return size > 0 ? size : 1 << 20;
-}
-
-// Whether a thread's share of panels is more than its L2 holds beside what else passes.
-inline bool beyond_l2(ptrdiff_t bytes) { return bytes > l2_bytes() / 4 * 3; }
 
 struct Barrier {
   alignas(64) int arrived;
