@@ -10,7 +10,7 @@ namespace seqaccel {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kSmallest = 2 * kHugePage;    // smaller tensors come from malloc, which keeps their pages itself
+constexpr size_t kSmallest = size_t(128) << 10;  // from here on malloc may give pages back to the system
 constexpr size_t kUnused = size_t(256) << 20;  // bytes of all blocks that no tensor uses
 
 // Never destroyed: tensors and sessions may die after it would be.
@@ -42,7 +42,7 @@ FromBlob from_blob() {
 
 // The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one.
 Block take_block(size_t bytes) {
-  const size_t align = bytes >= kSmallest ? kHugePage : 64;
+  const size_t align = bytes >= 2 * kHugePage ? kHugePage : 64;
   const size_t size = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
   Pool& pool = Pool::instance();
   {

@@ -198,9 +198,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
   const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
   const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
   Kept kept;
-  if (save && layer.cell->saved > 0) kept.gates = layer.new_kept(layer.saved_width());
-  if (save && has_cell) kept.cells = layer.new_kept(H);
-  if (save && norm) kept.normed = layer.new_kept(2 * layer.gate_rows());
+  if (save && layer.cell->saved > 0) kept.gates = layer.new_rows(layer.saved_width());
+  if (save && has_cell) kept.cells = layer.new_rows(H);
+  if (save && norm) kept.normed = layer.new_rows(2 * layer.gate_rows());
   if (save && norm) kept.stats = layer.new_rows(kNormStats);
   Outputs outputs;
   outputs.output = layer.new_rows(P);
@@ -515,8 +515,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   std::vector<Tensor>& grad_weights = results.grad_weights;
   for (size_t i = 0; i < weights.size(); ++i) {
     results.weights.push_back(needs[i + 1] && bool(weights[i]));
-    grad_weights.push_back(results.weights[i] ? torch::stable::empty_like(layer.weight(int(i)))
-                                              : new_empty(input, {0}));
+    if (!results.weights[i]) {
+      grad_weights.push_back(new_empty(input, {0}));
+    } else if (weights[i]->dim() == 2) {
+      grad_weights.push_back(new_pooled(input, {weights[i]->size(0), weights[i]->size(1)}));
+    } else {
+      grad_weights.push_back(new_pooled(input, {weights[i]->size(0)}));
+    }
   }
   const std::vector<bool>& wanted = results.weights;
   if (layer.packed_rows == 0) {

@@ -36,10 +36,6 @@ struct RnnLayer {
   bool padded() const { return ragged() && !joined; }
   // A new tensor of rows of `width` values for every step and sequence, as the caller's are.
   Tensor new_rows(int64_t width) const {
-    return joined ? new_empty(input, {packed_rows, width}) : new_empty(input, {steps, batch, width});
-  }
-  // One that is kept for the backward pass.
-  Tensor new_kept(int64_t width) const {
     return joined ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
   }
   void check_rows(const Tensor& t, const char* name, int64_t width) const {
