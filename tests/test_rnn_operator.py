@@ -1,5 +1,7 @@
 """The operators of the recurrent layers: autograd, schemas, bad input, determinism, threads, messages."""
 
+import copy
+
 import pytest
 import torch
 from rnn_cases import call, each_kind, kinds, one_thread, problem, random_grads, results, variant, weights_of
@@ -268,6 +270,43 @@ def test_any_number_of_threads(cell, projected, threads):
             torch.set_num_threads(before)
     finally:
         torch.set_num_threads(before)
+
+
+@each_kind("cpp")
+def test_weights_beyond_the_cache_of_a_core(cell, projected):
+    """There the input's product goes first, panels are fetched part by part, and many rows list what they read."""
+    H = 400 if CELLS[cell].gates > 1 else 900  # 2.5 MB of W_hh for each of two threads
+    for number, B in ((0, 20), (1, 50), (3, 20)):
+        tensors = problem(cell, 4, B, 24, H, projected=projected)
+        options = variant(number, cell, tensors, ["cpp"])
+        grads = random_grads(cell, tensors, **options)
+        expected = results(cell, tensors, "reference", grads, **options)
+        for name, found in results(cell, tensors, "cpp", grads, **options).items():
+            torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_outputs_and_gradients_from_the_pool_are_ordinary_tensors(tmp_path):
+    T, B, H = 16, 8, 512  # 256 KB of output, 4 MB of each weight's gradient
+    module, x = seqaccel.nn.LSTM(H, H), torch.randn(T, B, H, requires_grad=True)
+
+    def step():
+        with seqaccel.backend("cpp"):
+            output = module(x)[0]
+        return output.detach(), *torch.autograd.grad(output.sum(), [x, *module.parameters()])
+
+    held = step()
+    expected = [t.clone() for t in held]
+    with torch.no_grad():
+        x *= 2
+    for _ in range(3):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))  # no one else took what is alive
+    for kept, value in zip(held, expected, strict=True):
+        torch.save(kept, tmp_path / "tensor.pt")
+        assert torch.equal(torch.load(tmp_path / "tensor.pt"), value)
+        assert torch.equal(copy.deepcopy(kept), value)
+        assert torch.equal(kept.share_memory_(), value)
+        kept.resize_(2, 3).zero_()
 
 
 def test_large_saved_tensors_take_the_memory_of_dead_ones():

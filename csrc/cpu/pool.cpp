@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kSmallest = size_t(128) << 10;  // from here on malloc may give pages back to the system
-constexpr size_t kUnused = size_t(256) << 20;  // bytes of all blocks that no tensor uses
+constexpr size_t kUnused = size_t(256) << 20;    // bytes of all blocks that no tensor uses
 
 // Never destroyed: tensors and sessions may die after it would be.
 struct Pool {

@@ -50,7 +50,8 @@ class LineList {
   // Of `pieces` pieces of kBytes.
   template <ptrdiff_t kBytes>
   void begin(ptrdiff_t pieces) {
-    listed_ = pieces * kBytes / kPair >= 2 * kPartial && pieces * kBytes / kPair <= kRoom;
+    const ptrdiff_t pairs = pieces * ((kBytes + kPair - 1) / kPair);
+    listed_ = pairs >= 2 * kPartial && pairs <= kRoom;
     taken_ = count_ = 0;
   }
   template <ptrdiff_t kBytes>
@@ -182,8 +183,7 @@ void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, 
           rnn_rows<T, NV, Fetch::kPart>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
                                         ahead_of<T, NV>(part, tile, shares));
         } else if (list != nullptr) {
-          rnn_rows<T, NV, Fetch::kList>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
-                                        {nullptr, 0, list});
+          rnn_rows<T, NV, Fetch::kList>(count, x, a_row, part, panel_row, terms, y, add || k > 0, {nullptr, 0, list});
         } else if (together) {
           rnn_rows<T, NV, Fetch::kPart>(count, x, a_row, part, panel_row, terms, y, add || k > 0,
                                         {reinterpret_cast<const char*>(part), 0});
