@@ -8,6 +8,9 @@
 
 namespace seqaccel {
 
+constexpr ptrdiff_t kDirectRow = 2048;      // bytes of a row of B that is read in place; longer ones lie too far apart
+constexpr double kSmallProduct = 262144.0;  // M N K, for one thread
+
 // Element (i, j) of A lies at a[i * a_row + j * a_column], of B likewise; rows of C are contiguous, c_row apart.
 template <typename T>
 struct Matmul {

@@ -24,7 +24,6 @@ constexpr ptrdiff_t kDepth = 256;
 constexpr ptrdiff_t kChain = 64;      // products of a partial sum: rounding errors grow with the square root of a chain
 constexpr ptrdiff_t kPackDepth = 32;  // rows of A^T that are packed at a time: the lines they share stay in L1
 constexpr ptrdiff_t kChunkPanels = 8;
-constexpr ptrdiff_t kDirectRow = 2048;                    // bytes of a row of B; longer ones lie too far apart
 constexpr ptrdiff_t kDirectShare = ptrdiff_t(512) << 10;  // bytes of C for each thread, which its L2 has room for
 constexpr ptrdiff_t kShareTiles = 4;                      // of rows for each thread, or columns are shared too
 constexpr int kLine = 64;
@@ -260,7 +259,7 @@ bool matmul_kernel(const Matmul<T>& p) {
     return true;
   }
   constexpr int L = Lanes<T>, kWidth = kTileVectors * L;
-  const bool small = double(p.M) * double(p.N) * double(p.K) < 262144.0;
+  const bool small = double(p.M) * double(p.N) * double(p.K) < kSmallProduct;
   if (is_direct(p, small ? 1 : omp_get_max_threads())) {
 #pragma omp parallel if (!small)
     direct_share(p, omp_get_thread_num(), omp_get_num_threads());

@@ -5,9 +5,9 @@
 //   saved, c, h = Cell::forward(pre + x[t] + bias, ...)   right behind the product, from L1
 // A cell of two products has such a stage for each: source = Cell::first(h' panel + x[t]), then as above with source
 // for h'. With weight_hr, Cell::forward's h is the source of a last stage. Panels of W_hh and W_ih are packed once a
-// call. The input's part is calculated some steps ahead (InputAhead), or with rows enough beside the recurrent part,
-// and never leaves L1. Up to kDirectRows rows in all a product is bound by reading W_hh, and dot products along its own
-// rows do as well; nothing is packed.
+// call. The input's part comes from before the pass (x), or is calculated some steps ahead (InputAhead), or with rows
+// enough beside the recurrent part, and then never leaves L1. Up to kDirectRows rows in all a product is bound by
+// reading W_hh, and dot products along its own rows do as well; nothing is packed.
 //
 // Threads share the units, each its half of the weights in its own L2, and meet after every stage at a barrier that
 // yields after a bounded spin; the batch is split only where a part has rows enough (kRowsPerThread; kRowsFromL2 where

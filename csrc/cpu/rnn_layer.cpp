@@ -88,11 +88,6 @@ void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
                    accumulate});
 }
 
-// matmul.h reads a transposed matrix and a narrow one where they lie, and makes a small product in one go; the others
-// are faster with torch's library on the processors measured (matmul.h takes 5 to 24% more time at H >= 512).
-constexpr int64_t kNarrowBytes = 2048;  // of a row
-constexpr double kSmallProduct = 262144.0;
-
 size_t value_bytes(const RnnLayer& layer) { return layer.single() ? 4 : 8; }
 
 }  // namespace
@@ -186,8 +181,10 @@ void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// matmul.h reads a transposed matrix and a narrow one where they lie, and makes a small product in one go; the others
+// are faster with torch's library on the processors measured (matmul.h takes 5 to 24% more time at H >= 512).
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const bool narrow = a.stride(0) == 1 && b.size(1) * (b.scalar_type() == ScalarType::Float ? 4 : 8) <= kNarrowBytes;
+  const bool narrow = a.stride(0) == 1 && b.size(1) * (b.scalar_type() == ScalarType::Float ? 4 : 8) <= kDirectRow;
   const bool small = double(a.size(0)) * double(a.size(1)) * double(b.size(1)) < kSmallProduct;
   if (!accumulate && !narrow && !small) return mm_out(out, a, b);
   (a.scalar_type() == ScalarType::Float ? multiply<float> : multiply<double>)(out, a, b, accumulate);
