@@ -361,9 +361,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
       for (ptrdiff_t s = steps - 1; s >= -1; --s) {
         const BackwardStep step = backward_step(p.rows, p.reverse, s);
         const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
-        for (ptrdiff_t i = 0; i < known && split.groups > 1; ++i) {
-          prefetch_values(p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row, row);
-        }
+        if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row, row, row, known);
         const auto multiply_later = [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
           const ptrdiff_t products = min_of(i + count, known) - i, apart = rows.step * row, K = recurrent.K;
           if (products <= 0) return;
@@ -383,6 +381,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
             }
           });
           me.wait();
+          if (now > 0) fetch_rows(me, p.grad_h + p.rows.packed(step.t, 0) * P, P, P, now);
         }
         for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
           const ptrdiff_t unit = j * Product::kWidth;
@@ -399,6 +398,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
         });
         if constexpr (Cell::kFirst > 0) {
           me.wait();
+          if (now > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.t, 0) * row, row, row, now);
           for_blocks(me, blocks, s, now, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
             main(count, p.grad_pre + p.rows.packed(step.t, rows.at(i)) * row + Cell::kMainPre * H, rows.step * row, j,
                  0, main.K, product);

@@ -254,6 +254,7 @@ bool rnn_forward(const RnnForward<T>& p) {
           ahead.fill(low, low + count, mine.begin, mine.end);
         }
         const ptrdiff_t running = p.rows.running ? rows.among(p.rows.running[t]) : rows.size;
+        fetch_rows(me, h_prev, state.h_stride, P, running);
         if constexpr (Cell::kFirst > 0) {
           for_blocks(me, first_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
             first(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
@@ -263,6 +264,7 @@ bool rnn_forward(const RnnForward<T>& p) {
             }
           });
           me.wait();
+          fetch_rows(me, state.source, state.stride, H, running);
         }
         const T* const source = two ? state.source : h_prev;
         const ptrdiff_t source_row = two ? state.stride : state.h_stride;
@@ -283,6 +285,7 @@ bool rnn_forward(const RnnForward<T>& p) {
         });
         if (projected) {
           me.wait();
+          fetch_rows(me, state.source, state.stride, H, running);
           for_blocks(me, last_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
             last(count, state.source + rows.at(i) * state.stride, rows.step * state.stride, u, pre);
             for (int v = 0; v < Last::U && (u * Last::U + v) * L < P; ++v) {

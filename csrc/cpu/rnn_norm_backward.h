@@ -200,6 +200,7 @@ bool norm_backward(const RnnBackward<T>& p) {
       for (ptrdiff_t s = steps - 1; s >= -1; --s) {
         const BackwardStep step = backward_step(p.rows, p.reverse, s);
         const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
+        if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row + G * H, row, G * H, known);
         for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
           if (known > i) {
             product(min_of(count, known - i), p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + G * H,

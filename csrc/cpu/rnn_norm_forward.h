@@ -141,6 +141,7 @@ bool norm_forward(const RnnForward<T>& p) {
         const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
         const T* const h_prev = state.h[s & 1];
         const ptrdiff_t running = p.rows.running ? rows.among(p.rows.running[t]) : rows.size;
+        fetch_rows(me, h_prev, state.h_stride, H, running);
         for_blocks(me, blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
           const int units = int(min_of(L, H - u * L));
           product(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
