@@ -285,6 +285,18 @@ def test_weights_beyond_the_cache_of_a_core(cell, projected):
             torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@each_kind("cpp")
+def test_kept_values_beyond_the_caches(cell, projected):
+    """There what is kept for the backward pass is stored past the caches."""
+    for number, B in ((0, 40), (1, 45), (3, 40)):
+        tensors = problem(cell, 100, B, 24, 128, projected=projected)  # 1 to 2.5 KB kept of each of 4,000 rows
+        options = variant(number, cell, tensors, ["cpp"])
+        grads = random_grads(cell, tensors, **options)
+        expected = results(cell, tensors, "reference", grads, **options)
+        for name, found in results(cell, tensors, "cpp", grads, **options).items():
+            torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_outputs_and_gradients_from_the_pool_are_ordinary_tensors(tmp_path):
     T, B, H = 16, 8, 512  # 256 KB of output, 4 MB of each weight's gradient
     module, x = seqaccel.nn.LSTM(H, H), torch.randn(T, B, H, requires_grad=True)

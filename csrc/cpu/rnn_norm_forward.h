@@ -50,7 +50,7 @@ void norm_update(const RnnForward<T>& p, const NormState<T>& state, const RowSha
     if (p.saved) {
 #pragma GCC unroll 8
       for (int g = 0; g < Cell::kSaved; ++g) {
-        store_some(p.saved + (packed * Cell::kSaved + g) * H + unit, u.saved[g], units);
+        store_some(p.saved + (packed * Cell::kSaved + g) * H + unit, u.saved[g], units, state.forward.past);
       }
     }
     if constexpr (Cell::kNormC) {
@@ -85,7 +85,7 @@ void norm_finish(const RnnForward<T>& p, const NormState<T>& state, const RowSha
       c = z * load(at) + (1 - z) * c;
     }
     store(at, c);
-    if (p.cells) store_some(p.cells + packed * H + unit, c, units);
+    if (p.cells) store_some(p.cells + packed * H + unit, c, units, state.forward.past);
   }
 }
 
@@ -104,6 +104,7 @@ bool norm_forward(const RnnForward<T>& p) {
   NormState<T> norm;
   ForwardState<T>& state = norm.forward;
   state.stride = state.h_stride = (panel_count(H, L) + 1) * L;
+  state.past = stores_past<Cell>(p, threads);
   Workspace workspace;
   const size_t panels_at = workspace.reserve<T>(direct ? 0 : blocks * product.panel_size);
   const size_t state_at = workspace.reserve<T>((4 * B + kPre<Cell> + Cell::kWeights) * state.stride);
@@ -179,6 +180,7 @@ bool norm_forward(const RnnForward<T>& p) {
         me.wait();
       }
       give_state<Cell>(p, state, me);
+      fence_stores();
     }
   }
   return true;

@@ -1,11 +1,16 @@
 // Vectors of the instruction set at hand, and the functions a recurrent cell or a softmax needs.
 //
 //   Vec<T>      a register of Lanes<T> values, T float or double (a GCC vector extension type: + - * / and ?: work on
-//   it) exp         relative error <= 2 ulp; 0 below the smallest normal number, infinity within 0.4 of the overflow
-//   threshold sigmoid(x)  1 / (1 + e^-x) |tanh(x)|   -E / (E + 2) with E = expm1(-2|x|), so that small arguments keep
-//   their relative accuracy; what rounding
+//               it)
+//   exp         relative error <= 2 ulp; 0 below the smallest normal number, infinity within 0.4 of the overflow
+//               threshold
+//   sigmoid(x)  1 / (1 + e^-x)
+//   |tanh(x)|   -E / (E + 2) with E = expm1(-2|x|), so that small arguments keep their relative accuracy; what rounding
 //               takes of E, of E + 2 and of the quotient is put back. Root of the mean square error 0.3 ulp, and 0.4
-//               without fused multiply-adds; 0.8 if it were not
+//               without fused multiply-adds; 0.8 if it were not. Sixteen floats at a time: a polynomial of degree 5 in
+//               each of 32 segments (tanh_table.py), 0.35 ulp below |x| = 0.1 and 0.3 above. A register holds
+//               16 coefficients, and one instruction picks from two of them: 3.4 ns instead of 8.5, LSTM step of 16
+//               units 22 ns instead of 40
 //
 // expm1(x) = 2^n p + (2^n - 1), with n = round(x log2 e), r = x - n ln 2, p = expm1(r) = r + r^2 g(r); g is a
 // polynomial fitted at Chebyshev nodes on |r| <= 1.01 ln(2)/2 (error 2.4e-8 for float, 5.5e-19 for double, relative to
@@ -13,6 +18,11 @@
 #pragma once
 
 #include "isa.h"
+#if SEQACCEL_VECTOR_BYTES == 64
+#include <immintrin.h>
+
+#include "tanh_table.h"
+#endif
 
 namespace seqaccel {
 namespace SEQACCEL_ISA {
@@ -80,6 +90,24 @@ SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
   } else {
     store(p, v, n);
   }
+}
+
+// As store_some, but a vector that is a line of memory goes past the caches if `past`; it must be aligned then, and
+// fence_stores() must come before another thread reads it.
+constexpr bool kStoresPast = SEQACCEL_VECTOR_BYTES == 64;
+
+template <typename T>
+SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n, bool past) {
+#if SEQACCEL_VECTOR_BYTES == 64
+  if (past) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+  store_some(p, v, n);
+}
+
+SEQACCEL_INLINE void fence_stores() {
+#if SEQACCEL_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
 }
 
 template <typename T>
@@ -191,6 +219,27 @@ SEQACCEL_INLINE Vec<T> tanh_vec(Vec<T> x) {
   const Vec<T> y = quotient + inverse * ((e - quotient * d) + (e_low - quotient * d_low));  // <= 0: its sign is dropped
   return (Vec<T>)((((Bits)y) & ~((Bits)broadcast(T(-0.0)))) | sign);
 }
+
+#if SEQACCEL_VECTOR_BYTES == 64
+SEQACCEL_INLINE Vec<float> tanh_entry(int entry, VecTypes<float>::Int segment) {
+  return __builtin_shuffle(load(kTanhTable[entry]), load(kTanhTable[entry] + 16), segment);
+}
+
+template <>
+SEQACCEL_INLINE Vec<float> tanh_vec<float>(Vec<float> x) {
+  typedef VecTypes<float>::Bits Bits;
+  typedef VecTypes<float>::Int Int;
+  const Bits sign = ((Bits)x) & ((Bits)broadcast(-0.0f));
+  const Vec<float> magnitude = _mm512_min_ps(broadcast(kTanhHighest), (Vec<float>)(((Bits)x) ^ sign));  // keeps NaN
+  const Int lowest = (Int)broadcast(kTanhLowest);
+  const Int segment = (Int)((Bits)((Int)magnitude > lowest ? (Int)magnitude : lowest) >> 21);  // of which 5 bits count
+  const Vec<float> t = magnitude - tanh_entry(0, segment);
+  Vec<float> y = tanh_entry(kTanhDegree + 1, segment);
+#pragma GCC unroll 8
+  for (int i = kTanhDegree; i > 0; --i) y = y * t + tanh_entry(i, segment);
+  return (Vec<float>)(((Bits)y) | sign);
+}
+#endif
 
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel
