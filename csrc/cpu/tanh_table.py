@@ -1,9 +1,9 @@
 """Prints tanh_table.h: ``python csrc/cpu/tanh_table.py > csrc/cpu/tanh_table.h``.
 
 tanh(x), x >= 0, in 32 segments, four to an octave from 1/16 on; the first one begins at 0. In a segment it is
-y + t (c[1] + t (c[2] + ...)), t = x - centre. A centre is the number near the middle of its segment whose tanh a float32
-holds best, so that y adds no error of its own; c minimises the relative error at Chebyshev nodes, each coefficient
-rounded before the next ones are fitted.
+y + t (c[1] + t (c[2] + ...)), t = x - centre. A centre is the number near the middle of its segment whose tanh a
+float32 holds best, so that y adds no error of its own; c minimises the relative error at Chebyshev nodes, each
+coefficient rounded before the next ones are fitted.
 """
 
 import numpy as np
