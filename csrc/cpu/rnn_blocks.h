@@ -77,9 +77,9 @@ SEQACCEL_INLINE void for_units(const Member& me, ptrdiff_t width, const Body& bo
   for (ptrdiff_t v = mine.begin; v < mine.end; ++v) body(v * L, int(min_of(L, width - v * L)));
 }
 
-// The first `running` rows of a thread, `row` apart, to L2 before a product reads them: part of each was just written by
-// another core. At once, as such lines take long and the product would meet them a few at a time: (T, B, H) = (128, 4,
-// 256), RNN x1.14, LSTM x1.04. Rows of one partial sum the processor reaches by itself.
+// The first `running` rows of a thread, `row` apart, to L2 before a product reads them: part of each was just written
+// by another core. At once, as such lines take long and the product would meet them a few at a time: (T, B, H) = (128,
+// 4, 256), RNN x1.14, LSTM x1.04. Rows of one partial sum the processor reaches by itself.
 template <typename T>
 SEQACCEL_INLINE void fetch_rows(const Member& me, const T* rows, ptrdiff_t row, ptrdiff_t width, ptrdiff_t running) {
   constexpr ptrdiff_t kValues = kLine / ptrdiff_t(sizeof(T));
