@@ -79,7 +79,7 @@ double multiply_adds(const ConvShape& s) {
 
 // 64-byte aligned bytes that live as long as the tensor.
 void* make_workspace(const Tensor& like, size_t bytes, Tensor& owner) {
-  owner = new_empty(like, {int64_t(bytes / like.element_size()) + 64});
+  owner = new_tensor(like, {int64_t(bytes / like.element_size()) + 64});
   const uintptr_t address = reinterpret_cast<uintptr_t>(owner.mutable_data_ptr());
   return reinterpret_cast<void*>((address + 63) & ~uintptr_t(63));
 }
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   residual = to_contiguous(residual);
   history = to_contiguous(history);
   const Saved kind = save ? saved_kind(epilogue, residual.has_value()) : Saved::nothing;
-  Tensor y = new_empty(x, {shape.batch, shape.out_channels, shape.length});
+  Tensor y = new_tensor(x, {shape.batch, shape.out_channels, shape.length});
   const int64_t none[] = {0}, full[] = {shape.batch, shape.out_channels, shape.length};
   Tensor saved = torch::stable::new_empty(x,
                                           kind == Saved::nothing ? torch::headeronly::IntHeaderOnlyArrayRef(none, 1)
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
   history = to_contiguous(history);
   addend = to_contiguous(addend);
   const auto make = [&](int64_t flag, std::initializer_list<int64_t> sizes) {
-    return wants & flag ? new_empty(x, sizes) : new_empty(x, {0});
+    return wants & flag ? new_tensor(x, sizes) : new_tensor(x, {0});
   };
   Gradients grads = {make(kWantsX, {B, C, T}), make(kWantsWeight, {O, C / shape.groups, shape.kernel_size}),
                      make(kWantsBias, {O}), make(kWantsResidual, {B, O, T}), make(kWantsHistory, {B, C, P})};

@@ -19,7 +19,7 @@ Tensor mm(Tensor input, Tensor mat2) {
   check_float_or_double(input, "input");
   check_tensor(input, "input", {-1, -1}, input.scalar_type());
   check_tensor(mat2, "mat2", {input.size(1), -1}, input.scalar_type());
-  Tensor out = new_empty(input, {input.size(0), mat2.size(1)});
+  Tensor out = new_tensor(input, {input.size(0), mat2.size(1)});
   if (input.scalar_type() == ScalarType::Float) {
     multiply<float>(input, mat2, out);
   } else {

@@ -79,17 +79,15 @@ void give_block(Block block) noexcept {
   pool.unused += block.size;
 }
 
-Tensor new_pooled(const Tensor& like, std::initializer_list<int64_t> sizes) {
+Tensor new_pooled(const Tensor& like, const Extents& sizes) {
   const bool single = like.scalar_type() == ScalarType::Float;
   size_t bytes = single ? 4 : 8;
   for (const int64_t size : sizes) bytes *= size_t(size);
-  if (bytes < kSmallest || from_blob() == nullptr) return new_empty(like, sizes);
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes.begin()[i];
+  if (bytes < kSmallest || from_blob() == nullptr) return new_tensor(like, sizes);
   const Block block = take_block(bytes);
-  if (block.data == nullptr) return new_empty(like, sizes);  // which says what torch says
+  if (block.data == nullptr) return new_tensor(like, sizes);  // which says what torch says
   AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.begin(), strides.data(), 0,
+  STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), 0,
                                             single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
                                             aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(),
                                             nullptr, 0, give_back, reinterpret_cast<void*>(block.size)));

@@ -17,10 +17,10 @@ struct Block {
 Block take_block(size_t bytes);
 void give_block(Block block) noexcept;
 
-// As new_empty; the memory of a tensor too large for malloc to keep goes back to the pool when the tensor dies.
+// As new_tensor; the memory of a tensor too large for malloc to keep goes back to the pool when the tensor dies.
 // Training takes the same again in every iteration, and fresh pages are slow: with them (T, B, H = 128, 64, 256)
 // trained an RNN in 40 ms instead of 24, and an LSTM in 104 instead of 95, on a virtual machine. The tensor's storage
-// cannot grow, as one of torch.from_numpy cannot. Before torch 2.11, which lets a tensor own such memory: new_empty.
-Tensor new_pooled(const Tensor& like, std::initializer_list<int64_t> sizes);
+// cannot grow, as one of torch.from_numpy cannot. Before torch 2.11, which lets a tensor own such memory: new_tensor.
+Tensor new_pooled(const Tensor& like, const Extents& sizes);
 
 }  // namespace seqaccel

@@ -100,7 +100,7 @@ void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t 
                                weight.const_data_ptr<T>(), pointer<T>(projection.values, at, width) + column, width});
     }
     Tensor values = columns_of(rows_of(projection.values, at, rows), column, weight.size(0));
-    mm_out(values, rows_of(input, first, rows), torch::stable::transpose(weight, 0, 1));
+    mm_out(values, rows_of(input, first, rows), transposed(weight));
   };
   part(layer.weight(kWeightIh), 0);
   if (layer.cell->extra) part(layer.weight_mx(), layer.gate_rows());
@@ -208,10 +208,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
     torch::stable::zero_(outputs.output);
     for (Tensor& tensor : kept.list()) torch::stable::zero_(tensor);
     return {outputs.output, torch::stable::clone(layer.h_0),
-            has_cell ? torch::stable::clone(*layer.c_0) : new_empty(input, {0}), kept.list()};
+            has_cell ? torch::stable::clone(*layer.c_0) : new_tensor(input, {0}), kept.list()};
   }
-  outputs.h_n = new_empty(input, {B, P});
-  outputs.c_n = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
+  outputs.h_n = new_tensor(input, {B, P});
+  outputs.c_n = has_cell ? new_tensor(input, {B, H}) : new_tensor(input, {0});
   const Projection projection = choose_projection(layer, kept, outputs.output);
   const Tensor rows = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
   (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, reverse, kept, outputs);
@@ -235,7 +235,7 @@ bool all_zero(const Tensor& t) {
 
 // h' of every packed row.
 Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) {
-  Tensor packed = new_empty(output, {layer.packed_rows, layer.outputs});
+  Tensor packed = new_tensor(output, {layer.packed_rows, layer.outputs});
   const size_t bytes = size_t(layer.outputs) * (layer.single() ? 4 : 8);
   const char* const from = static_cast<const char*>(output.const_data_ptr());
   const char* const h_0 = static_cast<const char*>(layer.h_0.const_data_ptr());
@@ -327,7 +327,7 @@ class Gradients {
   }
 
   void input(Tensor& grad) const {
-    Tensor rows = layer_.padded() ? new_empty(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
+    Tensor rows = layer_.padded() ? new_tensor(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
     product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
     if (layer_.cell->extra) product(rows, columns(layer_.gate_rows(), layer_.hidden), layer_.weight_mx(), true);
     if (layer_.padded()) unpack_rows(layer_, rows, grad);
@@ -335,7 +335,7 @@ class Gradients {
 
   // A weight that `factor` [packed rows, .] was multiplied by: grad = D^T factor, D being columns of grad_pre.
   void weight(Tensor& grad, int64_t first_column, const Tensor& factor) const {
-    product(grad, torch::stable::transpose(columns(first_column, grad.size(0)), 0, 1), factor, accumulate_);
+    product(grad, transposed(columns(first_column, grad.size(0))), factor, accumulate_);
   }
 
   // A weight that h' was multiplied by.
@@ -344,18 +344,16 @@ class Gradients {
     const Tensor D = columns(first_column, grad.size(0));
     const int64_t B = layer_.batch, rest = layer_.packed_rows - B;
     if (rest > 0) {
-      product(grad, torch::stable::transpose(rows_of(D, reverse_ ? 0 : B, rest), 0, 1),
-              rows_of(output_, reverse_ ? B : 0, rest), accumulate_);
+      product(grad, transposed(rows_of(D, reverse_ ? 0 : B, rest)), rows_of(output_, reverse_ ? B : 0, rest),
+              accumulate_);
     } else if (!accumulate_) {
       torch::stable::zero_(grad);
     }
     if (layer_.single() ? all_zero<float>(layer_.h_0) : all_zero<double>(layer_.h_0)) return;
-    product(grad, torch::stable::transpose(rows_of(D, reverse_ ? rest : 0, B), 0, 1), layer_.h_0, true);
+    product(grad, transposed(rows_of(D, reverse_ ? rest : 0, B)), layer_.h_0, true);
   }
 
-  void weight_hr(Tensor& grad) const {
-    product(grad, torch::stable::transpose(swept_.grad_h, 0, 1), swept_.source, accumulate_);
-  }
+  void weight_hr(Tensor& grad) const { product(grad, transposed(swept_.grad_h), swept_.source, accumulate_); }
 
   void weight_hh(Tensor& grad) const {
     const RnnCellEntry& cell = *layer_.cell;
@@ -464,9 +462,11 @@ void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   }
 }
 
-void copy_rows(Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
-  Tensor part = rows_of(to, first, count);
-  torch::stable::copy_(part, rows_of(from, from_first, count));
+// Values [from_first, from_first + count) of a vector to those from `first` on of another of the same dtype.
+void copy_values(const Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
+  const int64_t bytes = from.scalar_type() == ScalarType::Float ? 4 : 8;
+  std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + first * bytes,
+              static_cast<const char*>(from.const_data_ptr()) + from_first * bytes, size_t(count * bytes));
 }
 
 // Saved tensors by name, checked.
@@ -508,15 +508,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   output = to_contiguous(detach(output));
   const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
 
-  Results results{needs[0], {}, needs[0] ? layer.new_rows(layer.inputs) : new_empty(input, {0}), {}};
+  Results results{needs[0], {}, needs[0] ? layer.new_rows(layer.inputs) : new_tensor(input, {0}), {}};
   Swept swept;
-  swept.grad_h_0 = new_empty(input, {B, P});
-  swept.grad_c_0 = has_cell ? new_empty(input, {B, H}) : new_empty(input, {0});
+  swept.grad_h_0 = new_tensor(input, {B, P});
+  swept.grad_c_0 = has_cell ? new_tensor(input, {B, H}) : new_tensor(input, {0});
   std::vector<Tensor>& grad_weights = results.grad_weights;
   for (size_t i = 0; i < weights.size(); ++i) {
     results.weights.push_back(needs[i + 1] && bool(weights[i]));
     if (!results.weights[i]) {
-      grad_weights.push_back(new_empty(input, {0}));
+      grad_weights.push_back(new_tensor(input, {0}));
     } else if (weights[i]->dim() == 2) {
       grad_weights.push_back(new_pooled(input, {weights[i]->size(0), weights[i]->size(1)}));
     } else {
@@ -532,21 +532,20 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
     return {results.grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
   }
 
-  swept.grad_bias = new_empty(input, {layer.pre_width()});
-  swept.grad_unit_weights = new_empty(input, {traits.unit_weights * H});
+  swept.grad_bias = new_tensor(input, {layer.pre_width()});
+  swept.grad_unit_weights = new_tensor(input, {traits.unit_weights * H});
   backward_parts(layer, grads, output, kept, reverse, swept, results);
   // The last gate's pre-activation of h' may lie apart, behind the others.
   const int64_t joined = traits.apart ? rows - H : rows;
-  if (wanted[kBiasIh]) copy_rows(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
+  if (wanted[kBiasIh]) copy_values(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
   if (wanted[kBiasHh]) {
-    copy_rows(grad_weights[kBiasHh], 0, swept.grad_bias, 0, joined);
-    if (joined < rows) copy_rows(grad_weights[kBiasHh], joined, swept.grad_bias, rows, rows - joined);
+    copy_values(grad_weights[kBiasHh], 0, swept.grad_bias, 0, joined);
+    if (joined < rows) copy_values(grad_weights[kBiasHh], joined, swept.grad_bias, rows, rows - joined);
   }
   for (int i = layer.first_unit_tensor(), done = 0, tensor = 0; done < traits.unit_weights; ++i, ++tensor) {
     const int64_t count = traits.weight_tensors[tensor];
     if (wanted[size_t(i)]) {
-      Tensor flat = torch::stable::view(grad_weights[size_t(i)], {count * H});
-      copy_rows(flat, 0, swept.grad_unit_weights, done * H, count * H);
+      copy_values(grad_weights[size_t(i)], 0, swept.grad_unit_weights, done * H, count * H);
     }
     done += int(count);
   }

@@ -115,9 +115,9 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(std::string cell, Tensor
     }
   }
 
-  Tensor output = new_empty(input, {T, B, P});
-  Tensor h_n = new_empty(input, {B, P});
-  Tensor c_n = c_0 ? new_empty(input, {B, H}) : new_empty(input, {0});
+  Tensor output = new_tensor(input, {T, B, P});
+  Tensor h_n = new_tensor(input, {B, P});
+  Tensor c_n = c_0 ? new_tensor(input, {B, H}) : new_tensor(input, {0});
   if (B == 0) return {output, h_n, c_n};
   input = to_contiguous(input);
   SessionProgram program(B, Precision::bfloat16);

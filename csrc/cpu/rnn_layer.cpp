@@ -6,10 +6,16 @@
 namespace seqaccel {
 namespace {
 
-Tensor call(const char* name, const char* overload, const Tensor& self) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(self)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+Extents sizes_of(const Tensor& t) {
+  Extents sizes(size_t(t.dim()));
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(int64_t(i));
+  return sizes;
+}
+
+Extents strides_of(const Tensor& t) {
+  Extents strides(size_t(t.dim()));
+  for (size_t i = 0; i < strides.size(); ++i) strides[i] = t.stride(int64_t(i));
+  return strides;
 }
 
 int64_t weight_count(const RnnCellEntry& cell) {
@@ -160,19 +166,25 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   return layer;
 }
 
-Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }
+Tensor detach(const Tensor& t) { return view_of(t, sizes_of(t), strides_of(t)); }
 
-Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? t : torch::stable::flatten(t, 0, 1); }
+Tensor as_rows(const Tensor& t) {
+  return t.dim() == 2 ? t : view_of(t, {t.size(0) * t.size(1), t.size(2)}, {t.size(2), 1});
+}
 
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
-  Tensor whole = t;
-  return begin == 0 && count == t.size(0) ? whole : torch::stable::narrow(whole, 0, begin, count);
+  Extents sizes = sizes_of(t);
+  if (count == sizes[0]) return t;
+  sizes[0] = count;
+  return view_of(t, sizes, strides_of(t), begin * t.stride(0));
 }
 
 Tensor columns_of(const Tensor& t, int64_t begin, int64_t count) {
-  Tensor whole = t;
-  return begin == 0 && count == t.size(1) ? whole : torch::stable::narrow(whole, 1, begin, count);
+  if (count == t.size(1)) return t;
+  return view_of(t, {t.size(0), count}, {t.stride(0), t.stride(1)}, begin * t.stride(1));
 }
+
+Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 
 void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
@@ -191,7 +203,7 @@ void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
 }
 
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {
-  Tensor packed = new_empty(padded, {layer.packed_rows, padded.size(2)});
+  Tensor packed = new_tensor(padded, {layer.packed_rows, padded.size(2)});
   const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
   const char* const from = static_cast<const char*>(padded.const_data_ptr());
   char* to = static_cast<char*>(packed.mutable_data_ptr());

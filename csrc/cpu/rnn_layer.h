@@ -81,12 +81,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
 // A tensor that autograd, which lies above the operators, takes no note of.
 Tensor detach(const Tensor& t);
 
-// A tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
+// A contiguous tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
 Tensor as_rows(const Tensor& t);
 
-// Rows [begin, begin + count), or columns, of a matrix.
+// Rows [begin, begin + count), of all dimensions the first; columns of a matrix; a matrix transposed.
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
+Tensor transposed(const Tensor& t);
 
 // out = a b.
 void mm_out(Tensor& out, const Tensor& a, const Tensor& b);

@@ -9,11 +9,11 @@ namespace {
 Tensor fresh_like(const Tensor& t) {
   switch (t.dim()) {
     case 1:
-      return new_empty(t, {t.size(0)});
+      return new_tensor(t, {t.size(0)});
     case 2:
-      return new_empty(t, {t.size(0), t.size(1)});
+      return new_tensor(t, {t.size(0), t.size(1)});
     default:
-      return new_empty(t, {t.size(0), t.size(1), t.size(2)});
+      return new_tensor(t, {t.size(0), t.size(1), t.size(2)});
   }
 }
 
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a,
   a = to_contiguous(a);
   h = to_contiguous(h);
   h_0 = to_contiguous(h_0);
-  Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = new_empty(a, {sizes[0], sizes[2]});
+  Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = new_tensor(a, {sizes[0], sizes[2]});
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
     run_linear_backward<float>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0,
@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> sru_forward(Tensor u, OptionalTensor x, Tenso
   c_0 = to_contiguous(c_0);
   mask_c = to_contiguous(mask_c);
   mask_pad = to_contiguous(mask_pad);
-  Tensor h = new_empty(u, {shape.steps, shape.batch, c_0.size(1)}), c_n = fresh_like(c_0);
-  Tensor c = save_c ? fresh_like(h) : new_empty(u, {0});
+  Tensor h = new_tensor(u, {shape.steps, shape.batch, c_0.size(1)}), c_n = fresh_like(c_0);
+  Tensor c = save_c ? fresh_like(h) : new_tensor(u, {0});
   const ScanKernels& kernels = active_scan_kernels();
   Tensor* const saved = save_c ? &c : nullptr;
   if (u.scalar_type() == ScalarType::Float) {
@@ -147,9 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sru_backward(Tensor grad_h, O
   mask_c = to_contiguous(mask_c);
   mask_pad = to_contiguous(mask_pad);
   c = to_contiguous(c);
-  SruGradientTensors g = {fresh_like(u),        x ? fresh_like(*x) : new_empty(u, {0}),
+  SruGradientTensors g = {fresh_like(u),        x ? fresh_like(*x) : new_tensor(u, {0}),
                           fresh_like(weight_c), fresh_like(bias),
-                          fresh_like(c_0),      new_empty(u, {4, shape.batch, channels})};
+                          fresh_like(c_0),      new_tensor(u, {4, shape.batch, channels})};
   const ScanKernels& kernels = active_scan_kernels();
   if (dtype == ScalarType::Float) {
     run_sru_backward<float>(shape, grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, g,

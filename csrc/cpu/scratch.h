@@ -14,7 +14,7 @@ class Scratch {
   Scratch(const Tensor& like, int64_t count) : tensor_(kept().exchange(nullptr)) {
     if (tensor_ && tensor_->scalar_type() == like.scalar_type() && tensor_->numel() >= count) return;
     delete tensor_;
-    tensor_ = new Tensor(new_empty(like, {count}));
+    tensor_ = new Tensor(new_tensor(like, {count}));
   }
   ~Scratch() {
     const int64_t bytes = tensor_->numel() * (tensor_->scalar_type() == ScalarType::Double ? 8 : 4);
@@ -24,9 +24,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  Tensor matrix(int64_t rows, int64_t columns) {
-    return torch::stable::view(torch::stable::narrow(*tensor_, 0, 0, rows * columns), {rows, columns});
-  }
+  Tensor matrix(int64_t rows, int64_t columns) { return view_of(*tensor_, {rows, columns}, {columns, 1}); }
 
  private:
   static constexpr int64_t kKept = int64_t(64) << 20;

@@ -73,9 +73,9 @@ Heads<T> write(const Tensor& t) {
 // An uninitialised tensor of t's shape, whose time steps lie outside its heads where t's do.
 Tensor empty_heads(const Tensor& t) {
   if (t.stride(1) < t.stride(2)) {
-    return torch::stable::transpose(new_empty(t, {t.size(0), t.size(2), t.size(1), t.size(3)}), 1, 2);
+    return torch::stable::transpose(new_tensor(t, {t.size(0), t.size(2), t.size(1), t.size(3)}), 1, 2);
   }
-  return new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  return new_tensor(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
 }
 
 template <typename T>
@@ -113,12 +113,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor
       make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, scale);
   const bool is_double = query.scalar_type() == ScalarType::Double;
   Tensor out = empty_heads(query);
-  Tensor lse = new_empty(query, {c.B, c.H, c.T});
-  Tensor pooled_key = new_empty(query, {c.B, c.G, c.pyramid.nodes, c.D});
-  Tensor pooled_value = new_empty(query, {c.B, c.G, c.pyramid.nodes, c.D});
+  Tensor lse = new_tensor(query, {c.B, c.H, c.T});
+  Tensor pooled_key = new_tensor(query, {c.B, c.G, c.pyramid.nodes, c.D});
+  Tensor pooled_value = new_tensor(query, {c.B, c.G, c.pyramid.nodes, c.D});
   const AttentionKernels& kernels = active_attention_kernels();
   const int64_t share = kernels.forward_workspace(c.D, pool_children(c.pyramid), is_double);
-  Tensor workspace = new_empty(query, {share * omp_get_max_threads()});
+  Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
   if (is_double) {
     kernels.forward_double(arguments<double>(c, pooled_key, pooled_value, out, lse, workspace));
   } else {
@@ -172,17 +172,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
   Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
   Tensor grad_pool =
-      c.pool_query ? new_empty(query, {c.pool_query->size(0), c.G, c.D}) : new_empty(query, {0, c.G, c.D});
+      c.pool_query ? new_tensor(query, {c.pool_query->size(0), c.G, c.D}) : new_tensor(query, {0, c.G, c.D});
   const int64_t segments = backward_segments(c);
   int64_t rows = 0;
   for (int64_t s = 0; s < segments; ++s) {
     rows += c.pyramid.nodes + outside_rows(c.pyramid, segment_outside(c.pyramid, s, segments));
   }
-  Tensor partial = new_empty(query, {c.B * c.G * rows * 2 * c.D});
-  Tensor partial_pool = new_empty(query, {c.pool_query ? pool_tasks(c.pyramid, c.B * c.G) * c.D : 0});
+  Tensor partial = new_tensor(query, {c.B * c.G * rows * 2 * c.D});
+  Tensor partial_pool = new_tensor(query, {c.pool_query ? pool_tasks(c.pyramid, c.B * c.G) * c.D : 0});
   const AttentionBackwardKernels& kernels = active_attention_backward_kernels();
   const int64_t share = kernels.backward_workspace(c.D, pool_children(c.pyramid), is_double);
-  Tensor workspace = new_empty(query, {share * omp_get_max_threads()});
+  Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
   if (is_double) {
     kernels.backward_double(backward_arguments(c, arguments<double>(c, keys, values, out_rows, lse_rows, workspace),
                                                grad_rows, grad_query, grad_key, grad_value, grad_pool, segments,
