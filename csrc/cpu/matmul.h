@@ -8,8 +8,14 @@
 
 namespace seqaccel {
 
-constexpr ptrdiff_t kDirectRow = 2048;      // bytes of a row of B that is read in place; longer ones lie too far apart
+// A^T B is read where it lies, C^T staying in the caches, if neither is larger (is_narrow): bytes of a row of B, and of
+// C for each thread.
+constexpr ptrdiff_t kDirectRow = 2048, kDirectShare = ptrdiff_t(512) << 10;
 constexpr double kSmallProduct = 262144.0;  // M N K, for one thread
+
+inline bool is_narrow(ptrdiff_t M, ptrdiff_t N, ptrdiff_t value_bytes, ptrdiff_t threads) {
+  return N * value_bytes <= kDirectRow && M * N * value_bytes <= kDirectShare * threads;
+}
 
 // Element (i, j) of A lies at a[i * a_row + j * a_column], of B likewise; rows of C are contiguous, c_row apart.
 template <typename T>

@@ -24,8 +24,7 @@ constexpr ptrdiff_t kDepth = 256;
 constexpr ptrdiff_t kChain = 64;      // products of a partial sum: rounding errors grow with the square root of a chain
 constexpr ptrdiff_t kPackDepth = 32;  // rows of A^T that are packed at a time: the lines they share stay in L1
 constexpr ptrdiff_t kChunkPanels = 8;
-constexpr ptrdiff_t kDirectShare = ptrdiff_t(512) << 10;  // bytes of C for each thread, which its L2 has room for
-constexpr ptrdiff_t kShareTiles = 4;                      // of rows for each thread, or columns are shared too
+constexpr ptrdiff_t kShareTiles = 4;  // of rows for each thread, or columns are shared too
 constexpr int kLine = 64;
 
 // Lines to prefetch, one a step of k.
@@ -177,9 +176,7 @@ struct BlockLines {
 
 template <typename T>
 bool is_direct(const Matmul<T>& p, ptrdiff_t team) {
-  constexpr ptrdiff_t kSize = sizeof(T);
-  return p.a_row == 1 && p.b_column == 1 && p.N % Lanes<T> == 0 && p.N * kSize <= kDirectRow &&
-         p.M * p.N * kSize <= kDirectShare * team;
+  return p.a_row == 1 && p.b_column == 1 && p.N % Lanes<T> == 0 && is_narrow(p.M, p.N, sizeof(T), team);
 }
 
 // A thread's share: rows of C first, and columns where there are few rows.

@@ -260,7 +260,7 @@ struct GradOutputs {
 
 // What a backward pass leaves, besides the gradients of the initial state, for the products over all steps.
 struct Swept {
-  Tensor grad_pre;           // [packed rows, kPre*H], or 2*G*H
+  Tensor grad_pre;           // [packed rows, kPre*H], or 2*G*H, rows grad_row apart
   Tensor grad_bias;          // [kPre*H]
   Tensor grad_unit_weights;  // [kWeights*H]
   Tensor source, grad_h;     // [packed rows, H], [packed rows, P]; undefined where there is none
@@ -305,6 +305,7 @@ void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   pass.normed = pointer<T>(kept.normed);
   pass.stats = pointer<T>(kept.stats);
   pass.grad_pre = pointer<T>(swept.grad_pre);
+  pass.grad_row = layer.grad_row();
   pass.grad_h_0 = pointer<T>(swept.grad_h_0);
   pass.grad_c_0 = pointer<T>(swept.grad_c_0);
   pass.grad_bias = pointer<T>(swept.grad_bias);
@@ -397,7 +398,7 @@ void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor
   const RnnCellEntry& traits = *layer.cell;
   const int64_t rows = layer.gate_rows();
   const bool projected = bool(layer.weight_hr());
-  swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width());
+  swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width(), layer.grad_row());
   swept.source = swept.grad_h = Tensor();  // of the part before
   if (traits.first || projected) swept.source = new_pooled(layer.input, {layer.packed_rows, layer.hidden});
   if (projected) swept.grad_h = new_pooled(layer.input, {layer.packed_rows, layer.outputs});
@@ -425,10 +426,10 @@ void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor
 void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
                     bool reverse, Swept& swept, Results& results) {
   const int64_t T = layer.steps, B = layer.batch, value = layer.single() ? 4 : 8;
-  const int64_t longest = std::max<int64_t>(1, kGradBytes / (B * layer.grad_width() * value));
+  const int64_t longest = std::max<int64_t>(1, kGradBytes / (B * layer.grad_row() * value));
   const int64_t parts = layer.ragged() ? 1 : (T + longest - 1) / longest;
   const int64_t most = layer.ragged() ? layer.packed_rows : (T + parts - 1) / parts * B;
-  Scratch scratch(layer.input, most * layer.grad_width());
+  Scratch scratch(layer.input, most * layer.grad_row());
   if (parts == 1) return backward_part(layer, grads, output, kept, reverse, false, scratch, swept, results);
   const auto times = [&](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? layer.joined ? rows_of(t, first * B, count * B) : rows_of(t, first, count) : t;

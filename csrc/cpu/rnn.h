@@ -80,10 +80,11 @@ struct RnnBackward {
   const T* h_0;
   const T* c_0;
   RnnWeights<T> weights;
-  const T* output;       // padded
-  const T* saved;        // packed [., kSaved*H]
-  const T* cells;        // packed [., H]
-  T* grad_pre;           // packed [., kPre*H]: dL/dpre; with kNorm [., 2*G*H]: dL/d(W_ih x), dL/d(W_hh h')
+  const T* output;  // padded
+  const T* saved;   // packed [., kSaved*H]
+  const T* cells;   // packed [., H]
+  T* grad_pre;      // packed [., grad_row]: dL/dpre, kPre*H values; with kNorm dL/d(W_ih x) and dL/d(W_hh h')
+  int64_t grad_row;
   T* grad_h_0;           // [B, P]
   T* grad_c_0;           // [B, H]
   T* grad_bias;          // [kPre, H]

@@ -182,7 +182,7 @@ void backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, con
       store(state.grad_h + b * state.h_stride + unit, kept_h);
     }
     if (projected) store_some(p.source + packed * H + unit, u.h, units);
-    T* const grad_pre = p.grad_pre + packed * kPre<Cell> * H + unit;
+    T* const grad_pre = p.grad_pre + packed * p.grad_row + unit;
 #pragma GCC unroll 8
     for (int g = 0; g < kPre<Cell>; ++g) {
       if (g >= Cell::kFirstGrad && g < Cell::kFirstGradEnd) continue;
@@ -227,7 +227,7 @@ void first_backward_update(const RnnBackward<T>& p, const BackwardState<T>& stat
     }
 #pragma GCC unroll 8
     for (int g = 0; g < kCount; ++g) {
-      store_some(p.grad_pre + (packed * kPre<Cell> + kBegin + g) * H + unit, u.grad_pre[kBegin + g], units);
+      store_some(p.grad_pre + packed * p.grad_row + (kBegin + g) * H + unit, u.grad_pre[kBegin + g], units);
       sums.values[g] += u.grad_pre[kBegin + g];
     }
     sums.joined_every(i);
@@ -294,7 +294,7 @@ template <class Cell, typename T>
 bool rnn_backward(const RnnBackward<T>& p) {
   constexpr int L = Lanes<T>, kSums = kPre<Cell> + Cell::kWeights;
   typedef ColumnProduct<T> Product;
-  const ptrdiff_t H = p.hidden, P = p.outputs, B = p.rows.batch, steps = p.rows.steps, row = kPre<Cell> * H;
+  const ptrdiff_t H = p.hidden, P = p.outputs, B = p.rows.batch, steps = p.rows.steps, row = p.grad_row;
   const bool two = Cell::kFirst > 0, projected = Cell::kProjects && p.weights.hr;
   const bool direct = steps * B <= kDirectRows;
   const auto columns = [&](const T* weight, ptrdiff_t N, ptrdiff_t K) {
@@ -361,7 +361,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
       for (ptrdiff_t s = steps - 1; s >= -1; --s) {
         const BackwardStep step = backward_step(p.rows, p.reverse, s);
         const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
-        if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row, row, row, known);
+        if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row, row, kPre<Cell> * H, known);
         const auto multiply_later = [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
           const ptrdiff_t products = min_of(i + count, known) - i, apart = rows.step * row, K = recurrent.K;
           if (products <= 0) return;
@@ -398,7 +398,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
         });
         if constexpr (Cell::kFirst > 0) {
           me.wait();
-          if (now > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.t, 0) * row, row, row, now);
+          if (now > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.t, 0) * row, row, kPre<Cell> * H, now);
           for_blocks(me, blocks, s, now, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
             main(count, p.grad_pre + p.rows.packed(step.t, rows.at(i)) * row + Cell::kMainPre * H, rows.step * row, j,
                  0, main.K, product);

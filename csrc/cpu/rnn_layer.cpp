@@ -1,5 +1,8 @@
 #include "rnn_layer.h"
 
+#include <dlfcn.h>
+#include <omp.h>
+
 #include <cstring>
 #include <numeric>
 
@@ -193,13 +196,25 @@ void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// out += a b with torch's library. False: this torch has not the call, which no stable header declares.
+bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
+  using AddmmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
+                                      AtenTensorHandle mat2, double beta, double alpha);
+  static const AddmmOut addmm_out = reinterpret_cast<AddmmOut>(dlsym(RTLD_DEFAULT, "aoti_torch_cpu_addmm_out"));
+  if (addmm_out == nullptr) return false;
+  STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+  return true;
+}
+
 // matmul.h reads a transposed matrix and a narrow one where they lie, and makes a small product in one go; the others
 // are faster with torch's library on the processors measured (matmul.h takes 5 to 24% more time at H >= 512).
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const bool narrow = a.stride(0) == 1 && b.size(1) * (b.scalar_type() == ScalarType::Float ? 4 : 8) <= kDirectRow;
+  const int64_t value = a.scalar_type() == ScalarType::Float ? 4 : 8;
+  const bool narrow = a.stride(0) == 1 && is_narrow(a.size(0), b.size(1), value, omp_get_max_threads());
   const bool small = double(a.size(0)) * double(a.size(1)) * double(b.size(1)) < kSmallProduct;
-  if (!accumulate && !narrow && !small) return mm_out(out, a, b);
-  (a.scalar_type() == ScalarType::Float ? multiply<float> : multiply<double>)(out, a, b, accumulate);
+  if (!narrow && !small && !accumulate) return mm_out(out, a, b);
+  if (!narrow && !small && add_mm(out, a, b)) return;
+  (value == 4 ? multiply<float> : multiply<double>)(out, a, b, accumulate);
 }
 
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {

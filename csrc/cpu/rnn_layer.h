@@ -48,6 +48,12 @@ struct RnnLayer {
   int64_t saved_width() const { return cell->saved * hidden; }
   int64_t gate_rows() const { return cell->gates * hidden; }
   int64_t grad_width() const { return cell->norm ? 2 * gate_rows() : pre_width(); }  // of dL/dpre
+  // Of a row of dL/dpre in memory: whole lines, and one more, or equal columns of all rows would fall on few lines of a
+  // cache (rows of 4 KB: the weights' gradients of LSTM (T, B, H) = (128, 64, 256) at 283 GFLOP/s instead of 301).
+  int64_t grad_row() const {
+    const int64_t line = single() ? 16 : 8;
+    return (grad_width() + 2 * line - 1) / line * line;
+  }
   int64_t input_width() const { return cell->inputs * hidden; }
   // A cell's own weights: weight_hr, or weight_mx and weight_mh, or those of units, in the order of weight_tensors.
   const OptionalTensor& weight_hr() const { return cell->projects ? weights[kCommonWeights] : kNone; }

@@ -146,7 +146,7 @@ template <class Cell, typename T>
 bool norm_backward(const RnnBackward<T>& p) {
   constexpr int G = Cell::kGates, L = Lanes<T>, kPres = kPre<Cell>, kSums = kPres + Cell::kWeights;
   typedef ColumnProduct<T> Product;
-  const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps, row = 2 * G * H;
+  const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps, row = p.grad_row;
   const bool direct = steps * B <= kDirectRows;
   Product product{p.weights.hh, H, G * H, direct ? H / Product::kWidth : 0};
   const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
@@ -226,7 +226,7 @@ bool norm_backward(const RnnBackward<T>& p) {
         for (ptrdiff_t i = 0; i < now; ++i) {
           const ptrdiff_t b = rows.at(i), packed = p.rows.packed(step.t, b);
           T* const grad_pre = norm.grad_pre + b * kPres * H;
-          const T* const normed = p.normed + packed * row;
+          const T* const normed = p.normed + packed * 2 * G * H;
           const T* const stats = p.stats + packed * kNormStats;
           const NormGrad<T> of_x = norm_grad_of(grad_pre, gamma_x, normed, G * H, stats[kScaleX]);
           NormGrad<T> of_h;

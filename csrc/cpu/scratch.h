@@ -24,7 +24,8 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  Tensor matrix(int64_t rows, int64_t columns) { return view_of(*tensor_, {rows, columns}, {columns, 1}); }
+  // Rows `row` values apart.
+  Tensor matrix(int64_t rows, int64_t columns, int64_t row) { return view_of(*tensor_, {rows, columns}, {row, 1}); }
 
  private:
   static constexpr int64_t kKept = int64_t(64) << 20;
