@@ -52,6 +52,9 @@ inline Member member_of(const Split& split, int thread, const RnnRows& rows, ptr
 // The part of `count` blocks of units that belongs to a thread.
 struct Blocks {
   ptrdiff_t begin, end;
+  // The i-th of those that a step goes through, backwards on odd steps, and the last one.
+  ptrdiff_t at(ptrdiff_t i, ptrdiff_t step) const { return step & 1 ? end - 1 - i : begin + i; }
+  ptrdiff_t last(ptrdiff_t step) const { return at(end - begin - 1, step); }
 };
 
 inline Blocks blocks_of(const Member& me, ptrdiff_t count) {
@@ -59,13 +62,11 @@ inline Blocks blocks_of(const Member& me, ptrdiff_t count) {
 }
 
 // A thread's part of `count` blocks of units, each with the first `rows` of its rows in chunks: body(block, row, rows).
-// On odd steps the blocks run backwards.
 template <class Body>
 SEQACCEL_INLINE void for_blocks(const Member& me, ptrdiff_t count, ptrdiff_t step, ptrdiff_t rows, const Body& body) {
   const Blocks mine = blocks_of(me, count);
-  for (ptrdiff_t i = mine.begin; i < mine.end; ++i) {
-    const ptrdiff_t block = step & 1 ? mine.begin + mine.end - 1 - i : i;
-    for (ptrdiff_t row = 0; row < rows; row += kChunk) body(block, row, min_of(kChunk, rows - row));
+  for (ptrdiff_t i = 0; i < mine.end - mine.begin; ++i) {
+    for (ptrdiff_t row = 0; row < rows; row += kChunk) body(mine.at(i, step), row, min_of(kChunk, rows - row));
   }
 }
 
@@ -132,9 +133,10 @@ struct UnitProduct {
     }
   }
 
-  void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t u, T* y, bool add = false) const {
+  void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t u, T* y, bool add = false,
+                  LineList* lines = nullptr) const {
     constexpr int L = Lanes<T>;
-    if (panels) return panel_product<T, V>(rows, a, a_row, panels + u * panel_size, V * L, K, y, add, far);
+    if (panels) return panel_product<T, V>(rows, a, a_row, panels + u * panel_size, V * L, K, y, add, far, lines);
     if constexpr (U == 1) {
       dot_product<T, G>(rows, a, a_row, weight + u * L * K, N * K, K, int(min_of(L, N - u * L)), y);
     } else {

@@ -132,6 +132,19 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const 
   }
 }
 
+// The input of the rows [i0, i0 + count) at time t: without it, (128, 64, 256) takes 1.02 of its time.
+template <typename T>
+void list_input(const RnnForward<T>& p, const RowShare& share, ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count,
+                LineList& lines) {
+  constexpr ptrdiff_t kBytes = 2 * kLine, kValues = kBytes / ptrdiff_t(sizeof(T));
+  const ptrdiff_t end = min_of(i0 + count, share.among(p.rows.count(t)));
+  lines.begin<kBytes>(max_of(0, end - i0) * panel_count(p.inputs, kValues));
+  for (ptrdiff_t i = i0; i < end; ++i) {
+    const T* const row = p.input + p.rows.packed(t, share.at(i)) * p.inputs;
+    for (ptrdiff_t k = 0; k < p.inputs; k += kValues) lines.add<kBytes>(row + k);
+  }
+}
+
 // The buffer of state.h that holds a row's state after the last step.
 inline int last_buffer(const RnnRows& rows, bool reverse, ptrdiff_t b) {
   if (reverse || !rows.running) return rows.steps & 1;
@@ -254,6 +267,7 @@ bool rnn_forward(const RnnForward<T>& p) {
       alignas(64) T pre[kChunk * kColumns * L];
       alignas(64) T x_pre[Cell::kApart ? kChunk * Main::V * L : 1];
       const Blocks mine = blocks_of(me, main_blocks);
+      LineList lines;
       Ahead ahead{input,
                   p.input,
                   p.rows,
@@ -292,7 +306,11 @@ bool rnn_forward(const RnnForward<T>& p) {
             input(count, p.input + p.rows.packed(t, b) * inputs, rows.step * inputs, u, x_sum);
           }
           T* const sum = Cell::kApart ? pre : x_sum;
-          main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kApart);
+          // The last block's product fetches what the next step's first one will read.
+          const bool fetches = p.input && ahead.steps == 1 && s + 1 < steps && u == mine.last(s);
+          if (fetches) list_input(p, rows, p.reverse ? t - 1 : t + 1, i, count, lines);
+          main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kApart,
+               fetches ? &lines : nullptr);
           for (int v = 0; v < Main::U && (u * Main::U + v) * L < H; ++v) {
             forward_update<Cell, T, false>(p, state, rows, s, t, i, count, (u * Main::U + v) * L,
                                            {sum + v * L, x_sum, Main::V * L});
