@@ -115,6 +115,8 @@ void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, 
     Vec<T> b[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV && MR == 2; ++v) keep(b[v]);  // a backward pass of 2 rows a thread, H = 128: x1.09
     if (kFetch != Fetch::kPage) {
       if (kFetch == Fetch::kList) ahead.at = ahead.list[k];
       __builtin_prefetch(ahead.at, 0, 2);

@@ -110,6 +110,16 @@ SEQACCEL_INLINE void fence_stores() {
 #endif
 }
 
+// Keeps a value in its register: a compiler that loads it again for every use of two doubles what a product reads.
+template <class V>
+SEQACCEL_INLINE void keep(V& v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#endif
+}
+
 template <typename T>
 SEQACCEL_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 in every lane; keeps -0 and NaN
