@@ -272,17 +272,21 @@ def test_any_number_of_threads(cell, projected, threads):
         torch.set_num_threads(before)
 
 
+def assert_as_reference(number, cell, tensors):
+    options = variant(number, cell, tensors, ["cpp"])
+    grads = random_grads(cell, tensors, **options)
+    expected = results(cell, tensors, "reference", grads, **options)
+    for name, found in results(cell, tensors, "cpp", grads, **options).items():
+        torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 @each_kind("cpp")
 def test_weights_beyond_the_cache_of_a_core(cell, projected):
     """There the input's product goes first, panels are fetched part by part, and many rows list what they read."""
     H = 400 if CELLS[cell].gates > 1 else 900  # 2.5 MB of W_hh for each of two threads
     for number, B in ((0, 20), (1, 50), (3, 20)):
         tensors = problem(cell, 4, B, 24, H, projected=projected)
-        options = variant(number, cell, tensors, ["cpp"])
-        grads = random_grads(cell, tensors, **options)
-        expected = results(cell, tensors, "reference", grads, **options)
-        for name, found in results(cell, tensors, "cpp", grads, **options).items():
-            torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        assert_as_reference(number, cell, tensors)
 
 
 @each_kind("cpp")
@@ -290,11 +294,7 @@ def test_kept_values_beyond_the_caches(cell, projected):
     """There what is kept for the backward pass is stored past the caches."""
     for number, B in ((0, 40), (1, 45), (3, 40)):
         tensors = problem(cell, 100, B, 24, 128, projected=projected)  # 1 to 2.5 KB kept of each of 4,000 rows
-        options = variant(number, cell, tensors, ["cpp"])
-        grads = random_grads(cell, tensors, **options)
-        expected = results(cell, tensors, "reference", grads, **options)
-        for name, found in results(cell, tensors, "cpp", grads, **options).items():
-            torch.testing.assert_close(found, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        assert_as_reference(number, cell, tensors)
 
 
 def test_outputs_and_gradients_from_the_pool_are_ordinary_tensors(tmp_path):

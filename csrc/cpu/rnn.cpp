@@ -465,7 +465,7 @@ void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tenso
 
 // Values [from_first, from_first + count) of a vector to those from `first` on of another of the same dtype.
 void copy_values(const Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
-  const int64_t bytes = from.scalar_type() == ScalarType::Float ? 4 : 8;
+  const int64_t bytes = int64_t(from.element_size());
   std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + first * bytes,
               static_cast<const char*>(from.const_data_ptr()) + from_first * bytes, size_t(count * bytes));
 }

@@ -209,12 +209,14 @@ bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
 // matmul.h reads a transposed matrix and a narrow one where they lie, and makes a small product in one go; the others
 // are faster with torch's library on the processors measured (matmul.h takes 5 to 24% more time at H >= 512).
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const int64_t value = a.scalar_type() == ScalarType::Float ? 4 : 8;
-  const bool narrow = a.stride(0) == 1 && is_narrow(a.size(0), b.size(1), value, omp_get_max_threads());
+  const bool narrow =
+      a.stride(0) == 1 && is_narrow(a.size(0), b.size(1), int64_t(a.element_size()), omp_get_max_threads());
   const bool small = double(a.size(0)) * double(a.size(1)) * double(b.size(1)) < kSmallProduct;
-  if (!narrow && !small && !accumulate) return mm_out(out, a, b);
-  if (!narrow && !small && add_mm(out, a, b)) return;
-  (value == 4 ? multiply<float> : multiply<double>)(out, a, b, accumulate);
+  if (!narrow && !small) {
+    if (!accumulate) return mm_out(out, a, b);
+    if (add_mm(out, a, b)) return;
+  }
+  (a.scalar_type() == ScalarType::Float ? multiply<float> : multiply<double>)(out, a, b, accumulate);
 }
 
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {

@@ -44,14 +44,15 @@ SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
 // ---------------------------------------------------------------- products
 
 // Lines to L2 that an update behind a product will touch. Few are fetched at once. Many would wait for each other, and
-// the product for them: they are listed in pairs, and the product's tiles fetch them as they go, a pair a step.
+// the product for them: they are listed in pairs, and the product's tiles fetch them as they go, a pair a step; what
+// there is no room for is left to the update.
 class LineList {
  public:
   // Of `pieces` pieces of kBytes.
   template <ptrdiff_t kBytes>
   void begin(ptrdiff_t pieces) {
     const ptrdiff_t pairs = pieces * ((kBytes + kPair - 1) / kPair);
-    listed_ = pairs >= 2 * kPartial && pairs <= kRoom;
+    listed_ = pairs >= 2 * kPartial;
     taken_ = count_ = 0;
   }
   template <ptrdiff_t kBytes>
@@ -59,10 +60,10 @@ class LineList {
 #pragma GCC unroll 8
     for (ptrdiff_t i = 0; i < kBytes; i += kPair) {
       const char* const pair = static_cast<const char*>(at) + i;
-      if (listed_) {
-        pairs_[count_++] = pair;
-      } else {
+      if (!listed_) {
         fetch(pair);
+      } else if (count_ < kRoom) {
+        pairs_[count_++] = pair;
       }
     }
   }

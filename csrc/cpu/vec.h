@@ -92,10 +92,10 @@ SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
   }
 }
 
-// As store_some, but a vector that is a line of memory goes past the caches if `past`; it must be aligned then, and
-// fence_stores() must come before another thread reads it.
-constexpr bool kStoresPast = SEQACCEL_VECTOR_BYTES == 64;
+constexpr bool kStoresPast = SEQACCEL_VECTOR_BYTES == 64;  // a vector is a whole line of memory
 
+// As store_some; where kStoresPast, v goes past the caches if `past`. p must be aligned then, and fence_stores() come
+// before another thread reads it.
 template <typename T>
 SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n, bool past) {
 #if SEQACCEL_VECTOR_BYTES == 64
