@@ -87,10 +87,10 @@ Tensor new_pooled(const Tensor& like, const Extents& sizes) {
   const Block block = take_block(bytes);
   if (block.data == nullptr) return new_tensor(like, sizes);  // which says what torch says
   AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), 0,
-                                            single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
-                                            aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(),
-                                            nullptr, 0, give_back, reinterpret_cast<void*>(block.size)));
+  TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), 0,
+                                     single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+                                     aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
+                                     give_back, reinterpret_cast<void*>(block.size)));
   return Tensor(tensor);
 }
 

@@ -192,7 +192,7 @@ Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {
 void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -202,7 +202,7 @@ bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
                                       AtenTensorHandle mat2, double beta, double alpha);
   static const AddmmOut addmm_out = reinterpret_cast<AddmmOut>(dlsym(RTLD_DEFAULT, "aoti_torch_cpu_addmm_out"));
   if (addmm_out == nullptr) return false;
-  STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
   return true;
 }
 

@@ -1,5 +1,6 @@
 // The sessions' C functions: a program of layers with its own packed weights and its own state.
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "session_program.h"

@@ -74,7 +74,7 @@ inline Extents row_major(const Extents& sizes) {
 // A tensor over t's memory, from its value `offset` on. Autograd, which lies above the operators, takes no note of it.
 inline Tensor view_of(const Tensor& t, const Extents& sizes, const Extents& strides, int64_t offset = 0) {
   AtenTensorHandle view = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &view));
   return Tensor(view);
 }
@@ -84,12 +84,12 @@ inline Tensor view_of(const Tensor& t, const Extents& sizes, const Extents& stri
 // time). It and view_of are calls of torch's C interface, 0.3 us each; operators called by name take 1 us.
 inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
   int32_t dtype, device, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), row_major(sizes).data(),
-                                                         dtype, device, index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), dtype,
+                                                  device, index, &handle));
   Tensor t(handle);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;

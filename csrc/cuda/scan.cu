@@ -1,10 +1,12 @@
-// Linear scan and SRU on a GPU, for the operators that csrc/cpu/scan.cpp declares. No GPU has run this file yet.
+// Linear scan and SRU on a GPU, for the operators that csrc/cpu/scan.cpp declares.
 //
 // Linear scan. A block takes kChannels adjacent channels of one sequence and walks through time in tiles of kThreads /
 // kChannels lanes times kSteps steps. A thread composes the affine maps of its kSteps steps in registers, the lanes
 // compose theirs in shared memory, and each thread then runs its steps from the state that reaches it: every element is
 // read once, 2 * kSteps loads are in flight a thread, and 32 adjacent channels make each access 128 contiguous bytes.
-// Sequences of few channels give their threads to time instead: 8 channels x 32 lanes, 1 x 256.
+// Sequences of few channels give their threads to time instead: 8 channels x 32 lanes, 1 x 256. Where the blocks are
+// fewer than the GPU runs at once, time is cut into chunks: a pass composes each chunk's map, a small one runs through
+// the chunks, a last one is as above from the state that reaches a chunk. The inputs are read twice, by all of the GPU.
 //
 // SRU feeds its state back through the gates: its steps are sequential. A thread takes one column (batch x channel) and
 // loads the next kAhead steps while it computes those at hand. The parameters' gradients are summed over time by the
@@ -12,6 +14,10 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <type_traits>
 
 #include "common/scan_arguments.h"
 
@@ -20,7 +26,7 @@ namespace {
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -39,6 +45,8 @@ unsigned grid_size(int64_t blocks) {
 
 constexpr int kThreads = 256;
 constexpr int kSteps = 8;
+constexpr int64_t kEnoughBlocks = 264;    // 2 a multiprocessor of an H100: with fewer, time is cut into chunks
+constexpr int64_t kChunkedBlocks = 1056;  // so that there are about as many
 
 // a * x + b; a product of coefficients that overflowed does not spoil a state that is zero.
 template <typename T>
@@ -74,18 +82,44 @@ __device__ void compose_lanes(T& a, T& b, T& total_a, T& total_b) {
   __syncthreads();
 }
 
-template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads) linear_scan_forward_kernel(const LinearScanForward<T> p) {
+// The chunks of time of one launch. Whole: one chunk, nothing in `a` and `b`. Else `reduce` writes each chunk's map,
+// and `apply` finds in `b` the state before each chunk.
+template <typename T>
+struct Chunks {
+  int64_t count, steps;
+  T *a, *b;  // [batch, count, width]
+};
+
+enum class Pass { whole, reduce, apply };
+
+// What a block has to do: its sequence, its channel (a thread's), its steps.
+struct Place {
+  int64_t batch, channel, chunk, begin, end;
+
+  template <int kChannels, typename Parameters, typename T>
+  __device__ static Place of(const Parameters& p, const Chunks<T>& chunks, std::integral_constant<int, kChannels>) {
+    const int64_t blocks = (p.width + kChannels - 1) / kChannels, index = blockIdx.x / blocks;
+    const int64_t begin = index % chunks.count * chunks.steps;
+    return {index / chunks.count, blockIdx.x % blocks * kChannels + threadIdx.x % kChannels, index % chunks.count,
+            begin, begin + chunks.steps < p.steps ? begin + chunks.steps : p.steps};
+  }
+};
+
+template <typename T, int kChannels, Pass kPass>
+__global__ void __launch_bounds__(kThreads)
+    linear_scan_forward_kernel(const LinearScanForward<T> p, const Chunks<T> chunks) {
   constexpr int kTile = kThreads / kChannels * kSteps;
-  const int64_t blocks = (p.width + kChannels - 1) / kChannels;
-  const int64_t batch = blockIdx.x / blocks, channel = blockIdx.x % blocks * kChannels + threadIdx.x % kChannels;
-  const bool valid = channel < p.width;
-  const int64_t column = batch * p.steps * p.width + channel;
+  const Place place = Place::of(p, chunks, std::integral_constant<int, kChannels>());
+  const bool valid = place.channel < p.width;
+  const int64_t column = place.batch * p.steps * p.width + place.channel;
+  const int64_t edge = (place.batch * chunks.count + place.chunk) * p.width + place.channel;
   const int64_t stride = p.reverse ? -p.width : p.width;  // from one step of the scan to the next
-  T state = valid && p.h_0 ? p.h_0[batch * p.width + channel] : T(0);
-  for (int64_t start = 0; start < p.steps; start += kTile) {
+  T state = T(0), coefficient = T(1);
+  if (kPass == Pass::whole && valid && p.h_0) state = p.h_0[place.batch * p.width + place.channel];
+  if (kPass == Pass::apply && valid) state = chunks.b[edge];
+  for (int64_t start = place.begin; start < place.end; start += kTile) {
     const int64_t first = start + threadIdx.x / kChannels * kSteps;
-    const int here = !valid ? 0 : p.steps - first < kSteps ? int(p.steps - first) : kSteps;  // steps this thread has
+    const int here = !valid ? 0 : place.end - first < kSteps ? int(place.end - first) : kSteps;  // this thread's steps
     const int64_t at = column + (p.reverse ? p.steps - 1 - first : first) * p.width;
     T a[kSteps], b[kSteps];
 #pragma unroll
@@ -100,35 +134,50 @@ __global__ void __launch_bounds__(kThreads) linear_scan_forward_kernel(const Lin
       map_a *= a[i];
     }
     compose_lanes<T, kChannels>(map_a, map_b, total_a, total_b);
-    T h = apply_map(map_a, state, map_b);
+    if (kPass != Pass::reduce) {
+      T h = apply_map(map_a, state, map_b);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      h = a[i] * h + b[i];
-      if (i < here) p.h[at + i * stride] = h;
+      for (int i = 0; i < kSteps; ++i) {
+        h = a[i] * h + b[i];
+        if (i < here) p.h[at + i * stride] = h;
+      }
     }
     state = apply_map(total_a, state, total_b);
+    coefficient *= total_a;
+  }
+  if (kPass == Pass::reduce && valid && threadIdx.x < kChannels) {
+    chunks.a[edge] = coefficient;
+    chunks.b[edge] = state;
   }
 }
 
 // The same scan against time, its coefficients one step off; see csrc/cpu/scan_kernels.h.
-template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, 2) linear_scan_backward_kernel(const LinearScanBackward<T> p) {
+template <typename T, int kChannels, Pass kPass>
+__global__ void __launch_bounds__(kThreads, 2)
+    linear_scan_backward_kernel(const LinearScanBackward<T> p, const Chunks<T> chunks) {
   constexpr int kTile = kThreads / kChannels * kSteps;
-  const int64_t blocks = (p.width + kChannels - 1) / kChannels;
-  const int64_t batch = blockIdx.x / blocks, channel = blockIdx.x % blocks * kChannels + threadIdx.x % kChannels;
-  const bool valid = channel < p.width;
-  const int64_t column = batch * p.steps * p.width + channel, edge = batch * p.width + channel;
+  const Place place = Place::of(p, chunks, std::integral_constant<int, kChannels>());
+  const bool valid = place.channel < p.width;
+  const int64_t column = place.batch * p.steps * p.width + place.channel;
+  const int64_t edge = place.batch * p.width + place.channel;
+  const int64_t chunk_edge = (place.batch * chunks.count + place.chunk) * p.width + place.channel;
   const int64_t stride = p.reverse ? p.width : -p.width;  // from one step of the backward scan to the next
-  T state = T(0);
-  for (int64_t start = 0; start < p.steps; start += kTile) {
+  T state = T(0), coefficient = T(1);
+  if (kPass == Pass::apply && valid) state = chunks.b[chunk_edge];
+  for (int64_t start = place.begin; start < place.end; start += kTile) {
     const int64_t first = start + threadIdx.x / kChannels * kSteps;
-    const int here = !valid ? 0 : p.steps - first < kSteps ? int(p.steps - first) : kSteps;  // steps this thread has
+    const int here = !valid ? 0 : place.end - first < kSteps ? int(place.end - first) : kSteps;  // this thread's steps
     const int64_t at = column + (p.reverse ? first : p.steps - 1 - first) * p.width;
-    T a[kSteps], b[kSteps];
+    T a[kSteps], b[kSteps], before[kSteps];  // all loads before the first store: the compiler may not move them past it
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       a[i] = i < here && first + i > 0 ? p.a[at + (i - 1) * stride] : T(1);
       b[i] = i < here ? p.grad_h[at + i * stride] : T(0);
+      if (kPass != Pass::reduce) {
+        before[i] = T(0);
+        if (i < here && first + i < p.steps - 1) before[i] = p.h[at + (i + 1) * stride];
+        if (i < here && first + i == p.steps - 1 && p.h_0) before[i] = p.h_0[edge];
+      }
     }
     T map_a = T(1), map_b = T(0), total_a, total_b;
 #pragma unroll
@@ -137,46 +186,108 @@ __global__ void __launch_bounds__(kThreads, 2) linear_scan_backward_kernel(const
       map_a *= a[i];
     }
     compose_lanes<T, kChannels>(map_a, map_b, total_a, total_b);
-    T grad = apply_map(map_a, state, map_b);
+    if (kPass != Pass::reduce) {
+      T grad = apply_map(map_a, state, map_b);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      grad = a[i] * grad + b[i];
-      if (i < here) {
-        const bool last = first + i == p.steps - 1;
-        const T before = !last ? p.h[at + (i + 1) * stride] : p.h_0 ? p.h_0[edge] : T(0);
-        p.grad_b[at + i * stride] = grad;
-        p.grad_a[at + i * stride] = grad * before;
-        if (last) p.grad_h_0[edge] = p.a[at + i * stride] * grad;
+      for (int i = 0; i < kSteps; ++i) {
+        grad = a[i] * grad + b[i];
+        if (i < here) {
+          p.grad_b[at + i * stride] = grad;
+          p.grad_a[at + i * stride] = grad * before[i];
+          if (first + i == p.steps - 1) p.grad_h_0[edge] = p.a[at + i * stride] * grad;
+        }
       }
     }
     state = apply_map(total_a, state, total_b);
+    coefficient *= total_a;
+  }
+  if (kPass == Pass::reduce && valid && threadIdx.x < kChannels) {
+    chunks.a[chunk_edge] = coefficient;
+    chunks.b[chunk_edge] = state;
   }
   if (p.steps == 0 && valid && threadIdx.x < kChannels) p.grad_h_0[edge] = T(0);
 }
 
-template <typename T, int kChannels>
-void launch_linear(const LinearScanForward<T>& p, cudaStream_t stream) {
-  const int64_t blocks = p.batch * ((p.width + kChannels - 1) / kChannels);
-  linear_scan_forward_kernel<T, kChannels><<<grid_size(blocks), kThreads, 0, stream>>>(p);
+// The state before each chunk, in place of the chunks' b.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    chunk_states_kernel(const Chunks<T> chunks, const T* first, int64_t batch, int64_t width) {
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (index >= batch * width) return;
+  const T* const a = chunks.a + index / width * chunks.count * width + index % width;
+  T* const b = chunks.b + (a - chunks.a);
+  T state = first ? first[index] : T(0);
+  constexpr int kTogether = 8;  // loads in flight
+  for (int64_t start = 0; start < chunks.count; start += kTogether) {
+    T map_a[kTogether], map_b[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      map_a[i] = start + i < chunks.count ? a[(start + i) * width] : T(1);
+      map_b[i] = start + i < chunks.count ? b[(start + i) * width] : T(0);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (start + i < chunks.count) b[(start + i) * width] = state;
+      state = apply_map(map_a[i], state, map_b[i]);
+    }
+  }
 }
 
-template <typename T, int kChannels>
-void launch_linear(const LinearScanBackward<T>& p, cudaStream_t stream) {
+template <typename T, int kChannels, Pass kPass>
+void launch_linear(const LinearScanForward<T>& p, const Chunks<T>& chunks, unsigned blocks, cudaStream_t stream) {
+  linear_scan_forward_kernel<T, kChannels, kPass><<<blocks, kThreads, 0, stream>>>(p, chunks);
+}
+
+template <typename T, int kChannels, Pass kPass>
+void launch_linear(const LinearScanBackward<T>& p, const Chunks<T>& chunks, unsigned blocks, cudaStream_t stream) {
+  linear_scan_backward_kernel<T, kChannels, kPass><<<blocks, kThreads, 0, stream>>>(p, chunks);
+}
+
+template <typename T>
+const T* first_state(const LinearScanForward<T>& p) {
+  return p.h_0;
+}
+
+template <typename T>
+const T* first_state(const LinearScanBackward<T>&) {
+  return nullptr;
+}
+
+// In one pass where sequences and channels are many; else in chunks of time, whose maps a first pass composes.
+template <typename T, int kChannels, typename Parameters>
+void run_linear(const Parameters& p, const Tensor& like, cudaStream_t stream) {
+  constexpr int64_t kTile = kThreads / kChannels * kSteps;
   const int64_t blocks = p.batch * ((p.width + kChannels - 1) / kChannels);
-  linear_scan_backward_kernel<T, kChannels><<<grid_size(blocks), kThreads, 0, stream>>>(p);
+  const int64_t tiles = (p.steps + kTile - 1) / kTile;
+  if (blocks >= kEnoughBlocks || tiles < 4) {
+    launch_linear<T, kChannels, Pass::whole>(p, Chunks<T>{1, p.steps, nullptr, nullptr}, grid_size(blocks), stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  const int64_t wanted = std::min((kChunkedBlocks + blocks - 1) / blocks, tiles / 2);
+  const int64_t steps = (tiles + wanted - 1) / wanted * kTile, count = (p.steps + steps - 1) / steps;
+  Tensor maps = fresh(like, {2, p.batch, count, p.width});
+  T* const a = maps.mutable_data_ptr<T>();
+  const Chunks<T> chunks = {count, steps, a, a + p.batch * count * p.width};
+  launch_linear<T, kChannels, Pass::reduce>(p, chunks, grid_size(blocks * count), stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const unsigned columns = grid_size((p.batch * p.width + kThreads - 1) / kThreads);
+  chunk_states_kernel<T><<<columns, kThreads, 0, stream>>>(chunks, first_state(p), p.batch, p.width);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_linear<T, kChannels, Pass::apply>(p, chunks, grid_size(blocks * count), stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T, typename Parameters>
-void run_linear(const Parameters& p, cudaStream_t stream) {
+void run_linear(const Parameters& p, const Tensor& like, cudaStream_t stream) {
   if (p.batch * p.width == 0) return;
   if (p.width > 8) {
-    launch_linear<T, 32>(p, stream);
+    run_linear<T, 32>(p, like, stream);
   } else if (p.width > 1) {
-    launch_linear<T, 8>(p, stream);
+    run_linear<T, 8>(p, like, stream);
   } else {
-    launch_linear<T, 1>(p, stream);
+    run_linear<T, 1>(p, like, stream);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
@@ -184,7 +295,7 @@ void linear_forward(const std::array<int64_t, 3>& sizes, bool reverse, const Ten
                     const OptionalTensor& h_0, Tensor& h, cudaStream_t stream) {
   run_linear<T>(LinearScanForward<T>{sizes[0], sizes[1], sizes[2], reverse, a.const_data_ptr<T>(),
                                      b.const_data_ptr<T>(), data_or_null<T>(h_0), h.mutable_data_ptr<T>()},
-                stream);
+                h, stream);
 }
 
 Tensor linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, bool reverse) {
@@ -214,7 +325,7 @@ void linear_backward(const std::array<int64_t, 3>& sizes, bool reverse, const Te
       LinearScanBackward<T>{sizes[0], sizes[1], sizes[2], reverse, grad_h.const_data_ptr<T>(), a.const_data_ptr<T>(),
                             h.const_data_ptr<T>(), data_or_null<T>(h_0), grad_a.mutable_data_ptr<T>(),
                             grad_b.mutable_data_ptr<T>(), grad_h_0.mutable_data_ptr<T>()},
-      stream);
+      grad_a, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, OptionalTensor h_0,
