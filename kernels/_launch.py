@@ -1,9 +1,11 @@
-"""What the Triton launchers share: how a kernel is launched, and how a shipped configuration is described."""
+"""What the Triton launchers share: operators, launches, and how a shipped configuration is described."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ class Configuration:
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
         multiples_of_16: names of integer arguments that are multiples of 16 at every launch with this configuration.
+        least_arch: compute capability (times ten) of the GPUs it is for.
+        spills: bytes a thread that may be spilled, where a GPU was measured to be faster so than with a smaller tile.
     """
 
     kernel: Any
@@ -30,6 +34,8 @@ class Configuration:
     num_warps: int = 4
     num_stages: int = 3
     multiples_of_16: tuple[str, ...] = ()
+    spills: int = 0
+    least_arch: int = 80
 
 
 def interpreted(kernel: Any) -> bool:
@@ -37,6 +43,45 @@ def interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.runtime.JITFunction)
 
 
+_here = threading.local()
+
+
 def wrap(kernel: Any) -> Any:
-    """What a ``torch.library.triton_op`` launches: a compiled kernel in traceable form, an interpreted one as it is."""
-    return kernel if interpreted(kernel) else torch.library.wrap_triton(kernel)
+    """What an operator launches: the kernel in traceable form, or as it is where nothing traces."""
+    plain = interpreted(kernel) or getattr(_here, "plain", False)
+    return kernel if plain else torch.library.wrap_triton(kernel)
+
+
+def _traced(arguments: tuple[Any, ...]) -> bool:
+    """Whether anything must see the operator: a compiler, a dispatch mode, a subclass of Tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in arguments)
+    )
+
+
+def operator(register: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function with ``torch.library.triton_op`` or ``custom_op``, and calls it itself where nothing traces.
+
+    The dispatcher's Python takes longer than the rest of a small call. Autograd is the caller's matter.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        registered = register(*args, **kwargs)(function)
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            if _traced(arguments):
+                return registered(*arguments)
+            before = getattr(_here, "plain", False)
+            _here.plain = True
+            try:
+                return function(*arguments)
+            finally:
+                _here.plain = before
+
+        call.register_fake = registered.register_fake  # type: ignore[attr-defined]
+        return call
+
+    return decorate

@@ -1,11 +1,11 @@
-"""Dilated causal convolution on a GPU (not yet run on one: ``auto`` does not choose it).
+"""Dilated causal convolution on a GPU.
 
 An implicit matrix product, tap by tap: for tap k the operand is x shifted by ``s_k = (K-1-k) dilation``, so a tile of
 outputs [BO, BT] adds ``W_k [BO, BC] @ x[BC, BT at t - s_k]`` over channels and taps, and nothing is unfolded in memory.
 
     forward   y[o, t]     = sum_{k,c} W[o, c, k] x[c, t - s_k]      then bias, activation, dropout, residual, relu
     data      dx[c, t]    = sum_{k,o} W[o, c, k] g[o, t + s_k]      the same kernel, direction +1, W transposed
-    weight    dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]         partial sums over parts of the batch, added by torch
+    weight    dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]         partial sums over parts of b and t, added by torch
 
 The weight is permuted to [K, O, C] first, so that a tile of it is read in rows. Depthwise convolutions have kernels
 without a matrix product. A history is joined to x first; ``first`` is then where the outputs begin. Letters: o outputs,
@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqaccel.kernels._launch import Configuration, wrap
+from seqaccel.kernels._launch import Configuration, operator, wrap
 
-_BT = 64  # time steps of a tile: with 128 the epilogue spills registers
 _STRIP = 1024  # time steps of a program of the elementwise and depthwise kernels
-_SPLITS = 8  # parts of the batch whose weight gradients are summed apart
+_PROGRAMS = 264  # of a weight gradient, at least: 2 a multiprocessor of an H100
 
 
 @triton.jit
@@ -122,16 +121,17 @@ def conv_product_kernel(
     o_c = tl.arange(0, BC)
     acc = tl.zeros([BO, BT], dtype=tl.float32)
     chunks = tl.cdiv(C, BC)
+    p_x += i_bg * C * T  # 64 bits up to here, 32 within a sequence: offsets of 64 bits take the registers of the tiles
     for i in range(K * chunks):
         k, c = i // chunks, i % chunks * BC + o_c
         at = first + o_t + DIRECTION * (K - 1 - k) * dilation
         b_x = tl.load(  # [BC, BT]
-            p_x + (i_bg * C + c[:, None]) * T + at[None, :],
+            p_x + c[:, None] * T + at[None, :],
             mask=(c[:, None] < C) & (at[None, :] >= 0) & (at[None, :] < T),
             other=0.0,
         )
         b_w = tl.load(  # [BO, BC]
-            p_weight + ((k * G + i_g) * O + o_o[:, None]) * C + c[None, :],
+            p_weight + (k * G + i_g) * O * C + o_o[:, None] * C + c[None, :],
             mask=(o_o[:, None] < O) & (c[None, :] < C),
             other=0.0,
         )
@@ -152,32 +152,32 @@ def conv_weight_kernel(
     B, T, S, C, O, K, G, dilation, per_split,
     PRECISION: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """partial[i, k, o, c] = sum over the i-th part of the batch, and over t, of g[b, o, t] x[b, c, S - T + t - s_k]."""
+    """partial[i, k, o, c] = sum over the i-th part of all (b, tile of t) of g[b, o, t] x[b, c, S - T + t - s_k]."""
     tiles_c = tl.cdiv(C, BC)
     i_k, i_g = tl.program_id(1) // G, tl.program_id(1) % G
     o_o = tl.program_id(0) // tiles_c * BO + tl.arange(0, BO)
     o_c = tl.program_id(0) % tiles_c * BC + tl.arange(0, BC)
-    i_s = tl.program_id(2).to(tl.int64)
+    i_s = tl.program_id(2)
     shift = S - T - (K - 1 - i_k) * dilation
     steps = tl.cdiv(T, BT)
     acc = tl.zeros([BO, BC], dtype=tl.float32)
-    for i in range(per_split * steps):
-        b = i_s * per_split + i // steps
+    for i in range(i_s * per_split, (i_s + 1) * per_split):
+        b = (i // steps).to(tl.int64)
         t = i % steps * BT + tl.arange(0, BT)
         b_g = tl.load(  # [BO, BT]
-            p_g + ((b * G + i_g) * O + o_o[:, None]) * T + t[None, :],
+            p_g + (b * G + i_g) * O * T + o_o[:, None] * T + t[None, :],
             mask=(o_o[:, None] < O) & (t[None, :] < tl.where(b < B, T, 0)),
             other=0.0,
         )
         at = t + shift
         b_x = tl.load(  # [BC, BT]
-            p_x + ((b * G + i_g) * C + o_c[:, None]) * S + at[None, :],
+            p_x + (b * G + i_g) * C * S + o_c[:, None] * S + at[None, :],
             mask=(o_c[:, None] < C) & (at[None, :] >= 0) & (at[None, :] < tl.where(b < B, S, 0)),
             other=0.0,
         )
         acc = tl.dot(b_g, tl.trans(b_x), acc, input_precision=PRECISION)
     tl.store(
-        p_partial + (((i_s * K + i_k) * G + i_g) * O + o_o[:, None]) * C + o_c[None, :],
+        p_partial + ((tl.cast(i_s, tl.int64) * K + i_k) * G + i_g) * O * C + o_o[:, None] * C + o_c[None, :],
         acc,
         mask=(o_o[:, None] < O) & (o_c[None, :] < C),
     )
@@ -210,12 +210,12 @@ def conv_depthwise_kernel(
 def conv_depthwise_weight_kernel(
     p_g, p_x, p_partial, B, T, S, channels, rows, fan_out, K, dilation, per_split, BT: tl.constexpr
 ):
-    """partial[i, o, k] = sum over the i-th part of the batch, and t, of g[b, o, t] x[b, o // fan_out, S-T+t - s_k]."""
-    row, k, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """partial[i, o, k] = sum over the i-th part of all (b, tile of t) of g[b, o, t] x[b, o // fan_out, S-T+t - s_k]."""
+    k, row, i_s = tl.program_id(0) % K, tl.program_id(0) // K, tl.program_id(1)
     steps = tl.cdiv(T, BT)
     acc = tl.zeros([BT], dtype=tl.float32)
-    for i in range(per_split * steps):
-        b = i_s * per_split + i // steps
+    for i in range(i_s * per_split, (i_s + 1) * per_split):
+        b = (i // steps).to(tl.int64)
         t = i % steps * BT + tl.arange(0, BT)
         g = tl.load(p_g + (b * rows + row) * T + t, mask=t < tl.where(b < B, T, 0), other=0.0)
         at = t + S - T - (K - 1 - k) * dilation
@@ -223,7 +223,7 @@ def conv_depthwise_weight_kernel(
             p_x + (b * channels + row // fan_out) * S + at, mask=(at >= 0) & (at < tl.where(b < B, S, 0)), other=0.0
         )
         acc += g.to(tl.float32) * x.to(tl.float32)
-    tl.store(p_partial + (i_s * rows + row) * K + k, tl.sum(acc, 0))
+    tl.store(p_partial + (tl.cast(i_s, tl.int64) * rows + row) * K + k, tl.sum(acc, 0))
 
 
 @triton.jit
@@ -264,17 +264,38 @@ def conv_gradient_kernel(
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Torch's own switch for float32 convolutions; TF32 is its default."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def _tile(rows: int) -> tuple[int, int]:
-    """Output channels of a tile, and warps."""
-    return (16, 4) if rows <= 16 else (32, 4) if rows <= 32 else (64, 8)
+#: (time steps, channels of one multiplication, warps, stages) of a product's tile, by its output channels, and (time
+#: steps of one multiplication, warps, stages) of a weight gradient's, by its sides. TF32 and 16 bits as measured on an
+#: H100; without tensor cores larger tiles spill registers.
+_PRODUCT = {
+    "ieee": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 8, 2)},
+    "tf32": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 4, 3), 128: (64, 16, 4, 3)},
+    "half": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
+}
+_WEIGHT = {
+    "ieee": {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 8, 2)},
+    "tf32": {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 3), 128: (32, 8, 3)},
+    "half": {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 4, 3), 128: (64, 8, 3)},
+}
 
 
-def _depth(dtype: torch.dtype) -> tuple[int, int]:
-    """Length of one multiplication, in channels (product) and time steps (weight): longer ones spill registers."""
-    return (16, 32) if dtype == torch.float32 else (32, 64)
+def _kind(dtype: torch.dtype) -> str:
+    return _precision() if dtype == torch.float32 else "half"
+
+
+def _side(table: dict[int, tuple[int, ...]], channels: int) -> int:
+    """Of a tile for this many channels: the first that holds them, else the largest."""
+    return next((side for side in table if side >= channels), max(table))
+
+
+def _splits(tiles: int, programs: int) -> tuple[int, int]:
+    """Parts of the sum over ``tiles`` (b, tile of t) so that there are programs enough, and tiles of a part."""
+    per_split = max(4, triton.cdiv(tiles * programs, _PROGRAMS))
+    return max(1, triton.cdiv(tiles, per_split)), per_split
 
 
 def _scale(dropout: float) -> float:
@@ -301,12 +322,14 @@ def _product(
         )  # fmt: skip
         return
     outputs = rows // groups
-    tile, warps = _tile(outputs)
-    wrap(conv_product_kernel)[(triton.cdiv(steps, _BT), triton.cdiv(outputs, tile), batch * groups)](
+    table = _PRODUCT[_kind(x.dtype)]
+    tile = _side(table, outputs)
+    block, depth, warps, stages = table[tile]
+    wrap(conv_product_kernel)[(triton.cdiv(steps, block), triton.cdiv(outputs, tile), batch * groups)](
         x, weight.permute(2, 0, 1).contiguous(), bias, residual, seed, y, pre, active,
         length, steps, first, group_channels, outputs, taps, groups, *shared,
         DIRECTION=direction, ACTIVATION=activation, RELU=relu, DROPOUT=dropout > 0,
-        PRECISION=_precision(), BO=tile, BT=_BT, BC=_depth(x.dtype)[0], num_warps=warps, num_stages=2,
+        PRECISION=_precision(), BO=tile, BT=block, BC=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -328,7 +351,7 @@ def saved_kind(activation: str, relu: bool, dropout: float, has_residual: bool) 
     return "pre" if activation == "silu" or has_residual or relu or dropout > 0 else "nothing"
 
 
-@torch.library.triton_op("seqaccel::causal_conv1d_forward_triton", mutates_args={})
+@operator(torch.library.triton_op, "seqaccel::causal_conv1d_forward_triton", mutates_args={})
 def causal_conv1d_forward(
     x: Tensor,
     weight: Tensor,
@@ -358,7 +381,7 @@ def causal_conv1d_forward(
     return y, saved
 
 
-@torch.library.triton_op("seqaccel::causal_conv1d_backward_triton", mutates_args={})
+@operator(torch.library.triton_op, "seqaccel::causal_conv1d_backward_triton", mutates_args={})
 def causal_conv1d_backward(
     grad_y: Tensor,
     y: Tensor | None,
@@ -411,26 +434,30 @@ def causal_conv1d_backward(
 
     grad_weight = nothing.clone()
     if wants & 2:
-        splits = max(1, min(_SPLITS, batch))
-        per_split = triton.cdiv(batch, splits)
         seen = x if history is None else torch.cat([history, x], -1)
         if group_channels == 1 and groups > 1:
+            tiles = batch * triton.cdiv(length, _STRIP)
+            per_split = max(4, triton.cdiv(tiles, 1024))
+            splits = triton.cdiv(tiles, per_split)
             partial = x.new_zeros((splits, outputs, taps), dtype=torch.float32)
             if g.numel():
-                wrap(conv_depthwise_weight_kernel)[(outputs, taps, splits)](
+                wrap(conv_depthwise_weight_kernel)[(outputs * taps, splits)](
                     g, seen, partial, batch, length, seen.shape[2], channels, outputs, outputs // channels, taps,
                     dilation, per_split, BT=_STRIP, num_warps=4,
                 )  # fmt: skip
             grad_weight = partial.sum(0).view(weight.shape).to(x.dtype)
         else:
-            partial = x.new_zeros((splits, taps, outputs, group_channels), dtype=torch.float32)
-            tile, warps = _tile(max(outputs // groups, group_channels))
+            table = _WEIGHT[_kind(x.dtype)]
+            tile = _side(table, max(outputs // groups, group_channels))
+            steps, warps, stages = table[tile]
             tiles = triton.cdiv(outputs // groups, tile) * triton.cdiv(group_channels, tile)
+            splits, per_split = _splits(batch * triton.cdiv(length, steps), tiles * taps * groups)
+            partial = x.new_zeros((splits, taps, outputs, group_channels), dtype=torch.float32)
             if g.numel() and partial.numel():
                 wrap(conv_weight_kernel)[(tiles, taps * groups, splits)](
                     g, seen, partial, batch, length, seen.shape[2], group_channels, outputs // groups, taps, groups,
                     dilation, per_split,
-                    PRECISION=_precision(), BO=tile, BC=tile, BT=_depth(x.dtype)[1], num_warps=warps, num_stages=2,
+                    PRECISION=_precision(), BO=tile, BC=tile, BT=steps, num_warps=warps, num_stages=stages,
                 )  # fmt: skip
             grad_weight = partial.sum(0).permute(1, 2, 0).to(x.dtype).contiguous()
     grad_bias = g.sum((0, 2), dtype=torch.float32).to(x.dtype) if wants & 4 else nothing.clone()
@@ -439,31 +466,31 @@ def causal_conv1d_backward(
 
 
 def _configurations() -> list[Configuration]:
-    """Every tile with the fullest epilogue (forward) and none (data), for the widest and the narrowest dtype."""
+    """Every tile with the fullest epilogue (forward), the largest with none (data)."""
     sizes = dict.fromkeys(("T", "L", "first", "C", "O", "K", "G", "dilation"), "i32")
     extra = {"threshold": "i64", "scale": "fp32"}
     table = []
-    for dtype, kind, tiles in ((torch.float32, "fp32", (16, 32, 64)), (torch.bfloat16, "bf16", (64,))):
-        p = f"*{kind}"
-        depth, steps = _depth(dtype)
-        for tile in tiles:
-            shape = {"BO": tile, "BT": _BT, "BC": depth, "PRECISION": "ieee"}
-            warps = 8 if tile == 64 else 4
+    for kind, p in (("ieee", "*fp32"), ("tf32", "*fp32"), ("half", "*bf16")):
+        precision, spills = "ieee" if kind == "half" else kind, 0 if kind == "ieee" else 544
+        for tile, (steps, depth, warps, stages) in _PRODUCT[kind].items():
+            shape = {"BO": tile, "BT": steps, "BC": depth, "PRECISION": precision}
             forward = {
                 "p_x": p, "p_weight": p, "p_bias": p, "p_residual": p, "p_seed": "*i64", "p_y": p,
                 "p_active": "*u8", **sizes, **extra,
             }  # fmt: skip
             options = {"DIRECTION": -1, "ACTIVATION": "relu", "RELU": True, "DROPOUT": True, "p_pre": None}
-            table.append(Configuration(conv_product_kernel, forward, {**options, **shape}, warps, 2))
-            absent = dict.fromkeys(("p_bias", "p_residual", "p_seed", "p_pre", "p_active"))
-            data = {"p_x": p, "p_weight": p, "p_y": p, **sizes, **extra}
-            options = {"DIRECTION": 1, "ACTIVATION": "none", "RELU": False, "DROPOUT": False, **absent}
-            if tile == 64:
-                table.append(Configuration(conv_product_kernel, data, {**options, **shape}, warps, 2))
+            table.append(
+                Configuration(conv_product_kernel, forward, {**options, **shape}, warps, stages, spills=spills)
+            )
+        absent = dict.fromkeys(("p_bias", "p_residual", "p_seed", "p_pre", "p_active"))
+        data = {"p_x": p, "p_weight": p, "p_y": p, **sizes, **extra}
+        options = {"DIRECTION": 1, "ACTIVATION": "none", "RELU": False, "DROPOUT": False, **absent}
+        table.append(Configuration(conv_product_kernel, data, {**options, **shape}, warps, stages, spills=spills))
+        for tile, (steps, warps, stages) in _WEIGHT[kind].items():
             weight = {"p_g": p, "p_x": p, "p_partial": "*fp32", "B": "i32", "per_split": "i32"}
             weight |= {name: kind for name, kind in sizes.items() if name not in ("L", "first")} | {"S": "i32"}
-            shape = {"BO": tile, "BC": tile, "BT": steps, "PRECISION": "ieee"}
-            table.append(Configuration(conv_weight_kernel, weight, shape, warps, 2))
+            shape = {"BO": tile, "BC": tile, "BT": steps, "PRECISION": precision}
+            table.append(Configuration(conv_weight_kernel, weight, shape, warps, stages, spills=spills))
     p, block = "*fp32", {"BT": _STRIP}
     rows = dict.fromkeys(("T", "L", "first", "channels", "rows", "fan_in", "fan_out", "K", "dilation"), "i32")
     tensors = dict.fromkeys(("p_x", "p_weight", "p_bias", "p_residual", "p_y"), p)

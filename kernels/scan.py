@@ -1,10 +1,9 @@
-"""Linear scan and SRU in Triton. No GPU has run these kernels yet; ``auto`` does not choose them.
+"""Linear scan and SRU in Triton.
 
 Linear scan, h_t = a_t h_{t-1} + b_t: a step is the affine map (a_t, b_t), and maps compose, (a, b) then (a', b') being
 (a' a, a' b + b'). A program takes BD channels of one sequence and walks through time in tiles of BT steps: it loads a
 tile at once, so that BT * BD elements are in flight where a step-by-step loop would wait for memory at each step,
-composes it with an associative scan, and applies it to the carried state. A tile holds 1024 or 2048 elements, 8 a
-thread.
+composes it with an associative scan, and applies it to the carried state. A tile holds 1024 or 2048 elements.
 
 SRU feeds its state back through the gates, so its steps are sequential: a program takes BC columns (batch x channels),
 one a thread, and loads step s + 1 while it computes step s.
@@ -17,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqaccel.kernels._launch import Configuration, wrap
+from seqaccel.kernels._launch import Configuration, operator, wrap
 
-__all__ = ["CONFIGURATIONS"]
+__all__ = ["CONFIGURATIONS", "linear_scan_backward", "linear_scan_forward", "sru_backward", "sru_forward"]
 
 # ---- linear scan ----
 
@@ -110,13 +109,14 @@ def linear_scan_backward_kernel(
     tl.store(p_grad_h_0 + i_b * D + o_d, b_g * tl.load(p_first_a + o_d, mask=m_d, other=0), mask=m_d)
 
 
-# Channels of a tile -> (steps of a tile, warps): 8 elements a thread; with 16 the backward kernel spills on sm_80.
-_TILES = {64: (32, 8), 8: (128, 4), 1: (1024, 4)}
+# Channels of a tile -> (steps of a tile, warps).
+_TILES = {32: (64, 4), 16: (128, 8), 8: (256, 8), 1: (1024, 4)}
 
 
-def _tile(width: int) -> tuple[int, int, int]:
-    """(BT, BD, warps) for this many channels."""
-    channels = 64 if width > 16 else 8 if width > 1 else 1
+def _tile(batch: int, width: int) -> tuple[int, int, int]:
+    """(BT, BD, warps): narrower and longer where there are fewer sequences and channels than programs run at once."""
+    many = batch * width >= 32 * 264
+    channels = 32 if width > 16 and many else 16 if width > 8 else 8 if width > 1 else 1
     steps, warps = _TILES[channels]
     return steps, channels, warps
 
@@ -133,7 +133,7 @@ def _check(operator: str, first: Tensor, tensors: dict[str, tuple[Tensor | None,
             raise ValueError(f"{operator}: expected {name} to have the dtype and the device of the first tensor")
 
 
-@torch.library.triton_op("seqaccel::linear_scan_forward_triton", mutates_args={})
+@operator(torch.library.triton_op, "seqaccel::linear_scan_forward_triton", mutates_args={})
 def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool) -> Tensor:
     batch, steps, width = a.shape
     shape = (batch, steps, width)
@@ -142,7 +142,7 @@ def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool)
     h = torch.empty_like(a)
     if h.numel() == 0:
         return h
-    BT, BD, warps = _tile(width)
+    BT, BD, warps = _tile(batch, width)
     wrap(linear_scan_forward_kernel)[(triton.cdiv(width, BD), batch)](
         a,
         b,
@@ -159,7 +159,7 @@ def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool)
     return h
 
 
-@torch.library.triton_op("seqaccel::linear_scan_backward_triton", mutates_args={})
+@operator(torch.library.triton_op, "seqaccel::linear_scan_backward_triton", mutates_args={})
 def linear_scan_backward(
     grad_h: Tensor, a: Tensor, h: Tensor, h_0: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +171,7 @@ def linear_scan_backward(
     if a.numel() == 0:
         return grad_a, grad_b, a.new_zeros(batch, width)
     grad_h_0 = a.new_empty(batch, width)
-    BT, BD, warps = _tile(width)
+    BT, BD, warps = _tile(batch, width)
     wrap(linear_scan_backward_kernel)[(triton.cdiv(width, BD), batch)](
         grad_h,
         a,
@@ -252,7 +252,7 @@ def sru_forward_kernel(
     BC: tl.constexpr,
 ):
     K: tl.constexpr = 4 if HIGHWAY == 2 else 3
-    columns = B.to(tl.int64) * C
+    columns = tl.cast(B, tl.int64) * C
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)  # [BC], as all below
     m_c = column < columns
     o_zero = tl.zeros([BC], dtype=tl.int32)
@@ -325,7 +325,7 @@ def sru_backward_kernel(
     BC: tl.constexpr,
 ):
     K: tl.constexpr = 4 if HIGHWAY == 2 else 3
-    columns = B.to(tl.int64) * C
+    columns = tl.cast(B, tl.int64) * C
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)  # [BC], as all below
     m_c = column < columns
     o_zero = tl.zeros([BC], dtype=tl.int32)
@@ -429,7 +429,7 @@ def _pointer(t: Tensor | None, instead: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8) if t.dtype == torch.bool else t.contiguous()
 
 
-@torch.library.triton_op("seqaccel::sru_forward_triton", mutates_args={})
+@operator(torch.library.triton_op, "seqaccel::sru_forward_triton", mutates_args={})
 def sru_forward(
     u: Tensor,
     x: Tensor | None,
@@ -479,7 +479,7 @@ def sru_forward(
     return h, c_n, c
 
 
-@torch.library.triton_op("seqaccel::sru_backward_triton", mutates_args={})
+@operator(torch.library.triton_op, "seqaccel::sru_backward_triton", mutates_args={})
 def sru_backward(
     grad_h: Tensor,
     grad_c_n: Tensor | None,
@@ -560,7 +560,7 @@ CONFIGURATIONS = [
             {"HAS_H_0": True, "REVERSE": reverse, "BT": steps, "BD": channels},
             num_warps=warps,
         )
-        for reverse, (channels, (steps, warps)) in zip((False, True, False), _TILES.items(), strict=True)
+        for reverse, (channels, (steps, warps)) in zip((False, True, False, True), _TILES.items(), strict=True)
     ),
     *(
         Configuration(
@@ -569,7 +569,7 @@ CONFIGURATIONS = [
             {"HAS_H_0": True, "REVERSE": reverse, "BT": steps, "BD": channels},
             num_warps=warps,
         )
-        for reverse, (channels, (steps, warps)) in zip((False, True, False), _TILES.items(), strict=True)
+        for reverse, (channels, (steps, warps)) in zip((False, True, False, True), _TILES.items(), strict=True)
     ),
     *(
         Configuration(

@@ -42,11 +42,12 @@ class Usage:
     stack: int  # bytes a thread; more than 0: registers spilled, or an array in local memory
     local: int
     shared: int  # bytes a block
+    spills: int  # bytes a thread that the configuration may spill
 
     def problems(self) -> list[str]:
         """What keeps this configuration from being shipped."""
         found = []
-        if self.stack or self.local:
+        if self.stack + self.local > self.spills:
             found.append(f"spills {self.stack + self.local} bytes a thread")
         if self.shared > SHARED_MEMORY_LIMIT[self.arch]:
             found.append(f"needs {self.shared} bytes of shared memory, the chip has {SHARED_MEMORY_LIMIT[self.arch]}")
@@ -114,6 +115,7 @@ def compile_configuration(configuration, arch: int) -> Usage:
         stack=used["STACK"],
         local=used["LOCAL"],
         shared=max(used.get("SHARED", 0), compiled.metadata.shared),
+        spills=configuration.spills,
     )
 
 
@@ -128,7 +130,7 @@ def usages(module: str, archs: tuple[int, ...] = (80, 90, 100), timeout: float =
 
 
 def check_configurations(module: str, archs: tuple[int, ...] = (80, 90, 100)) -> list[Usage]:
-    """Asserts that every configuration of ``module`` compiles, spills nothing and fits the chip's shared memory."""
+    """Asserts that every configuration of ``module`` compiles, spills no more than it may and fits the chip."""
     found = usages(module, archs)
     assert found, f"{module}.CONFIGURATIONS is empty"
     wrong = [f"{usage}: {problem}" for usage in found for problem in usage.problems()]
@@ -143,6 +145,7 @@ def main(arguments: list[str]) -> int:
         compile_configuration(configuration, int(arch))
         for configuration in importlib.import_module(module).CONFIGURATIONS
         for arch in (archs or ["80", "90", "100"])
+        if int(arch) >= configuration.least_arch
     ]
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))

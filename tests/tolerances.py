@@ -8,6 +8,7 @@ input (``assert_as_good_as``). Elsewhere the bound is the family's entry in ``BO
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -129,3 +130,27 @@ def assert_as_good_as(
     assert found <= max(factor * theirs, rounding), (
         f"{what or 'result'}: error {found:.3g}, the stock operator's {theirs:.3g}"
     )
+
+
+def mean_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """The root mean square difference over the reference's root mean square."""
+    actual, reference = actual.detach().double(), reference.detach().double()
+    found = float((actual - reference).norm() / reference.norm().clamp(min=1e-30))
+    return found if math.isfinite(found) else math.inf
+
+
+def assert_as_good_on_average(
+    errors: dict[str, tuple[float, float]], dtype: torch.dtype, tf32: bool = False, kinked: bool = False
+) -> None:
+    """Each ``mean_error`` of ours is at most twice torch's, or some roundings: of the operators on a GPU.
+
+    Four roundings; in float32 sixteen, since torch may add up a thousand products in more parts than we do. TF32 keeps
+    10 bits as float16 does, and cuDNN takes it for some shapes only. ``kinked``: relu; of its inputs a share of about
+    one rounding is so near 0 that it falls on the other side, where the gradient is another, which makes a mean square
+    of one rounding, and a multiple of that where a gradient runs through several.
+    """
+    narrow = tf32 or dtype != torch.float32
+    rounding = torch.finfo(torch.float16 if tf32 and dtype == torch.float32 else dtype).eps / 2
+    floor = 4 * rounding**0.5 if narrow and kinked else (4 if narrow else 16) * rounding
+    wrong = {name: both for name, both in errors.items() if not both[0] <= max(2 * both[1], floor)}
+    assert not wrong, ", ".join(f"{name}: {ours:.3g}, torch's {stock:.3g}" for name, (ours, stock) in wrong.items())

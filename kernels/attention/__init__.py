@@ -1,4 +1,4 @@
-"""Hierarchical attention in Triton. No GPU has run these kernels yet; ``auto`` does not choose them.
+"""Hierarchical attention in Triton.
 
 Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l, the query at t sees it iff
 
@@ -7,7 +7,8 @@ Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_
 and, where causal, it ends at t or before. So for a tile of queries of one aligned block the nodes of a level are one
 run (causal: all on the left) or at most three, and for a tile of nodes the queries are one run (causal) or two; both
 follow from the tile's place alone. A program takes BM queries (forward, gradient of the query) or BN nodes of any level
-(gradients of key and value, no atomics); the gradient then flows down the pyramid, a program a node.
+(gradients of key and value, no atomics: the parts of a node's queries are summed on the way down); the gradient then
+flows down the pyramid, a program a node.
 
     p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def _above(span, factor, T):
     """Tokens of a node one level up, at most T + 1: wider ones are alike."""
-    return tl.minimum(span.to(tl.int64) * factor, T + 1).to(tl.int32)
+    return tl.minimum(tl.cast(span, tl.int64) * factor, T + 1).to(tl.int32)
 
 
 @triton.jit
@@ -69,7 +69,11 @@ def _attend(
     return b_out, b_most, b_sum
 
 
-@triton.jit
+# A number that is 1 would be a constant, of no type.
+_NUMBERS = ["H", "G", "T", "nodes", "block_size", "fanout", "levels", "w"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def attention_forward_kernel(
     p_query,  # [B, H, T, D]
     p_key,  # [B, G, T, D]
@@ -119,7 +123,7 @@ def attention_forward_kernel(
         row = i_bg * nodes
         for level in range(1, levels + 1):
             above = _above(span, fanout, T)
-            bias = tl.log(span.to(tl.float32)) if MASS_BIAS else 0.0
+            bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
             for side in range(1 if CAUSAL else 3):
                 begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
                 b_out, b_most, b_sum = _attend(
@@ -155,7 +159,7 @@ def _query_gradient(
     return b_dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def attention_query_gradient_kernel(
     p_query,  # [B, H, T, D]
     p_key,  # [B, G, T, D]
@@ -211,7 +215,7 @@ def attention_query_gradient_kernel(
         row = i_bg * nodes
         for level in range(1, levels + 1):
             above = _above(span, fanout, T)
-            bias = tl.log(span.to(tl.float32)) if MASS_BIAS else 0.0
+            bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
             for side in range(1 if CAUSAL else 3):
                 begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
                 b_dq = _query_gradient(
@@ -224,7 +228,7 @@ def attention_query_gradient_kernel(
     tl.store(p_grad_query + o_q, (b_dq * scale).to(p_grad_query.dtype.element_ty), mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def attention_key_gradient_kernel(
     p_query,  # [B, H, T, D]
     p_key,  # [B, G, T, D]
@@ -234,7 +238,7 @@ def attention_key_gradient_kernel(
     p_lse,  # [B, H, T]
     p_grad_out,  # [B, H, T, D]
     p_delta,  # [B, H, T]
-    p_grad_key,  # [B, G, T + nodes, D], float32: tokens, then nodes
+    p_grad_key,  # [B, G, T + SPLITS * nodes, D], float32: tokens, then nodes by part
     p_grad_value,
     H,
     G,
@@ -251,11 +255,19 @@ def attention_key_gradient_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # A node's queries are many times a token's, and more at each level: they are cut into SPLITS parts, and the top
+    # comes first.
     i_bg = tl.program_id(1).to(tl.int64)
     group = H // G
-    tile, level, row = tl.program_id(0), 0, 0
+    token_tiles = tl.cdiv(T, BN)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    part_of_queries = tl.where(tile < token_tiles, 0, (tile - token_tiles) % SPLITS)
+    parts = tl.where(tile < token_tiles, 1, SPLITS)
+    tile = tl.where(tile < token_tiles, tile, token_tiles + (tile - token_tiles) // SPLITS)
+    level, row = 0, 0
     span = tl.full((), 1, tl.int32)
     while tile >= tl.cdiv(T // span, BN):
         tile -= tl.cdiv(T // span, BN)
@@ -278,7 +290,7 @@ def attention_key_gradient_kernel(
         o_k = (i_bg * nodes + row - T + o_n)[:, None] * D + o_d[None, :]
         b_k = tl.load(p_pooled_key + o_k, mask=m_k, other=0)
         b_v = tl.load(p_pooled_value + o_k, mask=m_k, other=0)
-    bias = tl.log(span.to(tl.float32)) if MASS_BIAS else 0.0
+    bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
     b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
 
     # Queries past the nodes, and before them; each run holds all that see one of the nodes, and a mask says which.
@@ -293,7 +305,8 @@ def attention_key_gradient_kernel(
     for part in range(1 if CAUSAL else 2):
         begin, end = tl.where(part == 0, after, before), tl.where(part == 0, after_end, before_end)
         steps = tl.maximum(tl.cdiv(end - begin, BM), 0)
-        for step in range(group * steps):
+        share = tl.cdiv(group * steps, parts)
+        for step in range(part_of_queries * share, tl.minimum((part_of_queries + 1) * share, group * steps)):
             i_bh = i_bg // G * H + i_bg % G * group + step // steps
             o_t = begin + step % steps * BM + tl.arange(0, BM)
             m_t = o_t < end
@@ -316,6 +329,6 @@ def attention_key_gradient_kernel(
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             b_ds = b_p * (b_dp - b_delta[None, :])
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
-    o_g = (i_bg * (T + nodes) + row + o_n)[:, None] * D + o_d[None, :]
+    o_g = (i_bg * (T + SPLITS * nodes) + part_of_queries * nodes + row + o_n)[:, None] * D + o_d[None, :]
     tl.store(p_grad_key + o_g, b_dk * scale, mask=m_k)
     tl.store(p_grad_value + o_g, b_dv, mask=m_k)

@@ -56,7 +56,7 @@ def unpool_kernel(
     p_key,  # [B*G, head_rows, D]: the children
     p_value,
     p_pool,  # [G, D] of this level, or None
-    p_grad_key,  # [B*G, grad_rows, D], float32: tokens, then nodes
+    p_grad_key,  # [B*G, grad_rows, D], float32: tokens, then nodes by part
     p_grad_value,
     p_grad_pool,  # [B*G, N, D], float32: a share a node, or None
     head_rows,
@@ -64,12 +64,14 @@ def unpool_kernel(
     grad_rows,
     node_row,  # of this level in p_grad
     child_row,  # of the children in p_grad
+    nodes,  # rows of a part
     children,
     G,
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     i_node, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d, o_c = tl.arange(0, BD), tl.arange(0, BC)
@@ -77,6 +79,9 @@ def unpool_kernel(
     o_n = (i_head * grad_rows + node_row + i_node) * D + o_d
     b_dk = tl.load(p_grad_key + o_n, mask=m_d, other=0)  # [BD]
     b_dv = tl.load(p_grad_value + o_n, mask=m_d, other=0)
+    for i in range(1, SPLITS):
+        b_dk += tl.load(p_grad_key + o_n + i * nodes * D, mask=m_d, other=0)
+        b_dv += tl.load(p_grad_value + o_n + i * nodes * D, mask=m_d, other=0)
     base = (i_head * head_rows + first_row + i_node * children) * D
     grad_base = (i_head * grad_rows + child_row + i_node * children) * D
     b_most = tl.full((), -float("inf"), tl.float32)

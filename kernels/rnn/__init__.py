@@ -1,7 +1,5 @@
 """Recurrent cells on a GPU: one layer, one direction, in Triton.
 
-Not yet run on a GPU: verified in Triton's interpreter and compiled offline.
-
 ``cells.py`` defines each cell's update and derivative once; ``step.py`` runs one step behind its matrix product,
 ``whole.py`` all steps of a small layer in one launch, ``around.py`` what stands around a step; ``launchers.py`` and
 ``backward.py`` have the operators, ``checks.py`` what they refuse, ``configurations.py`` lists what is shipped.

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from seqaccel.kernels._launch import operator
 from seqaccel.kernels.rnn import around, step, whole
 from seqaccel.kernels.rnn.cells import CELLS
 from seqaccel.kernels.rnn.checks import check, check_backward
@@ -18,6 +19,7 @@ from seqaccel.kernels.rnn.launchers import (
     point_options,
     precision,
     saved_shapes,
+    stages_of,
     unpack,
     vectors_of,
     whole_warps,
@@ -48,7 +50,8 @@ def _layer_norm_rows_backward(x: Tensor, dy: Tensor, gamma: Tensor, needs_dx: bo
     return dx, partial.sum(0).to(gamma.dtype)
 
 
-@torch.library.custom_op(
+@operator(
+    torch.library.custom_op,
     "seqaccel::rnn_backward_triton",
     mutates_args=(),
     schema="(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, Tensor? c_0, "
@@ -132,8 +135,8 @@ class _Sweep:
                 grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0, self.output,
                 self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc, self.grad_x, self.grad_r,
                 steps, batch, hidden, self.zone_h[1], self.zone_c[1], **constants, REVERSE=self.reverse,
-                BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), PRECISION=precision(),
-                num_warps=warps[1], num_stages=1,
+                BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), STAGES=stages_of(spec, self.weight_hh)[1],
+                PRECISION=precision(), num_warps=warps[1], num_stages=1,
             )  # fmt: skip
             return self.dh
         options = point_options(spec, hidden)

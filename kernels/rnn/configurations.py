@@ -4,6 +4,7 @@ Rows have lengths and what training saves, which take the most registers. The ke
 dtype but for their loads; those of all steps are listed at the sizes that take the most registers and shared memory.
 """
 
+import dataclasses
 from typing import Any
 
 from seqaccel.kernels._launch import Configuration
@@ -98,9 +99,16 @@ def _all_steps() -> list[Configuration]:
         constants |= {"REVERSE": False, "BLOCK_B": launchers.BLOCK_B, "BLOCK_H": block}
         constants["PRECISION"] = "tf32" if kind == "fp32" else "ieee"
         warps = launchers.WHOLE[4 if kind == "fp32" else 2, block, CELLS[name].gates]
-        for kernel, num_warps in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), warps, strict=True):
-            # More than 64 units go by 16; fewer need not, which takes more registers.
-            rows.append(_configuration(kernel, kind, constants, absent, num_warps, 1, aligned=block > 64))
+        kernels = (whole.whole_forward_kernel, whole.whole_backward_kernel)
+        tried = set()
+        for arch in (80, 90):
+            stages = launchers.stages(CELLS[name].gates, block, arch)
+            for kernel, num_warps, constants["STAGES"] in zip(kernels, warps, stages, strict=True):
+                if (kernel, constants["STAGES"]) not in tried:
+                    tried.add((kernel, constants["STAGES"]))
+                    # More than 64 units go by 16; fewer need not, which takes more registers.
+                    row = _configuration(kernel, kind, constants, absent, num_warps, 1, aligned=block > 64)
+                    rows.append(dataclasses.replace(row, least_arch=arch, spills=64))
     return rows
 
 

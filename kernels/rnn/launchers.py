@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from seqaccel.kernels._launch import operator
 from seqaccel.kernels.rnn import around, step, whole
 from seqaccel.kernels.rnn.cells import CELLS, Cell
 from seqaccel.kernels.rnn.checks import check
@@ -21,15 +22,15 @@ from seqaccel.kernels.rnn.checks import check
 POINTS = 256  # hidden units of a program of one step
 BLOCK_B = 16  # rows of a program of all steps: the least that tl.dot takes
 
-# Warps of a program of all steps, forward and backward, by (bytes of an element, BLOCK_H, gates). float32 only with
-# torch's TF32 switch on: without tensor cores the dot products spill, and with 64 units so do four gates.
+# Warps of a program of all steps, forward and backward, by (bytes of an element, BLOCK_H, gates). float32 only in
+# TF32: without tensor cores the dot products spill, and with 64 units so do four gates.
 WHOLE = {
     (2, 32, 1): (4, 4),
     (2, 32, 3): (4, 4),
     (2, 32, 4): (4, 4),
     (2, 64, 1): (8, 8),
     (2, 64, 3): (8, 4),
-    (2, 64, 4): (8, 4),
+    (2, 64, 4): (4, 4),
     (2, 128, 1): (8, 8),
     (2, 128, 3): (8, 8),
     (2, 128, 4): (8, 8),
@@ -42,7 +43,21 @@ WHOLE = {
 
 
 def precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Torch's own switch for recurrent layers in float32; TF32 is its default."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
+    """Steps in flight, forward and backward, of a block of units: what shared memory holds beside the weights."""
+    if block <= 64 or gates < 4:
+        return 3, 3 if block <= 64 or gates == 1 or arch >= 90 else 1
+    return (3, 2) if arch >= 90 else (2, 1)
+
+
+def stages_of(spec: Cell, weight_hh: Tensor) -> tuple[int, int]:
+    """``stages`` on the weight's GPU; in the interpreter any."""
+    arch = 10 * torch.cuda.get_device_capability(weight_hh.device)[0] if weight_hh.is_cuda else 90
+    return stages(spec.gates, block_h(weight_hh.shape[1]), arch)
 
 
 def block_h(hidden: int) -> int:
@@ -152,7 +167,8 @@ def _layer_norm_rows(x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
     around.rows_forward_kernel[(x.numel() // width,)](x, gamma, bias, width, BLOCK=block, num_warps=norm_warps(block))
 
 
-@torch.library.custom_op(
+@operator(
+    torch.library.custom_op,
     "seqaccel::rnn_forward_triton",
     mutates_args=(),
     schema="(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, "
@@ -210,7 +226,7 @@ def _run_forward(
         whole.whole_forward_kernel[(triton.cdiv(batch, BLOCK_B),)](
             x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
             steps, batch, hidden, zone_h[1], zone_c[1], FORWARD=spec.forward, **constants, REVERSE=reverse,
-            BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), PRECISION=precision(),
+            BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), STAGES=stages_of(spec, weight_hh)[0], PRECISION=precision(),
             num_warps=warps[0], num_stages=1,
         )  # fmt: skip
         return

@@ -2,7 +2,7 @@
 
 A program owns BLOCK_B rows of the batch and walks through time; programs never wait for each other. The state stays in
 registers; W_hh is loaded once and stays in shared memory (with four gates, 128 units and 16 bits 128 KiB of it); each
-step's input is loaded one step ahead.
+step's operands are loaded STAGES - 1 steps ahead.
 """
 
 import triton
@@ -16,14 +16,6 @@ def load_weight(p_weight, o, H, mask, GATES: tl.constexpr):
     b = ()
     for k in tl.static_range(GATES):
         b += (tl.load(p_weight + o + k * H * H, mask=mask, other=0.0),)
-    return b
-
-
-@triton.jit
-def load_raw(p, o, H, mask, GATES: tl.constexpr):
-    b = ()
-    for k in tl.static_range(GATES):
-        b += (tl.load(p + o + k * H, mask=mask, other=0.0),)
     return b
 
 
@@ -55,6 +47,7 @@ def whole_forward_kernel(
     REVERSE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
@@ -69,16 +62,10 @@ def whole_forward_kernel(
         b_length = tl.load(p_lengths + b, mask=b < B, other=0)
     o_weight = unit * H + k
     b_w = load_weight(p_weight, o_weight, H, m_weight, GATES)
-    b_next = load_raw(p_x, ((T - 1 if REVERSE else 0) * tl.cast(B, tl.int64) + b) * GATES * H + unit, H, mask, GATES)
-    for s in range(T):
+    for s in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - s if REVERSE else s
         row = tl.cast(t, tl.int64) * B + b
-        b_x = ()
-        for i in tl.static_range(GATES):
-            b_x += (b_next[i].to(tl.float32),)
-        b_next = load_raw(
-            p_x, (row - B if REVERSE else row + B) * GATES * H + unit, H, mask & (unit * 0 + s < T - 1), GATES
-        )
+        b_x = load_tiles(p_x, row * GATES * H + unit, H, mask, GATES)
         b_operand = b_h.to(p_weight.dtype.element_ty)
         b_r = ()
         for i in tl.static_range(GATES):
@@ -135,6 +122,7 @@ def whole_backward_kernel(
     REVERSE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
@@ -149,7 +137,7 @@ def whole_backward_kernel(
         b_length = tl.load(p_lengths + b, mask=b < B, other=0)
     o_weight = k * H + unit
     b_w = load_weight(p_weight, o_weight, H, m_weight, GATES)
-    for s in range(T):
+    for s in tl.range(0, T, num_stages=STAGES):
         t = s if REVERSE else T - 1 - s
         earlier = t + 1 if REVERSE else t - 1
         row, earlier_row = tl.cast(t, tl.int64) * B + b, tl.cast(earlier, tl.int64) * B + b
