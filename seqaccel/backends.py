@@ -25,7 +25,22 @@ __all__ = ["NAMES", "VERIFIED", "available", "backend", "choose", "current", "is
 NAMES = ("auto", "reference", "cpp", "triton", "cuda", "torch")
 
 #: GPU backends whose tests have passed on a GPU, for each operator: ``auto`` chooses among these, first come first.
-VERIFIED: dict[str, tuple[str, ...]] = {}
+VERIFIED: dict[str, tuple[str, ...]] = {
+    "linear_scan": ("cuda", "triton"),
+    "sru": ("cuda", "triton"),
+    "causal_conv1d": ("triton",),
+    "hierarchical_attention": ("triton",),
+    "rnn_tanh": ("triton",),
+    "rnn_relu": ("triton",),
+    "lstm": ("triton",),
+    "gru": ("triton",),
+    "gru_reset_before": ("triton",),
+    "peephole_lstm": ("triton",),
+    "layer_norm_lstm": ("triton",),
+    "layer_norm_lstm_normalized_cell": ("triton",),
+    "layer_norm_gru": ("triton",),
+    "multiplicative_lstm": ("triton",),
+}
 
 
 def _checked(name: str, source: str) -> str:

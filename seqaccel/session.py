@@ -117,7 +117,7 @@ class Session:
         """Output (B, features) for one time step ``x_t``: (B, input features), or (B,) int64 for an Embedding."""
         if x_t.shape != self._step_shape or x_t.dtype != self._dtype or not x_t.is_cpu or not x_t.is_contiguous():
             x_t = self._checked(x_t, tuple(self._step_shape))
-        y = torch.empty(self._output_shape, dtype=torch.float32)
+        y = torch.empty(self._output_shape, dtype=torch.float32, device="cpu")
         self._extend(x_t.data_ptr(), 1, y.data_ptr())
         return y
 
@@ -128,14 +128,14 @@ class Session:
             x = self._checked(x, (shape[1], None, *shape[2:])).transpose(0, 1).contiguous()
         else:
             x = self._checked(x, shape)
-        y = torch.empty((x.shape[0], *self._output_shape), dtype=torch.float32)
+        y = torch.empty((x.shape[0], *self._output_shape), dtype=torch.float32, device="cpu")
         self._extend(x.data_ptr(), x.shape[0], y.data_ptr())
         return y.transpose(0, 1) if self.batch_first else y
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Starts the streams where ``mask`` (B,) is true anew; all of them by default."""
         if mask is None:
-            mask = torch.ones(self.batch_size, dtype=torch.bool)
+            mask = torch.ones(self.batch_size, dtype=torch.bool, device="cpu")
         if mask.dtype != torch.bool or tuple(mask.shape) != (self.batch_size,):
             raise ValueError(
                 f"mask: expected bool of shape ({self.batch_size},), but got {mask.dtype} of {tuple(mask.shape)}"
@@ -164,7 +164,7 @@ class Session:
         """The state as tensors ``h`` and ``c``, each (num_layers, B, features); of a Sequential, ``<index>.h`` …"""
         state = {}
         for name, part, layers in self._grouped():
-            tensor = torch.empty(len(layers), self.batch_size, layers[0][1], dtype=torch.float32)
+            tensor = torch.empty(len(layers), self.batch_size, layers[0][1], dtype=torch.float32, device="cpu")
             for i, (layer, _) in enumerate(layers):
                 self._session.read_state(layer, part, tensor[i].data_ptr())
             state[name + part] = tensor

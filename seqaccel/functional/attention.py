@@ -229,7 +229,9 @@ def hierarchical_attention(
     query, key, value, pool_query = tensors
     if _common.transforms_active():
         return _reference(query, key, value, pool_query, options)
-    backend = backends.choose("hierarchical_attention", query, BACKENDS)
+    beyond_triton = query.device.type == "cuda" and (query.dtype == torch.float64 or query.shape[-1] > 256)
+    prefer = "reference" if beyond_triton else None
+    backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _reference(query, key, value, pool_query, options)
     dtype = query.dtype

@@ -382,7 +382,7 @@ class SRU(Streaming, nn.Module):
         """
         if isinstance(input, PackedSequence):
             padded, lengths = pad_packed_sequence(input)
-            mask_pad = torch.arange(padded.shape[0])[:, None] >= lengths
+            mask_pad = torch.arange(padded.shape[0], device=lengths.device)[:, None] >= lengths
             output, c_n = self._run(padded, c0, mask_pad.to(padded.device))
             return pack_padded_sequence(output, lengths, enforce_sorted=False), c_n
         return self._run(input, c0, mask_pad)

@@ -12,6 +12,7 @@ __all__ = ["CELLS", "CellSpec", "saved_shapes"]
 class Problem(NamedTuple):
     """One call, as far as speed depends on it."""
 
+    device: str  # its type
     steps: int
     batch: int
     inputs: int
@@ -35,8 +36,8 @@ class CellSpec:
         backends: those it has.
         without_projection: those of them that do not project.
         without_zoneout: those of them that take no zoneout.
-        torch_is_faster: whether torch's operator, where it has this cell, was measured faster on a CPU: then ``auto``
-            takes it. Default: it never is.
+        torch_is_faster: whether torch's operator, where it has this cell, was measured faster: then ``auto`` takes it.
+            Default: it never is.
         torch_steps: largest batch * hidden_size at which torch's operator of one step, which costs less Python, was
             measured faster on a CPU without autograd: then ``auto`` takes it for the modules of one step.
         weights: names and shapes of all weights, in the operators' order.
@@ -62,8 +63,16 @@ class CellSpec:
         object.__setattr__(self, "projects", "weight_hr" in self.extra)
 
 
-def _trains_in_bfloat16(problem: Problem) -> bool:
-    """oneDNN multiplies bfloat16 as it is, where our kernels train in float32; ragged batches it does not take."""
+def _on_a_gpu(problem: Problem) -> bool:
+    """cuDNN is faster than one launch a step; bfloat16 it does not take, and then torch is slower than one launch."""
+    in_one_launch = problem.hidden <= 64 or (problem.hidden <= 128 and problem.hidden % 16 == 0)
+    return problem.device == "cuda" and not (problem.dtype == torch.bfloat16 and in_one_launch)
+
+
+def _for_lstm(problem: Problem) -> bool:
+    """On a CPU oneDNN trains in bfloat16, where our kernels do in float32; ragged batches it does not take."""
+    if problem.device != "cpu":
+        return _on_a_gpu(problem)
     return problem.dtype == torch.bfloat16 and problem.training and not problem.ragged
 
 
@@ -72,18 +81,18 @@ _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
 CELLS: dict[str, CellSpec] = {
-    "rnn_tanh": CellSpec(1, zoneout=False, backends=_EVERY, torch_steps=4096),
-    "rnn_relu": CellSpec(1, zoneout=False, backends=_EVERY, torch_steps=4096),
+    "rnn_tanh": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu, torch_steps=4096),
+    "rnn_relu": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu, torch_steps=4096),
     "lstm": CellSpec(
         4,
         True,
         {"weight_hr": "PH"},
         _PROJECTION,
         backends=_EVERY,
-        torch_is_faster=_trains_in_bfloat16,
+        torch_is_faster=_for_lstm,
         torch_steps=128,
     ),
-    "gru": CellSpec(3, backends=_EVERY, torch_steps=128),
+    "gru": CellSpec(3, backends=_EVERY, torch_is_faster=_on_a_gpu, torch_steps=128),
     "gru_reset_before": CellSpec(3),
     "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
     "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),

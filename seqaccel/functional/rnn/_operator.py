@@ -252,6 +252,32 @@ def layer(
     return found
 
 
+def _choose(cell: str, input: Tensor, problem: Problem, projected: bool, zoned: bool) -> str:
+    """The backend of a layer."""
+    spec = CELLS[cell]
+    prefer = None
+    if problem.device == "cuda" and problem.dtype == torch.float64:  # our kernels have none
+        prefer = "torch" if "torch" in spec.backends and not zoned else "reference"
+    elif spec.torch_is_faster is not None and not (problem.device != "cpu" and torch.compiler.is_compiling()):
+        prefer = "torch" if spec.torch_is_faster(problem) else None
+    supported = _supported(spec, projected, zoned) if projected or zoned else spec.backends
+    return backends.choose(cell, input, supported, prefer=prefer)
+
+
+def torch_runs_all_layers(cell: str, input: Tensor, hidden_size: int, projected: bool) -> bool:
+    """Whether torch's operator serves on a GPU, where it takes the layers of a module, and its weights, as a whole.
+
+    A layer of them at a time it would copy the weights at each call.
+    """
+    if input.device.type != "cuda" or "torch" not in CELLS[cell].backends:
+        return False
+    if torch.compiler.is_compiling() or _common.transforms_active() or _onnx.exporting():
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if _common.autocast_on("cuda") else input.dtype
+    problem = Problem("cuda", 0, 0, input.shape[-1], hidden_size, dtype, False, False)
+    return _choose(cell, input, problem, projected, False) == "torch"
+
+
 def _run(
     cell: str,
     batch_sizes: Tensor | None,
@@ -274,14 +300,12 @@ def _run(
     steps, batch = input.shape[0] if batch_sizes is None else batch_sizes.shape[0], h_0.shape[0]
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
     recorded = _common.needs_grad(input, h_0, c_0, *weights)
-    prefer = None
-    if spec.torch_is_faster is not None and input.device.type == "cpu":
-        problem = Problem(steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded)
-        prefer = "torch" if spec.torch_is_faster(problem) else None
+    problem = Problem(
+        input.device.type, steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded
+    )
     projected = spec.projects and weights[4] is not None
     zoned = zoneout_h is not None or zoneout_c is not None
-    supported = _supported(spec, projected, zoned) if projected or zoned else spec.backends
-    backend = backends.choose(cell, input, supported, prefer=prefer)
+    backend = _choose(cell, input, problem, projected, zoned)
     if exporting or _common.transforms_active():
         backend = "reference"
     narrow = backend == "cpp" and input.dtype == torch.bfloat16 and not recorded

@@ -35,19 +35,20 @@ def layer(
         given += [torch.zeros_like(weight_ih[:, 0]) if bias is None else bias for bias in biases]  # type: ignore[index]
     given += [weight for weight in weights[4:] if weight is not None]
     operator = getattr(torch._VF, cell)
+    train = input.is_cuda and torch.is_grad_enabled()  # cuDNN's backward pass asks for it
     state = [h_0] if c_0 is None else [h_0, c_0]
     if reverse:
         input = _reverse_in_time(input, lengths)
     if lengths is None:
         state = [part.unsqueeze(0) for part in state]
         output, *last = operator(
-            input, state if c_0 is not None else state[0], given, has_biases, 1, 0.0, False, False, False
+            input, state if c_0 is not None else state[0], given, has_biases, 1, 0.0, train, False, False
         )
     else:
         packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)
         state = [part[packed.sorted_indices].unsqueeze(0) for part in state]
         data, *last = operator(
-            packed.data, packed.batch_sizes, state if c_0 is not None else state[0], given, has_biases, 1, 0.0, False,
+            packed.data, packed.batch_sizes, state if c_0 is not None else state[0], given, has_biases, 1, 0.0, train,
             False,
         )  # fmt: skip
         output, _ = pad_packed_sequence(packed._replace(data=data), total_length=steps)
@@ -55,6 +56,32 @@ def layer(
     if reverse:
         output = _reverse_in_time(output, lengths)
     return output, last[0][0], None if c_0 is None else last[1][0]
+
+
+def all_layers(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: tuple[Tensor, ...],
+    weights: list[Tensor],
+    num_layers: int,
+    *,
+    has_biases: bool,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All layers of a module on input (T, B, I), or (N, I) packed with ``batch_sizes``; states (layers, B, ·)."""
+    first = state if len(state) > 1 else state[0]
+    # cuDNN's backward pass asks for a forward pass in training; without dropout that changes nothing else.
+    train = training or (dropout == 0 and torch.is_grad_enabled())
+    options = (weights, has_biases, num_layers, dropout, train, bidirectional)
+    operator = getattr(torch._VF, cell)
+    if batch_sizes is None:
+        output, *last = operator(input, first, *options, False)
+    else:
+        output, *last = operator(input, batch_sizes, first, *options)
+    return output, tuple(last)
 
 
 def step(

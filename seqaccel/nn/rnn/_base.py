@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqaccel.functional.rnn import _onnx, _packed
+from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
 from seqaccel.functional.rnn._operator import layer as run_layer
+from seqaccel.functional.rnn._operator import torch_runs_all_layers
 from seqaccel.nn.streaming import Streaming
 
 Hidden = Any  # h, or (h, c) where the cell has a state of its own
@@ -140,6 +141,8 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         (layers * directions, B, ·)."""
         cell, has_cell_state = self.cell, self._spec.has_cell_state
         directions = 2 if self.bidirectional else 1
+        if self._torch_runs(input):
+            return self._run_torch(input, state, batch_sizes)
         last: list[list[Tensor]] = [[], []]
         operator_of_onnx = _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
         for layer in range(self.num_layers):
@@ -177,6 +180,37 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                     last[1].append(c)
             input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         return input, tuple(part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part) for part in last if part)
+
+    def _torch_runs(self, input: Tensor) -> bool:
+        """Whether torch's operator runs all layers: on a GPU, where it is faster."""
+        extras = self.zoneout or (self.recurrent_dropout > 0 and self.training)
+        return (
+            input.device.type == "cuda"
+            and not extras
+            and torch_runs_all_layers(self.cell, input, self.hidden_size, self.proj_size > 0)
+        )
+
+    def _run_torch(
+        self, input: Tensor, state: tuple[Tensor, ...] | None, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        directions = 2 if self.bidirectional else 1
+        if state is None:
+            batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
+            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._spec.has_cell_state else 1]
+            state = tuple(input.new_zeros(self.num_layers * directions, batch, width) for width in widths)
+        layers = [self._layer_weights(index) for index in range(self.num_layers * directions)]
+        return _torch.all_layers(
+            self.cell,
+            input,
+            batch_sizes,
+            state,
+            [weight for weights in layers for weight in weights if weight is not None],
+            self.num_layers,
+            has_biases=self.bias,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+        )
 
     def _hidden(self, state: tuple[Tensor, ...]) -> Hidden:
         return state if self._spec.has_cell_state else state[0]
@@ -258,7 +292,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         lengths = _packed.lengths_of(batch_sizes)
-        if data.device.type == "cpu" and not _onnx.exporting():
+        if (data.device.type == "cpu" and not _onnx.exporting()) or self._torch_runs(data):
             output, last = self._run(data, self._state(hx), lengths, batch_sizes)
         else:  # padded once for all layers
             output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
