@@ -69,7 +69,7 @@ GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/gpu:$$PYTHONPATH $(PYTHON)
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: this torch sees no GPU")'
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target build/gpu .
-	cd tests && $(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	cd tests && $(GPU_PYTHON) -m pytest -m gpu $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null) $(ARGS)
 	@set -e; gpu=$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))'); \
 	result=$(CURDIR)/benchmarks/results/$$gpu/$(TODAY)-$(COMMIT).json; mkdir -p $$(dirname $$result); \
 	(cd benchmarks && $(GPU_PYTHON) -m pytest -m gpu --benchmark-json=$$result . $(ARGS)); \

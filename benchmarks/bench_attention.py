@@ -118,11 +118,41 @@ def bench_hierarchical_attention_step(B, T):
     )
 
 
-@suite(SIZES, ["seqaccel[triton]", "torch"], device="cuda")
+GPU_SIZES = {name: size | dict(B=16) for name, size in SIZES.items()}
+GPU_SIZES["T=65536"] = dict(B=4, H=4, T=65536, D=64, causal=True)
+
+
+def flex(q, k, v):
+    """FlexAttention over the same causal pattern: tokens with the pooled nodes of two levels behind them.
+
+    The nodes' keys are no summaries here, only as many: pooling is left out of its time.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T, span = q.shape[2], BLOCK * BLOCK
+    first, second = T // BLOCK, T // span
+    keys, values = (torch.cat([t, t[:, :, :first], t[:, :, :second]], 2) for t in (k, v))
+
+    def seen(b, h, query, node):
+        cell, parent = query // BLOCK, query // span
+        token = (node < T) & (node <= query) & (cell - node // BLOCK < NEAR)
+        one, two = node - T, node - T - first
+        of_first = (one >= 0) & (two < 0) & (cell - one >= NEAR) & (parent - one // BLOCK < NEAR)
+        return token | of_first | ((two >= 0) & (parent - two >= NEAR))
+
+    mask = create_block_mask(seen, None, None, T, T + first + second, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, keys, values, block_mask=mask)
+
+
+@suite(GPU_SIZES, ["seqaccel[triton]", "torch", "flex_attention"], device="cuda")
 def bench_hierarchical_attention_forward_gpu(B, H, T, D, causal):
-    return forward_case(16 * B, H, T, D, causal, "triton", "cuda", torch.bfloat16)
+    case = forward_case(B, H, T, D, causal, "triton", "cuda", torch.bfloat16)
+    if causal and T == 8192:  # compiling takes long
+        case.contenders["flex_attention"] = flex(*make_inputs(B, H, T, D, "cuda", torch.bfloat16)[:3])
+    return case
 
 
-@suite(SIZES, ["seqaccel[triton]", "torch"], device="cuda")
+@suite(GPU_SIZES, ["seqaccel[triton]", "torch"], device="cuda")
 def bench_hierarchical_attention_training_gpu(B, H, T, D, causal):
-    return training_case(16 * B, H, T, D, causal, "triton", "cuda", torch.bfloat16)
+    return training_case(B, H, T, D, causal, "triton", "cuda", torch.bfloat16)

@@ -197,22 +197,30 @@ def bench_tcn_step(B, C, K, levels):
 
 
 @suite(
-    [{"B": 32, "C": 256, "T": 4096, "K": 3, "d": 16, "dtype": dtype} for dtype in ("float32", "bfloat16")],
-    ["seqaccel[triton]", "torch"],
+    [
+        {**size, "dtype": dtype}
+        for size in (
+            {"B": 32, "C": 256, "T": 4096, "K": 3, "d": 16, "groups": 1},
+            {"B": 16, "C": 2048, "T": 2048, "K": 4, "d": 1, "groups": 2048},
+            {"B": 16, "C": 256, "T": 1024, "K": 3, "d": 16, "groups": 1},
+        )
+        for dtype in ("float32", "bfloat16")
+    ],
+    ["seqaccel[triton]", "seqaccel[auto]", "torch"],
     device="cuda",
 )
-def bench_causal_conv1d_training_gpu(B, C, T, K, d, dtype):
-    tensors, ours, stock = convolution(B, C, T, K, d)
+def bench_causal_conv1d_training_gpu(B, C, T, K, d, groups, dtype):
+    tensors, ours, stock = convolution(B, C, T, K, d, groups)
     kind = getattr(torch, dtype)
     tensors = [t.to("cuda", kind).requires_grad_() for t in tensors]
     grad = torch.randn(B, C, T, device="cuda", dtype=kind)
-    flops, moved = cost(B, C, T, K)
+    flops, moved = cost(B, C, T, K, groups)
 
     def training(function):
         return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
 
     return Case(
-        {"seqaccel[triton]": forced(training(ours), "triton"), "torch": training(stock)},
+        {f"seqaccel[{name}]": forced(training(ours), name) for name in ("triton", "auto")} | {"torch": training(stock)},
         flops=3 * flops,
         bytes=3 * moved * kind.itemsize // 4,
         dtype=kind,

@@ -219,9 +219,50 @@ def bench_lstm_inference_bfloat16(B, T, H):
     return Case(contenders, dtype=torch.bfloat16, **costs)
 
 
-@suite([dict(B=16, T=1024, H=768), dict(B=64, T=256, H=512)], ["seqaccel[triton]", "torch"], device="cuda")
-def bench_lstm_training_gpu(B, T, H):
-    return training_case("LSTM", B, T, H, "triton", "cuda")
+ON_A_GPU = [
+    dict(kind=kind, B=64, T=256, H=H, dtype=dtype)
+    for kind in GATES
+    for H, dtype in ((64, "bfloat16"), (128, "bfloat16"), (128, "float16"), (128, "float32"))
+] + [dict(kind="LSTM", B=64, T=256, H=512, dtype=dtype) for dtype in ("bfloat16", "float32")]
+
+
+def gpu_case(kind: str, B: int, T: int, H: int, dtype: str, train: bool) -> Case:
+    """Our kernels forced where they run all steps in one launch; ``auto``; torch, which for 16 and 32 bits is cuDNN."""
+    wanted = getattr(torch, dtype)
+    ours, stock, x, grad = (part.to(wanted) for part in layers(kind, B, T, H, "cuda"))
+    backends = ["auto"] if H > 128 or dtype == "float32" else ["triton", "auto"]
+    contenders = {}
+    for name in backends:
+        contenders[f"seqaccel[{name}]"] = training(ours, x, grad, name) if train else inference(ours, x, backend=name)
+    contenders["torch"] = training(stock, x, grad) if train else inference(stock, x)
+    costs = cost(GATES[kind], B, T, H, train)
+    scale = wanted.itemsize / 4
+    costs |= {"bytes": costs["bytes"] * scale, "footprint": costs["footprint"] * scale}
+    return Case(contenders, dtype=wanted, **costs)
+
+
+@suite(ON_A_GPU, ["seqaccel[triton]", "seqaccel[auto]", "torch"], device="cuda")
+def bench_rnn_inference_gpu(kind, B, T, H, dtype):
+    return gpu_case(kind, B, T, H, dtype, train=False)
+
+
+@suite(ON_A_GPU, ["seqaccel[triton]", "seqaccel[auto]", "torch"], device="cuda")
+def bench_rnn_training_gpu(kind, B, T, H, dtype):
+    return gpu_case(kind, B, T, H, dtype, train=True)
+
+
+@suite(
+    [dict(cell=cell, B=32, T=128, H=H) for cell in CELLS for H in (64, 256)],
+    ["seqaccel[triton]", "seqaccel[reference]"],
+    device="cuda",
+)
+def bench_cell_training_gpu(cell, B, T, H):
+    """Cells that torch does not have, beside the same in plain PyTorch."""
+    name, options = CELLS[cell]
+    module = getattr(seqaccel.nn, name)(H, H, **options).to("cuda", torch.bfloat16)
+    x, grad = (torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    contenders = {f"seqaccel[{name}]": training(module, x, grad, name) for name in ("triton", "reference")}
+    return Case(contenders, dtype=torch.bfloat16, **cost(4, B, T, H, True))
 
 
 @suite([dict(B=1, H=256), dict(B=8, H=256)], ["seqaccel[cpp]", "torch"])

@@ -90,7 +90,7 @@ def bench_linear_scan_training(B, T, D):
 
 
 @suite(
-    [{"B": 8, "T": 16384, "D": 1536}, {"B": 64, "T": 65536, "D": 1}],
+    [{"B": 8, "T": 16384, "D": 1536}, {"B": 1, "T": 16384, "D": 1024}, {"B": 64, "T": 65536, "D": 1}],
     ["seqaccel[cuda]", "seqaccel[triton]", "torch a*b"],
     "cuda",
 )
