@@ -52,13 +52,33 @@ def wrap(kernel: Any) -> Any:
     return kernel if plain else torch.library.wrap_triton(kernel)
 
 
+def _plain(t: torch.Tensor) -> bool:
+    return type(t) in (torch.Tensor, torch.nn.Parameter)
+
+
 def _traced(arguments: tuple[Any, ...]) -> bool:
-    """Whether anything must see the operator: a compiler, a dispatch mode, a subclass of Tensor."""
+    """Whether anything must see the operator: a compiler, a tracer, a transform or mode, a subclass of Tensor."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(a, torch.Tensor) and type(a) not in (torch.Tensor, torch.nn.Parameter) for a in arguments)
+        or any(isinstance(a, torch.Tensor) and not _plain(a) for a in arguments)
     )
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; a tensor may be on another."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        if not _plain(first) or not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(first.device):
+            return function(*arguments)
+
+    return run
 
 
 def operator(register: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -68,7 +88,9 @@ def operator(register: Callable[..., Any], *args: Any, **kwargs: Any) -> Callabl
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        registered = register(*args, **kwargs)(function)
+        guarded = _on_its_device(function)
+        # What a triton_op launches is traced, and its annotations are read where it stands.
+        registered = register(*args, **kwargs)(function if register is torch.library.triton_op else guarded)
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
@@ -77,7 +99,7 @@ def operator(register: Callable[..., Any], *args: Any, **kwargs: Any) -> Callabl
             before = getattr(_here, "plain", False)
             _here.plain = True
             try:
-                return function(*arguments)
+                return guarded(*arguments)
             finally:
                 _here.plain = before
 

@@ -14,6 +14,8 @@ c channels, t time steps, k taps, B batch, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -294,8 +296,8 @@ def _side(table: dict[int, tuple[int, ...]], channels: int) -> int:
 
 def _splits(tiles: int, programs: int) -> tuple[int, int]:
     """Parts of the sum over ``tiles`` (b, tile of t) so that there are programs enough, and tiles of a part."""
-    per_split = max(4, triton.cdiv(tiles * programs, _PROGRAMS))
-    return max(1, triton.cdiv(tiles, per_split)), per_split
+    splits = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(_PROGRAMS, max(1, programs))))
+    return splits, triton.cdiv(tiles, splits)
 
 
 def _scale(dropout: float) -> float:
@@ -333,9 +335,20 @@ def _product(
     )  # fmt: skip
 
 
-def _check(x: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, dilation: int, groups: int) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"causal_conv1d: backend 'triton' takes float32, float16 and bfloat16, but got {x.dtype}")
+    if not fits(x.shape, weight.shape, dilation, groups):
+        raise RuntimeError(
+            "causal_conv1d: backend 'triton' takes fewer than 2^31 values a sequence and at most 65535 batch * groups, "
+            f"but got x {tuple(x.shape)} in {groups} groups"
+        )
+
+
+def fits(x: Sequence[int], weight: Sequence[int], dilation: int, groups: int) -> bool:
+    """Whether offsets within a sequence have 32 bits, and a launch room for all sequences."""
+    length = x[2] + (weight[2] - 1) * dilation
+    return max(x[1], weight[0]) * length < 1 << 31 and x[0] * groups <= 65535
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -367,7 +380,7 @@ def causal_conv1d_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As ``seqaccel::causal_conv1d_forward``: y, and what the backward needs beside it."""
-    _check(x)
+    _check(x, weight, dilation, groups)
     shape = (x.shape[0], weight.shape[0], x.shape[2])
     first = 0
     if history is not None:
@@ -400,7 +413,7 @@ def causal_conv1d_backward(
     wants: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty if not wanted."""
-    _check(x)
+    _check(x, weight, dilation, groups)
     grad_y, y, saved, x, weight, addend = _contiguous(grad_y, y, saved, x, weight, addend)
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape

@@ -121,6 +121,11 @@ def _tile(batch: int, width: int) -> tuple[int, int, int]:
     return steps, channels, warps
 
 
+def _check_batch(operator: str, batch: int) -> None:
+    if batch > 65535:
+        raise ValueError(f"{operator}: expected a batch of at most 65535, but got {batch}; the CUDA kernels take more")
+
+
 def _check(operator: str, first: Tensor, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     if first.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{operator}: expected float32 or float64, but got {first.dtype}")
@@ -136,6 +141,7 @@ def _check(operator: str, first: Tensor, tensors: dict[str, tuple[Tensor | None,
 @operator(torch.library.triton_op, "seqaccel::linear_scan_forward_triton", mutates_args={})
 def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool) -> Tensor:
     batch, steps, width = a.shape
+    _check_batch("linear_scan_forward_triton", batch)
     shape = (batch, steps, width)
     _check("linear_scan_forward_triton", a, {"b": (b, shape), "h_0": (h_0, (batch, width))})
     a, b = a.contiguous(), b.contiguous()
@@ -164,6 +170,7 @@ def linear_scan_backward(
     grad_h: Tensor, a: Tensor, h: Tensor, h_0: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, steps, width = a.shape
+    _check_batch("linear_scan_backward_triton", batch)
     shape = (batch, steps, width)
     _check("linear_scan_backward_triton", a, {"grad_h": (grad_h, shape), "h": (h, shape), "h_0": (h_0, (batch, width))})
     grad_h, a, h = grad_h.contiguous(), a.contiguous(), h.contiguous()

@@ -123,6 +123,11 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
     return {name: why_missing(name, device_type) for name in NAMES[1:]}
 
 
+def _is_recent(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's GPU is of a kind that the kernels are compiled for: compute capability 8.0 or later."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 8
+
+
 def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, prefer: str | None = None) -> str:
     """The backend that runs an operator.
 
@@ -149,7 +154,7 @@ def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, pre
         return name
     if prefer is not None and prefer in supported and why_missing(prefer, device_type) is None:
         return prefer
-    candidates = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ())
+    candidates = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ()) if _is_recent(tensor) else ()
     for candidate in candidates:
         if candidate in supported and why_missing(candidate, device_type) is None:
             return candidate

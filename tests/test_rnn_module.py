@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import seqaccel
 from seqaccel.functional import lstm
+from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.reference import rnn as reference
 
 STOCK = {"RNN": {}, "GRU": {}, "LSTM": {}}
@@ -75,9 +76,13 @@ def at(state, index):
 # ---- torch.nn ----
 
 
+@pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @each_torch_module
-def test_is_torch_nn(name, options, layout):
+def test_is_torch_nn(name, options, layout, by_torch, monkeypatch):
+    """With our kernels, and ``by_torch`` as on a GPU where torch's operator is faster."""
+    if by_torch:
+        monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input: True)
     stock, ours = twins(name, options, **layout)
     assert repr(ours) == repr(stock)
     assert list(ours.state_dict()) == list(stock.state_dict())
@@ -107,6 +112,21 @@ def test_is_torch_nn(name, options, layout):
     assert torch.equal(result.unsorted_indices, packed.unsorted_indices)
     padded, lengths_back = pad_packed_sequence(result)
     assert torch.equal(lengths_back, lengths) and padded.shape[1] == 4
+
+
+@each_torch_module
+def test_streams_of_torch_s_operator(name, options, monkeypatch):
+    """A state comes transposed, a chunk may have no step, and eval takes gradients, with dropout between layers too."""
+    monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input: True)
+    stock, ours = (module.eval() for module in twins(name, options, num_layers=2, dropout=0.3))
+    x = torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
+    state, chunks = ours.init_state(4), []
+    for chunk in x.split([0, 3, 1, 2]):
+        y, state = ours.extend(chunk, state)
+        chunks.append(y)
+    found, expected = torch.cat(chunks), stock(x)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x))
 
 
 def test_messages_for_packed_sequences():

@@ -8,7 +8,9 @@
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-constexpr int kRows = SEQACCEL_REGISTERS >= 32 ? 6 : 2;     // rows of a register tile, beside 4 vectors
+// Rows of a register tile beside NV vectors.
+template <int NV>
+constexpr int kRows = SEQACCEL_REGISTERS < 32 ? 2 : NV > 3 ? 6 : 8;
 constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
 constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
 constexpr int kColumns = 4;                                 // vectors of a panel of columns
@@ -145,19 +147,26 @@ void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, 
 template <typename T, int NV, Fetch kFetch>
 void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K, T* out,
               bool add, Ahead ahead) {
+  const auto tile = [&](auto count) {
+    rnn_tile<T, count() <= kRows<NV> ? count() : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+  };
   switch (rows) {
     case 1:
-      return rnn_tile<T, 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return tile(std::integral_constant<int, 1>());
     case 2:
-      return rnn_tile<T, 2, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return tile(std::integral_constant<int, 2>());
     case 3:
-      return rnn_tile<T, kRows >= 3 ? 3 : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return tile(std::integral_constant<int, 3>());
     case 4:
-      return rnn_tile<T, kRows >= 4 ? 4 : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return tile(std::integral_constant<int, 4>());
     case 5:
-      return rnn_tile<T, kRows >= 5 ? 5 : 1, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return tile(std::integral_constant<int, 5>());
+    case 6:
+      return tile(std::integral_constant<int, 6>());
+    case 7:
+      return tile(std::integral_constant<int, 7>());
     default:
-      return rnn_tile<T, kRows, NV, kFetch>(a, a_row, panel, panel_row, K, out, add, ahead);
+      return tile(std::integral_constant<int, kRows<NV>>());
   }
 }
 
@@ -168,7 +177,7 @@ void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdi
 template <typename T, int NV>
 void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
                    T* out, bool add = false, bool far = false, LineList* lines = nullptr) {
-  const ptrdiff_t tiles = panel_count(rows, kRows), shares = tiles < 4 ? 2 : 4;
+  const ptrdiff_t tiles = panel_count(rows, kRows<NV>), shares = tiles < 4 ? 2 : 4;
   const bool together = far && tiles > 1, contiguous = panel_row == NV * Lanes<T>;
   const ptrdiff_t depth = together ? kPartial : kDepthBlock;
   for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {

@@ -38,12 +38,12 @@ def _tile(kernel: str, itemsize: int, BD: int, block_size: int) -> tuple[int, in
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _splits(T: int) -> int:
-    """Parts into which the queries of a node are cut in the gradients of key and value."""
-    return min(16, max(1, triton.next_power_of_2(T // 1024)))
+def _splits(T: int, nodes: int) -> int:
+    """Parts of a node's queries in the gradients of key and value; all nodes' parts are at most as many as tokens."""
+    return max(1, min(16, triton.next_power_of_2(T // 1024), T // max(1, nodes)))
 
 
 def _sizes(T: int, block_size: int, fanout: int, levels: int, w: int) -> tuple[int, int, int, list[int]]:
@@ -71,6 +71,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | None)
         raise RuntimeError(f"hierarchical_attention (triton): expected a head dimension of at most 256, but got {D}")
     if T * D >= 1 << 31:
         raise RuntimeError(f"hierarchical_attention (triton): expected T * D below 2^31, but got {T} * {D}")
+    if B * H > 65535:
+        raise RuntimeError(f"hierarchical_attention (triton): expected at most 65535 batch * heads, but got {B} * {H}")
 
 
 @operator(torch.library.triton_op, "seqaccel::hierarchical_attention_forward_triton", mutates_args={})
@@ -189,7 +191,7 @@ def hierarchical_attention_backward(
     if query.numel() == 0:
         return grad_query, torch.zeros_like(key), torch.zeros_like(value), grad_pool.to(query.dtype)
     delta = torch.empty_like(lse)
-    splits = _splits(T)
+    splits = _splits(T, nodes)
     grad_key = lse.new_empty(B, G, T + splits * nodes, D)
     grad_value = torch.empty_like(grad_key)
     BD = _block(D)

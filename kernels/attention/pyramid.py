@@ -80,8 +80,9 @@ def unpool_kernel(
     b_dk = tl.load(p_grad_key + o_n, mask=m_d, other=0)  # [BD]
     b_dv = tl.load(p_grad_value + o_n, mask=m_d, other=0)
     for i in range(1, SPLITS):
-        b_dk += tl.load(p_grad_key + o_n + i * nodes * D, mask=m_d, other=0)
-        b_dv += tl.load(p_grad_value + o_n + i * nodes * D, mask=m_d, other=0)
+        o_part = o_n + tl.cast(i, tl.int64) * nodes * D
+        b_dk += tl.load(p_grad_key + o_part, mask=m_d, other=0)
+        b_dv += tl.load(p_grad_value + o_part, mask=m_d, other=0)
     base = (i_head * head_rows + first_row + i_node * children) * D
     grad_base = (i_head * grad_rows + child_row + i_node * children) * D
     b_most = tl.full((), -float("inf"), tl.float32)

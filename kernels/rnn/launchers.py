@@ -47,6 +47,18 @@ def precision() -> str:
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
+def _shared_memory(t: Tensor) -> int:
+    """Bytes of shared memory that a block may use on a tensor's GPU; in the interpreter any."""
+    if not t.is_cuda:
+        return 1 << 30
+    return torch.cuda.get_device_properties(t.device).shared_memory_per_block_optin
+
+
+def _roomy(t: Tensor) -> bool:
+    """Whether that is more than the 99 KiB of GPUs for graphics: an A100 has 163, an H100 227."""
+    return _shared_memory(t) > 160 << 10
+
+
 def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
     """Steps in flight, forward and backward, of a block of units: what shared memory holds beside the weights."""
     if block <= 64 or gates < 4:
@@ -55,8 +67,8 @@ def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
 
 
 def stages_of(spec: Cell, weight_hh: Tensor) -> tuple[int, int]:
-    """``stages`` on the weight's GPU; in the interpreter any."""
-    arch = 10 * torch.cuda.get_device_capability(weight_hh.device)[0] if weight_hh.is_cuda else 90
+    """``stages`` on the weight's GPU: as on an H100 where a block may use as much shared memory."""
+    arch = 90 if _shared_memory(weight_hh) > 224 << 10 else 80
     return stages(spec.gates, block_h(weight_hh.shape[1]), arch)
 
 
@@ -71,6 +83,8 @@ def whole_warps(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[int, in
     """
     hidden = weight_hh.shape[1]
     if hidden > 64 and hidden % 16:
+        return None
+    if not _roomy(weight_hh) and (block_h(hidden) > 64 or (block_h(hidden) > 32 and weight_hh.dtype == torch.float32)):
         return None
     if not spec.whole or projected or (weight_hh.dtype == torch.float32 and precision() != "tf32"):
         return None

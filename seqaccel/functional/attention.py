@@ -154,6 +154,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
         )
 
 
+def _triton_takes(query: Tensor) -> bool:
+    B, H, T, D = query.shape
+    return query.dtype != torch.float64 and D <= 256 and T * D < 1 << 31 and B * H <= 65535
+
+
 def hierarchical_attention(
     query: Tensor,
     key: Tensor,
@@ -229,8 +234,7 @@ def hierarchical_attention(
     query, key, value, pool_query = tensors
     if _common.transforms_active():
         return _reference(query, key, value, pool_query, options)
-    beyond_triton = query.device.type == "cuda" and (query.dtype == torch.float64 or query.shape[-1] > 256)
-    prefer = "reference" if beyond_triton else None
+    prefer = "reference" if query.device.type == "cuda" and not _triton_takes(query) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _reference(query, key, value, pool_query, options)

@@ -287,13 +287,17 @@ def _torch_conv(x, weight, bias, residual, history, *, dilation, groups, activat
     return torch.relu(y) if relu else y
 
 
-def _torch_is_faster(x: Tensor, groups: int) -> bool:
-    """Whether cuDNN was measured faster on a GPU, or our kernels do not take this dtype.
+def _torch_is_faster(x: Tensor, weight: Tensor, dilation: int, groups: int) -> bool:
+    """Whether cuDNN was measured faster on a GPU, or our kernels do not take this dtype or size.
 
     An H100 trained faster with our kernels from 33 million values on, dense and depthwise; below, launching them takes
     longer than cuDNN.
     """
-    return x.dtype == torch.float64 or x.numel() < 1 << 25 or groups not in (1, x.shape[1])
+    if x.dtype == torch.float64 or x.numel() < 1 << 25 or groups not in (1, x.shape[1]):
+        return True
+    from seqaccel.kernels.conv import fits
+
+    return not fits(x.shape, weight.shape, dilation, groups)
 
 
 def causal_conv1d(
@@ -371,7 +375,7 @@ def causal_conv1d(
         "relu": relu,
         "dropout": dropout,
     }
-    prefer = "torch" if x.device.type == "cuda" and _torch_is_faster(x, groups) else None
+    prefer = "torch" if x.device.type == "cuda" and _torch_is_faster(x, weight, dilation, groups) else None
     backend = backends.choose("causal_conv1d", x, BACKENDS, prefer=prefer)
     if backend == "torch":
         return _torch_conv(x, weight, bias, residual, history, **options)

@@ -85,8 +85,8 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
 
     The state is carried in float32 (float64 for float64 inputs); autocast runs it in float32. Where elements of one
     sequence are adjacent in memory (``dim=-1``), and on a GPU, kernels form products of neighbouring coefficients (up
-    to 16; up to 2048 on a GPU): coefficients that are infinite, or so large that these products overflow, can give NaN
-    where the loop would not.
+    to 16; on a GPU 2048, or where there are few sequences and channels a part of the sequence): coefficients that are
+    infinite, or so large that these products overflow, can give NaN where the loop would not.
 
     Args:
         a: coefficients, with the steps along ``dim``, e.g. (B, T, D). ``a`` and ``b`` may be broadcast against each
@@ -148,9 +148,13 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
     if _common.transforms_active():
         h = reference.linear_scan(a, b, h_0, reverse)
     else:
-        # Measured on an H100: 10% faster than the CUDA kernels where there is much to do, slower where there is little.
-        much = a.device.type == "cuda" and a.dtype == torch.float32 and a.numel() >= 1 << 27 and a.shape[-1] >= 32
-        backend = backends.choose("linear_scan", a, _BACKENDS, prefer="triton" if much else None)
+        prefer = None
+        if a.device.type == "cuda":
+            if batch > 65535:  # more than a launch of Triton's kernels has room for
+                prefer = "cuda" if backends.why_missing("cuda", "cuda") is None else "reference"
+            elif a.dtype == torch.float32 and a.numel() >= 1 << 27 and width >= 32:
+                prefer = "triton"  # 10% faster on an H100 where there is so much to do, slower where there is less
+        backend = backends.choose("linear_scan", a, _BACKENDS, prefer=prefer)
         if backend == "reference":
             h = reference.linear_scan(a, b, h_0, reverse)
         elif _common.needs_grad(a, b, h_0):

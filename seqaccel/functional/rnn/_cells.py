@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ __all__ = ["CELLS", "CellSpec", "saved_shapes"]
 class Problem(NamedTuple):
     """One call, as far as speed depends on it."""
 
-    device: str  # its type
+    device: torch.device
     steps: int
     batch: int
     inputs: int
@@ -64,14 +64,24 @@ class CellSpec:
 
 
 def _on_a_gpu(problem: Problem) -> bool:
-    """cuDNN is faster than one launch a step; bfloat16 it does not take, and then torch is slower than one launch."""
-    in_one_launch = problem.hidden <= 64 or (problem.hidden <= 128 and problem.hidden % 16 == 0)
-    return problem.device == "cuda" and not (problem.dtype == torch.bfloat16 and in_one_launch)
+    """cuDNN is faster than a launch a step; bfloat16 torch 2.11 does not give it, and is slower than one launch.
+
+    One launch takes up to 128 units where a block may use 160 KiB of shared memory, else up to 64.
+    """
+    if problem.device.type != "cuda":
+        return False
+    if problem.dtype != torch.bfloat16 or problem.hidden > 128:
+        return True
+    if problem.hidden <= 64:
+        return False
+    properties: Any = torch.cuda.get_device_properties(problem.device)
+    roomy = properties.shared_memory_per_block_optin > 160 << 10
+    return not roomy or problem.hidden % 16 != 0
 
 
 def _for_lstm(problem: Problem) -> bool:
     """On a CPU oneDNN trains in bfloat16, where our kernels do in float32; ragged batches it does not take."""
-    if problem.device != "cpu":
+    if problem.device.type != "cpu":
         return _on_a_gpu(problem)
     return problem.dtype == torch.bfloat16 and problem.training and not problem.ragged
 

@@ -256,9 +256,10 @@ def _choose(cell: str, input: Tensor, problem: Problem, projected: bool, zoned: 
     """The backend of a layer."""
     spec = CELLS[cell]
     prefer = None
-    if problem.device == "cuda" and problem.dtype == torch.float64:  # our kernels have none
+    device_type = problem.device.type
+    if device_type == "cuda" and problem.dtype == torch.float64:  # our kernels have none
         prefer = "torch" if "torch" in spec.backends and not zoned else "reference"
-    elif spec.torch_is_faster is not None and not (problem.device != "cpu" and torch.compiler.is_compiling()):
+    elif spec.torch_is_faster is not None and not (device_type != "cpu" and torch.compiler.is_compiling()):
         prefer = "torch" if spec.torch_is_faster(problem) else None
     supported = _supported(spec, projected, zoned) if projected or zoned else spec.backends
     return backends.choose(cell, input, supported, prefer=prefer)
@@ -273,8 +274,12 @@ def torch_runs_all_layers(cell: str, input: Tensor, hidden_size: int, projected:
         return False
     if torch.compiler.is_compiling() or _common.transforms_active() or _onnx.exporting():
         return False
-    dtype = torch.get_autocast_dtype("cuda") if _common.autocast_on("cuda") else input.dtype
-    problem = Problem("cuda", 0, 0, input.shape[-1], hidden_size, dtype, False, False)
+    dtype = input.dtype
+    if _common.autocast_on("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        if dtype != torch.float16:  # torch's autocast of these operators knows float16 only
+            return False
+    problem = Problem(input.device, 0, 0, input.shape[-1], hidden_size, dtype, False, False)
     return _choose(cell, input, problem, projected, False) == "torch"
 
 
@@ -300,9 +305,7 @@ def _run(
     steps, batch = input.shape[0] if batch_sizes is None else batch_sizes.shape[0], h_0.shape[0]
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
     recorded = _common.needs_grad(input, h_0, c_0, *weights)
-    problem = Problem(
-        input.device.type, steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded
-    )
+    problem = Problem(input.device, steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded)
     projected = spec.projects and weights[4] is not None
     zoned = zoneout_h is not None or zoneout_c is not None
     backend = _choose(cell, input, problem, projected, zoned)

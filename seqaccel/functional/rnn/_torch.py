@@ -36,7 +36,7 @@ def layer(
     given += [weight for weight in weights[4:] if weight is not None]
     operator = getattr(torch._VF, cell)
     train = input.is_cuda and torch.is_grad_enabled()  # cuDNN's backward pass asks for it
-    state = [h_0] if c_0 is None else [h_0, c_0]
+    state = [part.contiguous() for part in (h_0, c_0) if part is not None]
     if reverse:
         input = _reverse_in_time(input, lengths)
     if lengths is None:
@@ -72,10 +72,14 @@ def all_layers(
     bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """All layers of a module on input (T, B, I), or (N, I) packed with ``batch_sizes``; states (layers, B, ·)."""
+    if batch_sizes is None and input.shape[0] == 0:
+        width = state[0].shape[-1] * (2 if bidirectional else 1)
+        return input.new_zeros(0, input.shape[1], width), tuple(part.clone() for part in state)
+    state = tuple(part.contiguous() for part in state)
     first = state if len(state) > 1 else state[0]
-    # cuDNN's backward pass asks for a forward pass in training; without dropout that changes nothing else.
-    train = training or (dropout == 0 and torch.is_grad_enabled())
-    options = (weights, has_biases, num_layers, dropout, train, bidirectional)
+    # cuDNN's backward pass asks for a forward pass in training, which without dropout changes nothing else.
+    train = training or torch.is_grad_enabled()
+    options = (weights, has_biases, num_layers, dropout if training else 0.0, train, bidirectional)
     operator = getattr(torch._VF, cell)
     if batch_sizes is None:
         output, *last = operator(input, first, *options, False)
