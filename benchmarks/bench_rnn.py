@@ -19,10 +19,10 @@ import seqaccel
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 TABLE = [dict(B=B, H=H, T=128) for H in (128, 256, 512, 1024) for B in (1, 4, 16, 64)]
 PEERS = ["torch", "onnxruntime", "openvino"]
-CELLS = {
-    "peephole": ("PeepholeLSTM", {}),
-    "layer_norm": ("LayerNormLSTM", {}),
-    "multiplicative": ("MultiplicativeLSTM", {}),
+CELLS = {  # module, options, products of H x H in a step
+    "peephole": ("PeepholeLSTM", {}, 4),
+    "layer_norm": ("LayerNormLSTM", {}, 4),
+    "multiplicative": ("MultiplicativeLSTM", {}, 5),
 }
 
 
@@ -117,14 +117,14 @@ def bench_rnn_training(B, T, H):
 )
 def bench_cell_training(cell, B, T, H):
     """Another cell beside our LSTM of the same size."""
-    name, options = CELLS[cell]
+    name, options, gates = CELLS[cell]
     x, grad = torch.randn(T, B, H), torch.randn(T, B, H)
     modules = {
         "seqaccel[cpp]": getattr(seqaccel.nn, name)(H, H, **options),
         "seqaccel[cpp] LSTM": seqaccel.nn.LSTM(H, H),
     }
     contenders = {contender: training(module, x, grad, "cpp") for contender, module in modules.items()}
-    return Case(contenders, **cost(5 if cell == "multiplicative" else 4, B, T, H, True))
+    return Case(contenders, **cost(gates, B, T, H, True))
 
 
 @suite(
@@ -258,11 +258,11 @@ def bench_rnn_training_gpu(kind, B, T, H, dtype):
 )
 def bench_cell_training_gpu(cell, B, T, H):
     """Cells that torch does not have, beside the same in plain PyTorch."""
-    name, options = CELLS[cell]
+    name, options, gates = CELLS[cell]
     module = getattr(seqaccel.nn, name)(H, H, **options).to("cuda", torch.bfloat16)
     x, grad = (torch.randn(T, B, H, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     contenders = {f"seqaccel[{name}]": training(module, x, grad, name) for name in ("triton", "reference")}
-    return Case(contenders, dtype=torch.bfloat16, **cost(4, B, T, H, True))
+    return Case(contenders, dtype=torch.bfloat16, **cost(gates, B, T, H, True))
 
 
 @suite([dict(B=1, H=256), dict(B=8, H=256)], ["seqaccel[cpp]", "torch"])

@@ -49,6 +49,19 @@ def seed():
     torch.manual_seed(0)
 
 
+def _set_tf32(products: bool, cudnn: bool) -> None:
+    with torch.backends.__allow_nonbracketed_mutation():  # torch.testing._internal, where it is imported, locks them
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, cudnn
+
+
+@pytest.fixture
+def allow_tf32():
+    """Sets torch's TF32 switches, of matrix products and of cuDNN, for a test."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield lambda allow: _set_tf32(allow, allow)
+    _set_tf32(*before)
+
+
 @pytest.fixture
 def poison():
     """Fresh memory holds NaN: what ``torch.empty`` returns, and what the allocator hands out for a while.

@@ -192,8 +192,8 @@ def test_triton_configurations_compile_without_spills():
 )
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 @pytest.mark.parametrize("shape", REAL_SHAPES, ids=identity)
-def test_triton_on_a_gpu(shape, epilogue, dtype, tf32, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+def test_triton_on_a_gpu(shape, epilogue, dtype, tf32, allow_tf32):
+    allow_tf32(tf32)
     tensors, options = case(shape, epilogue, dtype)
     tensors = {name: t.cuda() for name, t in tensors.items()}
     exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)

@@ -106,9 +106,10 @@ def test_saved_shapes(cell, projected):
 def test_opcheck_triton(cell, projected):
     if torch.cuda.is_available():
         pytest.skip("runs the kernels in Triton's interpreter")
-    from seqaccel.kernels import rnn as kernels
+    import seqaccel.kernels.rnn  # noqa: F401  registers the operators
 
-    check_operators(kernels.rnn_forward._opoverload, kernels.rnn_backward._opoverload, cell, projected, [2])
+    operators = torch.ops.seqaccel
+    check_operators(operators.rnn_forward_triton.default, operators.rnn_backward_triton.default, cell, projected, [2])
 
 
 @each_kind("cpp")

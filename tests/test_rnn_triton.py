@@ -17,23 +17,16 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the ker
 EVERY_STEP_AT_ONCE = [cell for cell, spec in TRAITS.items() if spec.whole]
 
 
-def _allow_tf32(allow):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
-
-
 @pytest.fixture(autouse=True)
-def ieee():
+def ieee(allow_tf32):
     """Torch's TF32 switches are off: that of recurrent layers is on by default, that of matrix products is not."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    _allow_tf32(False)
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    allow_tf32(False)
 
 
 @pytest.fixture
-def tf32(ieee):
+def tf32(ieee, allow_tf32):
     """The switches are on, so that the kernels of all steps serve float32; the interpreter knows no TF32."""
-    _allow_tf32(True)
+    allow_tf32(True)
 
 
 def test_tables_agree():
