@@ -208,6 +208,43 @@ def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
 # ---- the call ----
 
 
+def is_plain(cell: str, input: Tensor) -> bool:
+    """Whether ``layer`` of an input in steps, without lengths and zoneout, comes down to ``plain_layer``."""
+    return (
+        not torch.compiler.is_compiling()
+        and input.is_cpu
+        and (input.dtype is torch.float32 or input.dtype is torch.float64)
+        and backends.current() in ("auto", "cpp")
+        and _extension.cpp_error is None
+        and not _common.autocast_on("cpu")
+        and not _common.transforms_active()
+        and not _onnx.exporting()
+    )
+
+
+def plain_layer(
+    cell: str, input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """``layer`` in the fewest steps of Python, which take as long as a small problem; None where something does not
+    fit, for ``layer`` to say what."""
+    spec = CELLS[cell]
+    try:
+        weight_hh: Any = weights[1]
+        if h_0 is None:
+            batch = input.shape[1]
+            h_0 = input.new_zeros(batch, weight_hh.shape[1])
+            c_0 = input.new_zeros(batch, weight_hh.shape[0] // spec.gates) if spec.has_cell_state else None
+        if torch.is_grad_enabled() and (weight_hh.requires_grad or _common.needs_grad(input, h_0, c_0, *weights)):
+            found = _Layer.apply(cell, "cpp", reverse, None, None, None, None, input, h_0, c_0, *weights)
+        else:
+            found = torch.ops.seqaccel.rnn_forward.default(
+                cell, input, h_0, c_0, weights, None, None, None, reverse, False
+            )
+    except (RuntimeError, AttributeError, IndexError):
+        return None
+    return found[0], found[1], found[2] if spec.has_cell_state else None
+
+
 def layer(
     name: str,
     cell: str,

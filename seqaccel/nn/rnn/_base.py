@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
+from seqaccel.functional.rnn._operator import is_plain, plain_layer, torch_runs_all_layers
 from seqaccel.functional.rnn._operator import layer as run_layer
-from seqaccel.functional.rnn._operator import torch_runs_all_layers
 from seqaccel.nn.streaming import Streaming
 
 Hidden = Any  # h, or (h, c) where the cell has a state of its own
@@ -145,6 +145,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             return self._run_torch(input, state, batch_sizes)
         last: list[list[Tensor]] = [[], []]
         operator_of_onnx = _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
+        plain = lengths is None and not self.zoneout and is_plain(cell, input)
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 input = torch.nn.functional.dropout(input, self.dropout, self.training)
@@ -162,12 +163,16 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                 weights = self._layer_weights(index)
                 if self.recurrent_dropout > 0 and self.training:
                     weights[1] = torch.nn.functional.dropout(weights[1], self.recurrent_dropout)  # type: ignore[arg-type]
-                output, h, c = run_layer(
+                h_0, c_0 = None, None
+                if state is not None:
+                    h_0, c_0 = state[0][index], state[1][index] if has_cell_state else None
+                found = plain_layer(cell, input, h_0, c_0, weights, direction == 1) if plain else None
+                output, h, c = found or run_layer(
                     cell,
                     cell,
                     input,
-                    None if state is None else state[0][index],
-                    None if state is None or not has_cell_state else state[1][index],
+                    h_0,
+                    c_0,
                     weights,
                     lengths=lengths,
                     batch_sizes=batch_sizes,
@@ -183,10 +188,10 @@ class Recurrent(Streaming, torch.nn.RNNBase):
 
     def _torch_runs(self, input: Tensor) -> bool:
         """Whether torch's operator runs all layers: on a GPU, where it is faster."""
-        extras = self.zoneout or (self.recurrent_dropout > 0 and self.training)
         return (
-            input.device.type == "cuda"
-            and not extras
+            input.is_cuda
+            and not self.zoneout
+            and not (self.recurrent_dropout > 0 and self.training)
             and torch_runs_all_layers(self.cell, input, self.hidden_size, self.proj_size > 0)
         )
 
