@@ -66,67 +66,77 @@ SEQACCEL_INLINE void put_h(const RnnForward<T>& p, const ForwardState<T>& state,
   store_some(p.output + padded * p.outputs + unit, h, units);
 }
 
-// `count` rows of a share from i0 on, at the s-th step, at time t; First: behind the first of two products.
-template <class Cell, typename T, bool First>
+// `count` rows of a share from i0 on, U vectors of units, at the s-th step, at time t; First: behind the first of two
+// products.
+template <class Cell, typename T, bool First, int U>
 void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const RowShare& share, ptrdiff_t s,
-                    ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const Products<T>& products) {
+                    ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t first_unit, const Products<T>& products) {
   constexpr int L = Lanes<T>, kBegin = Cell::kFirstBegin, kEnd = Cell::kFirstEnd;
   const ptrdiff_t H = p.hidden;
-  const int units = int(min_of(L, H - unit));
-  const T* const h_prev = state.h[s & 1] + unit;
   const bool blend_h = Cell::kZoneout && p.zoneout_h.factors, blend_c = Cell::kZoneout && p.zoneout_c.factors;
   const bool projected = Cell::kProjects && p.weights.hr;
-  Unit<Cell, Vec<T>> common;
+  Unit<Cell, Vec<T>> common[U];
+#pragma GCC unroll 4
+  for (int v = 0; v < U; ++v) {
+    const ptrdiff_t unit = min_of(first_unit + v * L, H - 1) / L * L;
 #pragma GCC unroll 8
-  for (int g = 0; g < kPre<Cell>; ++g) common.pre[g] = load(state.bias + g * state.stride + unit);
+    for (int g = 0; g < kPre<Cell>; ++g) common[v].pre[g] = load(state.bias + g * state.stride + unit);
 #pragma GCC unroll 16
-  for (int w = 0; w < Cell::kWeights; ++w) common.weights[w] = load(state.weights + w * state.stride + unit);
+    for (int w = 0; w < Cell::kWeights; ++w) common[v].weights[w] = load(state.weights + w * state.stride + unit);
+  }
   for (ptrdiff_t i = 0; i < count; ++i) {
     const ptrdiff_t b = share.at(i0 + i), packed = p.rows.packed(t, b), padded = p.rows.padded(t, b);
-    T* const saved = p.saved + packed * Cell::kSaved * H + unit;
-    const T* const product = products.pre + i * products.row;
-    Unit<Cell, Vec<T>> u = common;
+#pragma GCC unroll 4
+    for (int v = 0; v < U; ++v) {
+      const ptrdiff_t unit = first_unit + v * L;
+      if (U > 1 && unit >= H) break;
+      const int units = int(min_of(L, H - unit));
+      const T* const h_prev = state.h[s & 1] + unit;
+      T* const saved = p.saved + packed * Cell::kSaved * H + unit;
+      const T* const product = products.pre + i * products.row + v * L;
+      Unit<Cell, Vec<T>> u = common[v];
 #pragma GCC unroll 8
-    for (int g = 0; g < kInputs<Cell>; ++g) {
-      if ((g >= kBegin && g < kEnd) != First) continue;
-      if (p.x) {
-        u.pre[g] = load_some(p.x + packed * p.x_row + g * H + unit, units) + u.pre[g];
-      } else if (Cell::kApart) {
-        u.pre[g] = load(products.x_pre + i * products.row + g * L) + u.pre[g];
-      }
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < (First ? Cell::kFirst : kMain<Cell>); ++g) {
-      const int at = First ? Cell::kFirstPre + g : Cell::kApart && g == kMain<Cell> - 1 ? g + 1 : Cell::kMainPre + g;
-      u.pre[at] = load(product + g * L) + u.pre[at];
-    }
-    if (Cell::kUsesPrev) u.h_prev = load(h_prev + b * state.h_stride);
-    if constexpr (First) {
-      Cell::template first<Functions<T>>(u);
-      store(state.source + b * state.stride + unit, u.source);
-    } else {
-#pragma GCC unroll 8
-      for (int g = kBegin; g < kEnd; ++g) u.saved[g] = load_some(saved + g * H, units);
-      if constexpr (Cell::kHasCell) u.c_prev = load(state.c + b * state.stride + unit);
-      Cell::template forward<Functions<T>>(u);
-      if (projected) {
-        store(state.source + b * state.stride + unit, u.h);
-      } else {
-        put_h(p, state, s, b, padded, unit, units, blend_h, u.h);
-      }
-      if constexpr (Cell::kHasCell) {
-        if (blend_c) {
-          const Vec<T> z = blend_at(p.zoneout_c, padded * H + unit, units);
-          u.c = z * u.c_prev + (1 - z) * u.c;
+      for (int g = 0; g < kInputs<Cell>; ++g) {
+        if ((g >= kBegin && g < kEnd) != First) continue;
+        if (p.x) {
+          u.pre[g] = load_some(p.x + packed * p.x_row + g * H + unit, units) + u.pre[g];
+        } else if (Cell::kApart) {
+          u.pre[g] = load(products.x_pre + i * products.row + v * L + g * L) + u.pre[g];
         }
-        store(state.c + b * state.stride + unit, u.c);
-        if (p.cells) store_some(p.cells + packed * H + unit, u.c, units, state.past);
       }
-    }
-    if (Cell::kSaved > 0 && p.saved) {
 #pragma GCC unroll 8
-      for (int g = 0; g < Cell::kSaved; ++g) {
-        if ((g >= kBegin && g < kEnd) == First) store_some(saved + g * H, u.saved[g], units, !First && state.past);
+      for (int g = 0; g < (First ? Cell::kFirst : kMain<Cell>); ++g) {
+        const int at = First ? Cell::kFirstPre + g : Cell::kApart && g == kMain<Cell> - 1 ? g + 1 : Cell::kMainPre + g;
+        u.pre[at] = load(product + g * L) + u.pre[at];
+      }
+      if (Cell::kUsesPrev) u.h_prev = load(h_prev + b * state.h_stride);
+      if constexpr (First) {
+        Cell::template first<Functions<T>>(u);
+        store(state.source + b * state.stride + unit, u.source);
+      } else {
+#pragma GCC unroll 8
+        for (int g = kBegin; g < kEnd; ++g) u.saved[g] = load_some(saved + g * H, units);
+        if constexpr (Cell::kHasCell) u.c_prev = load(state.c + b * state.stride + unit);
+        Cell::template forward<Functions<T>>(u);
+        if (projected) {
+          store(state.source + b * state.stride + unit, u.h);
+        } else {
+          put_h(p, state, s, b, padded, unit, units, blend_h, u.h);
+        }
+        if constexpr (Cell::kHasCell) {
+          if (blend_c) {
+            const Vec<T> z = blend_at(p.zoneout_c, padded * H + unit, units);
+            u.c = z * u.c_prev + (1 - z) * u.c;
+          }
+          store(state.c + b * state.stride + unit, u.c);
+          if (p.cells) store_some(p.cells + packed * H + unit, u.c, units, state.past);
+        }
+      }
+      if (Cell::kSaved > 0 && p.saved) {
+#pragma GCC unroll 8
+        for (int g = 0; g < Cell::kSaved; ++g) {
+          if ((g >= kBegin && g < kEnd) == First) store_some(saved + g * H, u.saved[g], units, !First && state.past);
+        }
       }
     }
   }
@@ -287,10 +297,8 @@ bool rnn_forward(const RnnForward<T>& p) {
         if constexpr (Cell::kFirst > 0) {
           for_blocks(me, first_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
             first(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
-            for (int v = 0; v < First::U && (u * First::U + v) * L < H; ++v) {
-              forward_update<Cell, T, true>(p, state, rows, s, t, i, count, (u * First::U + v) * L,
-                                            {pre + v * L, nullptr, First::V * L});
-            }
+            forward_update<Cell, T, true, First::U>(p, state, rows, s, t, i, count, u * First::U * L,
+                                                    {pre, nullptr, First::V * L});
           });
           me.wait();
           fetch_rows(me, state.source, state.stride, H, running);
@@ -311,10 +319,8 @@ bool rnn_forward(const RnnForward<T>& p) {
           if (fetches) list_input(p, rows, p.reverse ? t - 1 : t + 1, i, count, lines);
           main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kApart,
                fetches ? &lines : nullptr);
-          for (int v = 0; v < Main::U && (u * Main::U + v) * L < H; ++v) {
-            forward_update<Cell, T, false>(p, state, rows, s, t, i, count, (u * Main::U + v) * L,
-                                           {sum + v * L, x_sum, Main::V * L});
-          }
+          forward_update<Cell, T, false, Main::U>(p, state, rows, s, t, i, count, u * Main::U * L,
+                                                  {sum, x_sum, Main::V * L});
         });
         if (projected) {
           me.wait();
