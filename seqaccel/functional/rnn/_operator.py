@@ -207,6 +207,9 @@ def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 # ---- the call ----
 
+#: ``_Layer.apply`` without what ``Function`` does for functorch.
+_apply_plainly = super(torch.autograd.Function, _Layer).apply
+
 
 def is_plain(cell: str, input: Tensor) -> bool:
     """Whether ``layer`` of an input in steps, without lengths and zoneout, comes down to ``plain_layer``."""
@@ -235,7 +238,7 @@ def plain_layer(
             h_0 = input.new_zeros(batch, weight_hh.shape[1])
             c_0 = input.new_zeros(batch, weight_hh.shape[0] // spec.gates) if spec.has_cell_state else None
         if torch.is_grad_enabled() and (weight_hh.requires_grad or _common.needs_grad(input, h_0, c_0, *weights)):
-            found = _Layer.apply(cell, "cpp", reverse, None, None, None, None, input, h_0, c_0, *weights)
+            found = _apply_plainly(cell, "cpp", reverse, None, None, None, None, input, h_0, c_0, *weights)
         else:
             found = torch.ops.seqaccel.rnn_forward.default(
                 cell, input, h_0, c_0, weights, None, None, None, reverse, False
