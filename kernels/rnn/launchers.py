@@ -51,7 +51,7 @@ def _shared_memory(t: Tensor) -> int:
     """Bytes of shared memory that a block may use on a tensor's GPU; in the interpreter any."""
     if not t.is_cuda:
         return 1 << 30
-    return torch.cuda.get_device_properties(t.device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(t.device), "shared_memory_per_block_optin", 0)
 
 
 def _roomy(t: Tensor) -> bool:

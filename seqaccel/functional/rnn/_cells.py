@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -74,8 +74,8 @@ def _on_a_gpu(problem: Problem) -> bool:
         return True
     if problem.hidden <= 64:
         return False
-    properties: Any = torch.cuda.get_device_properties(problem.device)
-    roomy = properties.shared_memory_per_block_optin > 160 << 10
+    properties = torch.cuda.get_device_properties(problem.device)
+    roomy = getattr(properties, "shared_memory_per_block_optin", 0) > 160 << 10
     return not roomy or problem.hidden % 16 != 0
 
 
