@@ -1,0 +1,80 @@
+"""What auto takes on a GPU, by what an H100 measured; no GPU is needed to ask."""
+
+import types
+
+import pytest
+import torch
+
+from seqaccel.functional import attention, conv
+from seqaccel.functional.rnn import _operator
+from seqaccel.functional.rnn._cells import Problem
+
+
+def on_a_gpu(dtype):
+    return types.SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True, dtype=dtype)
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return properties
+
+
+BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "hidden", "zoned", "expected"),
+    [
+        ("lstm", BFLOAT16, 64, False, "triton"),
+        ("gru", BFLOAT16, 128, False, "triton"),
+        ("lstm", BFLOAT16, 100, False, "torch"),
+        ("rnn_tanh", BFLOAT16, 256, False, "torch"),
+        ("lstm", FLOAT32, 64, False, "torch"),
+        ("gru", torch.float16, 64, False, "torch"),
+        ("lstm", FLOAT64, 64, False, "torch"),
+        ("lstm", FLOAT32, 256, True, "triton"),
+        ("lstm", FLOAT64, 256, True, "reference"),
+        ("layer_norm_lstm", FLOAT32, 256, False, "triton"),
+        ("layer_norm_lstm", FLOAT64, 256, False, "reference"),
+    ],
+)
+def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
+    pytest.importorskip("triton")
+    tensor = on_a_gpu(dtype)
+    problem = Problem(tensor.device, 10, 4, hidden, hidden, dtype, False, True)
+    assert _operator._choose(cell, tensor, problem, False, zoned) == expected
+
+
+def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
+    pytest.importorskip("triton")
+    tensor = on_a_gpu(BFLOAT16)
+
+    def choice(cell, hidden):
+        problem = Problem(tensor.device, 10, 4, hidden, hidden, BFLOAT16, False, True)
+        return _operator._choose(cell, tensor, problem, False, False)
+
+    h100.shared_memory_per_block_optin = 99 << 10
+    assert choice("lstm", 64) == "triton" and choice("lstm", 128) == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choice("lstm", 64) == "torch" and choice("peephole_lstm", 64) == "reference"
+
+
+def test_sizes_that_auto_keeps_from_triton():
+    pytest.importorskip("triton")
+
+    def empty(*shape, dtype=BFLOAT16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(256, 256, 3)
+    assert not conv._torch_is_faster(empty(32, 256, 4096), weight, 16, 1)
+    assert not conv._torch_is_faster(empty(16, 2048, 2048), empty(2048, 1, 4), 1, 2048)
+    for x, groups in ((empty(16, 256, 1024), 1), (empty(32, 256, 4096), 4), (empty(70000, 256, 32), 1)):
+        assert conv._torch_is_faster(x, weight, 16, groups)
+    assert conv._torch_is_faster(empty(1, 1024, 2**21 + 64), empty(1024, 1024, 3), 1, 1)
+    assert conv._torch_is_faster(empty(32, 256, 4096, dtype=FLOAT64), weight, 16, 1)
+    assert attention._triton_takes(empty(16, 8, 4096, 64))
+    for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
+        assert not attention._triton_takes(query)
