@@ -13,7 +13,9 @@ namespace SEQACCEL_ISA {
 // Rows of a register tile beside NV vectors. 8 beside 3 are 2 tiles of 16 rows instead of 3: GRU (T, B, H) = (128, 16,
 // 256) x1.08. Many rows with panels beyond L2 have 6 whatever NV is: (128, 64, 512) takes 1.015 of its time with 8.
 template <int NV>
-constexpr int kRows = SEQACCEL_REGISTERS < 32 ? 2 : NV > 3 ? 6 : 8;
+constexpr int kRows = SEQACCEL_REGISTERS < 32 ? 2
+                      : NV > 3                ? 6
+                                              : 8;
 constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
 constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
 constexpr int kColumns = 4;                                 // vectors of a panel of columns
@@ -180,7 +182,8 @@ void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdi
 template <typename T, int NV>
 void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
                    T* out, bool add = false, bool far = false, LineList* lines = nullptr) {
-  const ptrdiff_t tiles = panel_count(rows, far && rows > 2 * kRows<NV> ? kRows<4> : kRows<NV>), shares = tiles < 4 ? 2 : 4;
+  const ptrdiff_t tiles = panel_count(rows, far && rows > 2 * kRows<NV> ? kRows<4> : kRows<NV>),
+                  shares = tiles < 4 ? 2 : 4;
   const bool together = far && tiles > 1, contiguous = panel_row == NV * Lanes<T>;
   const ptrdiff_t depth = together ? kPartial : kDepthBlock;
   for (ptrdiff_t k0 = 0; k0 < K; k0 += depth) {
