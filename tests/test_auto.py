@@ -42,20 +42,19 @@ BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
     ],
 )
 def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
-    pytest.importorskip("triton")
     tensor = on_a_gpu(dtype)
-    problem = Problem(tensor.device, 10, 4, hidden, hidden, dtype, False, True)
-    assert _operator._choose(cell, tensor, problem, False, zoned) == expected
+    problem = Problem(tensor.device, 10, 4, hidden, hidden, dtype, False, True, False)
+    assert _operator._choose(cell, tensor, problem, zoned) == expected
 
 
 def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
-    pytest.importorskip("triton")
     tensor = on_a_gpu(BFLOAT16)
 
-    def choice(cell, hidden):
-        problem = Problem(tensor.device, 10, 4, hidden, hidden, BFLOAT16, False, True)
-        return _operator._choose(cell, tensor, problem, False, False)
+    def choice(cell, hidden, projected=False):
+        problem = Problem(tensor.device, 10, 4, hidden, hidden, BFLOAT16, False, True, projected)
+        return _operator._choose(cell, tensor, problem, False)
 
+    assert choice("lstm", 64) == "triton" and choice("lstm", 64, projected=True) == "torch"  # that runs step by step
     h100.shared_memory_per_block_optin = 99 << 10
     assert choice("lstm", 64) == "triton" and choice("lstm", 128) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -63,7 +62,6 @@ def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
 
 
 def test_sizes_that_auto_keeps_from_triton():
-    pytest.importorskip("triton")
 
     def empty(*shape, dtype=BFLOAT16):
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -47,16 +47,11 @@ def precision() -> str:
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
-def _shared_memory(t: Tensor) -> int:
-    """Bytes of shared memory that a block may use on a tensor's GPU; in the interpreter any."""
-    if not t.is_cuda:
-        return 1 << 30
-    return getattr(torch.cuda.get_device_properties(t.device), "shared_memory_per_block_optin", 0)
-
-
-def _roomy(t: Tensor) -> bool:
-    """Whether that is more than the 99 KiB of GPUs for graphics: an A100 has 163, an H100 227."""
-    return _shared_memory(t) > 160 << 10
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may use: 99 KiB on GPUs for graphics, 163 on an A100, 227 on an H100."""
+    if device.type != "cuda":
+        return 1 << 30  # Triton's interpreter
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
@@ -68,7 +63,7 @@ def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
 
 def stages_of(spec: Cell, weight_hh: Tensor) -> tuple[int, int]:
     """``stages`` on the weight's GPU: as on an H100 where a block may use as much shared memory."""
-    arch = 90 if _shared_memory(weight_hh) > 224 << 10 else 80
+    arch = 90 if _shared_memory(weight_hh.device) > 224 << 10 else 80
     return stages(spec.gates, block_h(weight_hh.shape[1]), arch)
 
 
@@ -76,19 +71,26 @@ def block_h(hidden: int) -> int:
     return max(32, triton.next_power_of_2(hidden))
 
 
-def whole_warps(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[int, int] | None:
-    """Forward and backward; None where the cell runs step by step.
+def warps_at_once(gates: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
+    """Forward and backward, of a cell that the kernels of all steps have; None where these do not run.
 
     More than 64 units go by 16: other rows are read element by element, which takes registers that are not there.
     """
-    hidden = weight_hh.shape[1]
+    block = block_h(hidden)
     if hidden > 64 and hidden % 16:
         return None
-    if not _roomy(weight_hh) and (block_h(hidden) > 64 or (block_h(hidden) > 32 and weight_hh.dtype == torch.float32)):
+    if block > (64 if dtype.itemsize == 2 else 32) and _shared_memory(device) <= 160 << 10:
         return None
-    if not spec.whole or projected or (weight_hh.dtype == torch.float32 and precision() != "tf32"):
+    if dtype == torch.float32 and precision() != "tf32":
         return None
-    return WHOLE.get((weight_hh.element_size(), block_h(hidden), spec.gates))
+    return WHOLE.get((dtype.itemsize, block, gates))
+
+
+def whole_warps(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[int, int] | None:
+    """Forward and backward; None where the cell runs step by step."""
+    if not spec.whole or projected:
+        return None
+    return warps_at_once(spec.gates, weight_hh.shape[1], weight_hh.dtype, weight_hh.device)
 
 
 def row_warps(block: int) -> int:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from seqaccel import _extension
+
 __all__ = ["CELLS", "CellSpec", "saved_shapes"]
 
 
@@ -20,6 +22,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     ragged: bool  # has lengths
     training: bool  # autograd records
+    projected: bool  # has weight_hr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +66,25 @@ class CellSpec:
         object.__setattr__(self, "projects", "weight_hr" in self.extra)
 
 
-def _on_a_gpu(problem: Problem) -> bool:
-    """cuDNN is faster than a launch a step; bfloat16 torch 2.11 does not give it, and is slower than one launch.
+def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
+    """cuDNN is faster than a launch a step; bfloat16 torch 2.11 does not give it, and is slower than one launch."""
 
-    One launch takes up to 128 units where a block may use 160 KiB of shared memory, else up to 64.
-    """
-    if problem.device.type != "cuda":
-        return False
-    if problem.dtype != torch.bfloat16 or problem.hidden > 128:
-        return True
-    if problem.hidden <= 64:
-        return False
-    properties = torch.cuda.get_device_properties(problem.device)
-    roomy = getattr(properties, "shared_memory_per_block_optin", 0) > 160 << 10
-    return not roomy or problem.hidden % 16 != 0
+    def torch_is_faster(problem: Problem) -> bool:
+        if problem.device.type != "cuda" or _extension.triton_error:
+            return problem.device.type == "cuda"
+        if problem.dtype != torch.bfloat16 or problem.projected:
+            return True
+        from seqaccel.kernels.rnn.launchers import warps_at_once
+
+        return warps_at_once(gates, problem.hidden, problem.dtype, problem.device) is None
+
+    return torch_is_faster
 
 
 def _for_lstm(problem: Problem) -> bool:
     """On a CPU oneDNN trains in bfloat16, where our kernels do in float32; ragged batches it does not take."""
     if problem.device.type != "cpu":
-        return _on_a_gpu(problem)
+        return _on_a_gpu(4)(problem)
     return problem.dtype == torch.bfloat16 and problem.training and not problem.ragged
 
 
@@ -91,8 +93,8 @@ _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
 CELLS: dict[str, CellSpec] = {
-    "rnn_tanh": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu, torch_steps=4096),
-    "rnn_relu": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu, torch_steps=4096),
+    "rnn_tanh": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu(1), torch_steps=4096),
+    "rnn_relu": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu(1), torch_steps=4096),
     "lstm": CellSpec(
         4,
         True,
@@ -102,7 +104,7 @@ CELLS: dict[str, CellSpec] = {
         torch_is_faster=_for_lstm,
         torch_steps=128,
     ),
-    "gru": CellSpec(3, backends=_EVERY, torch_is_faster=_on_a_gpu, torch_steps=128),
+    "gru": CellSpec(3, backends=_EVERY, torch_is_faster=_on_a_gpu(3), torch_steps=128),
     "gru_reset_before": CellSpec(3),
     "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
     "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),

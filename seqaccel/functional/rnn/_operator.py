@@ -292,7 +292,7 @@ def layer(
     return found
 
 
-def _choose(cell: str, input: Tensor, problem: Problem, projected: bool, zoned: bool) -> str:
+def _choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
     """The backend of a layer."""
     spec = CELLS[cell]
     prefer = None
@@ -301,7 +301,7 @@ def _choose(cell: str, input: Tensor, problem: Problem, projected: bool, zoned: 
         prefer = "torch" if "torch" in spec.backends and not zoned else "reference"
     elif spec.torch_is_faster is not None and not (device_type != "cpu" and torch.compiler.is_compiling()):
         prefer = "torch" if spec.torch_is_faster(problem) else None
-    supported = _supported(spec, projected, zoned) if projected or zoned else spec.backends
+    supported = _supported(spec, problem.projected, zoned) if problem.projected or zoned else spec.backends
     return backends.choose(cell, input, supported, prefer=prefer)
 
 
@@ -319,8 +319,8 @@ def torch_runs_all_layers(cell: str, input: Tensor, hidden_size: int, projected:
         dtype = torch.get_autocast_dtype("cuda")
         if dtype != torch.float16:  # torch's autocast of these operators knows float16 only
             return False
-    problem = Problem(input.device, 0, 0, input.shape[-1], hidden_size, dtype, False, False)
-    return _choose(cell, input, problem, projected, False) == "torch"
+    problem = Problem(input.device, 0, 0, input.shape[-1], hidden_size, dtype, False, False, projected)
+    return _choose(cell, input, problem, False) == "torch"
 
 
 def _run(
@@ -345,10 +345,12 @@ def _run(
     steps, batch = input.shape[0] if batch_sizes is None else batch_sizes.shape[0], h_0.shape[0]
     hidden = weights[1].shape[0] // spec.gates  # type: ignore[union-attr]
     recorded = _common.needs_grad(input, h_0, c_0, *weights)
-    problem = Problem(input.device, steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded)
     projected = spec.projects and weights[4] is not None
+    problem = Problem(
+        input.device, steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded, projected
+    )
     zoned = zoneout_h is not None or zoneout_c is not None
-    backend = _choose(cell, input, problem, projected, zoned)
+    backend = _choose(cell, input, problem, zoned)
     if exporting or _common.transforms_active():
         backend = "reference"
     narrow = backend == "cpp" and input.dtype == torch.bfloat16 and not recorded
