@@ -63,16 +63,23 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | None)
     ok = ok and (pool_query is None or pool_query.shape == (pool_query.shape[0], G, D))
     if not ok:
         raise RuntimeError("hierarchical_attention (triton): shapes of query, key, value and pool_query do not match")
+    reason = refusal(query)
+    if reason:
+        raise RuntimeError(f"hierarchical_attention (triton): {reason}")
+
+
+def refusal(query: Tensor) -> str | None:
+    """Why the kernels do not take queries of this dtype and shape, or None."""
+    B, H, T, D = query.shape
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RuntimeError(
-            f"hierarchical_attention (triton): expected float32, float16 or bfloat16, but got {query.dtype}"
-        )
+        return f"expected float32, float16 or bfloat16, but got {query.dtype}"
     if D > 256:
-        raise RuntimeError(f"hierarchical_attention (triton): expected a head dimension of at most 256, but got {D}")
+        return f"expected a head dimension of at most 256, but got {D}"
     if T * D >= 1 << 31:
-        raise RuntimeError(f"hierarchical_attention (triton): expected T * D below 2^31, but got {T} * {D}")
+        return f"expected T * D below 2^31, but got {T} * {D}"
     if B * H > 65535:
-        raise RuntimeError(f"hierarchical_attention (triton): expected at most 65535 batch * heads, but got {B} * {H}")
+        return f"expected at most 65535 batch * heads, but got {B} * {H}"
+    return None
 
 
 @operator(torch.library.triton_op, "seqaccel::hierarchical_attention_forward_triton", mutates_args={})

@@ -155,8 +155,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
 
 
 def _triton_takes(query: Tensor) -> bool:
-    B, H, T, D = query.shape
-    return query.dtype != torch.float64 and D <= 256 and T * D < 1 << 31 and B * H <= 65535
+    if backends.why_missing("triton", "cuda"):
+        return False
+    from seqaccel.kernels.attention.launchers import refusal
+
+    return refusal(query) is None
 
 
 def hierarchical_attention(

@@ -295,6 +295,8 @@ def _torch_is_faster(x: Tensor, weight: Tensor, dilation: int, groups: int) -> b
     """
     if x.dtype == torch.float64 or x.numel() < 1 << 25 or groups not in (1, x.shape[1]):
         return True
+    if backends.why_missing("triton", "cuda"):
+        return True
     from seqaccel.kernels.conv import fits
 
     return not fits(x.shape, weight.shape, dilation, groups)
