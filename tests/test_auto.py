@@ -17,7 +17,7 @@ def on_a_gpu(dtype):
 @pytest.fixture
 def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    properties = types.SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=227 << 10, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return properties
 

@@ -10,7 +10,7 @@ import seqaccel
 from seqaccel.functional.rnn._cells import CELLS
 
 kernels = pytest.importorskip("seqaccel.kernels.rnn")
-from seqaccel.kernels.rnn import checks, launchers, step, whole  # noqa: E402
+from seqaccel.kernels.rnn import checks, step, tiles  # noqa: E402
 from seqaccel.kernels.rnn.cells import CELLS as TRAITS  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
@@ -72,7 +72,7 @@ def test_one_step_a_launch(cell, projected, poison):
 @pytest.mark.parametrize("shape", [(3, 18, 5, 20), (2, 2, 4, 40)], ids=str)
 @pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
 def test_all_steps_in_one_launch(cell, shape, tf32, poison, monkeypatch):
-    if (4, launchers.block_h(shape[3]), CELLS[cell].gates) not in launchers.WHOLE:
+    if (4, tiles.block_h(shape[3]), CELLS[cell].gates) not in tiles.WHOLE:
         pytest.skip("this many gates of this many units run step by step")
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
@@ -83,7 +83,7 @@ def test_all_steps_in_one_launch(cell, shape, tf32, poison, monkeypatch):
 @pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
 def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
     """The block that serves 65 to 128 units, which only 16 bits take on a GPU; the interpreter runs it in float32."""
-    monkeypatch.setitem(launchers.WHOLE, (4, 128, CELLS[cell].gates), (8, 8))
+    monkeypatch.setitem(tiles.WHOLE, (4, 128, CELLS[cell].gates), (8, 8))
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
     tensors = problem(cell, 2, 17, 3, 112, dtype=torch.float32)
@@ -91,6 +91,19 @@ def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
     expected = results(cell, tensors, "reference", grads)
     for name, found in results(cell, tensors, "triton", grads).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_units_spread_over_programs(cell, parts, tf32, poison, monkeypatch):
+    """But for the waiting: the interpreter runs one program after the other, so that one must have all units."""
+    forward = tiles.Tiles(64, 16, 4, spread=4, rows=32)
+    backward = tiles.Tiles(64, 64 // parts, 4, spread=4, parts=parts, rows=32)
+    monkeypatch.setattr(tiles, "at_once", lambda *_: (forward, backward))
+    monkeypatch.setattr(step, "forward_kernel", None)
+    monkeypatch.setattr(step, "backward_kernel", None)
+    assert_as_good_as_plain_float32(cell, (3, 37, 5, 40), False)
 
 
 @interpreted
@@ -230,6 +243,30 @@ def test_all_steps_on_a_gpu(cell, shape, dtype, tf32):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(20, 5, 24, 256), (30, 150, 16, 512), (9, 33, 8, 1024), (5, 17, 8, 144)], ids=str)
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_units_spread_over_programs_on_a_gpu(cell, shape, dtype, tf32):
+    if tiles.at_once(CELLS[cell].gates, shape[3], dtype, torch.device("cuda")) is None:
+        pytest.skip("this many weights run step by step")
+    tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
+    assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_waiting_of_many_steps_on_a_gpu(cell):
+    """The same bits each time: no program reads what another has not stored yet."""
+    tensors = problem(cell, 700, 40, 16, 256, dtype=torch.float32)
+    tensors = {name: t.detach().cuda().to(torch.bfloat16) for name, t in tensors.items()}
+    grads = random_grads(cell, tensors)
+    first = results(cell, tensors, "triton", grads)
+    for _ in range(3):
+        for name, found in results(cell, tensors, "triton", grads).items():
+            assert torch.equal(found, first[name]), name
+
+
+@pytest.mark.gpu
 @each_kind("triton")
 def test_cuda_graph(cell, projected):
     """Neither pass waits for the GPU, so that both can be captured."""
@@ -263,8 +300,7 @@ def test_one_launch_or_many_on_a_gpu(cell, monkeypatch):
     tensors = {name: t.detach().cuda().to(torch.bfloat16) for name, t in tensors.items()}
     grads = random_grads(cell, tensors)
     at_once = results(cell, tensors, "triton", grads)
-    monkeypatch.setattr(launchers, "WHOLE", {})
-    monkeypatch.setattr(whole, "whole_forward_kernel", None)
+    monkeypatch.setattr(tiles, "at_once", lambda *_: None)
     for name, found in results(cell, tensors, "triton", grads).items():
         difference = (found - at_once[name]).float().norm() / at_once[name].float().norm()
         limit = 0.25 if cell == "rnn_relu" else 0.03  # as in assert_as_good_on_average; roundings of products to 2^-9

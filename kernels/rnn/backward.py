@@ -9,22 +9,18 @@ from seqaccel.kernels.rnn import around, step, whole
 from seqaccel.kernels.rnn.cells import CELLS
 from seqaccel.kernels.rnn.checks import check, check_backward
 from seqaccel.kernels.rnn.launchers import (
-    BLOCK_B,
     POINTS,
-    block_h,
     contiguous,
     float_copy,
     grid_of,
     norm_warps,
     point_options,
-    precision,
     saved_shapes,
-    stages_of,
     unpack,
     vectors_of,
-    whole_warps,
     zoneout_of,
 )
+from seqaccel.kernels.rnn.tiles import precision, tiles_of
 
 
 def _h_prev(output: Tensor, h_0: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -129,15 +125,15 @@ class _Sweep:
             "BACKWARD": spec.backward, "GATES": spec.gates, "SAVED": spec.saved, "VECTORS": spec.vectors,
             "HAS_C": spec.has_c, "USES_OUTPUT": spec.uses_output, "USES_H": spec.uses_h,
         }  # fmt: skip
-        warps = whole_warps(spec, self.weight_hh, self.weight_hr is not None)
-        if warps is not None:
-            whole.whole_backward_kernel[(triton.cdiv(batch, BLOCK_B),)](
-                grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0, self.output,
-                self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc, self.grad_x, self.grad_r,
-                steps, batch, hidden, self.zone_h[1], self.zone_c[1], **constants, REVERSE=self.reverse,
-                BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), STAGES=stages_of(spec, self.weight_hh)[1],
-                PRECISION=precision(), num_warps=warps[1], num_stages=1,
-            )  # fmt: skip
+        tiles = tiles_of(spec, self.weight_hh, self.weight_hr is not None)
+        if tiles is not None:
+            for first, grid, arrived in tiles[1].launches(batch, self.output.device):
+                whole.whole_backward_kernel[grid](
+                    grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0, self.output,
+                    self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc, self.grad_x, self.grad_r,
+                    arrived, steps, batch, hidden, first, self.zone_h[1], self.zone_c[1], **constants,
+                    REVERSE=self.reverse, PRECISION=precision(), PARTS=tiles[1].parts, **tiles[1].constants(),
+                )  # fmt: skip
             return self.dh
         options = point_options(spec, hidden)
         grid = grid_of(batch, hidden, options["BLOCK"])

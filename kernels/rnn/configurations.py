@@ -8,11 +8,11 @@ import dataclasses
 from typing import Any
 
 from seqaccel.kernels._launch import Configuration
-from seqaccel.kernels.rnn import around, launchers, step, whole
+from seqaccel.kernels.rnn import around, launchers, step, tiles, whole
 from seqaccel.kernels.rnn.cells import CELLS
 
 _FLOAT32 = ("p_h", "p_c", "p_cells", "p_carried", "p_dh", "p_dc", "p_grad_norm", "p_dgamma")
-_INTEGERS = ("t", "earlier", "T", "B", "H", "P", "N", "W", "ROWS", "zoneout_h_stride", "zoneout_c_stride")
+_INTEGERS = ("t", "earlier", "T", "B", "H", "P", "N", "W", "ROWS", "b_first", "zoneout_h_stride", "zoneout_c_stride")
 
 
 def _configuration(
@@ -27,7 +27,12 @@ def _configuration(
     """``constants`` and ``absent`` may name what the kernel does not have."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants |= {name: None for name in absent if name in kernel.arg_names}
-    types = {**dict.fromkeys(_FLOAT32, "*fp32"), **dict.fromkeys(_INTEGERS, "i32"), "p_lengths": "*i64"}
+    types = {
+        **dict.fromkeys(_FLOAT32, "*fp32"),
+        **dict.fromkeys(_INTEGERS, "i32"),
+        "p_lengths": "*i64",
+        "p_arrived": "*i32",
+    }
     signature = {name: types.get(name, f"*{kind}") for name in kernel.arg_names if name not in constants}
     return Configuration(kernel, signature, constants, num_warps, num_stages, ("H", "P", "W") if aligned else ())
 
@@ -53,6 +58,13 @@ def _cell(name: str, zoneout: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
         "p_grad_norm": spec.norm and spec.has_c,
     }
     return constants, tuple(name for name, there in has.items() if not there)
+
+
+_SPREAD = ("p_exchange", "p_arrived")
+
+
+def _constants(one: tiles.Tiles) -> dict[str, int]:
+    return {name: value for name, value in one.constants().items() if name.isupper()} | {"PARTS": one.parts}
 
 
 def _one_step() -> list[Configuration]:
@@ -96,20 +108,38 @@ def _all_steps() -> list[Configuration]:
         ("peephole_lstm", "fp32", 32),
     ):
         constants, absent = _cell(name, zoneout=False)
-        constants |= {"REVERSE": False, "BLOCK_B": launchers.BLOCK_B, "BLOCK_H": block}
-        constants["PRECISION"] = "tf32" if kind == "fp32" else "ieee"
-        warps = launchers.WHOLE[4 if kind == "fp32" else 2, block, CELLS[name].gates]
+        constants |= {"REVERSE": False, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
         kernels = (whole.whole_forward_kernel, whole.whole_backward_kernel)
+        warps = tiles.WHOLE[4 if kind == "fp32" else 2, block, CELLS[name].gates]
         tried = set()
         for arch in (80, 90):
-            stages = launchers.stages(CELLS[name].gates, block, arch)
-            for kernel, num_warps, constants["STAGES"] in zip(kernels, warps, stages, strict=True):
-                if (kernel, constants["STAGES"]) not in tried:
-                    tried.add((kernel, constants["STAGES"]))
+            stages = tiles.stages(CELLS[name].gates, block, arch)
+            for kernel, num_warps, steps in zip(kernels, warps, stages, strict=True):
+                if (kernel, steps) not in tried:
+                    tried.add((kernel, steps))
+                    constants |= _constants(tiles.Tiles(block, block, num_warps, steps))
                     # More than 64 units go by 16; fewer need not, which takes more registers.
-                    row = _configuration(kernel, kind, constants, absent, num_warps, 1, aligned=block > 64)
+                    row = _configuration(kernel, kind, constants, (*absent, *_SPREAD), num_warps, 1, aligned=block > 64)
                     rows.append(dataclasses.replace(row, least_arch=arch, spills=64))
     return rows
 
 
-CONFIGURATIONS = [*_one_step(), *_all_steps()]
+def _spread() -> list[Configuration]:
+    rows = []
+    for name, kind, item, hidden in (
+        ("lstm", "bf16", 2, 512),
+        ("lstm", "bf16", 2, 1024),
+        ("lstm", "fp32", 4, 512),
+        ("gru", "bf16", 2, 1024),
+        ("rnn_tanh", "bf16", 2, 1024),
+    ):
+        constants, absent = _cell(name, zoneout=False)
+        constants |= {"REVERSE": False, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
+        both = tiles.spread(CELLS[name].gates, hidden, item, 227 << 10, 132)
+        for kernel, one in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), both, strict=True):
+            row = _configuration(kernel, kind, constants | _constants(one), absent, one.warps, 1)
+            rows.append(dataclasses.replace(row, least_arch=90, spills=128))
+    return rows
+
+
+CONFIGURATIONS = [*_one_step(), *_all_steps(), *_spread()]

@@ -2,7 +2,7 @@
 
 The input projection and the weight gradients are matrix products over all steps. Between them, for one step after the
 other, ``torch.mm`` into buffers allocated before the loop and one launch (two for cells with two dependent products, or
-with a projection), or one launch for all steps where ``WHOLE`` has the size. Nothing waits for the GPU.
+with a projection), or one launch for all steps where ``tiles.py`` has the size. Nothing waits for the GPU.
 
 Both operators are opaque custom operators: under torch.compile a traced loop over steps would be unrolled.
 """
@@ -18,79 +18,9 @@ from seqaccel.kernels._launch import operator
 from seqaccel.kernels.rnn import around, step, whole
 from seqaccel.kernels.rnn.cells import CELLS, Cell
 from seqaccel.kernels.rnn.checks import check
+from seqaccel.kernels.rnn.tiles import precision, tiles_of
 
 POINTS = 256  # hidden units of a program of one step
-BLOCK_B = 16  # rows of a program of all steps: the least that tl.dot takes
-
-# Warps of a program of all steps, forward and backward, by (bytes of an element, BLOCK_H, gates). float32 only in
-# TF32: without tensor cores the dot products spill, and with 64 units so do four gates.
-WHOLE = {
-    (2, 32, 1): (4, 4),
-    (2, 32, 3): (4, 4),
-    (2, 32, 4): (4, 4),
-    (2, 64, 1): (8, 8),
-    (2, 64, 3): (8, 4),
-    (2, 64, 4): (4, 4),
-    (2, 128, 1): (8, 8),
-    (2, 128, 3): (8, 8),
-    (2, 128, 4): (8, 8),
-    (4, 32, 1): (4, 4),
-    (4, 32, 3): (4, 4),
-    (4, 32, 4): (4, 4),
-    (4, 64, 1): (8, 8),
-    (4, 64, 3): (8, 8),
-}
-
-
-def precision() -> str:
-    """Torch's own switch for recurrent layers in float32; TF32 is its default."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may use: 99 KiB on GPUs for graphics, 163 on an A100, 227 on an H100."""
-    if device.type != "cuda":
-        return 1 << 30  # Triton's interpreter
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-
-
-def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
-    """Steps in flight, forward and backward, of a block of units: what shared memory holds beside the weights."""
-    if block <= 64 or gates < 4:
-        return 3, 3 if block <= 64 or gates == 1 or arch >= 90 else 1
-    return (3, 2) if arch >= 90 else (2, 1)
-
-
-def stages_of(spec: Cell, weight_hh: Tensor) -> tuple[int, int]:
-    """``stages`` on the weight's GPU: as on an H100 where a block may use as much shared memory."""
-    arch = 90 if _shared_memory(weight_hh.device) > 224 << 10 else 80
-    return stages(spec.gates, block_h(weight_hh.shape[1]), arch)
-
-
-def block_h(hidden: int) -> int:
-    return max(32, triton.next_power_of_2(hidden))
-
-
-def warps_at_once(gates: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
-    """Forward and backward, of a cell that the kernels of all steps have; None where these do not run.
-
-    More than 64 units go by 16: other rows are read element by element, which takes registers that are not there.
-    """
-    block = block_h(hidden)
-    if hidden > 64 and hidden % 16:
-        return None
-    if block > (64 if dtype.itemsize == 2 else 32) and _shared_memory(device) <= 160 << 10:
-        return None
-    if dtype == torch.float32 and precision() != "tf32":
-        return None
-    return WHOLE.get((dtype.itemsize, block, gates))
-
-
-def whole_warps(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[int, int] | None:
-    """Forward and backward; None where the cell runs step by step."""
-    if not spec.whole or projected:
-        return None
-    return warps_at_once(spec.gates, weight_hh.shape[1], weight_hh.dtype, weight_hh.device)
 
 
 def row_warps(block: int) -> int:
@@ -236,15 +166,19 @@ def _run_forward(
     gates, cells, carried, products, m_x, m_h = unpack(cell, zoneout_c, saved) if save else (None,) * 6
     zone_h, zone_c = zoneout_of(zoneout_h), zoneout_of(zoneout_c)
     vectors = vectors_of(spec, extra)
-    warps = whole_warps(spec, weight_hh, weight_hr is not None)
     constants = {"GATES": spec.gates, "SAVED": spec.saved, "VECTORS": spec.vectors, "HAS_C": spec.has_c}
-    if warps is not None:
-        whole.whole_forward_kernel[(triton.cdiv(batch, BLOCK_B),)](
-            x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
-            steps, batch, hidden, zone_h[1], zone_c[1], FORWARD=spec.forward, **constants, REVERSE=reverse,
-            BLOCK_B=BLOCK_B, BLOCK_H=block_h(hidden), STAGES=stages_of(spec, weight_hh)[0], PRECISION=precision(),
-            num_warps=warps[0], num_stages=1,
-        )  # fmt: skip
+    tiles = tiles_of(spec, weight_hh, weight_hr is not None)
+    if tiles is not None:
+        exchange = None
+        if tiles[0].spread:
+            exchange = x.new_empty(2, batch, hidden)
+            exchange[0] = h
+        for first, grid, arrived in tiles[0].launches(batch, x.device):
+            whole.whole_forward_kernel[grid](
+                x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
+                exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward, **constants,
+                REVERSE=reverse, PRECISION=precision(), **tiles[0].constants(),
+            )  # fmt: skip
         return
     options = point_options(spec, hidden)
     transposed = weight_hh.t()

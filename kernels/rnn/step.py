@@ -1,7 +1,8 @@
 """One step of any cell: what follows the matrix products, and what surrounds a cell (zoneout, lengths, projection).
 
-``step_forward`` and ``step_backward`` hold the step itself. The kernels here run one step, a program a block of one
-row's hidden units (all of them where a row is normalised); those of ``whole.py`` run all steps.
+``step_forward`` and ``step_backward`` hold the step itself, ``store_forward`` and ``load_backward`` what the one saves
+for the other. The kernels here run one step, a program a block of one row's hidden units (all of them where a row is
+normalised); those of ``whole.py`` run all steps.
 
 Offsets: ``row`` is t * B + b, ``unit`` the hidden unit, so row * H + unit points into [T, B, H].
 """
@@ -69,6 +70,33 @@ def step_forward(
     b_h,
     b_c,
     b_v,
+    o,
+    running,
+    mask,
+    p_zoneout_h,
+    p_zoneout_c,
+    zoneout_h_stride,
+    zoneout_c_stride,
+    H,
+    FORWARD: tl.constexpr,
+    HAS_C: tl.constexpr,
+    PROJECTED: tl.constexpr,
+):
+    """What to save of the step (s, fresh), h and c after it. Where PROJECTED, h is o tanh(c) and not yet settled."""
+    b_s, b_fresh, b_c_new, b_h_new = FORWARD(b_x, b_r, b_h, b_c, b_v, mask, H)
+    if HAS_C:
+        b_c = settle(b_c_new, b_c, p_zoneout_c, zoneout_c_stride, o, running, mask)
+    if not PROJECTED:
+        b_h_new = settle(b_h_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
+    return b_s, b_fresh, b_h_new, b_c
+
+
+@triton.jit
+def store_forward(
+    b_s,
+    b_fresh,
+    b_h,
+    b_c,
     row,
     unit,
     running,
@@ -77,21 +105,14 @@ def step_forward(
     p_gates,
     p_cells,
     p_carried,
-    p_zoneout_h,
-    p_zoneout_c,
-    zoneout_h_stride,
-    zoneout_c_stride,
     H,
-    FORWARD: tl.constexpr,
     SAVED: tl.constexpr,
     HAS_C: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):
-    """h and c after the step; saves what is to be saved. Where PROJECTED, h is o tanh(c) and not yet settled."""
+    """Stores what ``step_forward`` gives."""
     o = row * H + unit
-    b_s, b_fresh, b_c_new, b_h_new = FORWARD(b_x, b_r, b_h, b_c, b_v, mask, H)
     if HAS_C:
-        b_c = settle(b_c_new, b_c, p_zoneout_c, zoneout_c_stride, o, running, mask)
         if p_carried is not None:
             tl.store(p_cells + o, b_fresh, mask=mask)
             tl.store(p_carried + o, b_c, mask=mask)
@@ -99,26 +120,18 @@ def step_forward(
             tl.store(p_cells + o, b_c, mask=mask)
     if p_gates is not None:
         store_tiles(p_gates, row * SAVED * H + unit, H, b_s, mask)
-    if PROJECTED:
-        b_h = b_h_new
-    else:
-        b_h = settle(b_h_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
+    if not PROJECTED:
         tl.store(p_output + o, keep(b_h, running).to(p_output.dtype.element_ty), mask=mask)
-    return b_h, b_c
 
 
 @triton.jit
-def step_backward(
-    b_dh,
-    b_dc,
-    b_v,
+def load_backward(
     row,
     earlier_row,
     inner,
     inner_h,
     b,
     unit,
-    running,
     mask,
     p_gates,
     p_cells,
@@ -126,6 +139,45 @@ def step_backward(
     p_c_0,
     p_output,
     p_h_0,
+    H,
+    SAVED: tl.constexpr,
+    HAS_C: tl.constexpr,
+    USES_OUTPUT: tl.constexpr,
+    USES_H: tl.constexpr,
+):
+    """What ``step_backward`` needs of the forward pass: s, h_new, h, fresh, c; zeros for what the cell has no use for.
+
+    inner: whether the step that came before this one exists, inner_h: and its row was running, so that its state is in
+    the saved tensors rather than in p_c_0 and p_h_0.
+    """
+    o = row * H + unit
+    o_earlier, o_state = earlier_row * H + unit, b * H + unit
+    b_s = load_tiles(p_gates, row * SAVED * H + unit, H, mask, SAVED)
+    b_none = tl.where(mask, 0.0, 0.0)
+    b_h_new, b_h, b_fresh, b_c = b_none, b_none, b_none, b_none
+    if USES_OUTPUT:
+        b_h_new = tl.load(p_output + o, mask=mask, other=0.0).to(tl.float32)
+    if USES_H:
+        b_h_earlier = tl.load(p_output + o_earlier, mask=mask & inner_h, other=0.0).to(tl.float32)
+        b_h = tl.where(inner_h, b_h_earlier, tl.load(p_h_0 + o_state, mask=mask, other=0.0).to(tl.float32))
+    if HAS_C:
+        b_fresh = tl.load(p_cells + o, mask=mask, other=0.0)
+        p_c = p_cells if p_carried is None else p_carried
+        b_c_earlier = tl.load(p_c + o_earlier, mask=mask & inner, other=0.0)
+        b_c = tl.where(inner, b_c_earlier, tl.load(p_c_0 + o_state, mask=mask, other=0.0).to(tl.float32))
+    return b_s, b_h_new, b_h, b_fresh, b_c
+
+
+@triton.jit
+def step_backward(
+    b_saved,
+    b_dh,
+    b_dc,
+    b_v,
+    row,
+    unit,
+    running,
+    mask,
     p_zoneout_h,
     p_zoneout_c,
     zoneout_h_stride,
@@ -135,33 +187,15 @@ def step_backward(
     H,
     BACKWARD: tl.constexpr,
     GATES: tl.constexpr,
-    SAVED: tl.constexpr,
     HAS_C: tl.constexpr,
-    USES_OUTPUT: tl.constexpr,
-    USES_H: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):
-    """Gradients of r, of h but for what goes through r, and of c; stores that of x.
-
-    inner: whether the step that came before this one exists, inner_h: and its row was running, so that its state is in
-    the saved tensors rather than in p_c_0 and p_h_0.
-    """
+    """Gradients of r, of h but for what goes through r, and of c; stores that of x. b_saved: from ``load_backward``."""
     o = row * H + unit
-    o_earlier, o_state = earlier_row * H + unit, b * H + unit
-    b_s = load_tiles(p_gates, row * SAVED * H + unit, H, mask, SAVED)
-    b_fresh, b_c, b_h, b_h_new = b_dh, b_dh, b_dh, b_dh
-    if USES_OUTPUT:
-        b_h_new = tl.load(p_output + o, mask=mask, other=0.0).to(tl.float32)
-    if USES_H:
-        b_h_earlier = tl.load(p_output + o_earlier, mask=mask & inner_h, other=0.0).to(tl.float32)
-        b_h = tl.where(inner_h, b_h_earlier, tl.load(p_h_0 + o_state, mask=mask, other=0.0).to(tl.float32))
+    b_s, b_h_new, b_h, b_fresh, b_c = b_saved
     b_dh_old, b_dc_old = tl.zeros_like(b_dh), b_dc
     b_dh_new, b_dc_new = b_dh, b_dc
     if HAS_C:
-        b_fresh = tl.load(p_cells + o, mask=mask, other=0.0)
-        p_c = p_cells if p_carried is None else p_carried
-        b_c_earlier = tl.load(p_c + o_earlier, mask=mask & inner, other=0.0)
-        b_c = tl.where(inner, b_c_earlier, tl.load(p_c_0 + o_state, mask=mask, other=0.0).to(tl.float32))
         b_dc_new, b_dc_old = unsettle(b_dc, p_zoneout_c, zoneout_c_stride, o, mask)
     if not PROJECTED:
         b_dh_new, b_dh_old = unsettle(b_dh, p_zoneout_h, zoneout_h_stride, o, mask)
@@ -238,9 +272,13 @@ def forward_kernel(
     b_c = b_h
     if HAS_C:
         b_c = tl.load(p_c + b * H + unit, mask=mask, other=0.0)
-    b_h, b_c = step_forward(
-        b_x, b_r, b_h, b_c, b_v, row, unit, running, mask, p_output, p_gates, p_cells, p_carried, p_zoneout_h,
-        p_zoneout_c, zoneout_h_stride, zoneout_c_stride, H, FORWARD, SAVED, HAS_C, PROJECTED,
+    b_s, b_fresh, b_h, b_c = step_forward(
+        b_x, b_r, b_h, b_c, b_v, row * H + unit, running, mask, p_zoneout_h, p_zoneout_c, zoneout_h_stride,
+        zoneout_c_stride, H, FORWARD, HAS_C, PROJECTED,
+    )  # fmt: skip
+    store_forward(
+        b_s, b_fresh, b_h, b_c, row, unit, running, mask, p_output, p_gates, p_cells, p_carried, H, SAVED, HAS_C,
+        PROJECTED,
     )  # fmt: skip
     if HAS_C:
         tl.store(p_c + b * H + unit, b_c, mask=mask)
@@ -322,10 +360,13 @@ def backward_kernel(
     if HAS_C:
         b_dc = tl.load(p_dc + o_state, mask=mask, other=0.0)
     b_v = load_tiles(p_vectors, unit, H, mask, VECTORS)
+    b_saved = load_backward(
+        row, earlier_row, inner, inner_h, b, unit, mask, p_gates, p_cells, p_carried, p_c_0, p_output, p_h_0, H,
+        SAVED, HAS_C, USES_OUTPUT, USES_H,
+    )  # fmt: skip
     b_dr, b_dh_prev, b_dc = step_backward(
-        b_dh, b_dc, b_v, row, earlier_row, inner, inner_h, b, unit, running, mask, p_gates, p_cells, p_carried, p_c_0,
-        p_output, p_h_0, p_zoneout_h, p_zoneout_c, zoneout_h_stride, zoneout_c_stride, p_grad_x, p_grad_norm, H,
-        BACKWARD, GATES, SAVED, HAS_C, USES_OUTPUT, USES_H, PROJECTED,
+        b_saved, b_dh, b_dc, b_v, row, unit, running, mask, p_zoneout_h, p_zoneout_c, zoneout_h_stride,
+        zoneout_c_stride, p_grad_x, p_grad_norm, H, BACKWARD, GATES, HAS_C, PROJECTED,
     )  # fmt: skip
     o_gates = row * GATES * H + unit
     if p_grad_r is not None:

@@ -74,9 +74,10 @@ def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
             return problem.device.type == "cuda"
         if problem.dtype != torch.bfloat16 or problem.projected:
             return True
-        from seqaccel.kernels.rnn.launchers import warps_at_once
+        from seqaccel.kernels.rnn.tiles import at_once
 
-        return warps_at_once(gates, problem.hidden, problem.dtype, problem.device) is None
+        tiles = at_once(gates, problem.hidden, problem.dtype, problem.device)
+        return tiles is None or tiles[0].spread > 0
 
     return torch_is_faster
 

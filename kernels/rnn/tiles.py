@@ -1,0 +1,154 @@
+"""Which cells run all their steps in one launch, and with what tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from seqaccel.kernels.rnn.cells import Cell
+
+BLOCK_B = 16  # rows of a program: the least that tl.dot takes
+BLOCK_U = 16  # units of a program that shares them with others
+SPREAD = 8  # warps of such a program
+
+# Warps of a program with all units, forward and backward, by (bytes of an element, block of units, gates). float32 only
+# in TF32: without tensor cores the dot products spill, and with 64 units so do four gates.
+WHOLE = {
+    (2, 32, 1): (4, 4),
+    (2, 32, 3): (4, 4),
+    (2, 32, 4): (4, 4),
+    (2, 64, 1): (8, 8),
+    (2, 64, 3): (8, 4),
+    (2, 64, 4): (4, 4),
+    (2, 128, 1): (8, 8),
+    (2, 128, 3): (8, 8),
+    (2, 128, 4): (8, 8),
+    (4, 32, 1): (4, 4),
+    (4, 32, 3): (4, 4),
+    (4, 32, 4): (4, 4),
+    (4, 64, 1): (8, 8),
+    (4, 64, 3): (8, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What a pass of the kernels of all steps is launched with.
+
+    Args:
+        block_u: units of a program.
+        block_k: terms of a product's sum that a tile has: all, or of each warp.
+        warps: of a program.
+        stages: steps whose operands are in flight.
+        spread: warps that share the sum, where units are spread over programs; 0: a program has all units.
+        parts: tiles that the sum is cut into there, one after the other; of the backward pass.
+        groups: programs that share the units.
+        rows: rows of a launch; 0: all.
+    """
+
+    block_u: int
+    block_k: int
+    warps: int
+    stages: int = 1
+    spread: int = 0
+    parts: int = 1
+    groups: int = 1
+    rows: int = 0
+
+    def constants(self) -> dict[str, int]:
+        options = {
+            "SPREAD": self.spread, "BLOCK_B": BLOCK_B, "BLOCK_U": self.block_u, "BLOCK_K": self.block_k,
+            "STAGES": self.stages, "num_warps": self.warps, "num_stages": 1,
+        }  # fmt: skip
+        return options | {"launch_cooperative_grid": True} if self.groups > 1 else options
+
+    def launches(self, batch: int, device: torch.device) -> Iterator[tuple[int, tuple[int, int], Tensor | None]]:
+        """First row, grid and counters of each launch."""
+        rows = self.rows or batch
+        for first in range(0, batch, rows):
+            blocks = triton.cdiv(min(rows, batch - first), BLOCK_B)
+            arrived = torch.zeros(blocks, 32, dtype=torch.int32, device=device) if self.spread else None
+            yield first, (blocks, self.groups), arrived
+
+
+def precision() -> str:
+    """Torch's own switch for recurrent layers in float32; TF32 is its default."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may use: 99 KiB on GPUs for graphics, 163 on an A100, 227 on an H100."""
+    if device.type != "cuda":
+        return 1 << 30  # Triton's interpreter
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """In Triton's interpreter one: it runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
+    """Steps in flight, forward and backward, of a block of units: what shared memory holds beside the weights."""
+    if block <= 64 or gates < 4:
+        return 3, 3 if block <= 64 or gates == 1 or arch >= 90 else 1
+    return (3, 2) if arch >= 90 else (2, 1)
+
+
+def block_h(hidden: int) -> int:
+    return max(32, triton.next_power_of_2(hidden))
+
+
+def alone(gates: int, hidden: int, item: int, memory: int) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward, of a program that has all units; None where it cannot.
+
+    More than 64 units go by 16: other rows are read element by element, which takes registers that are not there.
+    """
+    block = block_h(hidden)
+    if (item, block, gates) not in WHOLE or (hidden > 64 and hidden % 16):
+        return None
+    if block * item > 128 and memory <= 160 << 10:
+        return None
+    arch = 90 if memory > 224 << 10 else 80  # as on an H100 where a block may use as much
+    both = zip(WHOLE[item, block, gates], stages(gates, block, arch), strict=True)
+    forward, backward = (Tiles(block, block, warps, steps) for warps, steps in both)
+    return forward, backward
+
+
+def spread(gates: int, hidden: int, item: int, memory: int, processors: int) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward, of units spread over multiprocessors; None where their shared memory is too little."""
+    groups = triton.cdiv(hidden, BLOCK_U)
+    rows = processors // groups * BLOCK_B
+    if hidden % 16 or not rows:
+        return None
+    block = SPREAD * max(16, triton.next_power_of_2(triton.cdiv(hidden, SPREAD)))
+    backward = max(SPREAD * 16, triton.next_power_of_2(gates * hidden))
+    parts = max(1, BLOCK_B * backward * item // (64 << 10))  # a tile of the operand takes 64 KiB at most
+    tiles = (block, gates * block, 1), (backward // parts, backward, parts)
+    for operand, weight, _ in tiles:
+        if (operand * BLOCK_B + weight * BLOCK_U) * item > memory:
+            return None
+    forward, backward = (
+        Tiles(BLOCK_U, terms // SPREAD, SPREAD, spread=SPREAD, parts=n, groups=groups, rows=rows)
+        for terms, _, n in tiles
+    )
+    return forward, backward
+
+
+def at_once(gates: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward, of a cell that the kernels of all steps have; None where it runs step by step."""
+    if dtype == torch.float64 or (dtype == torch.float32 and precision() != "tf32"):
+        return None
+    memory, processors = _shared_memory(device), _multiprocessors(device)
+    return alone(gates, hidden, dtype.itemsize, memory) or spread(gates, hidden, dtype.itemsize, memory, processors)
+
+
+def tiles_of(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward; None where the cell runs step by step."""
+    if not spec.whole or projected:
+        return None
+    return at_once(spec.gates, weight_hh.shape[1], weight_hh.dtype, weight_hh.device)
