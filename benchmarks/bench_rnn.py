@@ -222,15 +222,25 @@ def bench_lstm_inference_bfloat16(B, T, H):
 ON_A_GPU = [
     dict(kind=kind, B=64, T=256, H=H, dtype=dtype)
     for kind in GATES
-    for H, dtype in ((64, "bfloat16"), (128, "bfloat16"), (128, "float16"), (128, "float32"))
-] + [dict(kind="LSTM", B=64, T=256, H=512, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    for H, dtype in ((64, "bfloat16"), (128, "bfloat16"), (128, "float32"), (512, "bfloat16"), (512, "float32"))
+] + [
+    dict(kind="LSTM", B=B, T=256, H=H, dtype=dtype)
+    for B, H, dtype in (
+        (16, 512, "bfloat16"),
+        (256, 512, "bfloat16"),
+        (64, 256, "bfloat16"),
+        (64, 1024, "bfloat16"),
+        (16, 512, "float16"),
+        (64, 512, "float16"),
+    )
+]
 
 
 def gpu_case(kind: str, B: int, T: int, H: int, dtype: str, train: bool) -> Case:
     """Our kernels forced where they run all steps in one launch; ``auto``; torch, which for 16 and 32 bits is cuDNN."""
     wanted = getattr(torch, dtype)
     ours, stock, x, grad = (part.to(wanted) for part in layers(kind, B, T, H, "cuda"))
-    backends = ["auto"] if H > 128 or dtype == "float32" else ["triton", "auto"]
+    backends = ["auto"] if (H, dtype) == (128, "float32") else ["triton", "auto"]
     contenders = {}
     for name in backends:
         contenders[f"seqaccel[{name}]"] = training(ours, x, grad, name) if train else inference(ours, x, backend=name)

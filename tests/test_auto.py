@@ -31,7 +31,14 @@ BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
         ("lstm", BFLOAT16, 64, False, "triton"),
         ("gru", BFLOAT16, 128, False, "triton"),
         ("lstm", BFLOAT16, 100, False, "torch"),
-        ("rnn_tanh", BFLOAT16, 256, False, "torch"),
+        ("lstm", BFLOAT16, 130, False, "torch"),
+        ("rnn_tanh", BFLOAT16, 256, False, "triton"),
+        ("rnn_tanh", torch.float16, 256, False, "torch"),
+        ("gru", torch.float16, 1024, False, "triton"),
+        ("lstm", torch.float16, 512, False, "torch"),
+        ("lstm", FLOAT32, 512, False, "triton"),
+        ("lstm", FLOAT32, 1024, False, "torch"),
+        ("lstm", BFLOAT16, 2048, False, "torch"),
         ("lstm", FLOAT32, 64, False, "torch"),
         ("gru", torch.float16, 64, False, "torch"),
         ("lstm", FLOAT64, 64, False, "torch"),
@@ -50,13 +57,15 @@ def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
 def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
     tensor = on_a_gpu(BFLOAT16)
 
-    def choice(cell, hidden, projected=False):
-        problem = Problem(tensor.device, 10, 4, hidden, hidden, BFLOAT16, False, True, projected)
+    def choice(cell, hidden, projected=False, batch=4):
+        problem = Problem(tensor.device, 10, batch, hidden, hidden, BFLOAT16, False, True, projected)
         return _operator._choose(cell, tensor, problem, False)
 
     assert choice("lstm", 64) == "triton" and choice("lstm", 64, projected=True) == "torch"  # that runs step by step
+    assert choice("lstm", 512) == "triton" and choice("lstm", 512, batch=256) == "triton"
+    assert choice("lstm", 512, batch=300) == "torch"  # that takes three launches
     h100.shared_memory_per_block_optin = 99 << 10
-    assert choice("lstm", 64) == "triton" and choice("lstm", 128) == "torch"
+    assert choice("lstm", 64) == "triton" and choice("lstm", 512) == "torch"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choice("lstm", 64) == "torch" and choice("peephole_lstm", 64) == "reference"
 

@@ -98,8 +98,11 @@ def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
 @pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
 def test_units_spread_over_programs(cell, parts, tf32, poison, monkeypatch):
     """But for the waiting: the interpreter runs one program after the other, so that one must have all units."""
-    forward = tiles.Tiles(64, 16, 4, spread=4, rows=32)
-    backward = tiles.Tiles(64, 64 // parts, 4, spread=4, parts=parts, rows=32)
+    gates = CELLS[cell].gates
+    forward = tiles.Tiles(16, 64, 64, 4, groups=1, rows=32)
+    if gates == 1:
+        forward = tiles.Tiles(16, 64, 16, 4, groups=1, quarters=4, rows=32)
+    backward = tiles.Tiles(16, 64, 64 // parts, 4, groups=1, quarters=4, parts=parts, rows=32)
     monkeypatch.setattr(tiles, "at_once", lambda *_: (forward, backward))
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
@@ -247,7 +250,7 @@ def test_all_steps_on_a_gpu(cell, shape, dtype, tf32):
 @pytest.mark.parametrize("shape", [(20, 5, 24, 256), (30, 150, 16, 512), (9, 33, 8, 1024), (5, 17, 8, 144)], ids=str)
 @pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
 def test_units_spread_over_programs_on_a_gpu(cell, shape, dtype, tf32):
-    if tiles.at_once(CELLS[cell].gates, shape[3], dtype, torch.device("cuda")) is None:
+    if tiles.at_once(CELLS[cell].gates, shape[3], shape[1], dtype, torch.device("cuda")) is None:
         pytest.skip("this many weights run step by step")
     tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
     assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})

@@ -125,14 +125,14 @@ class _Sweep:
             "BACKWARD": spec.backward, "GATES": spec.gates, "SAVED": spec.saved, "VECTORS": spec.vectors,
             "HAS_C": spec.has_c, "USES_OUTPUT": spec.uses_output, "USES_H": spec.uses_h,
         }  # fmt: skip
-        tiles = tiles_of(spec, self.weight_hh, self.weight_hr is not None)
+        tiles = tiles_of(spec, self.weight_hh, batch, self.weight_hr is not None)
         if tiles is not None:
             for first, grid, arrived in tiles[1].launches(batch, self.output.device):
                 whole.whole_backward_kernel[grid](
                     grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0, self.output,
                     self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc, self.grad_x, self.grad_r,
                     arrived, steps, batch, hidden, first, self.zone_h[1], self.zone_c[1], **constants,
-                    REVERSE=self.reverse, PRECISION=precision(), PARTS=tiles[1].parts, **tiles[1].constants(),
+                    REVERSE=self.reverse, PRECISION=precision(), **tiles[1].constants(), **tiles[1].options(),
                 )  # fmt: skip
             return self.dh
         options = point_options(spec, hidden)

@@ -63,10 +63,6 @@ def _cell(name: str, zoneout: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
 _SPREAD = ("p_exchange", "p_arrived")
 
 
-def _constants(one: tiles.Tiles) -> dict[str, int]:
-    return {name: value for name, value in one.constants().items() if name.isupper()} | {"PARTS": one.parts}
-
-
 def _one_step() -> list[Configuration]:
     rows = []
     for name, spec in CELLS.items():
@@ -117,7 +113,7 @@ def _all_steps() -> list[Configuration]:
             for kernel, num_warps, steps in zip(kernels, warps, stages, strict=True):
                 if (kernel, steps) not in tried:
                     tried.add((kernel, steps))
-                    constants |= _constants(tiles.Tiles(block, block, num_warps, steps))
+                    constants |= tiles.Tiles(tiles.BLOCK_B, block, block, num_warps, steps).constants()
                     # More than 64 units go by 16; fewer need not, which takes more registers.
                     row = _configuration(kernel, kind, constants, (*absent, *_SPREAD), num_warps, 1, aligned=block > 64)
                     rows.append(dataclasses.replace(row, least_arch=arch, spills=64))
@@ -126,19 +122,23 @@ def _all_steps() -> list[Configuration]:
 
 def _spread() -> list[Configuration]:
     rows = []
-    for name, kind, item, hidden in (
-        ("lstm", "bf16", 2, 512),
-        ("lstm", "bf16", 2, 1024),
-        ("lstm", "fp32", 4, 512),
-        ("gru", "bf16", 2, 1024),
-        ("rnn_tanh", "bf16", 2, 1024),
+    for name, kind, item, hidden, batch in (
+        ("lstm", "bf16", 2, 512, 16),
+        ("lstm", "bf16", 2, 512, 128),
+        ("peephole_lstm", "bf16", 2, 512, 256),
+        ("lstm", "bf16", 2, 1024, 16),
+        ("lstm", "bf16", 2, 1024, 128),
+        ("lstm", "fp32", 4, 512, 16),
+        ("lstm", "fp32", 4, 512, 256),
+        ("gru", "bf16", 2, 1024, 128),
+        ("rnn_tanh", "bf16", 2, 1024, 128),
     ):
         constants, absent = _cell(name, zoneout=False)
         constants |= {"REVERSE": False, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
-        both = tiles.spread(CELLS[name].gates, hidden, item, 227 << 10, 132)
+        both = tiles.spread(CELLS[name].gates, hidden, batch, item, 227 << 10, 132)
         for kernel, one in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), both, strict=True):
-            row = _configuration(kernel, kind, constants | _constants(one), absent, one.warps, 1)
-            rows.append(dataclasses.replace(row, least_arch=90, spills=128))
+            row = _configuration(kernel, kind, constants | one.constants(), absent, one.warps, 1)
+            rows.append(dataclasses.replace(row, least_arch=90, spills=832))
     return rows
 
 

@@ -167,17 +167,17 @@ def _run_forward(
     zone_h, zone_c = zoneout_of(zoneout_h), zoneout_of(zoneout_c)
     vectors = vectors_of(spec, extra)
     constants = {"GATES": spec.gates, "SAVED": spec.saved, "VECTORS": spec.vectors, "HAS_C": spec.has_c}
-    tiles = tiles_of(spec, weight_hh, weight_hr is not None)
+    tiles = tiles_of(spec, weight_hh, batch, weight_hr is not None)
     if tiles is not None:
         exchange = None
-        if tiles[0].spread:
+        if tiles[0].groups:
             exchange = x.new_empty(2, batch, hidden)
             exchange[0] = h
         for first, grid, arrived in tiles[0].launches(batch, x.device):
             whole.whole_forward_kernel[grid](
                 x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
                 exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward, **constants,
-                REVERSE=reverse, PRECISION=precision(), **tiles[0].constants(),
+                REVERSE=reverse, PRECISION=precision(), **tiles[0].constants(), **tiles[0].options(),
             )  # fmt: skip
         return
     options = point_options(spec, hidden)

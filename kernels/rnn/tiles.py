@@ -11,9 +11,8 @@ from torch import Tensor
 
 from seqaccel.kernels.rnn.cells import Cell
 
-BLOCK_B = 16  # rows of a program: the least that tl.dot takes
-BLOCK_U = 16  # units of a program that shares them with others
-SPREAD = 8  # warps of such a program
+BLOCK_B = 16  # rows of a program that has all units: the least that tl.dot takes
+BLOCK_U = 16  # units of a program that shares them with others: four rows of W_hh each, tensor cores want 64
 
 # Warps of a program with all units, forward and backward, by (bytes of an element, block of units, gates). float32 only
 # in TF32: without tensor cores the dot products spill, and with 64 units so do four gates.
@@ -40,39 +39,44 @@ class Tiles:
     """What a pass of the kernels of all steps is launched with.
 
     Args:
+        block_b: rows of a program.
         block_u: units of a program.
-        block_k: terms of a product's sum that a tile has: all, or of each warp.
+        block_k: terms of a product's sum that a tile has.
         warps: of a program.
         stages: steps whose operands are in flight.
-        spread: warps that share the sum, where units are spread over programs; 0: a program has all units.
-        parts: tiles that the sum is cut into there, one after the other; of the backward pass.
-        groups: programs that share the units.
+        groups: programs that share the units; 0: a program has all.
+        quarters: 4 where the sum is cut into quarters, each with rows of its own.
+        parts: tiles that the sum, or each quarter, is cut into, one after the other.
         rows: rows of a launch; 0: all.
     """
 
+    block_b: int
     block_u: int
     block_k: int
     warps: int
     stages: int = 1
-    spread: int = 0
+    groups: int = 0
+    quarters: int = 1
     parts: int = 1
-    groups: int = 1
     rows: int = 0
 
     def constants(self) -> dict[str, int]:
-        options = {
-            "SPREAD": self.spread, "BLOCK_B": BLOCK_B, "BLOCK_U": self.block_u, "BLOCK_K": self.block_k,
-            "STAGES": self.stages, "num_warps": self.warps, "num_stages": 1,
+        return {
+            "SPREAD": self.groups > 0, "QUARTERS": self.quarters, "BLOCK_B": self.block_b, "BLOCK_U": self.block_u,
+            "BLOCK_K": self.block_k, "PARTS": self.parts, "STAGES": self.stages,
         }  # fmt: skip
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": 1}
         return options | {"launch_cooperative_grid": True} if self.groups > 1 else options
 
     def launches(self, batch: int, device: torch.device) -> Iterator[tuple[int, tuple[int, int], Tensor | None]]:
         """First row, grid and counters of each launch."""
         rows = self.rows or batch
         for first in range(0, batch, rows):
-            blocks = triton.cdiv(min(rows, batch - first), BLOCK_B)
-            arrived = torch.zeros(blocks, 32, dtype=torch.int32, device=device) if self.spread else None
-            yield first, (blocks, self.groups), arrived
+            blocks = triton.cdiv(min(rows, batch - first), self.block_b)
+            arrived = torch.zeros(blocks, 32, dtype=torch.int32, device=device) if self.groups else None
+            yield first, (blocks, self.groups or 1), arrived
 
 
 def precision() -> str:
@@ -115,40 +119,52 @@ def alone(gates: int, hidden: int, item: int, memory: int) -> tuple[Tiles, Tiles
         return None
     arch = 90 if memory > 224 << 10 else 80  # as on an H100 where a block may use as much
     both = zip(WHOLE[item, block, gates], stages(gates, block, arch), strict=True)
-    forward, backward = (Tiles(block, block, warps, steps) for warps, steps in both)
+    forward, backward = (Tiles(BLOCK_B, block, block, warps, steps) for warps, steps in both)
     return forward, backward
 
 
-def spread(gates: int, hidden: int, item: int, memory: int, processors: int) -> tuple[Tiles, Tiles] | None:
-    """Forward and backward, of units spread over multiprocessors; None where their shared memory is too little."""
+def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processors: int) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward, of units spread over multiprocessors; None where their shared memory is too little.
+
+    Each multiprocessor has one program, so that all run at once; more rows than they have go in more launches. A
+    program has as few rows as that takes: more take longer, but less so than another launch. By an H100.
+    """
     groups = triton.cdiv(hidden, BLOCK_U)
-    rows = processors // groups * BLOCK_B
-    if hidden % 16 or not rows:
+    blocks = processors // groups
+    if hidden % 16 or not blocks:
         return None
-    block = SPREAD * max(16, triton.next_power_of_2(triton.cdiv(hidden, SPREAD)))
-    backward = max(SPREAD * 16, triton.next_power_of_2(gates * hidden))
-    parts = max(1, BLOCK_B * backward * item // (64 << 10))  # a tile of the operand takes 64 KiB at most
-    tiles = (block, gates * block, 1), (backward // parts, backward, parts)
-    for operand, weight, _ in tiles:
-        if (operand * BLOCK_B + weight * BLOCK_U) * item > memory:
+    both = []
+    for terms, quarters, most in ((hidden, 1 if gates > 1 else 4, 64), (gates * hidden, 4, 32)):
+        block_k = max(16, triton.next_power_of_2(triton.cdiv(terms, quarters)))
+        block_b = min(most, max(16, triton.next_power_of_2(triton.cdiv(batch, blocks))))
+        tile = quarters * block_b * block_k * item
+        parts = max(1, tile // (64 << 10))
+        if block_k % (16 * parts) or 4 * BLOCK_U * block_k * item + tile // parts > memory:
             return None
-    forward, backward = (
-        Tiles(BLOCK_U, terms // SPREAD, SPREAD, spread=SPREAD, parts=n, groups=groups, rows=rows)
-        for terms, _, n in tiles
-    )
-    return forward, backward
+        warps = 8 if most == 64 and tile >= 32 << 10 else 4
+        both.append(
+            Tiles(
+                block_b, BLOCK_U, block_k // parts, warps, groups=groups, quarters=quarters, parts=parts,
+                rows=blocks * block_b,
+            )
+        )  # fmt: skip
+    return both[0], both[1]
 
 
-def at_once(gates: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[Tiles, Tiles] | None:
+def at_once(
+    gates: int, hidden: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tiles, Tiles] | None:
     """Forward and backward, of a cell that the kernels of all steps have; None where it runs step by step."""
     if dtype == torch.float64 or (dtype == torch.float32 and precision() != "tf32"):
         return None
     memory, processors = _shared_memory(device), _multiprocessors(device)
-    return alone(gates, hidden, dtype.itemsize, memory) or spread(gates, hidden, dtype.itemsize, memory, processors)
+    return alone(gates, hidden, dtype.itemsize, memory) or spread(
+        gates, hidden, batch, dtype.itemsize, memory, processors
+    )
 
 
-def tiles_of(spec: Cell, weight_hh: Tensor, projected: bool) -> tuple[Tiles, Tiles] | None:
+def tiles_of(spec: Cell, weight_hh: Tensor, batch: int, projected: bool) -> tuple[Tiles, Tiles] | None:
     """Forward and backward; None where the cell runs step by step."""
     if not spec.whole or projected:
         return None
-    return at_once(spec.gates, weight_hh.shape[1], weight_hh.dtype, weight_hh.device)
+    return at_once(spec.gates, weight_hh.shape[1], batch, weight_hh.dtype, weight_hh.device)

@@ -64,19 +64,74 @@ def load_weight_backward(p_weight, unit, k, H, GATES: tl.constexpr):
 
 
 @triton.jit
-def load_weight_parts(p_weight, unit, k, H, GATES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """PARTS tiles [k, unit] of all gates' rows of W_hh, BLOCK rows each."""
+def load_rows(
+    p_weight,
+    unit,
+    k,
+    H,
+    K,
+    unit_stride,
+    k_stride,
+    GATES: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """PARTS tiles [4 * BLOCK_U, BLOCK_K]: tensor cores want 64 rows, so that each unit has four.
+
+    Those of its gates, the fourth zero where it has three; or where QUARTERS is 4 those of a quarter of the sum each.
+    """
+    row = tl.arange(0, 4 * BLOCK_U)[:, None]
+    fourth, unit = row // BLOCK_U, unit + row % BLOCK_U
     b = ()
     for n in tl.static_range(PARTS):
-        row = n * BLOCK + k
-        b += (tl.load(p_weight + row * H + unit, mask=(row < GATES * H) & (unit < H), other=0.0),)
+        if QUARTERS == 4:
+            in_k = (fourth * PARTS + n) * BLOCK_K + k
+            mask, o = in_k < K, unit.to(tl.int64) * unit_stride + in_k.to(tl.int64) * k_stride
+        else:
+            in_k = n * BLOCK_K + k
+            mask, o = (in_k < K) & (fourth < GATES), (fourth * H + unit).to(tl.int64) * unit_stride + in_k * k_stride
+        b += (tl.load(p_weight + o, mask=mask & (unit < H), other=0.0),)
     return b
 
 
 @triton.jit
-def load_operand(p, b, k, B, K):
-    """[SPREAD, BLOCK_B, BLOCK_K] of rows of K values that other programs have just stored: past the L1 cache."""
-    return tl.load(p + b * K + k, mask=(b < B) & (k < K), other=0.0, cache_modifier=".cg")
+def spread_product(
+    b_w,
+    p,
+    b_first,
+    k,
+    B,
+    K,
+    QUARTERS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Four tiles [BLOCK_B, BLOCK_U], of the gates or of the quarters of the sum, of the product with rows p [B, K].
+
+    Other programs have just stored those: they are loaded past the L1 cache. Of the quarters' products with all
+    quarters of the rows, those with their own are kept.
+    """
+    row = tl.arange(0, QUARTERS * BLOCK_B)[:, None]
+    b = b_first + row % BLOCK_B
+    b_sum = tl.zeros([4 * BLOCK_U, QUARTERS * BLOCK_B], tl.float32)
+    for n in tl.static_range(PARTS):
+        in_k = (row // BLOCK_B * PARTS + n) * BLOCK_K + k
+        b_rows = tl.load(p + b.to(tl.int64) * K + in_k, mask=(b < B) & (in_k < K), other=0.0, cache_modifier=".cg")
+        b_sum = tl.dot(b_w[n], tl.trans(b_rows), b_sum, input_precision=PRECISION)
+    if QUARTERS == 4:
+        quarter = tl.arange(0, 4)
+        kept = quarter[:, None, None, None] == quarter[None, None, :, None]
+        b_sum = tl.sum(tl.where(kept, tl.reshape(b_sum, 4, BLOCK_U, 4, BLOCK_B), 0.0), 2)
+    b_fourths = tl.permute(tl.reshape(b_sum, 4, BLOCK_U, BLOCK_B), 2, 1, 0)
+    even, odd = tl.split(tl.reshape(b_fourths, BLOCK_B, BLOCK_U, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -108,14 +163,17 @@ def whole_forward_kernel(
     VECTORS: tl.constexpr,
     HAS_C: tl.constexpr,
     REVERSE: tl.constexpr,
-    SPREAD: tl.constexpr,  # parts of the product's sum, one a warp; 0: one program has all units
+    SPREAD: tl.constexpr,
+    QUARTERS: tl.constexpr,  # where SPREAD: 4 with one gate, else 1
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # where SPREAD: tiles that the sum is cut into, or each of its quarters
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    b = (b_first + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
+    b_first += tl.program_id(0) * BLOCK_B
+    b = (b_first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U))[None, :]  # [1, BLOCK_U]
     k = tl.arange(0, BLOCK_K)
     mask = (b < B) & (unit < H)
@@ -127,8 +185,9 @@ def whole_forward_kernel(
         b_length = tl.load(p_lengths + b, mask=b < B, other=0)
     if SPREAD:
         p_arrived += tl.program_id(0) * 32
-        k = (tl.arange(0, SPREAD)[:, None] * BLOCK_K + k[None, :])[:, None, :]
-        b_w = load_weight(p_weight, unit[None, :, :], tl.trans(k, 0, 2, 1), H, GATES)
+        b_w = load_rows(
+            p_weight, tl.program_id(1) * BLOCK_U, k[None, :], H, H, H, 1, GATES, QUARTERS, BLOCK_U, BLOCK_K, PARTS
+        )
     else:
         b_w = load_weight(p_weight, unit, k[:, None], H, GATES)
     for s in tl.range(0, T, num_stages=STAGES):
@@ -138,9 +197,15 @@ def whole_forward_kernel(
         b_r = ()
         if SPREAD:
             wait(p_arrived, s * tl.num_programs(1))
-            b_operand = load_operand(p_exchange + s % 2 * B * H, b[None, :, :], k, B, H)
-            for i in tl.static_range(GATES):
-                b_r += (tl.sum(tl.dot(b_operand, b_w[i], input_precision=PRECISION), 0),)
+            b_fourths = spread_product(
+                b_w, p_exchange + s % 2 * B * H, b_first, k[None, :], B, H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS,
+                PRECISION,
+            )  # fmt: skip
+            if QUARTERS == 4:
+                b_r = (b_fourths[0] + b_fourths[1] + (b_fourths[2] + b_fourths[3]),)
+            else:
+                for i in tl.static_range(GATES):
+                    b_r += (b_fourths[i],)
         else:
             b_operand = b_h.to(p_weight.dtype.element_ty)
             for i in tl.static_range(GATES):
@@ -170,20 +235,6 @@ def whole_forward_kernel(
     tl.store(p_h + b * H + unit, b_h, mask=mask)
     if HAS_C:
         tl.store(p_c + b * H + unit, b_c, mask=mask)
-
-
-@triton.jit
-def product_of_step(
-    b_w, p_grad_r, p_arrived, s, t, b, k, B, K, BLOCK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Gradient of h through r of step t, once every program has stored its part of s steps; s = 0: none, zeros."""
-    wait(p_arrived, s * tl.num_programs(1))
-    p, rows = p_grad_r + tl.cast(t, tl.int64) * B * K, tl.where(s > 0, B, 0)
-    b_sum = tl.dot(load_operand(p, b[None, :, :], k, rows, K), b_w[0], input_precision=PRECISION)
-    for n in tl.static_range(1, PARTS):
-        b_dr = load_operand(p, b[None, :, :], n * BLOCK + k, rows, K)
-        b_sum = tl.dot(b_dr, b_w[n], b_sum, input_precision=PRECISION)
-    return tl.sum(b_sum, 0)
 
 
 @triton.jit
@@ -219,15 +270,17 @@ def whole_backward_kernel(
     USES_OUTPUT: tl.constexpr,
     USES_H: tl.constexpr,
     REVERSE: tl.constexpr,
-    SPREAD: tl.constexpr,  # parts of the product's sum, one a warp; 0: one program has all units
+    SPREAD: tl.constexpr,
+    QUARTERS: tl.constexpr,  # 4 where SPREAD
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,  # tiles that the sum is cut into where SPREAD, one after the other
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    b = (b_first + tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    b_first += tl.program_id(0) * BLOCK_B
+    b = (b_first + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U))[None, :]
     k = tl.arange(0, BLOCK_K)
     mask = (b < B) & (unit < H)
@@ -239,8 +292,11 @@ def whole_backward_kernel(
         b_length = tl.load(p_lengths + b, mask=b < B, other=0)
     if SPREAD:
         p_arrived += tl.program_id(0) * 32
-        k = (tl.arange(0, SPREAD)[:, None] * BLOCK_K + k[None, :])[:, None, :]
-        b_w = load_weight_parts(p_weight, unit[None, :, :], tl.trans(k, 0, 2, 1), H, GATES, SPREAD * BLOCK_K, PARTS)
+        p_grad_last = p_grad_x if p_grad_r is None else p_grad_r
+        b_w = load_rows(
+            p_weight, tl.program_id(1) * BLOCK_U, k[None, :], H, GATES * H, 1, H, GATES, QUARTERS, BLOCK_U, BLOCK_K,
+            PARTS,
+        )  # fmt: skip
     else:
         b_w = load_weight_backward(p_weight, unit, k[:, None], H, GATES)
     for s in tl.range(0, T, num_stages=STAGES):
@@ -261,12 +317,14 @@ def whole_backward_kernel(
             SAVED, HAS_C, USES_OUTPUT, USES_H,
         )  # fmt: skip
         if SPREAD:
-            # Through r of the step before in this pass.
-            p_grad_last = p_grad_x if p_grad_r is None else p_grad_r
+            # Through r of the step before in this pass, of which the first has none.
+            wait(p_arrived, s * tl.num_programs(1))
             t_last = t - 1 if REVERSE else t + 1
-            b_dh += product_of_step(
-                b_w, p_grad_last, p_arrived, s, t_last, b, k, B, GATES * H, SPREAD * BLOCK_K, PARTS, PRECISION
-            )
+            b_fourths = spread_product(
+                b_w, p_grad_last + tl.cast(t_last, tl.int64) * B * GATES * H, b_first, k[None, :],
+                tl.where(s > 0, B, 0), GATES * H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION,
+            )  # fmt: skip
+            b_dh += b_fourths[0] + b_fourths[1] + (b_fourths[2] + b_fourths[3])
         b_held = b_dh
         if p_grad_output is not None:
             b_dh += b_grad
@@ -285,11 +343,13 @@ def whole_backward_kernel(
         if running is not None:
             b_dh = tl.where(running, b_dh, b_held)
     if SPREAD:
-        p_grad_last = p_grad_x if p_grad_r is None else p_grad_r
+        wait(p_arrived, T * tl.num_programs(1))
         t_last = T - 1 if REVERSE else 0
-        b_dh += product_of_step(
-            b_w, p_grad_last, p_arrived, T, t_last, b, k, B, GATES * H, SPREAD * BLOCK_K, PARTS, PRECISION
-        )
+        b_fourths = spread_product(
+            b_w, p_grad_last + tl.cast(t_last, tl.int64) * B * GATES * H, b_first, k[None, :], B, GATES * H, QUARTERS,
+            BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION,
+        )  # fmt: skip
+        b_dh += b_fourths[0] + b_fourths[1] + (b_fourths[2] + b_fourths[3])
     tl.store(p_dh + b * H + unit, b_dh, mask=mask)
     if HAS_C:
         tl.store(p_dc + b * H + unit, b_dc, mask=mask)

@@ -66,18 +66,27 @@ class CellSpec:
         object.__setattr__(self, "projects", "weight_hr" in self.extra)
 
 
+def _cudnn_persists(gates: int, problem: Problem) -> bool:
+    """Where cuDNN keeps the weights on the multiprocessors too. bfloat16 torch 2.11 does not give it."""
+    if problem.dtype == torch.bfloat16:
+        return False
+    return problem.hidden <= 256 if gates == 1 else (gates, problem.dtype) == (4, torch.float16) and problem.batch <= 32
+
+
 def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
-    """cuDNN is faster than a launch a step; bfloat16 torch 2.11 does not give it, and is slower than one launch."""
+    """By an H100: torch's is faster than a launch a step, than more than two launches, and often where it persists."""
 
     def torch_is_faster(problem: Problem) -> bool:
         if problem.device.type != "cuda" or _extension.triton_error:
             return problem.device.type == "cuda"
-        if problem.dtype != torch.bfloat16 or problem.projected:
-            return True
         from seqaccel.kernels.rnn.tiles import at_once
 
-        tiles = at_once(gates, problem.hidden, problem.dtype, problem.device)
-        return tiles is None or tiles[0].spread > 0
+        tiles = at_once(gates, problem.hidden, problem.batch, problem.dtype, problem.device)
+        if tiles is None or problem.projected:
+            return True
+        if problem.hidden <= 128:
+            return problem.dtype != torch.bfloat16
+        return problem.batch > 2 * tiles[1].rows or _cudnn_persists(gates, problem)
 
     return torch_is_faster
 
