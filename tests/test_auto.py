@@ -54,6 +54,15 @@ def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
     assert _operator._choose(cell, tensor, problem, zoned) == expected
 
 
+@pytest.mark.parametrize(("batch", "expected"), [(16, True), (64, False), (300, True)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_torch_runs_all_layers_as_auto_would(packed, batch, expected, h100):
+    """What a module asks before its layers do: it sees the batch, packed or not."""
+    shape, sizes = ((10, batch, 8), None) if not packed else ((2 * batch, 8), torch.tensor([batch, batch]))
+    input = types.SimpleNamespace(**vars(on_a_gpu(torch.float16)), shape=shape)
+    assert _operator.torch_runs_all_layers("lstm", input, sizes, 512, False) == expected
+
+
 def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
     tensor = on_a_gpu(BFLOAT16)
 

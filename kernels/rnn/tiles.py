@@ -131,7 +131,7 @@ def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processo
     """
     groups = triton.cdiv(hidden, BLOCK_U)
     blocks = processors // groups
-    if hidden % 16 or not blocks:
+    if hidden % 16 or gates > 4 or not blocks:
         return None
     both = []
     for terms, quarters, most in ((hidden, 1 if gates > 1 else 4, 64), (gates * hidden, 4, 32)):

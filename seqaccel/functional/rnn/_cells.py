@@ -68,9 +68,9 @@ class CellSpec:
 
 def _cudnn_persists(gates: int, problem: Problem) -> bool:
     """Where cuDNN keeps the weights on the multiprocessors too. bfloat16 torch 2.11 does not give it."""
-    if problem.dtype == torch.bfloat16:
+    if problem.dtype == torch.bfloat16 or gates == 3:
         return False
-    return problem.hidden <= 256 if gates == 1 else (gates, problem.dtype) == (4, torch.float16) and problem.batch <= 32
+    return (gates == 1 and problem.hidden <= 256) or (problem.dtype == torch.float16 and problem.batch <= 32)
 
 
 def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:

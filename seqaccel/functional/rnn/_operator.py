@@ -305,7 +305,9 @@ def _choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
     return backends.choose(cell, input, supported, prefer=prefer)
 
 
-def torch_runs_all_layers(cell: str, input: Tensor, hidden_size: int, projected: bool) -> bool:
+def torch_runs_all_layers(
+    cell: str, input: Tensor, batch_sizes: Tensor | None, hidden_size: int, projected: bool
+) -> bool:
     """Whether torch's operator serves on a GPU, where it takes the layers of a module, and its weights, as a whole.
 
     A layer of them at a time it would copy the weights at each call.
@@ -319,7 +321,8 @@ def torch_runs_all_layers(cell: str, input: Tensor, hidden_size: int, projected:
         dtype = torch.get_autocast_dtype("cuda")
         if dtype != torch.float16:  # torch's autocast of these operators knows float16 only
             return False
-    problem = Problem(input.device, 0, 0, input.shape[-1], hidden_size, dtype, False, False, projected)
+    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    problem = Problem(input.device, 0, batch, input.shape[-1], hidden_size, dtype, False, False, projected)
     return _choose(cell, input, problem, False) == "torch"
 
 

@@ -141,7 +141,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         (layers * directions, B, ·)."""
         cell, has_cell_state = self.cell, self._spec.has_cell_state
         directions = 2 if self.bidirectional else 1
-        if self._torch_runs(input):
+        if self._torch_runs(input, batch_sizes):
             return self._run_torch(input, state, batch_sizes)
         last: list[list[Tensor]] = [[], []]
         operator_of_onnx = _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
@@ -186,13 +186,13 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         return input, tuple(part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part) for part in last if part)
 
-    def _torch_runs(self, input: Tensor) -> bool:
+    def _torch_runs(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
         """Whether torch's operator runs all layers: on a GPU, where it is faster."""
         return (
             input.is_cuda
             and not self.zoneout
             and not (self.recurrent_dropout > 0 and self.training)
-            and torch_runs_all_layers(self.cell, input, self.hidden_size, self.proj_size > 0)
+            and torch_runs_all_layers(self.cell, input, batch_sizes, self.hidden_size, self.proj_size > 0)
         )
 
     def _run_torch(
@@ -297,7 +297,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
         lengths = _packed.lengths_of(batch_sizes)
-        if (data.device.type == "cpu" and not _onnx.exporting()) or self._torch_runs(data):
+        if (data.device.type == "cpu" and not _onnx.exporting()) or self._torch_runs(data, batch_sizes):
             output, last = self._run(data, self._state(hx), lengths, batch_sizes)
         else:  # padded once for all layers
             output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
