@@ -86,6 +86,7 @@ def extensions():
     require_compiler()
     try:
         import pybind11
+        import torch
         import torch.utils.cpp_extension as cpp
     except ImportError as error:
         sys.exit(
@@ -115,6 +116,15 @@ def extensions():
                 language="c++",
             )
         )
+    # By torch's C++ API, which holds for one version: its name says which, and under others Python does its work.
+    release = torch.__version__.split("+")[0].replace(".", "_")
+    modules.append(
+        cpp.CppExtension(
+            f"seqaccel._autograd_{release}",
+            native_sources("csrc/autograd/*.cpp"),
+            extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
+        )
+    )
     home = cuda_home()
     cuda = native_sources("csrc/cuda/**/*.cu")
     if home and cuda:

@@ -1,7 +1,9 @@
 """Loads the compiled operators; says why where they cannot be loaded."""
 
+import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +31,19 @@ cpp_path = _find("_C")
 
 #: Why the C++ operators are missing, or None.
 cpp_error: str | None = _load("_C")
+
+
+def _import_autograd() -> Any:
+    """The module of ``csrc/autograd`` built for this torch, or None: then Python does its work, in more time."""
+    name = f"_autograd_{torch.__version__.split('+')[0].replace('.', '_')}"
+    try:
+        return importlib.import_module(f"seqaccel.{name}") if cpp_error is None else None
+    except ImportError:
+        return None
+
+
+#: Recurrent layers' autograd in C++, or None.
+autograd: Any = _import_autograd()
 
 #: Why the CUDA operators are missing, or None.
 cuda_error: str | None = _load("_cuda") if torch.version.cuda else "this torch is a build without CUDA"

@@ -82,7 +82,7 @@ def at(state, index):
 def test_is_torch_nn(name, options, layout, by_torch, monkeypatch):
     """With our kernels, and ``by_torch`` as on a GPU where torch's operator is faster."""
     if by_torch:
-        monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input: True)
+        monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input, batch_sizes: True)
     stock, ours = twins(name, options, **layout)
     assert repr(ours) == repr(stock)
     assert list(ours.state_dict()) == list(stock.state_dict())
@@ -117,7 +117,7 @@ def test_is_torch_nn(name, options, layout, by_torch, monkeypatch):
 @each_torch_module
 def test_streams_of_torch_s_operator(name, options, monkeypatch):
     """A state comes transposed, a chunk may have no step, and eval takes gradients, with dropout between layers too."""
-    monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input: True)
+    monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input, batch_sizes: True)
     stock, ours = (module.eval() for module in twins(name, options, num_layers=2, dropout=0.3))
     x = torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
     state, chunks = ours.init_state(4), []

@@ -87,21 +87,30 @@ class _Layer(torch.autograd.Function):
         if c_0 is None:
             grad_c_n = None
         if torch.is_grad_enabled():
-
-            def again(input, h_0, c_0, *weights):
-                definition = functools.partial(reference.layer, cell)
-                arguments = (input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
-                outputs = _on_padded(definition, ctx.batch_sizes, *arguments)
-                return outputs if c_0 is not None else outputs[:2]
-
-            grad_outputs = (grad_output, grad_h_n, grad_c_n)[: 2 if c_0 is None else 3]
-            return *[None] * 7, *_common.differentiable_backward(again, inputs, grad_outputs, needs)
+            outer = (grad_output, grad_h_n, grad_c_n)[: 2 if c_0 is None else 3]
+            return *[None] * 7, *differentiate_again(
+                cell, reverse, inputs, outer, needs, ctx.batch_sizes, lengths, zoneout_h, zoneout_c
+            )
         grad_input, grad_h_0, grad_c_0, grad_weights = _operators(ctx.backend)[1](
             cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output,
             saved, reverse, [needs[0], *needs[3:]],
         )  # fmt: skip
         grads = (grad_input, grad_h_0, grad_c_0, *grad_weights)
         return *[None] * 7, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def differentiate_again(
+    cell, reverse, inputs, grad_outputs, needs, batch_sizes=None, lengths=None, zoneout_h=None, zoneout_c=None
+):
+    """Differentiable gradients of inputs (input, h_0, c_0, weights), by the reference; csrc/autograd calls it too."""
+
+    def again(input, h_0, c_0, *weights):
+        definition = functools.partial(reference.layer, cell)
+        arguments = (input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)
+        outputs = _on_padded(definition, batch_sizes, *arguments)
+        return outputs if c_0 is not None else outputs[:2]
+
+    return _common.differentiable_backward(again, inputs, grad_outputs, needs)
 
 
 def _on_padded(function, batch_sizes, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse):
@@ -229,9 +238,13 @@ def plain_layer(
     cell: str, input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """``layer`` in the fewest steps of Python, which take as long as a small problem; None where something does not
-    fit, for ``layer`` to say what."""
+    fit, for ``layer`` to say what. h_n is (1, B, P), c_n (1, B, H)."""
     spec = CELLS[cell]
     try:
+        if _extension.autograd is not None:
+            has_c = spec.has_cell_state
+            found = _extension.autograd.layer(cell, input, h_0, c_0, weights, reverse, spec.gates, has_c)
+            return found[0], found[1], found[2] if has_c else None
         weight_hh: Any = weights[1]
         if h_0 is None:
             batch = input.shape[1]
@@ -243,9 +256,9 @@ def plain_layer(
             found = torch.ops.seqaccel.rnn_forward.default(
                 cell, input, h_0, c_0, weights, None, None, None, reverse, False
             )
-    except (RuntimeError, AttributeError, IndexError):
+    except (RuntimeError, AttributeError, IndexError, TypeError):
         return None
-    return found[0], found[1], found[2] if spec.has_cell_state else None
+    return found[0], found[1].unsqueeze(0), found[2].unsqueeze(0) if spec.has_cell_state else None
 
 
 def layer(

@@ -154,8 +154,8 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                 h_0, c_0 = (None, None) if state is None else (*(part[first:end] for part in state), None)[:2]
                 both = [self._layer_weights(index) for index in range(first, end)]
                 input, h_n, c_n = _onnx.layer(cell, input, h_0, c_0, both, lengths)
-                last[0].extend(h_n)
-                last[1].extend(() if c_n is None else c_n)
+                last[0].append(h_n)
+                last[1].extend(() if c_n is None else (c_n,))
                 continue
             outputs = []
             for direction in range(directions):
@@ -167,24 +167,26 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                 if state is not None:
                     h_0, c_0 = state[0][index], state[1][index] if has_cell_state else None
                 found = plain_layer(cell, input, h_0, c_0, weights, direction == 1) if plain else None
-                output, h, c = found or run_layer(
-                    cell,
-                    cell,
-                    input,
-                    h_0,
-                    c_0,
-                    weights,
-                    lengths=lengths,
-                    batch_sizes=batch_sizes,
-                    reverse=direction == 1,
-                    **self._factors(input),
-                )
-                outputs.append(output)
-                last[0].append(h)
-                if c is not None:
-                    last[1].append(c)
+                if found is None:
+                    output, h, c = run_layer(
+                        cell,
+                        cell,
+                        input,
+                        h_0,
+                        c_0,
+                        weights,
+                        lengths=lengths,
+                        batch_sizes=batch_sizes,
+                        reverse=direction == 1,
+                        **self._factors(input),
+                    )
+                    found = output, h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+                outputs.append(found[0])
+                last[0].append(found[1])
+                if found[2] is not None:
+                    last[1].append(found[2])
             input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        return input, tuple(part[0].unsqueeze(0) if len(part) == 1 else torch.stack(part) for part in last if part)
+        return input, tuple(part[0] if len(part) == 1 else torch.cat(part) for part in last if part)
 
     def _torch_runs(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
         """Whether torch's operator runs all layers: on a GPU, where it is faster."""

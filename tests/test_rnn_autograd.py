@@ -1,0 +1,140 @@
+"""The autograd node in C++ (csrc/autograd) does what the one in Python does."""
+
+import pytest
+import torch
+from rnn_cases import each_kind, problem, random_grads, weights_of
+
+from seqaccel import _extension
+from seqaccel.functional.rnn import _operator
+from seqaccel.functional.rnn._cells import CELLS
+
+pytestmark = pytest.mark.skipif(
+    _extension.autograd is None and _extension.cpp_error is not None, reason="the package was built without extensions"
+)
+BOTH = [True, False]
+
+
+def test_it_was_built():
+    """With this torch the module must be there: without it the tests below would compare Python with itself."""
+    assert _extension.autograd is not None
+
+
+def call(tensors, cell, compiled, monkeypatch, reverse=False, states=True):
+    monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+    state = (tensors["h_0"], tensors.get("c_0")) if states else (None, None)
+    found = _operator.plain_layer(cell, tensors["input"], *state, weights_of(cell, tensors), reverse)
+    monkeypatch.undo()
+    assert found is not None
+    outputs = [t for t in found if t is not None]
+    if torch.is_grad_enabled() and outputs[0].requires_grad:
+        assert ("Layer>" in outputs[0].grad_fn.name()) == compiled, outputs[0].grad_fn.name()
+    return outputs
+
+
+def differentiate(outputs, tensors, grads, **options):
+    wanted = [t for t in tensors.values() if t is not None and t.requires_grad]
+    return torch.autograd.grad(outputs, wanted, grads, allow_unused=True, **options)
+
+
+@each_kind("cpp")
+@pytest.mark.parametrize("reverse", BOTH)
+@pytest.mark.parametrize("states", BOTH)
+def test_same_bits(cell, projected, reverse, states, monkeypatch):
+    tensors = problem(cell, 5, 3, 4, 6, projected=projected, dtype=torch.float32)
+    found = []
+    for compiled in BOTH:
+        outputs = call(tensors, cell, compiled, monkeypatch, reverse, states)
+        grads = [torch.linspace(-1, 1, t.numel()).view_as(t) for t in outputs]
+        with torch.no_grad():
+            plain = call(tensors, cell, compiled, monkeypatch, reverse, states)
+        found.append([*outputs, *plain, *differentiate(outputs, tensors, grads)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+@each_kind("cpp")
+def test_each_gradient_alone(cell, projected, monkeypatch):
+    """Only what needs a gradient gets one, and outputs without a gradient count as none."""
+    tensors = problem(cell, 4, 2, 3, 5, projected=projected, dtype=torch.float32, requires_grad=False)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        tensor.requires_grad_()
+        for chosen in range(3 if CELLS[cell].has_cell_state else 2):
+            both = []
+            for compiled in BOTH:
+                output = call(tensors, cell, compiled, monkeypatch)[chosen]
+                both.append(torch.autograd.grad(output.sum(), tensor, allow_unused=True)[0])
+            assert torch.equal(*both), (name, chosen)
+        tensor.requires_grad_(False)
+
+
+@each_kind("cpp")
+def test_gradients_of_gradients(cell, projected, monkeypatch):
+    tensors = problem(cell, 3, 2, 3, 4, projected=projected)
+    names = [name for name, t in tensors.items() if t is not None]
+
+    def function(*values):
+        return tuple(call(dict(zip(names, values, strict=True)), cell, True, monkeypatch))
+
+    assert torch.autograd.gradcheck(function, [tensors[name] for name in names], fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, [tensors[name] for name in names], fast_mode=True)
+
+
+def lstm(**options):
+    tensors = problem("lstm", 4, 2, 3, 5, dtype=torch.float32, **options)
+    return tensors, [g.float() for g in random_grads("lstm", tensors)]
+
+
+def test_twice_through_the_same_graph(monkeypatch):
+    tensors, _ = lstm()
+    output = call(tensors, "lstm", True, monkeypatch)[0]
+    first = differentiate([output.sum()], tensors, None, retain_graph=True)
+    for a, b in zip(first, differentiate([output.sum()], tensors, None), strict=True):
+        assert a is None or torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="a second time"):
+        differentiate([output.sum()], tensors, None)
+
+
+@pytest.mark.parametrize("changed", ["weight_hh", "output"])
+def test_refuses_what_was_changed_in_place(changed, monkeypatch):
+    tensors, _ = lstm()
+    output = call(tensors, "lstm", True, monkeypatch)[0]
+    with torch.no_grad():
+        (tensors["weight_hh"] if changed == "weight_hh" else output).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        differentiate([output.sum()], tensors, None)
+
+
+def test_hooks_of_saved_tensors(monkeypatch):
+    """As of ``torch.autograd.graph.save_on_cpu``."""
+    tensors, _ = lstm()
+    expected = differentiate([call(tensors, "lstm", True, monkeypatch)[0].sum()], tensors, None)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t):
+        output = call(tensors, "lstm", True, monkeypatch)[0]
+    for a, b in zip(expected, differentiate([output.sum()], tensors, None), strict=True):
+        assert a is None or torch.equal(a, b)
+    assert len(packed) > len(tensors)
+
+
+def test_forward_mode_is_refused(monkeypatch):
+    tensors, _ = lstm()
+    with torch.autograd.forward_ad.dual_level():
+        tensors["input"] = torch.autograd.forward_ad.make_dual(tensors["input"], torch.ones_like(tensors["input"]))
+        assert _operator.plain_layer("lstm", tensors["input"], None, None, weights_of("lstm", tensors), False) is None
+
+
+def test_what_does_not_fit_is_none():
+    tensors, _ = lstm()
+    weights = weights_of("lstm", tensors)
+    for bad in ([w and w[:-1] if w is None else w[:-1] for w in weights], weights[:1], [None] * 5, ["weight"] * 5):
+        assert _operator.plain_layer("lstm", tensors["input"], None, None, bad, False) is None
+    assert _operator.plain_layer("lstm", tensors["input"][0], None, None, weights, False) is None
+
+
+def test_another_torch_takes_python(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    assert _extension._import_autograd() is None
