@@ -139,13 +139,14 @@ class Recurrent(Streaming, torch.nn.RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers on input (T, B, I), or (N, I) packed with ``batch_sizes``; a state is (h,) or (h, c), each
         (layers * directions, B, ·)."""
-        cell, has_cell_state = self.cell, self._spec.has_cell_state
-        directions = 2 if self.bidirectional else 1
         if self._torch_runs(input, batch_sizes):
             return self._run_torch(input, state, batch_sizes)
+        cell = self.cell
+        has_cell_state = CELLS[cell].has_cell_state
+        directions = 2 if self.bidirectional else 1
         last: list[list[Tensor]] = [[], []]
-        operator_of_onnx = _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
         plain = lengths is None and not self.zoneout and is_plain(cell, input)
+        operator_of_onnx = not plain and _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 input = torch.nn.functional.dropout(input, self.dropout, self.training)
