@@ -50,7 +50,7 @@ BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 )
 def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
     tensor = on_a_gpu(dtype)
-    problem = Problem(tensor.device, 10, 4, hidden, hidden, dtype, False, True, False)
+    problem = Problem(tensor.device, 100, 4, hidden, hidden, dtype, False, True, False)
     assert _operator._choose(cell, tensor, problem, zoned) == expected
 
 
@@ -58,7 +58,7 @@ def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
 @pytest.mark.parametrize("packed", [False, True])
 def test_torch_runs_all_layers_as_auto_would(packed, batch, expected, h100):
     """What a module asks before its layers do: it sees the batch, packed or not."""
-    shape, sizes = ((10, batch, 8), None) if not packed else ((2 * batch, 8), torch.tensor([batch, batch]))
+    shape, sizes = ((20, batch, 8), None) if not packed else ((20 * batch, 8), torch.tensor([batch] * 20))
     input = types.SimpleNamespace(**vars(on_a_gpu(torch.float16)), shape=shape)
     assert _operator.torch_runs_all_layers("lstm", input, sizes, 512, False) == expected
 
@@ -66,15 +66,19 @@ def test_torch_runs_all_layers_as_auto_would(packed, batch, expected, h100):
 def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
     tensor = on_a_gpu(BFLOAT16)
 
-    def choice(cell, hidden, projected=False, batch=4):
-        problem = Problem(tensor.device, 10, batch, hidden, hidden, BFLOAT16, False, True, projected)
+    def choice(cell, hidden, projected=False, batch=4, steps=100):
+        problem = Problem(tensor.device, steps, batch, hidden, hidden, BFLOAT16, False, True, projected)
         return _operator._choose(cell, tensor, problem, False)
 
     assert choice("lstm", 64) == "triton" and choice("lstm", 64, projected=True) == "torch"  # that runs step by step
     assert choice("lstm", 512) == "triton" and choice("lstm", 512, batch=256) == "triton"
     assert choice("lstm", 512, batch=300) == "torch"  # that takes three launches
-    h100.shared_memory_per_block_optin = 99 << 10
-    assert choice("lstm", 64) == "triton" and choice("lstm", 512) == "torch"
+    assert choice("lstm", 512, steps=1) == "torch" and choice("rnn_tanh", 2048) == "torch"  # not measured
+    assert choice("peephole_lstm", 512, batch=300) == "triton"
+    for memory, processors in ((163, 108), (99, 58)):
+        h100.shared_memory_per_block_optin, h100.multi_processor_count = memory << 10, processors
+        assert choice("lstm", 64) == "triton" and choice("lstm", 256) == choice("lstm", 512) == "torch"
+        assert choice("lstm", 128, batch=1024) == ("triton" if memory > 160 else "torch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choice("lstm", 64) == "torch" and choice("peephole_lstm", 64) == "reference"
 

@@ -273,7 +273,20 @@ def test_waiting_of_many_steps_on_a_gpu(cell):
 @each_kind("triton")
 def test_cuda_graph(cell, projected):
     """Neither pass waits for the GPU, so that both can be captured."""
-    given = arguments(cell, projected, "cuda")
+    assert_captured(cell, arguments(cell, projected, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [64, 256])
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_cuda_graph_of_all_steps(cell, hidden):
+    tensors = problem(cell, 20, 40, 8, hidden, dtype=torch.float32, requires_grad=False)
+    tensors = {name: t.cuda().bfloat16() for name, t in tensors.items()}
+    state = tensors["h_0"], tensors.get("c_0")
+    assert_captured(cell, (cell, tensors["input"], *state, weights_of(cell, tensors), None, None, None))
+
+
+def assert_captured(cell, given):
     needs = [True] * (1 + len(given[4]))
 
     def both():
@@ -291,15 +304,19 @@ def test_cuda_graph(cell, projected):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = both()
-    graph.replay()
-    for found, wanted in zip(captured, expected, strict=True):
-        assert torch.equal(found, wanted)
+    for _ in range(2):
+        for found in captured:
+            found.zero_()
+        graph.replay()
+        for found, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(9, 20, 16, 64), (9, 20, 16, 256), (3, 300, 16, 512), (1, 1, 8, 256)], ids=str)
 @pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
-def test_one_launch_or_many_on_a_gpu(cell, monkeypatch):
-    tensors = problem(cell, 9, 20, 16, 64, dtype=torch.float32)
+def test_one_launch_or_many_on_a_gpu(cell, shape, monkeypatch):
+    tensors = problem(cell, *shape, dtype=torch.float32)
     tensors = {name: t.detach().cuda().to(torch.bfloat16) for name, t in tensors.items()}
     grads = random_grads(cell, tensors)
     at_once = results(cell, tensors, "triton", grads)

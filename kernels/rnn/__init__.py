@@ -1,8 +1,9 @@
 """Recurrent cells on a GPU: one layer, one direction, in Triton.
 
 ``cells.py`` defines each cell's update and derivative once; ``step.py`` runs one step behind its matrix product,
-``whole.py`` all steps of a small layer in one launch, ``around.py`` what stands around a step; ``launchers.py`` and
-``backward.py`` have the operators, ``checks.py`` what they refuse, ``configurations.py`` lists what is shipped.
+``whole.py`` all steps in one launch (``tiles.py``: which cells and sizes), ``around.py`` what stands around a step;
+``launchers.py`` and ``backward.py`` have the operators, ``checks.py`` what they refuse, ``configurations.py`` lists
+what is shipped.
 
 State is float32; input and weights may be float32, float16 or bfloat16. Past a row's length the state stays and the
 output is 0. T time, B batch, I input, H hidden, P the width of h (H, or the projection's), G gates.

@@ -127,11 +127,13 @@ def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processo
     """Forward and backward, of units spread over multiprocessors; None where their shared memory is too little.
 
     Each multiprocessor has one program, so that all run at once; more rows than they have go in more launches. A
-    program has as few rows as that takes: more take longer, but less so than another launch. By an H100.
+    program has as few rows as that takes: more take longer, but less so than another launch. More than four launches
+    are slower than a launch a step. By an H100; GPUs without its tensor core instructions and as much shared memory
+    spill.
     """
     groups = triton.cdiv(hidden, BLOCK_U)
     blocks = processors // groups
-    if hidden % 16 or gates > 4 or not blocks:
+    if hidden % 16 or hidden > 1024 or gates > 4 or not blocks or memory <= 224 << 10:
         return None
     both = []
     for terms, quarters, most in ((hidden, 1 if gates > 1 else 4, 64), (gates * hidden, 4, 32)):
@@ -148,7 +150,7 @@ def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processo
                 rows=blocks * block_b,
             )
         )  # fmt: skip
-    return both[0], both[1]
+    return (both[0], both[1]) if batch <= 4 * both[1].rows else None
 
 
 def at_once(

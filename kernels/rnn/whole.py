@@ -1,8 +1,8 @@
 """All steps in one launch, of cells with one product a step and no layer norm.
 
 A program owns BLOCK_B rows of the batch and walks through time; h and c stay in registers, its part of W_hh is loaded
-once and stays in shared memory. Up to 64, or 80, 96, 112, 128 units it owns all units, and programs never wait for each
-other; each step's operands are loaded STAGES - 1 steps ahead.
+once and stays in shared memory. With few units (``tiles.alone``) it owns all, and programs never wait for each other;
+each step's operands are loaded STAGES - 1 steps ahead.
 
 More units are SPREAD: a program owns BLOCK_U of them, and a step needs what all programs of its rows found in the step
 before: h by way of p_exchange, or in the backward pass the gradient of r. Each program counts itself in once it has
@@ -197,10 +197,10 @@ def whole_forward_kernel(
         b_r = ()
         if SPREAD:
             wait(p_arrived, s * tl.num_programs(1))
+            p_from = p_exchange + tl.cast(s % 2, tl.int64) * B * H
             b_fourths = spread_product(
-                b_w, p_exchange + s % 2 * B * H, b_first, k[None, :], B, H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS,
-                PRECISION,
-            )  # fmt: skip
+                b_w, p_from, b_first, k[None, :], B, H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION
+            )
             if QUARTERS == 4:
                 b_r = (b_fourths[0] + b_fourths[1] + (b_fourths[2] + b_fourths[3]),)
             else:

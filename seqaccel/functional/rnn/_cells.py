@@ -74,7 +74,7 @@ def _cudnn_persists(gates: int, problem: Problem) -> bool:
 
 
 def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
-    """By an H100: torch's is faster than a launch a step, than more than two launches, and often where it persists."""
+    """By an H100: torch's is faster than a launch a step, than many launches, and often where it persists."""
 
     def torch_is_faster(problem: Problem) -> bool:
         if problem.device.type != "cuda" or _extension.triton_error:
@@ -86,7 +86,10 @@ def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
             return True
         if problem.hidden <= 128:
             return problem.dtype != torch.bfloat16
-        return problem.batch > 2 * tiles[1].rows or _cudnn_persists(gates, problem)
+        launches = 2 if problem.dtype.itemsize == 2 else 1
+        if problem.batch > launches * tiles[1].rows or problem.steps < 16:  # as far as was measured
+            return True
+        return _cudnn_persists(gates, problem)
 
     return torch_is_faster
 

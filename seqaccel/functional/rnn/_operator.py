@@ -334,8 +334,8 @@ def torch_runs_all_layers(
         dtype = torch.get_autocast_dtype("cuda")
         if dtype != torch.float16:  # torch's autocast of these operators knows float16 only
             return False
-    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    problem = Problem(input.device, 0, batch, input.shape[-1], hidden_size, dtype, False, False, projected)
+    steps, batch = input.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
+    problem = Problem(input.device, steps, batch, input.shape[-1], hidden_size, dtype, False, False, projected)
     return _choose(cell, input, problem, False) == "torch"
 
 

@@ -139,7 +139,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers on input (T, B, I), or (N, I) packed with ``batch_sizes``; a state is (h,) or (h, c), each
         (layers * directions, B, ·)."""
-        if self._torch_runs(input, batch_sizes):
+        if (lengths is None or batch_sizes is not None) and self._torch_runs(input, batch_sizes):
             return self._run_torch(input, state, batch_sizes)
         cell = self.cell
         has_cell_state = CELLS[cell].has_cell_state
