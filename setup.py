@@ -9,6 +9,7 @@ Environment:
 
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -116,12 +117,14 @@ def extensions():
                 language="c++",
             )
         )
-    # By torch's C++ API, which holds for one version: its name says which, and under others Python does its work.
-    release = torch.__version__.split("+")[0].replace(".", "_")
+    # By torch's C++ API, which holds for one version: its name says which, and without it Python does its work.
+    version = torch.__version__
+    release = version if "a" in version.split("+")[0] or "dev" in version else version.split("+")[0]
     modules.append(
         cpp.CppExtension(
-            f"seqaccel._autograd_{release}",
+            f"seqaccel._autograd_{re.sub(r'[^0-9a-zA-Z]', '_', release)}",
             native_sources("csrc/autograd/*.cpp"),
+            optional=True,
             extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
         )
     )
@@ -145,7 +148,17 @@ def extensions():
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
             )
         )
-    return modules, {"build_ext": cpp.BuildExtension.with_options(use_ninja=True)}
+
+    class BuildExtension(cpp.BuildExtension):
+        def build_extension(self, ext):
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if not ext.optional:
+                    raise
+                self.warn(f"{ext.name} is left out: {error}")
+
+    return modules, {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 
 modules, commands = extensions()

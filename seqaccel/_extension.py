@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,21 @@ cpp_path = _find("_C")
 cpp_error: str | None = _load("_C")
 
 
-def _import_autograd() -> Any:
-    """The module of ``csrc/autograd`` built for this torch, or None: then Python does its work, in more time."""
-    name = f"_autograd_{torch.__version__.split('+')[0].replace('.', '_')}"
+def _import_autograd() -> tuple[Any, str | None]:
+    """The module of ``csrc/autograd`` built for this torch; or None, and why."""
+    version = torch.__version__
+    release = version if "a" in version.split("+")[0] or "dev" in version else version.split("+")[0]
+    name = f"_autograd_{re.sub(r'[^0-9a-zA-Z]', '_', release)}"
+    if cpp_error is not None:
+        return None, cpp_error
     try:
-        return importlib.import_module(f"seqaccel.{name}") if cpp_error is None else None
-    except ImportError:
-        return None
+        return importlib.import_module(f"seqaccel.{name}"), None
+    except ImportError as error:
+        return None, f"the package was built with another torch ({error})"
 
 
-#: Recurrent layers' autograd in C++, or None.
-autograd: Any = _import_autograd()
+#: Recurrent layers' call and autograd in C++, or None: then Python does their work, in more time; and why.
+autograd, autograd_error = _import_autograd()
 
 #: Why the CUDA operators are missing, or None.
 cuda_error: str | None = _load("_cuda") if torch.version.cuda else "this torch is a build without CUDA"

@@ -10,7 +10,7 @@ import platform
 import torch
 
 import seqaccel
-from seqaccel import backends
+from seqaccel import _extension, backends
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -67,6 +67,8 @@ def report() -> str:
     if backends.why_missing("cpp", "cpu") is None:
         active, usable = instruction_sets()
         lines.append(f"          runs the {active} kernels; has {', '.join(usable)}")
+        autograd = "in C++" if _extension.autograd_error is None else f"in Python: {_extension.autograd_error}"
+        lines.append(f"          recurrent layers' autograd is {autograd}")
     lines += [f"GPU       {gpu}" for gpu in _gpus()]
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         lines.append(f"backends for tensors on {device}:")

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from rnn_cases import each_kind, problem, random_grads, weights_of
 
+import seqaccel
 from seqaccel import _extension
 from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import CELLS
@@ -120,11 +122,74 @@ def test_hooks_of_saved_tensors(monkeypatch):
     assert len(packed) > len(tensors)
 
 
-def test_forward_mode_is_refused(monkeypatch):
-    tensors, _ = lstm()
+@pytest.mark.parametrize("compiled", BOTH)
+@pytest.mark.parametrize("recorded", BOTH)
+def test_forward_mode(recorded, compiled, monkeypatch):
+    """The reference serves: an operator would lose the tangents."""
+    monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+    stock = torch.nn.GRU(3, 5).double().requires_grad_(recorded)
+    ours = seqaccel.nn.GRU(3, 5).double().requires_grad_(recorded)
+    ours.load_state_dict(stock.state_dict())
+    x, direction = torch.randn(2, 4, 2, 3, dtype=torch.float64)
     with torch.autograd.forward_ad.dual_level():
-        tensors["input"] = torch.autograd.forward_ad.make_dual(tensors["input"], torch.ones_like(tensors["input"]))
-        assert _operator.plain_layer("lstm", tensors["input"], None, None, weights_of("lstm", tensors), False) is None
+        output = ours(torch.autograd.forward_ad.make_dual(x, direction))[0]
+        tangent = torch.autograd.forward_ad.unpack_dual(output).tangent
+    step = 1e-6 * direction
+    torch.testing.assert_close(tangent, (stock(x + step)[0] - stock(x - step)[0]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", BOTH)
+@pytest.mark.parametrize("recorded", BOTH)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_may_be_detached_in_place(layers, recorded, compiled, monkeypatch):
+    monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+    module, x = seqaccel.nn.LSTM(3, 5, layers), torch.randn(4, 2, 3)
+    with torch.set_grad_enabled(recorded):
+        packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
+        for state in (*module(x)[1], *module(packed)[1]):
+            assert not state.detach_().requires_grad
+
+
+@pytest.mark.parametrize("compiled", BOTH)
+def test_subclasses_and_modes_see_the_call(compiled, monkeypatch):
+    monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+
+    class Own(torch.Tensor):
+        pass
+
+    module, seen = seqaccel.nn.LSTM(3, 5), []
+    assert type(module(torch.randn(4, 2, 3).as_subclass(Own))[0]) is Own
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Mode(), torch.no_grad():
+        module(torch.randn(4, 2, 3))
+    assert any("rnn_forward" in name for name in seen)
+
+
+@pytest.mark.parametrize("compiled", BOTH)
+def test_shapes_stay_symbolic(compiled, monkeypatch):
+    monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+    module = seqaccel.nn.LSTM(3, 5)
+    trace = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda x: module(x)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )(torch.randn(4, 2, 3))
+    x = torch.randn(6, 7, 3)
+    torch.testing.assert_close(trace(x), module(x)[0])
+
+
+@pytest.mark.parametrize("compiled", BOTH)
+def test_other_devices_are_refused(compiled, monkeypatch):
+    """One meta tensor would have the operator's shape function called, and memory returned as it is."""
+    monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+    x = torch.randn(4, 2, 3)
+    with pytest.raises(RuntimeError, match="same device"):
+        seqaccel.nn.GRU(3, 5).to("meta")(x)
+    with pytest.raises(RuntimeError, match="same device"):
+        seqaccel.nn.GRU(3, 5)(x, torch.zeros(1, 2, 5, device="meta"))
 
 
 def test_what_does_not_fit_is_none():
@@ -137,4 +202,5 @@ def test_what_does_not_fit_is_none():
 
 def test_another_torch_takes_python(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
-    assert _extension._import_autograd() is None
+    found, reason = _extension._import_autograd()
+    assert found is None and "another torch" in reason

@@ -115,16 +115,20 @@ variable_list layer(const std::string& cell, const Tensor& input, Optional h_0, 
   const size_t count = weights.size();
   TORCH_CHECK(count > 1 && count <= 8 && weights[1] && weights[1]->dim() == 2 && input.dim() == 3, "unexpected shapes");
   if (!h_0) {
-    h_0 = input.new_zeros({input.size(1), weights[1]->size(1)});
-    if (has_c) c_0 = input.new_zeros({input.size(1), weights[1]->size(0) / gates});
+    const auto zeros = [&](const c10::SymInt& width) { return input.new_zeros_symint({input.sym_size(1), width}); };
+    h_0 = zeros(weights[1]->sym_size(1));
+    if (has_c) c_0 = zeros(weights[1]->sym_size(0) / gates);
   }
   Arguments a{input, h_0, c_0};
   std::copy(weights.begin(), weights.end(), a.begin() + 3);
+  for (const Optional& t : a) TORCH_CHECK(!t || t->device() == input.device(), "unexpected device");
   const auto records = [](const Optional& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && std::any_of(a.begin(), a.end(), records)) {
     return std::apply([&](const auto&... each) { return Layer::apply(cell, reverse, count, each...); }, a);
   }
-  return outputs_of(call_forward(cell, a, count, reverse, false), c_0.has_value());
+  const auto found = call_forward(cell, a, count, reverse, false);
+  at::AutoDispatchBelowADInplaceOrView below;  // no views, which may not be detached in place
+  return outputs_of(found, c_0.has_value());
 }
 
 }  // namespace

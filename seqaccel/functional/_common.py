@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def transforms_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is running: the reference serves there."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is on: the reference serves there."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

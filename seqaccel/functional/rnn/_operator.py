@@ -240,16 +240,19 @@ def plain_layer(
     """``layer`` in the fewest steps of Python, which take as long as a small problem; None where something does not
     fit, for ``layer`` to say what. h_n is (1, B, P), c_n (1, B, H)."""
     spec = CELLS[cell]
+    has_c = spec.has_cell_state
     try:
-        if _extension.autograd is not None:
-            has_c = spec.has_cell_state
+        given = (input, h_0, c_0, *weights)
+        if _extension.autograd is not None and not torch.overrides.has_torch_function(given):
             found = _extension.autograd.layer(cell, input, h_0, c_0, weights, reverse, spec.gates, has_c)
             return found[0], found[1], found[2] if has_c else None
+        if any(t is not None and t.device != input.device for t in given):
+            return None
         weight_hh: Any = weights[1]
         if h_0 is None:
             batch = input.shape[1]
             h_0 = input.new_zeros(batch, weight_hh.shape[1])
-            c_0 = input.new_zeros(batch, weight_hh.shape[0] // spec.gates) if spec.has_cell_state else None
+            c_0 = input.new_zeros(batch, weight_hh.shape[0] // spec.gates) if has_c else None
         if torch.is_grad_enabled() and (weight_hh.requires_grad or _common.needs_grad(input, h_0, c_0, *weights)):
             found = _apply_plainly(cell, "cpp", reverse, None, None, None, None, input, h_0, c_0, *weights)
         else:
@@ -258,7 +261,8 @@ def plain_layer(
             )
     except (RuntimeError, AttributeError, IndexError, TypeError):
         return None
-    return found[0], found[1].unsqueeze(0), found[2].unsqueeze(0) if spec.has_cell_state else None
+    # Not views, which may not be detached in place.
+    return found[0], torch.stack((found[1],)), torch.stack((found[2],)) if has_c else None
 
 
 def layer(

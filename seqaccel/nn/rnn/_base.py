@@ -181,7 +181,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                         reverse=direction == 1,
                         **self._factors(input),
                     )
-                    found = output, h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+                    found = output, torch.stack((h,)), None if c is None else torch.stack((c,))
                 outputs.append(found[0])
                 last[0].append(found[1])
                 if found[2] is not None:
