@@ -245,13 +245,19 @@ def test_all_steps_on_a_gpu(cell, shape, dtype, tf32):
     assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
 
 
+# Several gates of 1,024 units in float32 are more than the multiprocessors hold: those run step by step.
+SPREAD = [
+    (cell, shape, dtype)
+    for cell in EVERY_STEP_AT_ONCE
+    for shape in ((20, 5, 24, 256), (30, 150, 16, 512), (9, 33, 8, 1024), (5, 17, 8, 144))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if TRAITS[cell].gates == 1 or dtype.itemsize * shape[3] <= 2048
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(20, 5, 24, 256), (30, 150, 16, 512), (9, 33, 8, 1024), (5, 17, 8, 144)], ids=str)
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize(("cell", "shape", "dtype"), SPREAD, ids=str)
 def test_units_spread_over_programs_on_a_gpu(cell, shape, dtype, tf32):
-    if tiles.at_once(CELLS[cell].gates, shape[3], shape[1], dtype, torch.device("cuda")) is None:
-        pytest.skip("this many weights run step by step")
     tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
     assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
 

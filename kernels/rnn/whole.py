@@ -46,20 +46,10 @@ def wait(p_arrived, count):
 
 
 @triton.jit
-def load_weight(p_weight, unit, k, H, GATES: tl.constexpr):
-    """Tiles [k, unit], one a gate, of W_hh transposed."""
+def load_weight(p_weight, o, H, mask, GATES: tl.constexpr):
     b = ()
-    for i in tl.static_range(GATES):
-        b += (tl.load(p_weight + (i * H + unit) * H + k, mask=(k < H) & (unit < H), other=0.0),)
-    return b
-
-
-@triton.jit
-def load_weight_backward(p_weight, unit, k, H, GATES: tl.constexpr):
-    """Tiles [k, unit], one a gate, of W_hh."""
-    b = ()
-    for i in tl.static_range(GATES):
-        b += (tl.load(p_weight + (i * H + k) * H + unit, mask=(k < H) & (unit < H), other=0.0),)
+    for k in tl.static_range(GATES):
+        b += (tl.load(p_weight + o + k * H * H, mask=mask, other=0.0),)
     return b
 
 
@@ -189,7 +179,8 @@ def whole_forward_kernel(
             p_weight, tl.program_id(1) * BLOCK_U, k[None, :], H, H, H, 1, GATES, QUARTERS, BLOCK_U, BLOCK_K, PARTS
         )
     else:
-        b_w = load_weight(p_weight, unit, k[:, None], H, GATES)
+        m_weight = (k[:, None] < H) & (unit < H)
+        b_w = load_weight(p_weight, unit * H + k[:, None], H, m_weight, GATES)
     for s in tl.range(0, T, num_stages=STAGES):
         t = T - 1 - s if REVERSE else s
         row = tl.cast(t, tl.int64) * B + b
@@ -298,7 +289,8 @@ def whole_backward_kernel(
             PARTS,
         )  # fmt: skip
     else:
-        b_w = load_weight_backward(p_weight, unit, k[:, None], H, GATES)
+        m_weight = (k[:, None] < H) & (unit < H)
+        b_w = load_weight(p_weight, k[:, None] * H + unit, H, m_weight, GATES)
     for s in tl.range(0, T, num_stages=STAGES):
         t = s if REVERSE else T - 1 - s
         earlier = t + 1 if REVERSE else t - 1
