@@ -16,7 +16,8 @@
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
-constexpr ptrdiff_t kSumRows = 8;  // rows summed before they join the gradient of a bias
+constexpr ptrdiff_t kSumRows = 8;    // rows summed before they join the gradient of a bias
+constexpr ptrdiff_t kWriteRows = 8;  // from here on lines are fetched that are only written
 
 template <typename T>
 struct BackwardState {
@@ -103,7 +104,9 @@ SEQACCEL_INLINE Vec<T> split_grad(const RnnBlend<T>& blend, ptrdiff_t offset, in
   return kept;
 }
 
-// What backward_update will read of `count` rows from i0 on and the kColumns vectors of units from `unit` on.
+// What backward_update will read of `count` rows from i0 on and the kColumns vectors of units from `unit` on. Many rows
+// are long enough a product to fetch the lines of dL/dpre too, which would come from memory when they are written: the
+// sweep of LSTM (T, B, H) = (128, 64, 512) x1.07, of (128, 16, 256) x1.03.
 template <class Cell, typename T>
 void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
                  ptrdiff_t count, ptrdiff_t unit, LineList& lines) {
@@ -118,6 +121,12 @@ void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardS
     for (int g = 0; g < Cell::kSaved; ++g) lines.add<kBytes>(p.saved + (packed * Cell::kSaved + g) * H + unit);
     if (Cell::kUsesH) lines.add<kBytes>(p.output + padded * H + unit);
     if (p.grad_output && p.outputs == H) lines.add<kBytes>(p.grad_output + padded * H + unit);
+#pragma GCC unroll 8
+    for (int g = 0; g < kPre<Cell> && count >= kWriteRows; ++g) {
+      const char* const at = reinterpret_cast<const char*>(p.grad_pre + packed * p.grad_row + g * H + unit);
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) __builtin_prefetch(at + v * SEQACCEL_VECTOR_BYTES, 1, 2);
+    }
     if (i >= inner) continue;
     if (Cell::kHasCell) lines.add<kBytes>(p.cells + p.rows.packed(step.earlier, b) * H + unit);
     if (Cell::kUsesPrev) lines.add<kBytes>(p.output + p.rows.padded(step.earlier, b) * H + unit);
