@@ -5,8 +5,8 @@
 //   grad_pre[t], grad_c = Cell::backward(saved[t], c', grad_h + grad_output[t], grad_c)
 // With weight_hr, the grad_h of the first line has P units, and its product with weight_hr is what Cell::backward
 // takes. With two products, grad_pre[t+1] there is of the first one; grad_pre[t] of the main one, times its weight,
-// goes to Cell::first_backward. Columns of W_hh are packed once a call; with few rows 4 vectors of each row of W_hh
-// itself are read. Threads share the work as in the forward pass (rnn_forward.h), but split the batch earlier
+// goes to Cell::first_backward. Columns of W_hh are packed once a call, or 4 vectors of each row of W_hh itself are
+// read (ColumnProduct::of). Threads share the work as in the forward pass (rnn_forward.h), but split the batch earlier
 // (backward_rows). The weights' gradients are products over all steps, after the pass; those of biases and unit weights
 // are summed here.
 #pragma once
@@ -305,9 +305,8 @@ bool rnn_backward(const RnnBackward<T>& p) {
   typedef ColumnProduct<T> Product;
   const ptrdiff_t H = p.hidden, P = p.outputs, B = p.rows.batch, steps = p.rows.steps, row = p.grad_row;
   const bool two = Cell::kFirst > 0, projected = Cell::kProjects && p.weights.hr;
-  const bool direct = steps * B <= kDirectRows;
   const auto columns = [&](const T* weight, ptrdiff_t N, ptrdiff_t K) {
-    return Product{weight, N, K, direct ? N / Product::kWidth : 0};
+    return Product::of(weight, N, K, steps * B <= kDirectRows);
   };
   // recurrent: to dL/dh'; main: behind it, of two products; last: W_hr.
   Product recurrent = columns(p.weights.hh, P, Cell::kGates * H), main{}, last{};

@@ -147,8 +147,7 @@ bool norm_backward(const RnnBackward<T>& p) {
   constexpr int G = Cell::kGates, L = Lanes<T>, kPres = kPre<Cell>, kSums = kPres + Cell::kWeights;
   typedef ColumnProduct<T> Product;
   const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps, row = p.grad_row;
-  const bool direct = steps * B <= kDirectRows;
-  Product product{p.weights.hh, H, G * H, direct ? H / Product::kWidth : 0};
+  Product product = Product::of(p.weights.hh, H, G * H, steps * B <= kDirectRows);
   const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
   const auto split_for = [&](int team) {
     return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(H));
