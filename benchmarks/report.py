@@ -171,7 +171,7 @@ INFERENCE = ("lstm_inference", "gru_inference", "rnn_inference")
 TABLE = (*INFERENCE, "lstm_training", "gru_training", "rnn_training")
 
 #: What is compared, suites, sizes, figure of a case, bar of the geometric mean, bar of the worst case (None: none). The
-#: bar is a least, or with "<" in front of the name a most. Indented: a part of the line above, without a bar of its own.
+#: bar is a least, or with "<" in front of the name a most. Indented: a part of the line above, with no bar of its own.
 BARS = (
     ("LSTM inference, B <= 4, over torch", ("lstm_inference",), batch(1, 4), speed_over("torch"), 1.25, 0.9),
     ("LSTM inference, B >= 16, over torch", ("lstm_inference",), batch(16, 64), speed_over("torch"), 0.97, 0.9),
@@ -186,15 +186,9 @@ BARS = (
     ),
     ("all inference over the faster peer", INFERENCE, any_size, speed_over_faster_peer, 1.05, 0.85),
     ("all of these, ceiling, H >= 256", TABLE, hidden(256, 1024), share_of_ceiling, 0.8, None),
-    *(
-        (f"    {suite.replace('_', ' ')}", (suite,), hidden(256, 1024), share_of_ceiling, None, None)
-        for suite in TABLE
-    ),
+    *((f"    {suite.replace('_', ' ')}", (suite,), hidden(256, 1024), share_of_ceiling, None, None) for suite in TABLE),
     ("all of these, ceiling, H = 128", TABLE, hidden(128, 128), share_of_ceiling, 0.65, None),
-    *(
-        (f"    {suite.replace('_', ' ')}", (suite,), hidden(128, 128), share_of_ceiling, None, None)
-        for suite in TABLE
-    ),
+    *((f"    {suite.replace('_', ' ')}", (suite,), hidden(128, 128), share_of_ceiling, None, None) for suite in TABLE),
     *(
         (
             f"< {cell} LSTM training, time over LSTM",
