@@ -206,9 +206,10 @@ struct ColumnProduct {
   T* panels = nullptr;
   bool far = false;  // a thread's panels are more than its L2 holds
 
-  // `few`: rows in all, with which packing costs more than it gains. Nor does it gain where W stays in L2, but not in L1,
-  // and its rows are a few whole lines: with panels the sweep of GRU (T, B, H) = (128, 4, 256) takes 1.1 times as long,
-  // of GRU (128, 16, 128) 1.12. It does with 1 MB (multiplicative LSTM of 256 units), rows of 2 KB or of half a line.
+  // `few`: rows in all, with which packing costs more than it gains. Nor does it gain where W stays in L2, but not in
+  // L1, and its rows are a few whole lines: with panels the sweep of GRU (T, B, H) = (128, 4, 256) takes 1.1 times as
+  // long, of GRU (128, 16, 128) 1.12. It does with 1 MB (multiplicative LSTM of 256 units), rows of 2 KB or of half a
+  // line.
   static ColumnProduct of(const T* weight, ptrdiff_t N, ptrdiff_t K, bool few) {
     constexpr ptrdiff_t kNearRow = 1024, kNearWeights = ptrdiff_t(768) << 10;
     const ptrdiff_t row = N * ptrdiff_t(sizeof(T)), bytes = K * row;
