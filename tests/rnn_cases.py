@@ -14,7 +14,8 @@ from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import CELLS
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-# T, B, I, H: one row and one step, ragged units, whole vectors, rows beyond a tile and beyond a chunk.
+# T, B, I, H: one row and one step, ragged units, whole vectors, rows beyond a tile and beyond a chunk, weights that a
+# backward pass does not pack.
 SHAPES = [
     (1, 1, 4, 3),
     (2, 1, 19, 70),
@@ -24,6 +25,7 @@ SHAPES = [
     (2, 50, 3, 130),
     (7, 101, 3, 17),
     (3, 20, 8, 257),
+    (2, 35, 5, 112),
 ]
 
 
