@@ -358,7 +358,7 @@ bool rnn_backward(const RnnBackward<T>& p) {
     if (thread == 0) parts = split.parts;
     const Product* const products[] = {&recurrent, &main, &last};
     for (const Product* product : products) {
-      for (ptrdiff_t j = thread; j < Product::blocks(product->N); j += team) product->pack(j);
+      pack_blocks(me, Product::blocks(product->N), [&](ptrdiff_t j) { product->pack(j); });
     }
     if (!me.share.idle) take_grad_state<Cell>(p, state, me);
 #pragma omp barrier

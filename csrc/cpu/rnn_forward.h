@@ -265,12 +265,14 @@ bool rnn_forward(const RnnForward<T>& p) {
     const Split split = split_work(team, steps, B, weights, weight_bytes, main_blocks);
     const Member me = member_of(split, thread, p.rows, main_blocks, barriers);
     const RowShare& rows = me.rows;
-    for (ptrdiff_t u = thread; u < main_blocks && !direct; u += team) {
-      if (p.input) input.pack(u);
-      main.pack(u);
+    if (!direct) {
+      pack_blocks(me, main_blocks, [&](ptrdiff_t u) {
+        if (p.input) input.pack(u);
+        main.pack(u);
+      });
+      pack_blocks(me, first_blocks, [&](ptrdiff_t u) { first.pack(u); });
+      pack_blocks(me, last_blocks, [&](ptrdiff_t u) { last.pack(u); });
     }
-    for (ptrdiff_t u = thread; u < first_blocks && !direct; u += team) first.pack(u);
-    for (ptrdiff_t u = thread; u < last_blocks && !direct; u += team) last.pack(u);
     if (!me.share.idle) take_state<Cell>(p, state, me);
 #pragma omp barrier
     if (!me.share.idle) {

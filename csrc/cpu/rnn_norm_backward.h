@@ -189,7 +189,7 @@ bool norm_backward(const RnnBackward<T>& p) {
     const Member me = member_of(split, thread, p.rows, blocks, barriers);
     const RowShare& rows = me.rows;
     if (thread == 0) parts = split.parts;
-    for (ptrdiff_t j = thread; j < blocks; j += team) product.pack(j);
+    pack_blocks(me, blocks, [&](ptrdiff_t j) { product.pack(j); });
     if (!me.share.idle) take_grad_state<Cell>(p, state, me);
 #pragma omp barrier
     if (!me.share.idle) {

@@ -132,7 +132,7 @@ bool norm_forward(const RnnForward<T>& p) {
     const Split split = split_work(team, steps, B, weights, weight_bytes, blocks);
     const Member me = member_of(split, thread, p.rows, blocks, barriers);
     const RowShare& rows = me.rows;
-    for (ptrdiff_t u = thread; u < blocks && !direct; u += team) product.pack(u);
+    if (!direct) pack_blocks(me, blocks, [&](ptrdiff_t u) { product.pack(u); });
     if (!me.share.idle) take_state<Cell>(p, state, me);
 #pragma omp barrier
     if (!me.share.idle) {
