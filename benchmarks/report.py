@@ -171,7 +171,7 @@ INFERENCE = ("lstm_inference", "gru_inference", "rnn_inference")
 TABLE = (*INFERENCE, "lstm_training", "gru_training", "rnn_training")
 
 #: What is compared, suites, sizes, figure of a case, bar of the geometric mean, bar of the worst case (None: none). The
-#: bar is a least, or with "<" in front of the name a most. Indented: a part of the line above, with no bar of its own.
+#: bar is a least, or with "<" in front of the name a most.
 BARS = (
     ("LSTM inference, B <= 4, over torch", ("lstm_inference",), batch(1, 4), speed_over("torch"), 1.25, 0.9),
     ("LSTM inference, B >= 16, over torch", ("lstm_inference",), batch(16, 64), speed_over("torch"), 0.97, 0.9),
@@ -185,10 +185,16 @@ BARS = (
         for suite in INFERENCE
     ),
     ("all inference over the faster peer", INFERENCE, any_size, speed_over_faster_peer, 1.05, 0.85),
-    ("all of these, ceiling, H >= 256", TABLE, hidden(256, 1024), share_of_ceiling, 0.8, None),
-    *((f"    {suite.replace('_', ' ')}", (suite,), hidden(256, 1024), share_of_ceiling, None, None) for suite in TABLE),
-    ("all of these, ceiling, H = 128", TABLE, hidden(128, 128), share_of_ceiling, 0.65, None),
-    *((f"    {suite.replace('_', ' ')}", (suite,), hidden(128, 128), share_of_ceiling, None, None) for suite in TABLE),
+    *(
+        (f"{suite.replace('_', ' ')}, ceiling, H >= 256", (suite,), hidden(256, 1024), share_of_ceiling, 0.8, None)
+        for suite in TABLE
+    ),
+    *(
+        (f"{suite.replace('_', ' ')}, ceiling, H = 128", (suite,), hidden(128, 128), share_of_ceiling, 0.65, None)
+        for suite in TABLE
+    ),
+    ("all, ceiling, H >= 256", TABLE, hidden(256, 1024), share_of_ceiling, 0.8, None),
+    ("all, ceiling, H = 128", TABLE, hidden(128, 128), share_of_ceiling, 0.65, None),
     *(
         (
             f"< {cell} LSTM training, time over LSTM",
@@ -248,15 +254,14 @@ def print_bars(data: dict) -> None:
                 found[f"{suite}[{size}]"] = value
         note = f" ({void} void)" if void else ""
         if not found:
-            print(f"{name:44} {'-':>6} {mean_bar or '':>6} {'-':>6} {worst_bar or '':>6}{note}")
+            print(f"{name:44} {'-':>6} {mean_bar:6.2f} {'-':>6} {worst_bar or '':>6}{note}")
             continue
         most = name.startswith("<")
         mean = math.exp(sum(map(math.log, found.values())) / len(found))
         worst = (max if most else min)(found, key=found.__getitem__)
-        met = mean_bar is None or (mean <= mean_bar if most else mean >= mean_bar)
-        met = met and (worst_bar is None or found[worst] >= worst_bar)
+        met = (mean <= mean_bar if most else mean >= mean_bar) and (worst_bar is None or found[worst] >= worst_bar)
         print(
-            f"{name:44} {mean:6.2f} {mean_bar or '':>6} {found[worst]:6.2f} {worst_bar or '':>6}  {len(found)}{note}, "
+            f"{name:44} {mean:6.2f} {mean_bar:6.2f} {found[worst]:6.2f} {worst_bar or '':>6}  {len(found)}{note}, "
             f"worst {worst}{'' if met else '  MISSED'}"
         )
     print(machine(data))
