@@ -12,7 +12,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 TODAY := $(shell date -u +%Y-%m-%d)
 
-.PHONY: help setup build demo test lint format bench gpu clean
+.PHONY: help setup build demo test lint format bench gpu new-cell clean
 
 help:
 	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format; 'make format' mends what can be mended"
 	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
 	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
+	@echo "make new-cell follow docs/adding-a-cell.md in a copy of the sources: build, lint, tests"
 	@echo "make setup   only build; make clean removes what was built"
 
 setup: build
@@ -40,6 +41,9 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+new-cell: build
+	$(BIN)/python tests/new_cell.py
 
 bench: build
 	@mkdir -p runs

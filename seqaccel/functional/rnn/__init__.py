@@ -10,4 +10,12 @@ from seqaccel.functional.rnn._functions import (
     rnn,
 )
 
-__all__ = ["gru", "layer_norm_gru", "layer_norm_lstm", "lstm", "multiplicative_lstm", "peephole_lstm", "rnn"]
+__all__ = [
+    "gru",
+    "layer_norm_gru",
+    "layer_norm_lstm",
+    "lstm",
+    "multiplicative_lstm",
+    "peephole_lstm",
+    "rnn",
+]
