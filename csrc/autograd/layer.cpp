@@ -2,6 +2,7 @@
 // functional/rnn/_operator.py does in Python, which takes as long as the kernels of a small problem. Against torch's
 // C++ API, so for one torch.
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/extension.h>
 
 namespace {
@@ -107,28 +108,58 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 };
 
+// Whether a tensor of a call is one that the operators can be called on from here: dense, on the CPU, neither traced
+// nor transformed nor watched by a mode of Python's.
+bool is_plain(const Tensor& t) {
+  static const auto expected =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
+                           c10::DispatchKey::BackendSelect});
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const auto keys = (t.key_set() | local.included_) - local.excluded_;
+  return t.layout() == c10::kStrided && expected.isSupersetOf(keys) && !t._fw_grad(0).defined();
+}
+
+// An argument of Python's: nothing for None. False: a tensor of a class of its own, or not plain.
+bool take(const py::handle& given, Optional& t) {
+  if (given.is_none()) return true;
+  if (!THPVariable_CheckExact(given.ptr())) return false;
+  t = THPVariable_Unpack(given.ptr());
+  return is_plain(*t);
+}
+
 // output [T, B, P], h_n [1, B, P], c_n [1, B, H] if the cell has it. States that are None are zero. gates: weight_hh's
-// rows in units.
-variable_list layer(const std::string& cell, const Tensor& input, Optional h_0, Optional c_0,
-                    const std::vector<Optional>& weights, bool reverse, int64_t gates, bool has_c) {
-  py::gil_scoped_release no_gil;
+// rows in units. Nothing: the call is not a plain one, or its sizes or dtypes do not fit; for Python to do or to
+// refuse.
+std::optional<variable_list> layer(const std::string& cell, const py::handle& input, const py::handle& h_0,
+                                   const py::handle& c_0, const py::list& weights, bool reverse, int64_t gates,
+                                   bool has_c) {
   const size_t count = weights.size();
-  TORCH_CHECK(count > 1 && count <= 8 && weights[1] && weights[1]->dim() == 2 && input.dim() == 3, "unexpected shapes");
-  if (!h_0) {
-    const auto zeros = [&](const c10::SymInt& width) { return input.new_zeros_symint({input.sym_size(1), width}); };
-    h_0 = zeros(weights[1]->sym_size(1));
-    if (has_c) c_0 = zeros(weights[1]->sym_size(0) / gates);
+  Arguments a;
+  if (count < 2 || count > 8 || at::impl::torch_function_mode_enabled()) return {};
+  bool plain = take(input, a[0]) && take(h_0, a[1]) && take(c_0, a[2]);
+  for (size_t i = 0; i < count && plain; ++i) plain = take(weights[i], a[3 + i]);
+  if (!plain || !a[0] || !a[3] || !a[4]) return {};
+  py::gil_scoped_release no_gil;
+  const Tensor &x = *a[0], &weight_ih = *a[3], &weight_hh = *a[4];
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return {};
+  for (const Optional& t : a) {
+    if (t && t->scalar_type() != x.scalar_type()) return {};
   }
-  Arguments a{input, h_0, c_0};
-  std::copy(weights.begin(), weights.end(), a.begin() + 3);
-  for (const Optional& t : a) TORCH_CHECK(!t || t->device() == input.device(), "unexpected device");
+  if (x.dim() != 3 || weight_ih.dim() != 2 || weight_hh.dim() != 2 || x.size(0) == 0 ||
+      x.size(2) != weight_ih.size(1)) {
+    return {};
+  }
+  if (!a[1]) {
+    a[1] = at::zeros({x.size(1), weight_hh.size(1)}, x.options());
+    if (has_c) a[2] = at::zeros({x.size(1), weight_hh.size(0) / gates}, x.options());
+  }
   const auto records = [](const Optional& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && std::any_of(a.begin(), a.end(), records)) {
     return std::apply([&](const auto&... each) { return Layer::apply(cell, reverse, count, each...); }, a);
   }
   const auto found = call_forward(cell, a, count, reverse, false);
   at::AutoDispatchBelowADInplaceOrView below;  // no views, which may not be detached in place
-  return outputs_of(found, c_0.has_value());
+  return outputs_of(found, has_c);
 }
 
 }  // namespace

@@ -234,6 +234,20 @@ def is_plain(cell: str, input: Tensor) -> bool:
     )
 
 
+def run_at_once(
+    cell: str, input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights, reverse: bool
+) -> list[Tensor] | None:
+    """``layer`` of an input in steps, without lengths and zoneout, where C++ takes all of it and autograd: output,
+    h_n (1, B, P) and c_n (1, B, H) if the cell has it. None where something is in the way or does not fit."""
+    if torch.compiler.is_dynamo_compiling() or _extension.autograd is None or backends.current() not in ("auto", "cpp"):
+        return None
+    spec = CELLS[cell]
+    try:
+        return _extension.autograd.layer(cell, input, h_0, c_0, weights, reverse, spec.gates, spec.has_cell_state)
+    except RuntimeError:
+        return None
+
+
 def plain_layer(
     cell: str, input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -241,12 +255,11 @@ def plain_layer(
     fit, for ``layer`` to say what. h_n is (1, B, P), c_n (1, B, H)."""
     spec = CELLS[cell]
     has_c = spec.has_cell_state
+    done = run_at_once(cell, input, h_0, c_0, weights, reverse)
+    if done is not None:
+        return done[0], done[1], done[2] if has_c else None
     try:
-        given = (input, h_0, c_0, *weights)
-        if _extension.autograd is not None and not torch.overrides.has_torch_function(given):
-            found = _extension.autograd.layer(cell, input, h_0, c_0, weights, reverse, spec.gates, has_c)
-            return found[0], found[1], found[2] if has_c else None
-        if any(t is not None and t.device != input.device for t in given):
+        if any(t is not None and t.device != input.device for t in (input, h_0, c_0, *weights)):
             return None
         weight_hh: Any = weights[1]
         if h_0 is None:
