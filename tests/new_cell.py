@@ -18,8 +18,10 @@ TESTS = "coupled_lstm or CoupledLSTM or tables_agree or test_configurations or e
 
 def block(start: str) -> str:
     """The page's block of code that begins with ``start``."""
-    [found] = [b for b in re.findall(r"```\w+\n(.*?)```", (ROOT / PAGE).read_text(), re.DOTALL) if b.startswith(start)]
-    return found
+    blocks = re.findall(r"```\w+\n(.*?)```", (ROOT / PAGE).read_text(), re.DOTALL)
+    found = [text for text in blocks if text.startswith(start)]
+    assert len(found) == 1, f"{PAGE}: {len(found)} blocks begin with {start!r}"
+    return found[0]
 
 
 def on_the_page(text: str) -> str:
@@ -65,6 +67,8 @@ def edits():
     yield "seqaccel/functional/__init__.py", "    gru,", "    coupled_lstm,\n"
     yield "seqaccel/functional/__init__.py", '    "gru",', '    "coupled_lstm",\n'
     yield "tests/test_rnn_module.py", '    ("PeepholeLSTM", {}),', '    ("CoupledLSTM", {}),\n'
+    onnx = "    [nn.LayerNormLSTM(4, 6),"
+    yield "tests/test_onnx.py", onnx, "", (onnx, f"{onnx} nn.CoupledLSTM(4, 6),")
     yield "tests/test_session.py", '    "peephole_lstm":', '    "coupled_lstm": seqaccel.nn.CoupledLSTM,\n'
 
 
@@ -76,7 +80,10 @@ def put(root: Path, file: str, line: str, text: str, replaced: tuple[str, str] |
     before = path.read_text()
     assert len(re.findall(f"^{re.escape(line)}", before, re.MULTILINE)) == 1, f"{file}: {line!r} is not there once"
     after = re.sub(f"^{re.escape(line)}", lambda found: text + found[0], before, flags=re.MULTILINE)
-    path.write_text(after.replace(*replaced, 1) if replaced else after)
+    if replaced:
+        assert replaced[0] in after, f"{file}: {replaced[0]!r} is not there"
+        after = after.replace(*replaced, 1)
+    path.write_text(after)
 
 
 def main() -> None:
@@ -107,7 +114,7 @@ def main() -> None:
         (root / "seqaccel" / "kernels").symlink_to("../kernels")  # where an installed package has it (pyproject.toml)
         run(sys.executable, "-c", f"import seqaccel; assert seqaccel.__file__.startswith({scratch!r}), seqaccel")
         run(sys.executable, "-m", "pytest", "-q", "-k", TESTS)
-    print("docs/adding-a-cell.md: every step done, its tests pass")
+    print(f"{PAGE}: its code builds and passes its tests")
 
 
 if __name__ == "__main__":

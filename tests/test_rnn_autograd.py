@@ -204,3 +204,35 @@ def test_another_torch_takes_python(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
     found, reason = _extension._import_autograd()
     assert found is None and "another torch" in reason
+
+
+def test_tangents_of_gradients(monkeypatch):
+    """Forward-mode AD over a backward pass, the layer itself having no tangent: C++ leaves it to Python."""
+    tensors = problem("gru", 5, 3, 4, 6)
+    module = seqaccel.nn.GRU(4, 6, dtype=torch.float64)
+    tangents = []
+    for compiled in BOTH:
+        monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
+        with torch.autograd.forward_ad.dual_level():
+            output = module(tensors["input"])[0]
+            grad = torch.autograd.forward_ad.make_dual(torch.ones_like(output), torch.full_like(output, 0.5))
+            (found,) = torch.autograd.grad(output, tensors["input"], grad)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(found).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_parametrized_weights_are_calculated_once(given):
+    class Counted(torch.nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight
+
+    module, counted = seqaccel.nn.LSTM(4, 6, dtype=given), Counted()
+    torch.nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", counted)
+    counted.calls = 0
+    module(torch.randn(5, 3, 4, dtype=given))
+    assert counted.calls == 1

@@ -3,6 +3,7 @@
 // C++ API, so for one torch.
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/extension.h>
 
 namespace {
@@ -108,37 +109,38 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 };
 
-// Whether a tensor of a call is one that the operators can be called on from here: dense, on the CPU, neither traced
-// nor transformed nor watched by a mode of Python's.
-bool is_plain(const Tensor& t) {
+// Whether a tensor is dense, on the CPU, and neither transformed nor traced nor seen by a dispatch mode of Python's.
+bool is_ordinary(const Tensor& t) {
   static const auto expected =
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
                            c10::DispatchKey::BackendSelect});
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  const auto keys = (t.key_set() | local.included_) - local.excluded_;
-  return t.layout() == c10::kStrided && expected.isSupersetOf(keys) && !t._fw_grad(0).defined();
+  return t.layout() == c10::kStrided && expected.isSupersetOf((t.key_set() | local.included_) - local.excluded_);
 }
 
-// An argument of Python's: nothing for None. False: a tensor of a class of its own, or not plain.
+// An argument of Python's: nothing for None. False: a tensor of a class of its own, or not an ordinary one.
 bool take(const py::handle& given, Optional& t) {
   if (given.is_none()) return true;
   if (!THPVariable_CheckExact(given.ptr())) return false;
   t = THPVariable_Unpack(given.ptr());
-  return is_plain(*t);
+  return is_ordinary(*t);
 }
 
-// output [T, B, P], h_n [1, B, P], c_n [1, B, H] if the cell has it. States that are None are zero. gates: weight_hh's
-// rows in units. Nothing: the call is not a plain one, or its sizes or dtypes do not fit; for Python to do or to
-// refuse.
+// output [T, B, P], h_n [1, B, P], c_n [1, B, H] if the cell has it. States that are None are zero; weight_hh has gates
+// * H rows. Nothing: something is in the way (function modes, forward-mode AD, whose tangents the node would lose), or
+// sizes or dtypes do not fit; for Python to do or to refuse. Of no steps: modules refuse them, streams do not.
 std::optional<variable_list> layer(const std::string& cell, const py::handle& input, const py::handle& h_0,
-                                   const py::handle& c_0, const py::list& weights, bool reverse, int64_t gates,
+                                   const py::handle& c_0, const py::sequence& weights, bool reverse, int64_t gates,
                                    bool has_c) {
   const size_t count = weights.size();
   Arguments a;
-  if (count < 2 || count > 8 || at::impl::torch_function_mode_enabled()) return {};
-  bool plain = take(input, a[0]) && take(h_0, a[1]) && take(c_0, a[2]);
-  for (size_t i = 0; i < count && plain; ++i) plain = take(weights[i], a[3 + i]);
-  if (!plain || !a[0] || !a[3] || !a[4]) return {};
+  if (count < 2 || count > 8 || at::impl::torch_function_mode_enabled() ||
+      torch::autograd::ForwardADLevel::try_get_by_idx(0)) {
+    return {};
+  }
+  bool ordinary = take(input, a[0]) && take(h_0, a[1]) && take(c_0, a[2]);
+  for (size_t i = 0; i < count && ordinary; ++i) ordinary = take(weights[i], a[3 + i]);
+  if (!ordinary || !a[0] || !a[3] || !a[4]) return {};
   py::gil_scoped_release no_gil;
   const Tensor &x = *a[0], &weight_ih = *a[3], &weight_hh = *a[4];
   if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return {};

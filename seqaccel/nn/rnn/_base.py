@@ -191,11 +191,13 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         return input, tuple(part[0] if len(part) == 1 else torch.cat(part) for part in last if part)
 
     def _run_at_once(self, input: Tensor) -> tuple[Tensor, Hidden] | None:
-        """What ``forward`` does for one layer and direction from zero states, in the fewest steps of Python, which come
-        from memory behind kernels that filled the caches: (T, B, H) = (128, 1, 512) 45 us instead of 100. None where
-        something does not fit, for ``forward`` to do the rest or to say what."""
+        """What ``forward`` does for one layer and direction from zero states, in few steps of Python, which are slow
+        behind kernels that filled the caches: (T, B, H) = (128, 1, 512) 45 us instead of 100. None: for ``forward``."""
         if self.num_layers > 1 or self.bidirectional or self.zoneout or self.recurrent_dropout > 0:
             return None
+        for name in self._all_weights[0]:
+            if name not in self._parameters:  # calculated at each look (parametrizations), which shall be one
+                return None
         if self.batch_first:
             if input.dim() != 3:
                 return None
