@@ -135,7 +135,12 @@ def test_a_model_with_a_converted_layer():
 
 @pytest.mark.parametrize(
     "model",
-    [nn.LayerNormLSTM(4, 6), nn.MultiplicativeLSTM(4, 6), nn.LayerNormGRU(4, 6), nn.LSTM(4, 6, zoneout=0.1)],
+    [
+        nn.LayerNormLSTM(4, 6),
+        nn.MultiplicativeLSTM(4, 6),
+        nn.LayerNormGRU(4, 6),
+        nn.LSTM(4, 6, zoneout=0.1),
+    ],
     ids=lambda model: type(model).__name__,
 )
 def test_what_onnx_has_not_is_recorded_step_by_step(model):
