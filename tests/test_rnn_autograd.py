@@ -236,3 +236,14 @@ def test_parametrized_weights_are_calculated_once(given):
     counted.calls = 0
     module(torch.randn(5, 3, 4, dtype=given))
     assert counted.calls == 1
+
+
+def test_replaced_weights():
+    """Of another dtype they run, of another width they are refused, as torch has it."""
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    for kind in (torch.nn.GRU, seqaccel.nn.GRU):
+        module = kind(4, 6)
+        doubled = {name: parameter.double() for name, parameter in module.named_parameters()}
+        assert torch.func.functional_call(module, doubled, x)[0].dtype == torch.float64
+        with pytest.raises(RuntimeError, match="input.size"):
+            torch.func.functional_call(module, {"weight_ih_l0": torch.randn(18, 5)}, torch.randn(5, 3, 5))

@@ -198,9 +198,9 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         for name in self._all_weights[0]:
             if name not in self._parameters:  # calculated at each look (parametrizations), which shall be one
                 return None
+        if input.dim() != 3 or input.size(2) != self.input_size:
+            return None
         if self.batch_first:
-            if input.dim() != 3:
-                return None
             input = input.transpose(0, 1)
         found = run_at_once(self.cell, input, None, None, self._layer_weights(0), False)
         if found is None:
