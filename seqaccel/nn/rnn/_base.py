@@ -105,7 +105,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         """The weights of one layer and direction, in the cell's order."""
         own = self._parameters
         weights: list[Tensor | None] = []
-        for name in self._all_weights[index]:
+        for name in self._all_weights[index]:  # a comprehension would be a frame of its own, 3 us behind a kernel
             weights.append(own[name] if name in own else getattr(self, name))
         if not self.bias:
             weights[2:2] = [None, None]
