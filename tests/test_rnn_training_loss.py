@@ -7,7 +7,7 @@ import torch
 
 import seqaccel
 
-SEEDS, STEPS, LENGTH, BATCH, INPUTS, HIDDEN = 40, 20, 32, 8, 8, 32
+SEEDS, STEPS, LENGTH, BATCH, INPUTS, HIDDEN = 80, 20, 32, 8, 8, 32
 
 
 @pytest.fixture
@@ -42,8 +42,9 @@ def test_training_differs_no_more_than_torch_differs_from_itself(one_thread):
     """The mean difference in loss over a run: ours from torch's, against torch's with oneDNN from torch's without.
 
     Rounding does not grow from step to step on this problem (that is asserted), so every run measures the same small
-    quantity, and 40 of them tell the ratio of the two to about 5%. Both layers sum in float32, so it is near 1 (0.93 on
-    an AVX-512 machine): the test is that it is not above 1 by more than one standard error.
+    quantity, and 80 of them tell the ratio of the two to about 3%. Both layers sum in float32, so it is near 1 (0.93 on
+    an Intel core, 1.00 on a Zen 5 one, of 400 runs): the test is that it is not above 1 by more than two standard
+    errors.
     """
     ratios = []
     for seed in range(SEEDS):
@@ -56,4 +57,4 @@ def test_training_differs_no_more_than_torch_differs_from_itself(one_thread):
     ratio = torch.tensor(ratios)
     error = ratio.std() / SEEDS**0.5
     assert error < 0.1
-    assert ratio.mean() < error, f"{ratio.mean().exp():.2f} times as far, +- {error:.0%}"
+    assert ratio.mean() < 2 * error, f"{ratio.mean().exp():.2f} times as far, +- {error:.0%}"

@@ -64,6 +64,14 @@ bool beyond_l2(std::ptrdiff_t bytes) {
 
 Isa active_isa() { return isa_slot(); }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def("isa() -> str");
   m.def("best_isa() -> str");

@@ -13,6 +13,9 @@ enum class Isa { portable, avx2, avx512, avx512_bf16 };
 // The best one this processor has, or what SEQACCEL_ISA or set_isa asked for.
 Isa active_isa();
 
+// Whether the processor is one of AMD's.
+bool is_amd();
+
 // Declares the table of kernels that <name>_kernels.h defines once for each instruction set.
 #if defined(__x86_64__)
 #define SEQACCEL_DECLARE_KERNELS(Type, table) \

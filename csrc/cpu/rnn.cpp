@@ -100,7 +100,7 @@ void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t 
                                weight.const_data_ptr<T>(), pointer<T>(projection.values, at, width) + column, width});
     }
     Tensor values = columns_of(rows_of(projection.values, at, rows), column, weight.size(0));
-    mm_out(values, rows_of(input, first, rows), transposed(weight));
+    product(values, rows_of(input, first, rows), transposed(weight));
   };
   part(layer.weight(kWeightIh), 0);
   if (layer.cell->extra) part(layer.weight_mx(), layer.gate_rows());

@@ -95,9 +95,6 @@ Tensor rows_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor transposed(const Tensor& t);
 
-// out = a b.
-void mm_out(Tensor& out, const Tensor& a, const Tensor& b);
-
 // out (+)= a b, a [M, K], b [K, N]; rows of out are contiguous.
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
