@@ -34,9 +34,9 @@ What is done with a case:
   as long as the pause took, keep out what the pause itself costs, as the ceilings are measured without one: on a
   virtual machine, RNN training calls of 6.6 ms after 20 ms of idleness took 1.10, 1.06, 1.03, 1.02 and 1.01 of their
   time, those of 0.7 ms 1.69, 1.16, 1.05 and 1.05.
-- The machine's ceilings (GEMM rate, copy bandwidth from memory, copy bandwidth at the case's footprint) are measured
-  before and after. If one moved by more than 10% the run is void: it is repeated, up to three times in all, and what is
-  void then is recorded as void and reported so.
+- The machine's ceilings (rate of the faster GEMM of torch's and ours, copy bandwidth from memory, copy bandwidth at
+  the case's footprint) are measured before and after. If one moved by more than 10% the run is void: it is repeated, up
+  to three times in all, and what is void then is recorded as void and reported so.
 - Our figure is the median round. A peer's figure is its fastest round.
 - A contender named ``seqaccel[cpp]``, ``[triton]`` or ``[cuda]`` is profiled first: no torch operator of ``STOCK`` may
   run in it.
