@@ -43,7 +43,8 @@ def test_training_differs_no_more_than_torch_differs_from_itself(one_thread):
 
     Rounding does not grow from step to step on this problem (that is asserted), so every run measures the same small
     quantity, and 80 of them tell the ratio of the two to about 3%. Both layers sum in float32, so it is near 1 (0.93 on
-    an Intel core; 1.00 on a Zen 5 one, of 400 runs): the test is that it is not above 1 by more than one standard error.
+    an Intel core; 1.00 on a Zen 5 one, of 400 runs): the test is that it is not above 1 by more than one standard
+    error.
     """
     ratios = []
     for seed in range(SEEDS):
