@@ -58,7 +58,7 @@ def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
 @pytest.mark.parametrize("packed", [False, True])
 def test_torch_runs_all_layers_as_auto_would(packed, batch, expected, h100):
     """What a module asks before its layers do: it sees the batch, packed or not."""
-    shape, sizes = ((20, batch, 8), None) if not packed else ((20 * batch, 8), torch.tensor([batch] * 20))
+    shape, sizes = ((40, batch, 8), None) if not packed else ((40 * batch, 8), torch.tensor([batch] * 40))
     input = types.SimpleNamespace(**vars(on_a_gpu(torch.float16)), shape=shape)
     assert _operator.torch_runs_all_layers("lstm", input, sizes, 512, False) == expected
 
@@ -73,7 +73,8 @@ def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
     assert choice("lstm", 64) == "triton" and choice("lstm", 64, projected=True) == "torch"  # that runs step by step
     assert choice("lstm", 512) == "triton" and choice("lstm", 512, batch=256) == "triton"
     assert choice("lstm", 512, batch=300) == "torch"  # that takes three launches
-    assert choice("lstm", 512, steps=1) == "torch" and choice("rnn_tanh", 2048) == "torch"  # not measured
+    assert choice("lstm", 512, steps=16) == "torch" and choice("lstm", 512, steps=32) == "triton"
+    assert choice("rnn_tanh", 2048) == "torch"  # not measured
     assert choice("peephole_lstm", 512, batch=300) == "triton"
     for memory, processors in ((163, 108), (99, 58)):
         h100.shared_memory_per_block_optin, h100.multi_processor_count = memory << 10, processors
