@@ -58,7 +58,11 @@ def test_matrix_product(isa, poison, M, K, N, dtype):
         expected = a.double() @ b.double()
         # The standard bound on a sum of K products: K eps |a| |b|.
         bound = (K + 1) * torch.finfo(dtype).eps * (a.double().abs() @ b.double().abs())
+        added = torch.ones(M, N, dtype=dtype)
+        torch.ops.seqaccel.add_fastest_mm_(added, a, b)
         assert ((torch.ops.seqaccel.mm(a, b).double() - expected).abs() <= bound).all()
+        assert ((torch.ops.seqaccel.fastest_mm(a, b).double() - expected).abs() <= bound).all()
+        assert ((added.double() - 1 - expected).abs() <= bound + 2 * torch.finfo(dtype).eps * added.abs()).all()
 
 
 def test_matrix_product_refuses_what_does_not_fit():
@@ -68,6 +72,18 @@ def test_matrix_product_refuses_what_does_not_fit():
         torch.ops.seqaccel.mm(torch.randn(2, 3), torch.randn(3, 2).double())
     with pytest.raises(RuntimeError, match="float32 or float64"):
         torch.ops.seqaccel.mm(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"expected mat2 to have shape \[3, \*\], but got \[4, 2\]"):
+        torch.ops.seqaccel.fastest_mm(torch.randn(2, 3), torch.randn(4, 2))
+    with pytest.raises(RuntimeError, match=r"expected out to have shape \[2, 5\], but got \[2, 4\]"):
+        torch.ops.seqaccel.add_fastest_mm_(torch.randn(2, 4), torch.randn(2, 3), torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match="expected out to be contiguous"):
+        torch.ops.seqaccel.add_fastest_mm_(torch.randn(5, 2).t(), torch.randn(2, 3), torch.randn(3, 5))
+
+
+def test_matrix_products_pass_opcheck():
+    a, b = torch.randn(5, 7), torch.randn(3, 7).t()
+    torch.library.opcheck(torch.ops.seqaccel.fastest_mm.default, (a, b))
+    torch.library.opcheck(torch.ops.seqaccel.add_fastest_mm_.default, (torch.randn(5, 3), a, b))
 
 
 def test_unknown_instruction_set():

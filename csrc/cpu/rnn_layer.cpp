@@ -1,8 +1,5 @@
 #include "rnn_layer.h"
 
-#include <dlfcn.h>
-#include <omp.h>
-
 #include <cstring>
 #include <numeric>
 
@@ -89,36 +86,6 @@ void check_packed(const Tensor& input, const OptionalTensor& lengths, RnnLayer& 
   STD_TORCH_CHECK(layer.packed_rows == input.size(0), "seqaccel: expected lengths of a packed input to add up to ",
                   input.size(0), ", but they add up to ", layer.packed_rows);
 }
-
-template <typename T>
-void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  matmul(Matmul<T>{a.size(0), b.size(1), a.size(1), a.const_data_ptr<T>(), a.stride(0), a.stride(1),
-                   b.const_data_ptr<T>(), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(), out.stride(0),
-                   accumulate});
-}
-
-// out = a b with torch's library.
-void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// out += a b with torch's library. False: this torch has not the call, which no stable header declares.
-bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
-  using AddmmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
-                                      AtenTensorHandle mat2, double beta, double alpha);
-  static const AddmmOut addmm_out = reinterpret_cast<AddmmOut>(dlsym(RTLD_DEFAULT, "aoti_torch_cpu_addmm_out"));
-  if (addmm_out == nullptr) return false;
-  TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
-  return true;
-}
-
-// Whether torch's library makes a large product in less time than matmul.h. On AMD's cores MKL uses no vectors of 512
-// bits: two Zen 5 cores, [2048, 1024] x [1024, 4096]: 165 GFLOP/s, ours 408 (Zen 4, whose units are of 256 bits: 155 to
-// 200, ours 185 to 205). On Intel's cores matmul.h takes 5 to 24% more time at H >= 512.
-bool torch_is_faster() { return !(is_amd() && active_isa() >= Isa::avx512); }
 
 size_t value_bytes(const RnnLayer& layer) { return layer.single() ? 4 : 8; }
 
@@ -211,19 +178,6 @@ Tensor columns_of(const Tensor& t, int64_t begin, int64_t count) {
 }
 
 Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
-
-// matmul.h reads a transposed matrix and a narrow one where they lie, and makes a small product in one go; the others
-// go to torch's library where that is faster.
-void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const bool narrow =
-      a.stride(0) == 1 && is_narrow(a.size(0), b.size(1), int64_t(a.element_size()), omp_get_max_threads());
-  const bool small = double(a.size(0)) * double(a.size(1)) * double(b.size(1)) < kSmallProduct;
-  if (!narrow && !small && torch_is_faster()) {
-    if (!accumulate) return mm_out(out, a, b);
-    if (add_mm(out, a, b)) return;
-  }
-  (a.scalar_type() == ScalarType::Float ? multiply<float> : multiply<double>)(out, a, b, accumulate);
-}
 
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {
   Tensor packed = new_tensor(padded, {layer.packed_rows, padded.size(2)});

@@ -1,10 +1,10 @@
-// What the two operators of a recurrent layer share: checks, lengths, and products over all time steps.
+// What the two operators of a recurrent layer share: checks, lengths, and matrices of all time steps.
 #pragma once
 
 #include <algorithm>
 
-#include "matmul.h"
 #include "pool.h"
+#include "product.h"
 #include "rnn.h"
 #include "tensor.h"
 
@@ -94,9 +94,6 @@ Tensor as_rows(const Tensor& t);
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor transposed(const Tensor& t);
-
-// out (+)= a b, a [M, K], b [K, N]; rows of out are contiguous.
-void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
 // Padded [T, B, N] to packed rows [packed_rows, N], and back (0 where no row runs).
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded);

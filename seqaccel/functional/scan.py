@@ -23,6 +23,11 @@ def _operator(name: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.seqaccel, name)
 
 
+def _mm(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    """a @ b; on a CPU by torch's library or by our kernels, whichever is faster on its cores."""
+    return torch.ops.seqaccel.fastest_mm(a, b) if backend == "cpp" else torch.mm(a, b)
+
+
 def _in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """A running sum is no matrix product: as torch does for cumsum, autocast means float32 here."""
     device_type = next(t.device.type for t in tensors if t is not None)
@@ -213,7 +218,7 @@ class _SRULayer(torch.autograd.Function):
     ):
         ctx.same, x = same, input if same else x
         steps, batch, features = input.shape
-        u = torch.mm(input.reshape(steps * batch, features), weight).view(steps, batch, weight.shape[1])
+        u = _mm(input.reshape(steps * batch, features), weight, backend).view(steps, batch, weight.shape[1])
         h, c_n, c = _operator("sru_forward", backend)(
             u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, True
         )
@@ -244,12 +249,15 @@ class _SRULayer(torch.autograd.Function):
         grad_u = grad_u.view(rows, weight.shape[1])
         grad_input = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.mm(grad_u.t(), input.reshape(rows, features)).t()
+            grad_weight = _mm(grad_u.t(), input.reshape(rows, features), ctx.backend).t()
         if ctx.needs_input_grad[0]:
-            if ctx.same:
-                grad_input = grad_x.view(rows, features).addmm_(grad_u, weight.t()).view(input.shape)
+            if not ctx.same:
+                grad_input = _mm(grad_u, weight.t(), ctx.backend).view(input.shape)
+            elif ctx.backend == "cpp":
+                torch.ops.seqaccel.add_fastest_mm_(grad_x.view(rows, features), grad_u, weight.t())
+                grad_input = grad_x
             else:
-                grad_input = torch.mm(grad_u, weight.t()).view(input.shape)
+                grad_input = grad_x.view(rows, features).addmm_(grad_u, weight.t()).view(input.shape)
         grad_x = None if x is None or ctx.same else grad_x
         return grad_input, grad_weight, grad_x, grad_weight_c, grad_bias, grad_c_0, *unused
 
@@ -440,17 +448,17 @@ def sru_layer(
             f"but got {tuple(input.shape)} and {tuple(weight.shape)}"
         )
     _check_alike("sru_layer", "input", input, {} if _common.autocast_on(input.device.type) else {"weight": weight})
-    fused = (
+    plain = (
         input.dtype in (torch.float32, torch.float64)
         and weight_c.dim() == 1
         and not _common.autocast_on(input.device.type)
         and not _common.transforms_active()
-        and _common.needs_grad(input, weight, x, weight_c, bias, c_0)
     )
-    backend = backends.choose("sru", input, _BACKENDS) if fused else "reference"
-    if backend == "reference":
+    backend = backends.choose("sru", input, _BACKENDS) if plain else "reference"
+    shape = (input.shape[0], input.shape[1], weight.shape[1])
+    if backend == "reference" or not _common.needs_grad(input, weight, x, weight_c, bias, c_0):
         return sru(
-            input @ weight,
+            _mm(input.flatten(0, 1), weight, backend).view(shape) if backend == "cpp" else input @ weight,
             x,
             weight_c,
             bias,
@@ -461,7 +469,6 @@ def sru_layer(
             directions=directions,
             use_tanh=use_tanh,
         )
-    shape = (input.shape[0], input.shape[1], weight.shape[1])
     operands = _sru_operands(shape, input, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions)
     same = x is input
     if same:
@@ -499,7 +506,17 @@ def _sru_backward_fake(grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask
     )
 
 
+def _fastest_mm_fake(input, mat2):
+    return input.new_empty(input.shape[0], mat2.shape[1])
+
+
+def _add_fastest_mm_fake(out, input, mat2):
+    return None
+
+
 if hasattr(torch.ops.seqaccel, "linear_scan_forward"):
+    torch.library.register_fake("seqaccel::fastest_mm", _fastest_mm_fake)
+    torch.library.register_fake("seqaccel::add_fastest_mm_", _add_fastest_mm_fake)
     torch.library.register_fake("seqaccel::linear_scan_forward", _linear_scan_forward_fake)
     torch.library.register_fake("seqaccel::linear_scan_backward", _linear_scan_backward_fake)
     torch.library.register_fake("seqaccel::sru_forward", _sru_forward_fake)
