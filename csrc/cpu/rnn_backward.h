@@ -111,7 +111,8 @@ template <class Cell, typename T>
 void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
                  ptrdiff_t count, ptrdiff_t unit, LineList& lines) {
   constexpr ptrdiff_t kBytes = kColumns * SEQACCEL_VECTOR_BYTES;
-  constexpr int kPieces = Cell::kSaved + Cell::kUsesH + 1 + Cell::kHasCell + Cell::kUsesPrev;
+  constexpr int kNormed = Cell::kNorm ? 2 * Cell::kGates : 0, kWritten = Cell::kNorm ? kNormed : kPre<Cell>;
+  constexpr int kPieces = Cell::kSaved + kNormed + Cell::kUsesH + 1 + Cell::kHasCell + Cell::kUsesPrev;
   const ptrdiff_t H = p.hidden, inner = share.among(step.earlier_running);
   const ptrdiff_t end = min_of(i0 + count, share.among(step.now_running));
   lines.begin<kBytes>((end - i0) * kPieces);
@@ -119,10 +120,12 @@ void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardS
     const ptrdiff_t b = share.at(i), packed = p.rows.packed(step.t, b), padded = p.rows.padded(step.t, b);
 #pragma GCC unroll 8
     for (int g = 0; g < Cell::kSaved; ++g) lines.add<kBytes>(p.saved + (packed * Cell::kSaved + g) * H + unit);
+#pragma GCC unroll 8
+    for (int g = 0; g < kNormed; ++g) lines.add<kBytes>(p.normed + (packed * kNormed + g) * H + unit);
     if (Cell::kUsesH) lines.add<kBytes>(p.output + padded * H + unit);
     if (p.grad_output && p.outputs == H) lines.add<kBytes>(p.grad_output + padded * H + unit);
 #pragma GCC unroll 8
-    for (int g = 0; g < kPre<Cell> && count >= kWriteRows; ++g) {
+    for (int g = 0; g < kWritten && count >= kWriteRows; ++g) {
       const char* const at = reinterpret_cast<const char*>(p.grad_pre + packed * p.grad_row + g * H + unit);
 #pragma GCC unroll 4
       for (int v = 0; v < kColumns; ++v) __builtin_prefetch(at + v * SEQACCEL_VECTOR_BYTES, 1, 2);

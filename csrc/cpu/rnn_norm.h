@@ -15,48 +15,122 @@ struct RowMoments {
   T mean, scale;  // scale: 1 / sigma
 };
 
-// Of `count` values, in two passes.
+// The mean of `count` values, and the sum of their squared distances from it.
 template <typename T>
-RowMoments<T> row_moments(const T* x, ptrdiff_t count) {
+struct Moments {
+  T mean, squares;
+  RowMoments<T> of_row(ptrdiff_t count) const { return {mean, T(1) / T(sqrt(squares / T(count) + T(kEpsilon)))}; }
+};
+
+// Of `pieces` pieces of `count` values, `apart` apart, in two passes.
+template <typename T>
+Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t apart = 0) {
   constexpr int L = Lanes<T>;
   const ptrdiff_t whole = count / L * L;
-  Vec<T> sum{};
-  for (ptrdiff_t k = 0; k < whole; k += L) sum += load(x + k);
-  T total = horizontal_sum<T>(sum);
-  for (ptrdiff_t k = whole; k < count; ++k) total += x[k];
-  const T mean = total / T(count);
-  Vec<T> squares{};
-  for (ptrdiff_t k = 0; k < whole; k += L) {
-    const Vec<T> d = load(x + k) - mean;
-    squares += d * d;
+  Vec<T> sums{};
+  T total = T(0);
+  for (int piece = 0; piece < pieces; ++piece) {
+    const T* const from = x + piece * apart;
+    for (ptrdiff_t k = 0; k < whole; k += L) sums += load(from + k);
+    for (ptrdiff_t k = whole; k < count; ++k) total += from[k];
   }
-  T variance = horizontal_sum<T>(squares);
-  for (ptrdiff_t k = whole; k < count; ++k) variance += (x[k] - mean) * (x[k] - mean);
-  return {mean, T(1) / T(sqrt(variance / T(count) + T(kEpsilon)))};
+  total += horizontal_sum<T>(sums);
+  const T mean = count > 0 ? total / T(pieces * count) : T(0);
+  Vec<T> squares{};
+  T square = T(0);
+  for (int piece = 0; piece < pieces; ++piece) {
+    const T* const from = x + piece * apart;
+    for (ptrdiff_t k = 0; k < whole; k += L) {
+      const Vec<T> d = load(from + k) - mean;
+      squares += d * d;
+    }
+    for (ptrdiff_t k = whole; k < count; ++k) square += (from[k] - mean) * (from[k] - mean);
+  }
+  return {mean, square + horizontal_sum<T>(squares)};
 }
 
-// The means of g and of g y over `count` values: what a norm's gradient takes off,
-//   dL/dx = (g - mean(g) - y mean(g y)) / sigma, g = dL/dy.
+// The units [begin, end) that are a group's in for_units.
+struct Units {
+  ptrdiff_t begin, end;
+};
+
+template <typename T>
+Units units_of(const Member& me, int group, ptrdiff_t width) {
+  const ptrdiff_t vectors = panel_count(width, Lanes<T>), groups = me.split.groups;
+  return {vectors * group / groups * Lanes<T>, min_of(vectors * (group + 1) / groups * Lanes<T>, width)};
+}
+
+// What the threads of a part find of each other's units behind a barrier: N values for each row, of each group. Sums
+// over a row's units are shared so: the row itself would have to come from the other cores.
+template <typename T, int N>
+struct Shared {
+  T* values;  // of the part: [groups, apart]
+  ptrdiff_t apart;
+
+  static ptrdiff_t size(ptrdiff_t rows) { return panel_count(rows * N * ptrdiff_t(sizeof(T)), 64) * 64 / sizeof(T); }
+  static Shared of(T* all, const Member& me, ptrdiff_t rows) {
+    return {all + me.part() * me.split.groups * size(rows), size(rows)};
+  }
+  T& at(int group, ptrdiff_t row, int i) const { return values[group * apart + row * N + i]; }
+};
+
+// Moments of the row i of `pieces` pieces of `width` units, from those of each group's units.
+template <typename T>
+RowMoments<T> join_moments(const Shared<T, 2>& shared, const Member& me, ptrdiff_t i, ptrdiff_t width, int pieces) {
+  const auto count = [&](int group) {
+    const Units units = units_of<T>(me, group, width);
+    return T(pieces * (units.end - units.begin));
+  };
+  Moments<T> all{};
+  for (int group = 0; group < me.split.groups; ++group) all.mean += count(group) * shared.at(group, i, 0);
+  all.mean /= T(pieces * width);
+  for (int group = 0; group < me.split.groups; ++group) {
+    const T away = shared.at(group, i, 0) - all.mean;
+    all.squares += shared.at(group, i, 1) + count(group) * away * away;
+  }
+  return all.of_row(pieces * width);
+}
+
+template <typename T>
+void share_moments(const Shared<T, 2>& shared, const Member& me, ptrdiff_t i, Moments<T> moments) {
+  shared.at(me.share.group, i, 0) = moments.mean;
+  shared.at(me.share.group, i, 1) = moments.squares;
+}
+
+// Sums over a row's units of N values, which a thread adds up by vectors for its own units, and then shares.
+template <typename T, int N>
+struct UnitSums {
+  T* own;  // [rows, N, L], zero between the steps
+  Shared<T, N> shared;
+
+  SEQACCEL_INLINE void add(ptrdiff_t row, int i, Vec<T> x, int units) const {
+    T* const at = own + (row * N + i) * Lanes<T>;
+    store_some(at, load_some(at, units) + x, units);
+  }
+  void share(const Member& me, ptrdiff_t rows) const {
+    for (ptrdiff_t i = 0; i < rows * N; ++i) {
+      shared.at(me.share.group, i / N, int(i % N)) = horizontal_sum<T>(load(own + i * Lanes<T>));
+      store(own + i * Lanes<T>, Vec<T>{});
+    }
+  }
+  T total(const Member& me, ptrdiff_t row, int i) const {
+    T sum = T(0);
+    for (int group = 0; group < me.split.groups; ++group) sum += shared.at(group, row, i);
+    return sum;
+  }
+};
+
+// A norm's gradient: dL/dx = (g - mean(g) - y mean(g y)) / sigma, g = dL/dy.
 template <typename T>
 struct NormGrad {
   T mean, slope, scale;
+  // The sums i of g and i + 1 of g y over `count` values.
+  template <int N>
+  static NormGrad of(const UnitSums<T, N>& sums, const Member& me, ptrdiff_t row, int i, ptrdiff_t count, T scale) {
+    return {sums.total(me, row, i) / T(count), sums.total(me, row, i + 1) / T(count), scale};
+  }
   SEQACCEL_INLINE Vec<T> operator()(Vec<T> g, Vec<T> y) const { return (g - mean - y * slope) * scale; }
 };
-
-// g [count] as grad[k] * weight[k], or grad alone.
-template <typename T>
-NormGrad<T> norm_grad_of(const T* grad, const T* weight, const T* y, ptrdiff_t count, T scale) {
-  constexpr int L = Lanes<T>;
-  Vec<T> sum{}, products{};
-  for (ptrdiff_t k = 0; k < count; k += L) {
-    const int n = int(min_of(L, count - k));
-    Vec<T> g = load_some(grad + k, n);
-    if (weight) g *= load_some(weight + k, n);
-    sum += g;
-    products += g * load_some(y + k, n);
-  }
-  return {horizontal_sum<T>(sum) / T(count), horizontal_sum<T>(products) / T(count), scale};
-}
 
 template <typename T>
 void normalize_rows(const NormRows<T>& p) {
@@ -65,7 +139,7 @@ void normalize_rows(const NormRows<T>& p) {
 #pragma omp parallel for schedule(static) if (!small)
   for (ptrdiff_t row = 0; row < p.rows; ++row) {
     T* const x = p.x + row * p.row;
-    const RowMoments<T> moments = row_moments(x, p.width);
+    const RowMoments<T> moments = moments_of(x, p.width).of_row(p.width);
     for (ptrdiff_t k = 0; k < p.width; k += L) {
       const int n = int(min_of(L, p.width - k));
       store_some(x + k, (load_some(x + k, n) - moments.mean) * moments.scale, n);

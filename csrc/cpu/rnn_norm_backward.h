@@ -40,32 +40,44 @@ SEQACCEL_INLINE void take_unit(const RnnBackward<T>& p, const BackwardStep& step
   }
 }
 
-// grad_pre of a unit and row to the row, and its products with what they scaled to the sums: biases, then gamma_1 and
-// gamma_2.
+// grad_pre of a unit and row i, b of the batch, to the row; its products with what they scaled to the sums: biases,
+// then gamma_1 and gamma_2; and what the gradients of the norms need of it to of_pre: sums of g and g y, of the input's
+// and of the recurrent one.
 template <class Cell, typename T, class Sums>
 SEQACCEL_INLINE void put_grad_pre(const RnnBackward<T>& p, const NormBackwardState<T>& state, ptrdiff_t packed,
-                                  ptrdiff_t b, ptrdiff_t unit, int units, const Unit<Cell, Vec<T>>& u, Sums& sums) {
+                                  ptrdiff_t i, ptrdiff_t b, ptrdiff_t unit, int units, const Unit<Cell, Vec<T>>& u,
+                                  Sums& sums, const UnitSums<T, 4>& of_pre) {
   constexpr int G = Cell::kGates, kPres = kPre<Cell>;
-  const ptrdiff_t H = p.hidden;
+  const ptrdiff_t H = p.hidden, stride = state.backward.stride;
+  const T* const gamma = state.backward.weights + unit;
 #pragma GCC unroll 8
   for (int g = 0; g < kPres; ++g) {
     store_some(state.grad_pre + (b * kPres + g) * H + unit, u.grad_pre[g], units);
     sums.values[g] += u.grad_pre[g];
   }
   const T* const normed = p.normed + packed * 2 * G * H + unit;
+  Vec<T> joined[4] = {};
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g) {
-    const int at = Cell::kApart && g == G - 1 ? G : g;
-    sums.values[kPres + g] += u.grad_pre[g] * load_some(normed + g * H, units);
-    sums.values[kPres + G + g] += u.grad_pre[at] * load_some(normed + (G + g) * H, units);
+    const Vec<T> grad_x = u.grad_pre[g], grad_h = u.grad_pre[Cell::kApart && g == G - 1 ? G : g];
+    const Vec<T> y_x = load_some(normed + g * H, units), y_h = load_some(normed + (G + g) * H, units);
+    sums.values[kPres + g] += grad_x * y_x;
+    sums.values[kPres + G + g] += grad_h * y_h;
+    const Vec<T> g_x = grad_x * load(gamma + g * stride), g_h = grad_h * load(gamma + (G + g) * stride);
+    joined[0] += g_x;
+    joined[1] += g_x * y_x;
+    joined[2] += g_h;
+    joined[3] += g_h * y_h;
   }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) of_pre.add(i, k, joined[k], units);
 }
 
 // The first stage, behind the product.
 template <class Cell, typename T>
 void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state, const RowShare& share,
                          const BackwardStep& step, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const T* product,
-                         T* sums_at) {
+                         T* sums_at, const UnitSums<T, 2>& of_c, const UnitSums<T, 4>& of_pre) {
   constexpr int L = Lanes<T>, kSums = kPre<Cell> + Cell::kWeights;
   const ptrdiff_t H = p.hidden, stride = state.backward.stride;
   const int units = int(min_of(L, H - unit));
@@ -98,14 +110,17 @@ void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& st
         if (p.zoneout_c.factors) split_grad(p.zoneout_c, p.rows.padded(step.t, b) * H + unit, units, grad);
         u.grad_c += grad;
       }
-      store_some(state.grad_y + b * H + unit, gamma * u.grad_c, units);
+      const Vec<T> g = gamma * u.grad_c;
+      of_c.add(i0 + i, 0, g, units);
+      of_c.add(i0 + i, 1, g * y, units);
+      store_some(state.grad_y + b * H + unit, g, units);
       store_some(state.y + b * H + unit, y, units);
       store_some(state.grad_pre + (b * kPre<Cell> + Cell::kGates - 1) * H + unit, u.grad_pre[Cell::kGates - 1], units);
       sums.values[kSums - 2] += u.grad_c * y;
       sums.values[kSums - 1] += u.grad_c;
     } else {
       Cell::template backward<Functions<T>>(u);
-      put_grad_pre<Cell>(p, state, packed, b, unit, units, u, sums);
+      put_grad_pre<Cell>(p, state, packed, i0 + i, b, unit, units, u, sums, of_pre);
     }
     if (direct) {
       if constexpr (Cell::kDirect) kept += u.grad_h_prev;
@@ -119,7 +134,8 @@ void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& st
 // Behind c's norm.
 template <class Cell, typename T>
 void norm_c_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state, const RowShare& share,
-                     const BackwardStep& step, ptrdiff_t count, ptrdiff_t unit, const NormGrad<T>* norms, T* sums_at) {
+                     const BackwardStep& step, ptrdiff_t count, ptrdiff_t unit, const NormGrad<T>* norms, T* sums_at,
+                     const UnitSums<T, 4>& of_pre) {
   constexpr int kSums = kPre<Cell> + Cell::kWeights, kLast = Cell::kGates - 1;
   const ptrdiff_t H = p.hidden, stride = state.backward.stride;
   const int units = int(min_of(Lanes<T>, H - unit));
@@ -136,7 +152,7 @@ void norm_c_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state,
     if (!Cell::kNormState) u.grad_c += grad;
     Cell::template backward<Functions<T>>(u);
     store(grad_c, u.grad_c + kept);
-    put_grad_pre<Cell>(p, state, p.rows.packed(step.t, b), b, unit, units, u, sums);
+    put_grad_pre<Cell>(p, state, p.rows.packed(step.t, b), i, b, unit, units, u, sums, of_pre);
     sums.joined_every(i);
   }
   sums.join();
@@ -163,7 +179,9 @@ bool norm_backward(const RnnBackward<T>& p) {
   const size_t panels_at = workspace.reserve<T>(product.panel_values());
   const size_t state_at = workspace.reserve<T>((2 * B + 2 * threads * kSums + Cell::kWeights) * state.stride);
   const size_t rows_at = workspace.reserve<T>(B * (kPres + 2) * H);
-  const size_t norms_at = workspace.reserve<NormGrad<T>>(2 * threads * B);
+  const size_t norms_at = workspace.reserve<NormGrad<T>>(threads * B);
+  const size_t own_at = workspace.reserve<T>(threads * B * 6 * L);
+  const size_t shared_at = workspace.reserve<T>(threads * (Shared<T, 2>::size(B) + Shared<T, 4>::size(B)));
   const size_t barriers_at = workspace.reserve<Barrier>(threads);
   if (!workspace.allocate()) return false;
   product.panels = workspace.at<T>(panels_at);
@@ -194,50 +212,50 @@ bool norm_backward(const RnnBackward<T>& p) {
 #pragma omp barrier
     if (!me.share.idle) {
       alignas(64) T out[kChunk * Product::kWidth];
+      LineList lines;
       T* const sums = state.sums + me.part() * 2 * kSums * state.stride;
-      NormGrad<T>* const norms = workspace.at<NormGrad<T>>(norms_at) + 2 * thread * B;
+      NormGrad<T>* const norms = workspace.at<NormGrad<T>>(norms_at) + thread * B;
+      T* const own = workspace.at<T>(own_at) + thread * B * 6 * L;
+      memset(own, 0, sizeof(T) * size_t(B * 6 * L));
+      T* const shared = workspace.at<T>(shared_at);
+      const UnitSums<T, 2> of_c{own, Shared<T, 2>::of(shared, me, B)};
+      const UnitSums<T, 4> of_pre{own + B * 2 * L, Shared<T, 4>::of(shared + threads * Shared<T, 2>::size(B), me, B)};
       for (ptrdiff_t s = steps - 1; s >= -1; --s) {
         const BackwardStep step = backward_step(p.rows, p.reverse, s);
         const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
         if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row + G * H, row, G * H, known);
         for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+          list_update<Cell>(p, rows, step, i, count, j * Product::kWidth, lines);
           if (known > i) {
             product(min_of(count, known - i), p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + G * H,
-                    rows.step * row, j, 0, G * H, out);
+                    rows.step * row, j, 0, G * H, out, false, &lines);
           }
           for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
-            norm_first_backward<Cell, T>(p, norm, rows, step, i, count, (j * kColumns + v) * L, out + v * L, sums);
+            norm_first_backward<Cell, T>(p, norm, rows, step, i, count, (j * kColumns + v) * L, out + v * L, sums, of_c,
+                                         of_pre);
           }
         });
-        me.wait();
         if constexpr (Cell::kNormC) {
+          of_c.share(me, now);
+          me.wait();
           for (ptrdiff_t i = 0; i < now; ++i) {
-            const ptrdiff_t b = rows.at(i);
-            norms[i] = norm_grad_of<T>(norm.grad_y + b * H, nullptr, norm.y + b * H, H,
-                                       p.stats[p.rows.packed(step.t, b) * kNormStats + kScaleC]);
+            const T* const stats = p.stats + p.rows.packed(step.t, rows.at(i)) * kNormStats;
+            norms[i] = NormGrad<T>::of(of_c, me, i, 0, H, stats[kScaleC]);
           }
           for_units<T>(me, H, [&](ptrdiff_t unit, int) {
-            norm_c_backward<Cell, T>(p, norm, rows, step, now, unit, norms, sums);
+            norm_c_backward<Cell, T>(p, norm, rows, step, now, unit, norms, sums, of_pre);
           });
-          me.wait();
         }
+        of_pre.share(me, now);
+        me.wait();
         // A pre-activation of h' that lies apart takes the place of the input's, last of the gates.
         for (ptrdiff_t i = 0; i < now; ++i) {
           const ptrdiff_t b = rows.at(i), packed = p.rows.packed(step.t, b);
           T* const grad_pre = norm.grad_pre + b * kPres * H;
           const T* const normed = p.normed + packed * 2 * G * H;
           const T* const stats = p.stats + packed * kNormStats;
-          const NormGrad<T> of_x = norm_grad_of(grad_pre, gamma_x, normed, G * H, stats[kScaleX]);
-          NormGrad<T> of_h;
-          if constexpr (Cell::kApart) {
-            const ptrdiff_t joined = (G - 1) * H;
-            const NormGrad<T> front = norm_grad_of(grad_pre, gamma_h, normed + G * H, joined, stats[kScaleH]);
-            const NormGrad<T> back = norm_grad_of(grad_pre + G * H, gamma_h + joined, normed + G * H + joined, H, T(0));
-            of_h = {(front.mean * T(G - 1) + back.mean) / T(G), (front.slope * T(G - 1) + back.slope) / T(G),
-                    stats[kScaleH]};
-          } else {
-            of_h = norm_grad_of(grad_pre, gamma_h, normed + G * H, G * H, stats[kScaleH]);
-          }
+          const NormGrad<T> of_x = NormGrad<T>::of(of_pre, me, i, 0, G * H, stats[kScaleX]);
+          const NormGrad<T> of_h = NormGrad<T>::of(of_pre, me, i, 2, G * H, stats[kScaleH]);
           T* const to = p.grad_pre + packed * row;
           for_units<T>(me, H, [&](ptrdiff_t unit, int units) {
 #pragma GCC unroll 8

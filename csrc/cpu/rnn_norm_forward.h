@@ -2,8 +2,8 @@
 //   raw [rows, G, L] = h' [rows, H] * panel [H, G, L]           for every block of units
 //   saved, c = Cell::forward(gamma_1 x[t] + gamma_2 LN(raw) + bias, c')
 //   h = Cell::finish(gamma LN(c) + beta)                        with kNormC; else the second stage gives h
-// with x[t] normalised beforehand. Threads that share the units meet after each; the statistics of a row are taken by
-// every one of them, which costs some hundredths of the product.
+// with x[t] normalised beforehand. Threads that share the units meet after each; of a row's statistics each has those
+// of its own units, and joins them with the others' behind the barrier.
 #pragma once
 
 #include "rnn_forward.h"
@@ -110,6 +110,7 @@ bool norm_forward(const RnnForward<T>& p) {
   const size_t state_at = workspace.reserve<T>((4 * B + kPre<Cell> + Cell::kWeights) * state.stride);
   const size_t raw_at = workspace.reserve<T>(B * (G + 1) * H + L);
   const size_t moments_at = workspace.reserve<RowMoments<T>>(threads * B);
+  const size_t shared_at = workspace.reserve<T>(2 * threads * Shared<T, 2>::size(B));
   const size_t barriers_at = workspace.reserve<Barrier>(threads);
   if (!workspace.allocate()) return false;
   if (!direct) product.panels = workspace.at<T>(panels_at);
@@ -138,6 +139,10 @@ bool norm_forward(const RnnForward<T>& p) {
     if (!me.share.idle) {
       alignas(64) T pre[kChunk * kColumns * L];
       RowMoments<T>* const moments = workspace.at<RowMoments<T>>(moments_at) + thread * B;
+      T* const shared = workspace.at<T>(shared_at);
+      const Shared<T, 2> of_raw = Shared<T, 2>::of(shared, me, B);
+      const Shared<T, 2> of_c = Shared<T, 2>::of(shared + threads * Shared<T, 2>::size(B), me, B);
+      const Units own = units_of<T>(me, me.share.group, H);
       for (ptrdiff_t s = 0; s < steps; ++s) {
         const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
         const T* const h_prev = state.h[s & 1];
@@ -151,10 +156,14 @@ bool norm_forward(const RnnForward<T>& p) {
             for (int g = 0; g < G; ++g) store_some(raw + g * H, load(pre + (row * G + g) * L), units);
           }
         });
+        for (ptrdiff_t i = 0; i < running; ++i) {
+          const T* const raw = norm.raw + rows.at(i) * G * H + own.begin;
+          share_moments(of_raw, me, i, moments_of(raw, own.end - own.begin, G, H));
+        }
         me.wait();
         for (ptrdiff_t i = 0; i < running; ++i) {
           const ptrdiff_t b = rows.at(i);
-          moments[i] = row_moments(norm.raw + b * G * H, G * H);
+          moments[i] = join_moments(of_raw, me, i, H, G);
           if (p.stats && me.share.group == 0) {
             T* const stats = p.stats + p.rows.packed(t, b) * kNormStats;
             stats[kScaleH] = moments[i].scale;
@@ -164,10 +173,13 @@ bool norm_forward(const RnnForward<T>& p) {
         for_units<T>(me, H,
                      [&](ptrdiff_t unit, int) { norm_update<Cell, T>(p, norm, rows, s, t, running, unit, moments); });
         if constexpr (Cell::kNormC) {
+          for (ptrdiff_t i = 0; i < running; ++i) {
+            share_moments(of_c, me, i, moments_of(norm.fresh + rows.at(i) * H + own.begin, own.end - own.begin));
+          }
           me.wait();
           for (ptrdiff_t i = 0; i < running; ++i) {
             const ptrdiff_t b = rows.at(i);
-            moments[i] = row_moments(norm.fresh + b * H, H);
+            moments[i] = join_moments(of_c, me, i, H, 1);
             if (p.stats && me.share.group == 0) {
               T* const stats = p.stats + p.rows.packed(t, b) * kNormStats;
               stats[kMeanC] = moments[i].mean;
