@@ -80,6 +80,16 @@ def test_matrix_product_refuses_what_does_not_fit():
         torch.ops.seqaccel.add_fastest_mm_(torch.randn(5, 2).t(), torch.randn(2, 3), torch.randn(3, 5))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 2048])
+def test_matrix_products_of_parameters(isa, rows):
+    """An exported graph may have no no_grad around an operator."""
+    a, b = torch.randn(rows, 128, requires_grad=True), torch.randn(128, 96, requires_grad=True)
+    out = torch.zeros(rows, 96)
+    torch.ops.seqaccel.add_fastest_mm_(out, a, b)
+    for found in (torch.ops.seqaccel.fastest_mm(a, b), out):
+        torch.testing.assert_close(found.detach(), (a @ b).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_matrix_products_pass_opcheck():
     a, b = torch.randn(5, 7), torch.randn(3, 7).t()
     torch.library.opcheck(torch.ops.seqaccel.fastest_mm.default, (a, b))

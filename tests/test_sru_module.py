@@ -260,6 +260,21 @@ def test_compiles(training):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", [CPP, "reference"])
+def test_batched_gradients(backend):
+    layer, x = SRU(8, 8).double(), torch.randn(4, 2, 8, dtype=DOUBLE)
+    with backends.backend(backend):
+        found = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x, vectorize=True)
+        expected = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (64, 16, 64)], ids=str)
+def test_exports_with_gradients_on(shape):
+    layer, x = SRU(64, 64), torch.randn(shape)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x)[0], layer(x)[0])
+
+
 def test_exports():
     model = SRU(3, 4).eval()
     x = torch.randn(5, 2, 3)

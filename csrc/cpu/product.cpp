@@ -66,7 +66,7 @@ Tensor mm(Tensor input, Tensor mat2) {
 Tensor fastest_mm(Tensor input, Tensor mat2) {
   check_operands(input, mat2);
   Tensor out = new_tensor(input, {input.size(0), mat2.size(1)});
-  product(out, input, mat2);
+  product(out, detach(input), detach(mat2));
   return out;
 }
 
@@ -74,7 +74,7 @@ void add_fastest_mm(Tensor out, Tensor input, Tensor mat2) {
   check_operands(input, mat2);
   check_tensor(out, "out", {input.size(0), mat2.size(1)}, input.scalar_type());
   STD_TORCH_CHECK(out.is_contiguous(), "seqaccel: expected out to be contiguous");
-  product(out, input, mat2, true);
+  product(out, detach(input), detach(mat2), true);
 }
 
 }  // namespace
@@ -82,13 +82,15 @@ void add_fastest_mm(Tensor out, Tensor input, Tensor mat2) {
 void matmul(const Matmul<float>& product) { check_workspace(active_matmul_kernels().matmul_float(product)); }
 void matmul(const Matmul<double>& product) { check_workspace(active_matmul_kernels().matmul_double(product)); }
 
-// matmul.h reads a transposed matrix and a narrow one where they lie, and makes a small product in one go; the others
-// go to torch's library where that is faster.
+// matmul.h reads a transposed matrix and a narrow one of whole vectors where they lie, and makes a small product in one
+// go; the others go to torch's library where that is faster.
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  const bool narrow =
-      a.stride(0) == 1 && is_narrow(a.size(0), b.size(1), int64_t(a.element_size()), omp_get_max_threads());
-  const bool small = a.size(0) > 1 && double(a.size(0)) * double(a.size(1)) * double(b.size(1)) < kSmallProduct;
-  if (!narrow && !small && torch_is_faster(a.size(0))) {
+  constexpr int64_t kVector = 64;  // bytes
+  const int64_t M = a.size(0), N = b.size(1), value = int64_t(a.element_size());
+  const bool direct = a.stride(0) == 1 && b.stride(1) == 1 && N * value % kVector == 0;
+  const bool narrow = direct && is_narrow(M, N, value, omp_get_max_threads());
+  const bool small = M > 1 && double(M) * double(a.size(1)) * double(N) < kSmallProduct;
+  if (!narrow && !small && torch_is_faster(M)) {
     if (!accumulate) return mm_out(out, a, b);
     if (add_mm(out, a, b)) return;
   }

@@ -104,9 +104,9 @@ SEQACCEL_INLINE Vec<T> split_grad(const RnnBlend<T>& blend, ptrdiff_t offset, in
   return kept;
 }
 
-// What backward_update will read of `count` rows from i0 on and the kColumns vectors of units from `unit` on. Many rows
-// are long enough a product to fetch the lines of dL/dpre too, which would come from memory when they are written: the
-// sweep of LSTM (T, B, H) = (128, 64, 512) x1.07, of (128, 16, 256) x1.03.
+// What the updates of a step will read of `count` rows from i0 on and the kColumns vectors of units from `unit` on.
+// Many rows are long enough a product to fetch the lines of dL/dpre too, which would come from memory when they are
+// written: the sweep of LSTM (T, B, H) = (128, 64, 512) x1.07, of (128, 16, 256) x1.03.
 template <class Cell, typename T>
 void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
                  ptrdiff_t count, ptrdiff_t unit, LineList& lines) {

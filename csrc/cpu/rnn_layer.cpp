@@ -6,18 +6,6 @@
 namespace seqaccel {
 namespace {
 
-Extents sizes_of(const Tensor& t) {
-  Extents sizes(size_t(t.dim()));
-  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = t.size(int64_t(i));
-  return sizes;
-}
-
-Extents strides_of(const Tensor& t) {
-  Extents strides(size_t(t.dim()));
-  for (size_t i = 0; i < strides.size(); ++i) strides[i] = t.stride(int64_t(i));
-  return strides;
-}
-
 int64_t weight_count(const RnnCellEntry& cell) {
   int64_t count = kCommonWeights + (cell.projects ? 1 : 0) + (cell.extra ? 2 : 0);
   for (int i = 0; i < 4 && cell.weight_tensors[i]; ++i) ++count;
@@ -158,8 +146,6 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   if (lengths && layer.packed_rows > 0) sort_rows(*lengths, layer);
   return layer;
 }
-
-Tensor detach(const Tensor& t) { return view_of(t, sizes_of(t), strides_of(t)); }
 
 Tensor as_rows(const Tensor& t) {
   return t.dim() == 2 ? t : view_of(t, {t.size(0) * t.size(1), t.size(2)}, {t.size(2), 1});

@@ -84,9 +84,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string 
                                                                     OptionalTensor lengths, OptionalTensor zoneout_h,
                                                                     OptionalTensor zoneout_c, bool reverse, bool save);
 
-// A tensor that autograd, which lies above the operators, takes no note of.
-Tensor detach(const Tensor& t);
-
 // A contiguous tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
 Tensor as_rows(const Tensor& t);
 

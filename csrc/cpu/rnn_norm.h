@@ -18,8 +18,8 @@ struct RowMoments {
 // The mean of `count` values, and the sum of their squared distances from it.
 template <typename T>
 struct Moments {
-  T mean, squares;
-  RowMoments<T> of_row(ptrdiff_t count) const { return {mean, T(1) / T(sqrt(squares / T(count) + T(kEpsilon)))}; }
+  T count, mean, squares;
+  RowMoments<T> of_row() const { return {mean, T(1) / T(sqrt(squares / count + T(kEpsilon)))}; }
 };
 
 // Of `pieces` pieces of `count` values, `apart` apart, in two passes.
@@ -46,18 +46,7 @@ Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t apa
     }
     for (ptrdiff_t k = whole; k < count; ++k) square += (from[k] - mean) * (from[k] - mean);
   }
-  return {mean, square + horizontal_sum<T>(squares)};
-}
-
-// The units [begin, end) that are a group's in for_units.
-struct Units {
-  ptrdiff_t begin, end;
-};
-
-template <typename T>
-Units units_of(const Member& me, int group, ptrdiff_t width) {
-  const ptrdiff_t vectors = panel_count(width, Lanes<T>), groups = me.split.groups;
-  return {vectors * group / groups * Lanes<T>, min_of(vectors * (group + 1) / groups * Lanes<T>, width)};
+  return {T(pieces * count), mean, square + horizontal_sum<T>(squares)};
 }
 
 // What the threads of a part find of each other's units behind a barrier: N values for each row, of each group. Sums
@@ -74,27 +63,27 @@ struct Shared {
   T& at(int group, ptrdiff_t row, int i) const { return values[group * apart + row * N + i]; }
 };
 
-// Moments of the row i of `pieces` pieces of `width` units, from those of each group's units.
 template <typename T>
-RowMoments<T> join_moments(const Shared<T, 2>& shared, const Member& me, ptrdiff_t i, ptrdiff_t width, int pieces) {
-  const auto count = [&](int group) {
-    const Units units = units_of<T>(me, group, width);
-    return T(pieces * (units.end - units.begin));
-  };
-  Moments<T> all{};
-  for (int group = 0; group < me.split.groups; ++group) all.mean += count(group) * shared.at(group, i, 0);
-  all.mean /= T(pieces * width);
-  for (int group = 0; group < me.split.groups; ++group) {
-    const T away = shared.at(group, i, 0) - all.mean;
-    all.squares += shared.at(group, i, 1) + count(group) * away * away;
-  }
-  return all.of_row(pieces * width);
+void share_moments(const Shared<T, 3>& shared, const Member& me, ptrdiff_t row, const Moments<T>& moments) {
+  shared.at(me.share.group, row, 0) = moments.count;
+  shared.at(me.share.group, row, 1) = moments.mean;
+  shared.at(me.share.group, row, 2) = moments.squares;
 }
 
+// Of a whole row, from those of each group's units.
 template <typename T>
-void share_moments(const Shared<T, 2>& shared, const Member& me, ptrdiff_t i, Moments<T> moments) {
-  shared.at(me.share.group, i, 0) = moments.mean;
-  shared.at(me.share.group, i, 1) = moments.squares;
+RowMoments<T> join_moments(const Shared<T, 3>& shared, const Member& me, ptrdiff_t row) {
+  Moments<T> all{};
+  for (int group = 0; group < me.split.groups; ++group) {
+    all.count += shared.at(group, row, 0);
+    all.mean += shared.at(group, row, 0) * shared.at(group, row, 1);
+  }
+  all.mean /= all.count;
+  for (int group = 0; group < me.split.groups; ++group) {
+    const T away = shared.at(group, row, 1) - all.mean;
+    all.squares += shared.at(group, row, 2) + shared.at(group, row, 0) * away * away;
+  }
+  return all.of_row();
 }
 
 // Sums over a row's units of N values, which a thread adds up by vectors for its own units, and then shares.
@@ -139,7 +128,7 @@ void normalize_rows(const NormRows<T>& p) {
 #pragma omp parallel for schedule(static) if (!small)
   for (ptrdiff_t row = 0; row < p.rows; ++row) {
     T* const x = p.x + row * p.row;
-    const RowMoments<T> moments = moments_of(x, p.width).of_row(p.width);
+    const RowMoments<T> moments = moments_of(x, p.width).of_row();
     for (ptrdiff_t k = 0; k < p.width; k += L) {
       const int n = int(min_of(L, p.width - k));
       store_some(x + k, (load_some(x + k, n) - moments.mean) * moments.scale, n);

@@ -110,7 +110,7 @@ bool norm_forward(const RnnForward<T>& p) {
   const size_t state_at = workspace.reserve<T>((4 * B + kPre<Cell> + Cell::kWeights) * state.stride);
   const size_t raw_at = workspace.reserve<T>(B * (G + 1) * H + L);
   const size_t moments_at = workspace.reserve<RowMoments<T>>(threads * B);
-  const size_t shared_at = workspace.reserve<T>(2 * threads * Shared<T, 2>::size(B));
+  const size_t shared_at = workspace.reserve<T>(2 * threads * Shared<T, 3>::size(B));
   const size_t barriers_at = workspace.reserve<Barrier>(threads);
   if (!workspace.allocate()) return false;
   if (!direct) product.panels = workspace.at<T>(panels_at);
@@ -140,9 +140,11 @@ bool norm_forward(const RnnForward<T>& p) {
       alignas(64) T pre[kChunk * kColumns * L];
       RowMoments<T>* const moments = workspace.at<RowMoments<T>>(moments_at) + thread * B;
       T* const shared = workspace.at<T>(shared_at);
-      const Shared<T, 2> of_raw = Shared<T, 2>::of(shared, me, B);
-      const Shared<T, 2> of_c = Shared<T, 2>::of(shared + threads * Shared<T, 2>::size(B), me, B);
-      const Units own = units_of<T>(me, me.share.group, H);
+      const Shared<T, 3> of_raw = Shared<T, 3>::of(shared, me, B);
+      const Shared<T, 3> of_c = Shared<T, 3>::of(shared + threads * Shared<T, 3>::size(B), me, B);
+      static_assert(Product::U == 1, "a thread's blocks are its vectors of units");
+      const Blocks mine = blocks_of(me, blocks);
+      const ptrdiff_t own = mine.begin * L, own_units = min_of(mine.end * L, H) - own;
       for (ptrdiff_t s = 0; s < steps; ++s) {
         const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
         const T* const h_prev = state.h[s & 1];
@@ -157,13 +159,12 @@ bool norm_forward(const RnnForward<T>& p) {
           }
         });
         for (ptrdiff_t i = 0; i < running; ++i) {
-          const T* const raw = norm.raw + rows.at(i) * G * H + own.begin;
-          share_moments(of_raw, me, i, moments_of(raw, own.end - own.begin, G, H));
+          share_moments(of_raw, me, i, moments_of(norm.raw + rows.at(i) * G * H + own, own_units, G, H));
         }
         me.wait();
         for (ptrdiff_t i = 0; i < running; ++i) {
           const ptrdiff_t b = rows.at(i);
-          moments[i] = join_moments(of_raw, me, i, H, G);
+          moments[i] = join_moments(of_raw, me, i);
           if (p.stats && me.share.group == 0) {
             T* const stats = p.stats + p.rows.packed(t, b) * kNormStats;
             stats[kScaleH] = moments[i].scale;
@@ -174,12 +175,12 @@ bool norm_forward(const RnnForward<T>& p) {
                      [&](ptrdiff_t unit, int) { norm_update<Cell, T>(p, norm, rows, s, t, running, unit, moments); });
         if constexpr (Cell::kNormC) {
           for (ptrdiff_t i = 0; i < running; ++i) {
-            share_moments(of_c, me, i, moments_of(norm.fresh + rows.at(i) * H + own.begin, own.end - own.begin));
+            share_moments(of_c, me, i, moments_of(norm.fresh + rows.at(i) * H + own, own_units));
           }
           me.wait();
           for (ptrdiff_t i = 0; i < running; ++i) {
             const ptrdiff_t b = rows.at(i);
-            moments[i] = join_moments(of_c, me, i, H, 1);
+            moments[i] = join_moments(of_c, me, i);
             if (p.stats && me.share.group == 0) {
               T* const stats = p.stats + p.rows.packed(t, b) * kNormStats;
               stats[kMeanC] = moments[i].mean;

@@ -13,6 +13,11 @@ def transforms_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is of autograd's own vmap (``is_grads_batched``), which has no rule for operators that write."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record this call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

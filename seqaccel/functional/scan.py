@@ -28,6 +28,14 @@ def _mm(a: Tensor, b: Tensor, backend: str) -> Tensor:
     return torch.ops.seqaccel.fastest_mm(a, b) if backend == "cpp" else torch.mm(a, b)
 
 
+def _add_mm_(out: Tensor, a: Tensor, b: Tensor, backend: str) -> Tensor:
+    """out += a @ b, likewise."""
+    if backend != "cpp" or _common.is_batched(a):
+        return out.addmm_(a, b)
+    torch.ops.seqaccel.add_fastest_mm_(out, a, b)
+    return out
+
+
 def _in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """A running sum is no matrix product: as torch does for cumsum, autocast means float32 here."""
     device_type = next(t.device.type for t in tensors if t is not None)
@@ -251,13 +259,10 @@ class _SRULayer(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _mm(grad_u.t(), input.reshape(rows, features), ctx.backend).t()
         if ctx.needs_input_grad[0]:
-            if not ctx.same:
-                grad_input = _mm(grad_u, weight.t(), ctx.backend).view(input.shape)
-            elif ctx.backend == "cpp":
-                torch.ops.seqaccel.add_fastest_mm_(grad_x.view(rows, features), grad_u, weight.t())
-                grad_input = grad_x
+            if ctx.same:
+                grad_input = _add_mm_(grad_x.view(rows, features), grad_u, weight.t(), ctx.backend).view(input.shape)
             else:
-                grad_input = grad_x.view(rows, features).addmm_(grad_u, weight.t()).view(input.shape)
+                grad_input = _mm(grad_u, weight.t(), ctx.backend).view(input.shape)
         grad_x = None if x is None or ctx.same else grad_x
         return grad_input, grad_weight, grad_x, grad_weight_c, grad_bias, grad_c_0, *unused
 
@@ -458,7 +463,7 @@ def sru_layer(
     shape = (input.shape[0], input.shape[1], weight.shape[1])
     if backend == "reference" or not _common.needs_grad(input, weight, x, weight_c, bias, c_0):
         return sru(
-            _mm(input.flatten(0, 1), weight, backend).view(shape) if backend == "cpp" else input @ weight,
+            _mm(input.flatten(0, 1), weight, backend).view(shape),
             x,
             weight_c,
             bias,
