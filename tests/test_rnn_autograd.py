@@ -90,6 +90,32 @@ def lstm(**options):
     return tensors, [g.float() for g in random_grads("lstm", tensors)]
 
 
+@each_kind("cpp")
+@pytest.mark.parametrize("compiled", BOTH)
+def test_batched_gradients(cell, projected, compiled, monkeypatch):
+    """vmap over a backward pass, autograd's own and torch.func's, gives what a loop does."""
+    tensors = problem(cell, 4, 2, 3, 5, projected=projected)
+    outputs = call(tensors, cell, compiled, monkeypatch)
+    upstream = [torch.randn(3, *t.shape, dtype=t.dtype) for t in outputs]
+    loop = [differentiate(outputs, tensors, grads, retain_graph=True) for grads in zip(*upstream, strict=True)]
+    batched = differentiate(outputs, tensors, upstream, retain_graph=True, is_grads_batched=True)
+    mapped = torch.func.vmap(lambda *grads: differentiate(outputs, tensors, grads, retain_graph=True))(*upstream)
+    for expected, *found in zip(zip(*loop, strict=True), batched, mapped, strict=True):
+        for each in found:
+            torch.testing.assert_close(each, torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_batched_gradients_of_packed_sequences(name):
+    module, x = getattr(seqaccel.nn, name)(3, 4, 2, bidirectional=True).double(), torch.randn(5, 3, 3).double()
+
+    def run(x):
+        return module(torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False))[0].data
+
+    expected = torch.autograd.functional.jacobian(run, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(run, x, vectorize=True), expected)
+
+
 def test_twice_through_the_same_graph(monkeypatch):
     tensors, _ = lstm()
     output = call(tensors, "lstm", True, monkeypatch)[0]

@@ -36,6 +36,12 @@ variable_list outputs_of(const torch::jit::Stack& found, bool has_c) {
   return outputs;
 }
 
+// Whether a gradient is of a vmap over a backward pass.
+bool is_batched(const Tensor& t) {
+  constexpr auto keys = c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+  return t.defined() && t.key_set().has_any(keys);
+}
+
 class Layer : public torch::autograd::Function<Layer> {
  public:
   template <typename... T>
@@ -75,7 +81,7 @@ class Layer : public torch::autograd::Function<Layer> {
     const auto give = [&](size_t i, const Tensor& grad) {
       if (needs[i]) grads[3 + i] = grad;
     };
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || std::any_of(outer.begin(), outer.end(), is_batched)) {
       const auto found = again(cell, reverse, at::ArrayRef<Optional>(a.data(), 3 + count),
                                at::ArrayRef<Optional>(of_outputs.data(), outer.size()), needs);
       for (size_t i = 0; i < needs.size(); ++i) give(i, found[i]);
@@ -96,7 +102,7 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 
  private:
-  // Differentiable gradients of all arguments, by the reference.
+  // Gradients of all arguments by the reference: differentiable, and of batched ones.
   static variable_list again(const std::string& cell, bool reverse, at::ArrayRef<Optional> inputs,
                              at::ArrayRef<Optional> outer, const std::vector<bool>& needs) {
     py::gil_scoped_acquire gil;

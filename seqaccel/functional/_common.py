@@ -13,9 +13,13 @@ def transforms_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether it is of autograd's own vmap (``is_grads_batched``), which has no rule for operators that write."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether one is of a vmap over a backward pass (``is_grads_batched``, ``vectorize=True``, ``torch.func.vmap``),
+    which has no rule for operators that write or take lists."""
+    functorch = torch._C._functorch
+    return not torch.compiler.is_compiling() and any(
+        t is not None and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)) for t in tensors
+    )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

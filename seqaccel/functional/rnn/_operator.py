@@ -86,7 +86,7 @@ class _Layer(torch.autograd.Function):
         input, h_0, c_0, *weights = inputs
         if c_0 is None:
             grad_c_n = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _common.is_batched(grad_output, grad_h_n, grad_c_n):
             outer = (grad_output, grad_h_n, grad_c_n)[: 2 if c_0 is None else 3]
             return *[None] * 7, *differentiate_again(
                 cell, reverse, inputs, outer, needs, ctx.batch_sizes, lengths, zoneout_h, zoneout_c
@@ -102,7 +102,8 @@ class _Layer(torch.autograd.Function):
 def differentiate_again(
     cell, reverse, inputs, grad_outputs, needs, batch_sizes=None, lengths=None, zoneout_h=None, zoneout_c=None
 ):
-    """Differentiable gradients of inputs (input, h_0, c_0, weights), by the reference; csrc/autograd calls it too."""
+    """Gradients of inputs (input, h_0, c_0, weights) by the reference: differentiable, and of batched ``grad_outputs``;
+    csrc/autograd calls it too."""
 
     def again(input, h_0, c_0, *weights):
         definition = functools.partial(reference.layer, cell)
