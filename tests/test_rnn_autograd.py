@@ -102,6 +102,7 @@ def test_batched_gradients(cell, projected, compiled, monkeypatch):
     mapped = torch.func.vmap(lambda *grads: differentiate(outputs, tensors, grads, retain_graph=True))(*upstream)
     for expected, *found in zip(zip(*loop, strict=True), batched, mapped, strict=True):
         for each in found:
+            assert not each.requires_grad
             torch.testing.assert_close(each, torch.stack(expected))
 
 

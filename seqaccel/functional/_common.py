@@ -60,7 +60,7 @@ def differentiable_backward(
     grad_outputs: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated again, through the reference.
+    """Gradients through the reference, which where grad mode is on can be differentiated again.
 
     Args:
         reference: takes ``inputs``, returns the output or outputs that ``grad_outputs`` belong to.
@@ -71,6 +71,7 @@ def differentiable_backward(
     Returns:
         One gradient, or None, for each input.
     """
+    recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views cut the paths between inputs, so that each gradient is a partial derivative.
         views = [t.view_as(t) if t is not None and t.is_floating_point() else t for t in inputs]
@@ -94,7 +95,7 @@ def differentiable_backward(
                 [out for out, _ in pairs],
                 wanted,
                 [grad for _, grad in pairs],
-                create_graph=True,
+                create_graph=recorded,
                 allow_unused=True,
             )
         )
