@@ -38,7 +38,4 @@ struct MatmulKernels {
 
 SEQACCEL_DECLARE_KERNELS(MatmulKernels, matmul_kernels)
 
-void matmul(const Matmul<float>& product);
-void matmul(const Matmul<double>& product);
-
 }  // namespace seqaccel

@@ -8,17 +8,15 @@
 namespace seqaccel {
 namespace {
 
-constexpr int64_t kUnpackedRows = 8;
-
-void check_workspace(bool allocated) {
-  STD_TORCH_CHECK(allocated, "seqaccel: out of memory for the packed operands of a matrix product");
-}
+bool run(const Matmul<float>& product) { return active_matmul_kernels().matmul_float(product); }
+bool run(const Matmul<double>& product) { return active_matmul_kernels().matmul_double(product); }
 
 template <typename T>
 void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  matmul(Matmul<T>{a.size(0), b.size(1), a.size(1), a.const_data_ptr<T>(), a.stride(0), a.stride(1),
-                   b.const_data_ptr<T>(), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(), out.stride(0),
-                   accumulate});
+  const bool allocated = run(Matmul<T>{a.size(0), b.size(1), a.size(1), a.const_data_ptr<T>(), a.stride(0), a.stride(1),
+                                       b.const_data_ptr<T>(), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(),
+                                       out.stride(0), accumulate});
+  STD_TORCH_CHECK(allocated, "seqaccel: out of memory for the packed operands of a matrix product");
 }
 
 // out = a b with torch's library.
@@ -38,6 +36,8 @@ bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
   return true;
 }
+
+constexpr int64_t kUnpackedRows = 8;
 
 // Whether torch's library makes a large product in less time than matmul.h. On AMD's cores MKL uses no vectors of 512
 // bits: two Zen 5 cores, [2048, 1024] x [1024, 4096]: 165 GFLOP/s, ours 408 (Zen 4, whose units are of 256 bits: 155 to
@@ -78,9 +78,6 @@ void add_fastest_mm(Tensor out, Tensor input, Tensor mat2) {
 }
 
 }  // namespace
-
-void matmul(const Matmul<float>& product) { check_workspace(active_matmul_kernels().matmul_float(product)); }
-void matmul(const Matmul<double>& product) { check_workspace(active_matmul_kernels().matmul_double(product)); }
 
 // matmul.h reads a transposed matrix and a narrow one of whole vectors where they lie, and makes a small product in one
 // go; the others go to torch's library where that is faster.
