@@ -14,7 +14,11 @@ has it, else ``reference``. A backend asked for by name runs or raises; nothing 
 
 import contextlib
 import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -49,12 +53,47 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_current = _checked(os.environ.get("SEQACCEL_BACKEND") or "auto", "SEQACCEL_BACKEND")
+_DEFAULT = _checked(os.environ.get("SEQACCEL_BACKEND") or "auto", "SEQACCEL_BACKEND")
+
+#: What the innermost open block of this thread or task asks for; None outside of them.
+_asked: ContextVar[str | None] = ContextVar("seqaccel_backend", default=None)
+
+#: Whether a block was ever opened, which autograd's own threads, that inherit only torch's settings, must look for.
+_ever_asked = False
+
+#: The name of (thread, backend) among torch's settings of a thread.
+_KEY = "seqaccel_backend"
+
+#: A block inside of what Dynamo traces; None while anything runs.
+_traced: str | None = None
+
+_this = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Any:
+    # Dynamo cannot read a ContextVar; an attribute of a module it reads, and guards, whatever gives it.
+    if name == "asked_here":
+        return _asked_here()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _asked_here() -> str:
+    name = _asked.get()
+    if name is None and _ever_asked and torch._C._is_key_in_tls(_KEY):
+        thread, inherited = torch._C._get_obj_in_tls(_KEY)
+        name = inherited if thread != threading.get_ident() else None
+    return _DEFAULT if name is None else name
 
 
 def current() -> str:
     """The backend asked for: the innermost :func:`backend`, else ``SEQACCEL_BACKEND``, else ``"auto"``."""
-    return _current
+    if torch.compiler.is_dynamo_compiling():
+        return _this.asked_here if _traced is None else _traced
+    return _asked_here()
+
+
+def _stash(name: str | None) -> None:
+    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), name))
 
 
 @contextlib.contextmanager
@@ -63,7 +102,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"auto"``. The environment
-            variable ``SEQACCEL_BACKEND`` sets it for a whole process. The setting is the process's, not the thread's.
+            variable ``SEQACCEL_BACKEND`` sets it for a whole process; the block sets it for its thread (or task of
+            asyncio) and for the backward passes that it starts. A thread that it starts begins with the process's.
 
     Raises:
         ValueError: the name is unknown. An operator that does not have the backend raises ``RuntimeError`` when called.
@@ -76,12 +116,29 @@ def backend(name: str) -> Iterator[None]:
         >>> h[0, :, 0]
         tensor([1., 2., 3.])
     """
-    global _current
-    previous, _current = _current, _checked(name, "backend")
+    global _ever_asked, _traced
+    _checked(name, "backend")
+    if torch.compiler.is_dynamo_compiling():
+        outer, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = outer
+        return
+    previous = _asked.get()
+    _asked.set(name)
+    _ever_asked = True
+    _stash(name)
     try:
         yield
     finally:
-        _current = previous
+        _asked.set(previous)
+        _stash(previous)
+
+
+#: The instruction sets that open blocks ask for, and first the one before them all.
+_open_isas: list[list[str]] = []
+_isa_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -90,17 +147,27 @@ def isa(name: str) -> Iterator[None]:
 
     Args:
         name: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512_bf16"`` (AVX-512 with BF16 and VNNI; where a kernel
-            has no use for them, AVX-512) or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process.
+            has no use for them, AVX-512) or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process. The setting is
+            the process's: of blocks that overlap in time, the last that began holds.
 
     Raises:
         RuntimeError: unknown, or this processor does not have it.
     """
-    previous = torch.ops.seqaccel.isa()
-    torch.ops.seqaccel.set_isa(name)
+    mine = [name]
+    with _isa_lock:
+        before = torch.ops.seqaccel.isa()
+        torch.ops.seqaccel.set_isa(name)
+        if not _open_isas:
+            _open_isas.append([before])
+        _open_isas.append(mine)
     try:
         yield
     finally:
-        torch.ops.seqaccel.set_isa(previous)
+        with _isa_lock:
+            _open_isas[:] = [asked for asked in _open_isas if asked is not mine]
+            torch.ops.seqaccel.set_isa(_open_isas[-1][0])
+            if len(_open_isas) == 1:
+                _open_isas.clear()
 
 
 def why_missing(name: str, device_type: str) -> str | None:
@@ -144,7 +211,7 @@ def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, pre
         RuntimeError: a backend asked for by name is not there; the message says why.
     """
     device_type = tensor.device.type
-    name = _current
+    name = current()
     if name != "auto":
         if name not in supported:
             raise RuntimeError(f"{operator}: no backend {name!r}; it has {', '.join(supported)}")

@@ -1,5 +1,8 @@
 """What every family builds on: vector functions, the matrix product, instruction sets, the choice of backend."""
 
+import asyncio
+import threading
+
 import pytest
 import torch
 
@@ -117,3 +120,92 @@ def test_a_backend_asked_for_by_name_runs_or_raises():
         assert backends.choose("some_operator", x, ("reference", "cpp", "torch")) == "cpp"
         assert backends.choose("some_operator", x, ("reference", "cpp", "torch"), prefer="torch") == "torch"
         assert backends.choose("some_operator", x, ("reference", "torch")) == "torch"
+
+
+def _overlap(enter):
+    """Two threads in blocks of which neither holds the other; what the second sees in its own."""
+    inside, opened, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with enter(0):
+            inside.set()
+            opened.wait(10)
+
+    def second():
+        inside.wait(10)
+        with enter(1):
+            opened.set()
+            threads[0].join(10)
+            seen.append((backends.current(), torch.ops.seqaccel.isa()))
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    threads[1].join(10)
+    return seen[0]
+
+
+def test_blocks_of_two_threads_that_overlap():
+    before = backends.current(), torch.ops.seqaccel.isa()
+    names = ("reference", "cpp")
+    assert _overlap(lambda i: backends.backend(names[i]))[0] == "cpp"
+    isas = ("portable", torch.ops.seqaccel.best_isa())
+    assert _overlap(lambda i: backends.isa(isas[i]))[1] == isas[1]
+    assert (backends.current(), torch.ops.seqaccel.isa()) == before
+
+
+def test_blocks_of_two_tasks_that_overlap():
+    async def task(name, other, mine):
+        with backends.backend(name):
+            mine.set()
+            await other.wait()
+            return backends.current()
+
+    async def both():
+        a, b = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(task("reference", a, b), task("torch", b, a))
+
+    before = backends.current()
+    assert asyncio.run(both()) == ["reference", "torch"] and backends.current() == before
+
+
+def test_a_thread_of_autograd_sees_the_block_around_backward():
+    """Deeply nested backward passes run in threads of autograd's own, as those of a GPU do."""
+    seen = []
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, depth):
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((threading.get_ident(), backends.current()))
+            if ctx.depth:
+                with torch.enable_grad():
+                    Nested.apply(torch.zeros(1, requires_grad=True), ctx.depth - 1).sum().backward()
+            return grad, None
+
+    with backends.backend("reference"):
+        Nested.apply(torch.zeros(1, requires_grad=True), 70).sum().backward()
+    assert len({thread for thread, _ in seen}) > 1 and {name for _, name in seen} == {"reference"}
+
+
+def test_compiled_code_follows_the_block_of_its_thread():
+    def call(x):
+        return x + 1 if backends.current() == "reference" else x - 1
+
+    def call_inside(x):
+        with backends.backend("reference"):
+            return call(x)
+
+    compiled, inside = (torch.compile(f, fullgraph=True, backend="eager") for f in (call, call_inside))
+    x, found = torch.zeros(1), []
+    assert compiled(x) == -1 and inside(x) == 1 and compiled(x) == -1
+    with backends.backend("reference"):
+        assert compiled(x) == 1
+        thread = threading.Thread(target=lambda: found.append(compiled(x)))
+        thread.start()
+        thread.join()
+    assert found == [-1] and compiled(x) == -1
