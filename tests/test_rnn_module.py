@@ -383,6 +383,37 @@ def test_tied_weights(name, options):
     torch.testing.assert_close(module.weight_hh_l0.grad, apart.weight_hh_l0.grad + apart.weight_hh_l1.grad)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@each_torch_module
+def test_weights_written_to_flat_weights(name, options, layout):
+    """Subclasses and wrappers of torch.nn's layers that drop weights write them there."""
+
+    def dropped(base):
+        class Dropped(base):
+            def forward(self, x):
+                kept = self._flat_weights
+                named = zip(kept, self._flat_weights_names, strict=True)
+                self._flat_weights = [w * 0.5 if "weight_hh" in name else w for w, name in named]
+                try:
+                    return super().forward(x)
+                finally:
+                    self._flat_weights = kept
+
+        return Dropped
+
+    x, found = torch.randn(4, 3, 5, dtype=torch.float64), []
+    for package in (torch.nn, seqaccel.nn):
+        torch.manual_seed(1)
+        module = copy.deepcopy(dropped(getattr(package, name))(5, 8, dtype=torch.float64, **options, **layout))
+        plainly = getattr(package, name).forward(module, x)[0]
+        found.append((module(x)[0], plainly))
+        assert not torch.equal(*found[-1])
+        other = {key: 2 * value for key, value in module.named_parameters()}
+        found[-1] += (torch.func.functional_call(module, other, (x,))[0],)
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @each_module
 def test_weight_norm(name, options):
     """Parameters are looked up at each call: a parametrization is seen, and trained through."""

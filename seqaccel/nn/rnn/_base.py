@@ -103,15 +103,33 @@ class Recurrent(Streaming, torch.nn.RNNBase):
 
     def _layer_weights(self, index: int) -> list[Tensor | None]:
         """The weights of one layer and direction, in the cell's order."""
-        own = self._parameters
+        own, listed = self._parameters, self._flat_weights
+        count = len(listed) // len(self._all_weights)
+        first = i = index * count
+        written = False
         weights: list[Tensor | None] = []
         for name in self._all_weights[index]:  # a comprehension would be a frame of its own, 3 us behind a kernel
-            weights.append(own[name] if name in own else getattr(self, name))
+            weight = own[name] if name in own else getattr(self, name)
+            if i < first + count and listed[i] is not weight:
+                written = True
+            weights.append(weight)
+            i += 1
+        if written:
+            self._put_listed(weights, first, count)
         if not self.bias:
             weights[2:2] = [None, None]
         if self._spec.projects and not self.proj_size:
             weights.insert(4, None)
         return weights
+
+    def _put_listed(self, weights: list[Tensor | None], first: int, count: int) -> None:
+        """As torch.nn.RNNBase has it: what ``_flat_weights`` was given holds, unless the weight of that name has been
+        exchanged since."""
+        listed, known = self._flat_weights, self._flat_weight_refs
+        for i in range(min(count, len(known) - first)):
+            given, weight = listed[first + i], known[first + i]
+            if given is not None and weight is not None and weight() is weights[i]:
+                weights[i] = given
 
     # ---- forward ----
 
