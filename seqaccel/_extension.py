@@ -1,8 +1,13 @@
 """Loads the compiled operators; says why where they cannot be loaded."""
 
+import ctypes
+import functools
 import importlib
 import importlib.util
+import os
 import re
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +60,24 @@ cuda_error: str | None = _load("_cuda") if torch.version.cuda else "this torch i
 
 #: Why Triton is missing, or None.
 triton_error: str | None = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+@functools.cache
+def triton_build_error() -> str | None:
+    """Why Triton cannot build a kernel's launcher here, or None: it needs a C compiler and Python's headers."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler: neither CC in the environment nor gcc or clang on PATH"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not (Path(include) / "Python.h").exists():
+        return f"Triton finds no Python.h in {include}: the package of Python's headers is not installed"
+    return None
+
+
+@functools.cache
+def cuda_device_error(index: int) -> str | None:
+    """Why the CUDA operators cannot run on a GPU (no code for it, an old driver), or None."""
+    question = ctypes.CDLL(str(_find("_cuda"))).seqaccel_cuda_error
+    question.restype = ctypes.c_char_p
+    answer = question(ctypes.c_int(index))
+    return None if answer is None else answer.decode()

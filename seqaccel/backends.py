@@ -190,9 +190,20 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
     return {name: why_missing(name, device_type) for name in NAMES[1:]}
 
 
-def _is_recent(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's GPU is of a kind that the kernels are compiled for: compute capability 8.0 or later."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 8
+def why_not_auto(name: str, device: torch.device) -> str | None:
+    """Why ``auto`` does not take a backend on a device, or None where it may; asked for by name, it is tried."""
+    reason = why_missing(name, device.type)
+    if reason or device.type != "cuda" or name not in ("triton", "cuda"):
+        return reason
+    if torch.version.hip is not None:
+        return "its kernels have run on no AMD GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] < 8:
+        return f"it is for compute capability 8.0 and later; this GPU has {capability[0]}.{capability[1]}"
+    return _extension.triton_build_error() if name == "triton" else _extension.cuda_device_error(device.index or 0)
+
+
+why_not_auto._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
 
 
 def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, prefer: str | None = None) -> str:
@@ -219,11 +230,11 @@ def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, pre
         if reason:
             raise RuntimeError(f"{operator}: backend {name!r} is not available: {reason}")
         return name
-    if prefer is not None and prefer in supported and why_missing(prefer, device_type) is None:
-        return prefer
-    candidates = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ()) if _is_recent(tensor) else ()
-    for candidate in candidates:
-        if candidate in supported and why_missing(candidate, device_type) is None:
+    verified = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ()) if device_type == "cuda" else ()
+    if prefer is not None and (prefer in ("reference", "torch") or prefer in verified):
+        verified = (prefer, *verified)
+    for candidate in verified:
+        if candidate in supported and why_not_auto(candidate, tensor.device) is None:
             return candidate
     return "torch" if "torch" in supported else "reference"
 

@@ -73,7 +73,10 @@ def report() -> str:
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         lines.append(f"backends for tensors on {device}:")
         for name, reason in backends.available(device).items():
-            lines.append(f"  {name:<10}{'available' if reason is None else f'missing: {reason}'}")
+            state = "available" if reason is None else f"missing: {reason}"
+            if reason is None and (untaken := backends.why_not_auto(name, torch.device(device))):
+                state += f", but auto does not take it: {untaken}"
+            lines.append(f"  {name:<10}{state}")
     verified = ", ".join(f"{operator} ({', '.join(names)})" for operator, names in backends.VERIFIED.items())
     lines.append(f"GPU kernels that auto may choose: {verified or 'none; auto takes torch or the reference on a GPU'}")
     settings = sorted(name for name in os.environ if name.startswith("SEQACCEL_") or name == "TRITON_INTERPRET")
