@@ -112,6 +112,14 @@ def test_linear_scan_instruction_sets(isa, dtype, poison):
             check_linear(sizes, dtype, reverse)
 
 
+def test_linear_scan_saves_a_and_h():
+    saved = []
+    a, b = torch.rand(2, 5, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        linear_scan(a * 1.0, b * 1.0)
+    assert sum(saved) == 2 * a.numel()
+
+
 @needs_triton
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 7, 5), (1, 1100, 1), (1, 40, 70), (2, 1, 3)], ids=str)

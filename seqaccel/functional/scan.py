@@ -71,22 +71,17 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, h_0, reverse, backend):
         h = _operator("linear_scan_forward", backend)(a, b, h_0, reverse)
-        ctx.save_for_backward(a, b, h_0, h)
+        ctx.save_for_backward(a, h_0, h)
         ctx.reverse, ctx.backend = reverse, backend
         return h
 
     @staticmethod
     def backward(ctx, grad_h):
-        a, b, h_0, h = ctx.saved_tensors
+        a, h_0, h = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = _common.differentiable_backward(
-                lambda *inputs: reference.linear_scan(*inputs, ctx.reverse),
-                (a, b, h_0),
-                (grad_h,),
-                ctx.needs_input_grad[:3],
-            )
-            return *grads, None, None
-        grad_a, grad_b, grad_h_0 = _operator("linear_scan_backward", ctx.backend)(grad_h, a, h, h_0, ctx.reverse)
+            grad_a, grad_b, grad_h_0 = reference.linear_scan_gradients(grad_h, a, h, h_0, ctx.reverse)
+        else:
+            grad_a, grad_b, grad_h_0 = _operator("linear_scan_backward", ctx.backend)(grad_h, a, h, h_0, ctx.reverse)
         return grad_a, grad_b, None if h_0 is None else grad_h_0, None, None
 
 
@@ -164,7 +159,7 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
         prefer = None
         if a.device.type == "cuda":
             if batch > 65535:  # more than a launch of Triton's kernels has room for
-                prefer = "cuda" if backends.why_missing("cuda", "cuda") is None else "reference"
+                prefer = "cuda" if backends.why_not_auto("cuda", a.device) is None else "reference"
             elif a.dtype == torch.float32 and a.numel() >= 1 << 27 and width >= 32:
                 prefer = "triton"  # 10% faster on an H100 where there is so much to do, slower where there is less
         backend = backends.choose("linear_scan", a, _BACKENDS, prefer=prefer)

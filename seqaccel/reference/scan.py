@@ -26,6 +26,21 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, reverse: bool =
     return torch.stack(rows[::-1] if reverse else rows, dim=1)
 
 
+def linear_scan_gradients(
+    grad_h: Tensor, a: Tensor, h: Tensor, h_0: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and h_0 [B, D] from that of ``h = linear_scan(a, b, h_0, reverse)``: a scan against time."""
+    steps, zeros = a.shape[1], torch.zeros_like(a[:, :1])
+    edge = a.new_zeros(a.shape[0], a.shape[2]) if h_0 is None else h_0
+    if reverse:
+        a_next, h_prev = torch.cat((zeros, a[:, :-1]), 1), torch.cat((h[:, 1:], edge.unsqueeze(1)), 1)
+    else:
+        a_next, h_prev = torch.cat((a[:, 1:], zeros), 1), torch.cat((edge.unsqueeze(1), h[:, :-1]), 1)
+    grad_b = linear_scan(a_next, grad_h, None, not reverse)
+    through = a * grad_b
+    return grad_b * h_prev[:, :steps], grad_b, (through[:, -1:] if reverse else through[:, :1]).sum(1)
+
+
 def sru(
     u: Tensor,
     x: Tensor | None,
