@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ class Configuration:
         num_stages: depth of the software pipeline.
         multiples_of_16: names of integer arguments that are multiples of 16 at every launch with this configuration.
         least_arch: compute capability (times ten) of the GPUs it is for.
+        least_shared: bytes of shared memory that a block may use on the GPUs it is for: all have 99 KiB.
         spills: bytes a thread that may be spilled, where a GPU was measured to be faster so than with a smaller tile.
     """
 
@@ -36,6 +38,7 @@ class Configuration:
     multiples_of_16: tuple[str, ...] = ()
     spills: int = 0
     least_arch: int = 80
+    least_shared: int = 99 << 10
 
 
 def interpreted(kernel: Any) -> bool:
@@ -43,17 +46,35 @@ def interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.runtime.JITFunction)
 
 
+#: Every operator, by its name: what ``operator`` returned.
+OPERATORS: dict[str, Callable[..., Any]] = {}
+
 _here = threading.local()
 
 
-def wrap(kernel: Any) -> Any:
-    """What an operator launches: the kernel in traceable form, or as it is where nothing traces."""
+def wrap_triton(kernel: Any) -> Any:
+    """What an operator launches: the kernel in traceable form, or as it is where nothing traces.
+
+    torch finds the kernels of a ``triton_op``, whose sources are part of its caches' keys, by this function's name.
+    """
     plain = interpreted(kernel) or getattr(_here, "plain", False)
     return kernel if plain else torch.library.wrap_triton(kernel)
 
 
-def _plain(t: torch.Tensor) -> bool:
-    return type(t) in (torch.Tensor, torch.nn.Parameter)
+def precision(dtype: torch.dtype, switch: Any) -> str:
+    """Of a product: ``"tf32"`` in float32 where torch's switch (an ``fp32_precision``) says so, else ``"ieee"``.
+
+    Triton takes TF32 for few AMD GPUs.
+    """
+    tf32 = dtype == torch.float32 and switch.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
+
+def _plain(argument: Any) -> bool:
+    """Whether a kernel may read it: not a subclass of Tensor, nor a list that holds one."""
+    if isinstance(argument, (list, tuple)):
+        return all(map(_plain, argument))
+    return not isinstance(argument, torch.Tensor) or type(argument) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _traced(arguments: tuple[Any, ...]) -> bool:
@@ -63,34 +84,38 @@ def _traced(arguments: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(a, torch.Tensor) and not _plain(a) for a in arguments)
+        or not all(map(_plain, arguments))
     )
+
+
+def _is_elsewhere(t: torch.Tensor) -> bool:
+    return _plain(t) and t.is_cuda and t.device.index != torch.cuda.current_device()
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device; a tensor may be on another."""
 
     @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        first = next(a for a in arguments if isinstance(a, torch.Tensor))
-        if not _plain(first) or not first.is_cuda or first.device.index == torch.cuda.current_device():
-            return function(*arguments)
+    def run(*arguments: Any, **options: Any) -> Any:
+        first = next(a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor))
+        if not _is_elsewhere(first):
+            return function(*arguments, **options)
         with torch.cuda.device(first.device):
-            return function(*arguments)
+            return function(*arguments, **options)
 
     return run
 
 
-def operator(register: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
+def operator(register: Callable[..., Any], name: str, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function with ``torch.library.triton_op`` or ``custom_op``, and calls it itself where nothing traces.
 
     The dispatcher's Python takes longer than the rest of a small call. Autograd is the caller's matter.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        function.__annotations__ = inspect.get_annotations(function, eval_str=True)  # torch reads them elsewhere
         guarded = _on_its_device(function)
-        # What a triton_op launches is traced, and its annotations are read where it stands.
-        registered = register(*args, **kwargs)(function if register is torch.library.triton_op else guarded)
+        registered = register(name, **kwargs)(guarded)
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
@@ -104,6 +129,7 @@ def operator(register: Callable[..., Any], *args: Any, **kwargs: Any) -> Callabl
                 _here.plain = before
 
         call.register_fake = registered.register_fake  # type: ignore[attr-defined]
+        OPERATORS[name] = call
         return call
 
     return decorate

@@ -21,28 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqaccel.kernels._launch import Configuration, operator, wrap
+from seqaccel.kernels._launch import Configuration, operator, precision, wrap_triton
+from seqaccel.kernels._math import sigmoid, silu, tanh
 
 _STRIP = 1024  # time steps of a program of the elementwise and depthwise kernels
 _PROGRAMS = 264  # of a weight gradient, at least: 2 a multiprocessor of an H100
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    # (1 - e) / (1 + e) loses relative accuracy near 0; the series to x^9 is exact to rounding for |x| < 0.2.
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    far = tl.where(x < 0, -far, far)
-    s = x * x
-    near = x * (
-        1 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * 0.0218694885)))
-    )
-    return tl.where(tl.abs(x) < 0.2, near, far)
 
 
 @triton.jit
@@ -50,11 +33,11 @@ def _activate(v, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         v = tl.where(v < 0, 0.0, v)
     elif ACTIVATION == "tanh":
-        v = _tanh(v)
+        v = tanh(v)
     elif ACTIVATION == "sigmoid":
-        v = _sigmoid(v)
+        v = sigmoid(v)
     elif ACTIVATION == "silu":
-        v = v * _sigmoid(v)
+        v = silu(v)
     return v
 
 
@@ -116,6 +99,7 @@ def conv_product_kernel(
     PRECISION: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y[b, o, i] = sum_{k,c} weight[k, o, c] x[b, c, first + i + DIRECTION * s_k], with the epilogue."""
+    scale = tl.cast(scale, tl.float32)  # Inductor passes float64
     i_bg = tl.program_id(2).to(tl.int64)
     i_b, i_g = i_bg // G, i_bg % G
     o_o = tl.program_id(1) * BO + tl.arange(0, BO)
@@ -146,7 +130,8 @@ def conv_product_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+# An integer that becomes 1, or divisible by 16, is another compilation: T and S are worth it, by 16 they load vectors.
+@triton.jit(do_not_specialize=["B", "per_split"])
 def conv_weight_kernel(
     p_g,  # [B, G * O, T]
     p_x,  # [B, G * C, S]
@@ -192,6 +177,7 @@ def conv_depthwise_kernel(
     DIRECTION: tl.constexpr, ACTIVATION: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One row of outputs from ``fan_in`` rows of x, which ``fan_out`` rows share; weight [max(rows, channels), K]."""
+    scale = tl.cast(scale, tl.float32)  # Inductor passes float64
     row = tl.program_id(0).to(tl.int64)
     i_b, channel = row // rows, row % rows
     o_t = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -208,7 +194,7 @@ def conv_depthwise_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "per_split"])
 def conv_depthwise_weight_kernel(
     p_g, p_x, p_partial, B, T, S, channels, rows, fan_out, K, dilation, per_split, BT: tl.constexpr
 ):
@@ -234,6 +220,7 @@ def conv_gradient_kernel(
     ACTIVATION: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of conv + bias from that of y (all [B, O, T]), and the residual's on the way."""
+    scale = tl.cast(scale, tl.float32)  # Inductor passes float64
     row = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     valid = t < T
@@ -254,7 +241,7 @@ def conv_gradient_kernel(
             d = tl.where(y <= 0, 0.0, d)
     elif ACTIVATION == "silu":
         v = tl.load(p_pre + o_y, mask=valid, other=0.0).to(tl.float32)
-        s = _sigmoid(v)
+        s = sigmoid(v)
         d = d * s * (1 + v * (1 - s))
     elif ACTIVATION != "none":
         if p_pre is not None:
@@ -265,9 +252,9 @@ def conv_gradient_kernel(
     tl.store(p_g + o_y, d.to(p_g.dtype.element_ty), mask=valid)
 
 
-def _precision() -> str:
-    """Torch's own switch for float32 convolutions; TF32 is its default."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+def _precision(dtype: torch.dtype) -> str:
+    """By torch's own switch for convolutions; TF32 is its default."""
+    return precision(dtype, torch.backends.cudnn.conv)
 
 
 #: (time steps, channels of one multiplication, warps, stages) of a product's tile, by its output channels, and (time
@@ -286,7 +273,7 @@ _WEIGHT = {
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return _precision() if dtype == torch.float32 else "half"
+    return _precision(dtype) if dtype == torch.float32 else "half"
 
 
 def _side(table: dict[int, tuple[int, ...]], channels: int) -> int:
@@ -317,7 +304,7 @@ def _product(
     shared = (dilation, threshold, _scale(dropout))
     if (group_channels == 1 and groups > 1) or rows == groups > 1:
         fan_in, fan_out = channels // groups, rows // groups
-        wrap(conv_depthwise_kernel)[(batch * rows, triton.cdiv(steps, _STRIP))](
+        wrap_triton(conv_depthwise_kernel)[(batch * rows, triton.cdiv(steps, _STRIP))](
             x, weight, bias, residual, seed, y, pre, active,
             length, steps, first, channels, rows, fan_in, fan_out, taps, *shared,
             DIRECTION=direction, ACTIVATION=activation, RELU=relu, DROPOUT=dropout > 0, BT=_STRIP, num_warps=4,
@@ -327,11 +314,11 @@ def _product(
     table = _PRODUCT[_kind(x.dtype)]
     tile = _side(table, outputs)
     block, depth, warps, stages = table[tile]
-    wrap(conv_product_kernel)[(triton.cdiv(steps, block), triton.cdiv(outputs, tile), batch * groups)](
+    wrap_triton(conv_product_kernel)[(triton.cdiv(steps, block), triton.cdiv(outputs, tile), batch * groups)](
         x, weight.permute(2, 0, 1).contiguous(), bias, residual, seed, y, pre, active,
         length, steps, first, group_channels, outputs, taps, groups, *shared,
         DIRECTION=direction, ACTIVATION=activation, RELU=relu, DROPOUT=dropout > 0,
-        PRECISION=_precision(), BO=tile, BT=block, BC=depth, num_warps=warps, num_stages=stages,
+        PRECISION=_precision(x.dtype), BO=tile, BT=block, BC=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -340,15 +327,17 @@ def _check(x: Tensor, weight: Tensor, dilation: int, groups: int) -> None:
         raise RuntimeError(f"causal_conv1d: backend 'triton' takes float32, float16 and bfloat16, but got {x.dtype}")
     if not fits(x.shape, weight.shape, dilation, groups):
         raise RuntimeError(
-            "causal_conv1d: backend 'triton' takes fewer than 2^31 values a sequence and at most 65535 batch * groups, "
+            f"causal_conv1d: backend 'triton' takes fewer than 2^31 values a sequence, 65535 * {_STRIP} steps, and at "
+            "most 65535 batch * groups and taps * groups, "
             f"but got x {tuple(x.shape)} in {groups} groups"
         )
 
 
 def fits(x: Sequence[int], weight: Sequence[int], dilation: int, groups: int) -> bool:
-    """Whether offsets within a sequence have 32 bits, and a launch room for all sequences."""
+    """Whether offsets within a sequence have 32 bits, and each launch, forward and backward, room for its programs."""
     length = x[2] + (weight[2] - 1) * dilation
-    return max(x[1], weight[0]) * length < 1 << 31 and x[0] * groups <= 65535
+    programs = max(x[0] * groups, weight[2] * groups, triton.cdiv(length, _STRIP))
+    return max(x[1], weight[0]) * length < 1 << 31 and programs <= 65535
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -427,7 +416,7 @@ def causal_conv1d_backward(
     else:
         g = torch.empty_like(grad_y)
         if g.numel():
-            wrap(conv_gradient_kernel)[(rows, triton.cdiv(length, _STRIP))](
+            wrap_triton(conv_gradient_kernel)[(rows, triton.cdiv(length, _STRIP))](
                 grad_y, y, saved if kind == "pre" else None, saved if kind == "active" else None, seed, g,
                 grad_residual, length, min(round(dropout * 2**32), 0xFFFFFFFF), _scale(dropout),
                 ACTIVATION=activation, RELU=relu, DROPOUT=dropout > 0, BT=_STRIP, num_warps=4,
@@ -454,7 +443,7 @@ def causal_conv1d_backward(
             splits = triton.cdiv(tiles, per_split)
             partial = x.new_zeros((splits, outputs, taps), dtype=torch.float32)
             if g.numel():
-                wrap(conv_depthwise_weight_kernel)[(outputs * taps, splits)](
+                wrap_triton(conv_depthwise_weight_kernel)[(outputs * taps, splits)](
                     g, seen, partial, batch, length, seen.shape[2], channels, outputs, outputs // channels, taps,
                     dilation, per_split, BT=_STRIP, num_warps=4,
                 )  # fmt: skip
@@ -467,10 +456,10 @@ def causal_conv1d_backward(
             splits, per_split = _splits(batch * triton.cdiv(length, steps), tiles * taps * groups)
             partial = x.new_zeros((splits, taps, outputs, group_channels), dtype=torch.float32)
             if g.numel() and partial.numel():
-                wrap(conv_weight_kernel)[(tiles, taps * groups, splits)](
+                wrap_triton(conv_weight_kernel)[(tiles, taps * groups, splits)](
                     g, seen, partial, batch, length, seen.shape[2], group_channels, outputs // groups, taps, groups,
                     dilation, per_split,
-                    PRECISION=_precision(), BO=tile, BC=tile, BT=steps, num_warps=warps, num_stages=stages,
+                    PRECISION=_precision(x.dtype), BO=tile, BC=tile, BT=steps, num_warps=warps, num_stages=stages,
                 )  # fmt: skip
             grad_weight = partial.sum(0).permute(1, 2, 0).to(x.dtype).contiguous()
     grad_bias = g.sum((0, 2), dtype=torch.float32).to(x.dtype) if wants & 4 else nothing.clone()
@@ -484,9 +473,9 @@ def _configurations() -> list[Configuration]:
     extra = {"threshold": "i64", "scale": "fp32"}
     table = []
     for kind, p in (("ieee", "*fp32"), ("tf32", "*fp32"), ("half", "*bf16")):
-        precision, spills = "ieee" if kind == "half" else kind, 0 if kind == "ieee" else 544
+        spills = 0 if kind == "ieee" else 544
         for tile, (steps, depth, warps, stages) in _PRODUCT[kind].items():
-            shape = {"BO": tile, "BT": steps, "BC": depth, "PRECISION": precision}
+            shape = {"BO": tile, "BT": steps, "BC": depth, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
             forward = {
                 "p_x": p, "p_weight": p, "p_bias": p, "p_residual": p, "p_seed": "*i64", "p_y": p,
                 "p_active": "*u8", **sizes, **extra,
@@ -502,7 +491,7 @@ def _configurations() -> list[Configuration]:
         for tile, (steps, warps, stages) in _WEIGHT[kind].items():
             weight = {"p_g": p, "p_x": p, "p_partial": "*fp32", "B": "i32", "per_split": "i32"}
             weight |= {name: kind for name, kind in sizes.items() if name not in ("L", "first")} | {"S": "i32"}
-            shape = {"BO": tile, "BC": tile, "BT": steps, "PRECISION": precision}
+            shape = {"BO": tile, "BC": tile, "BT": steps, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
             table.append(Configuration(conv_weight_kernel, weight, shape, warps, stages, spills=spills))
     p, block = "*fp32", {"BT": _STRIP}
     rows = dict.fromkeys(("T", "L", "first", "channels", "rows", "fan_in", "fan_out", "K", "dilation"), "i32")

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqaccel.kernels._launch import Configuration, operator, wrap
+from seqaccel.kernels._launch import Configuration, operator, wrap_triton
+from seqaccel.kernels._math import sigmoid, tanh
 
 __all__ = ["CONFIGURATIONS", "linear_scan_backward", "linear_scan_forward", "sru_backward", "sru_forward"]
 
@@ -149,7 +150,7 @@ def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool)
     if h.numel() == 0:
         return h
     BT, BD, warps = _tile(batch, width)
-    wrap(linear_scan_forward_kernel)[(triton.cdiv(width, BD), batch)](
+    wrap_triton(linear_scan_forward_kernel)[(triton.cdiv(width, BD), batch)](
         a,
         b,
         a if h_0 is None else h_0.contiguous(),
@@ -179,7 +180,7 @@ def linear_scan_backward(
         return grad_a, grad_b, a.new_zeros(batch, width)
     grad_h_0 = a.new_empty(batch, width)
     BT, BD, warps = _tile(batch, width)
-    wrap(linear_scan_backward_kernel)[(triton.cdiv(width, BD), batch)](
+    wrap_triton(linear_scan_backward_kernel)[(triton.cdiv(width, BD), batch)](
         grad_h,
         a,
         h,
@@ -205,21 +206,6 @@ _BC, _WARPS = 64, 2  # one column a thread; 8192 columns (B = 32, H = 256) make 
 
 
 @triton.jit
-def _tanh(x):
-    # Below 1/4 the quotient would lose relative accuracy: there the Pade approximant [7/6], error below 1e-17.
-    y = x * x
-    near = x * (135135.0 + y * (17325.0 + y * (378.0 + y))) / (135135.0 + y * (62370.0 + y * (3150.0 + y * 28.0)))
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def _load_step(p_u, p_x, scale_x, offset, mask, HIGHWAY: tl.constexpr, K: tl.constexpr):
     u_0 = tl.load(p_u + offset * K, mask=mask, other=0)
     u_1 = tl.load(p_u + offset * K + 1, mask=mask, other=0)
@@ -233,7 +219,8 @@ def _load_step(p_u, p_x, scale_x, offset, mask, HIGHWAY: tl.constexpr, K: tl.con
     return u_0, u_1, u_2, skip
 
 
-@triton.jit
+# An integer that becomes 1, or divisible by 16, would be another compilation.
+@triton.jit(do_not_specialize=["T", "B"])
 def sru_forward_kernel(
     p_u,  # [T, B, C, K]
     p_x,  # [T, B, C]
@@ -280,8 +267,8 @@ def sru_forward_kernel(
         ahead = offset + stride
         m_ahead = m_c & (s + 1 + o_zero < T)
         v_0, v_1, v_2, next_skip = _load_step(p_u, p_x, scale_x, ahead, m_ahead, HIGHWAY, K)
-        forget = _sigmoid(u_1 + w_f * c + b_f)
-        reset = _sigmoid(u_2 + w_r * c + b_r)
+        forget = sigmoid(u_1 + w_f * c + b_f)
+        reset = sigmoid(u_2 + w_r * c + b_r)
         state = u_0 + forget * (c - u_0)
         if HAS_MASK_C:
             reset = reset * drop
@@ -289,7 +276,7 @@ def sru_forward_kernel(
             t = tl.where(backwards, T - 1 - s, s).to(tl.int64)
             padding = tl.load(p_mask_pad + t * B + column // C, mask=m_c, other=1) != 0
             state = tl.where(padding, c, state)
-        activated = _tanh(state) if TANH else state
+        activated = tanh(state) if TANH else state
         h = skip + reset * (activated - skip)
         if HAS_MASK_PAD:
             h = tl.where(padding, 0.0, h)
@@ -302,7 +289,7 @@ def sru_forward_kernel(
     tl.store(p_c_n + column, c, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def sru_backward_kernel(
     p_grad_h,  # [T, B, C]
     p_grad_c_n,  # [B, C]
@@ -362,13 +349,13 @@ def sru_backward_kernel(
         c = tl.where(m_ahead, tl.load(p_c + ahead, mask=m_ahead, other=0), c_0)
         v_0, v_1, v_2, next_skip = _load_step(p_u, p_x, scale_x, ahead, m_ahead, HIGHWAY, K)
         next_grad_h = tl.load(p_grad_h + ahead, mask=m_ahead, other=0)
-        forget = _sigmoid(u_1 + w_f * c + b_f)
-        reset = _sigmoid(u_2 + w_r * c + b_r)
+        forget = sigmoid(u_1 + w_f * c + b_f)
+        reset = sigmoid(u_2 + w_r * c + b_r)
         through = grad_h * reset
         if HAS_MASK_C:
             through *= drop
         if TANH:
-            activated = _tanh(state)
+            activated = tanh(state)
             grad_state = grad_c + through * (1.0 - activated * activated)
         else:
             activated = state
@@ -458,7 +445,7 @@ def sru_forward(
     if h.numel() == 0:
         return h, c_0.clone(), c
     c_n = torch.empty_like(c_0)
-    wrap(sru_forward_kernel)[(triton.cdiv(batch * channels, _BC),)](
+    wrap_triton(sru_forward_kernel)[(triton.cdiv(batch * channels, _BC),)](
         u,
         _pointer(x, u),
         weight_c.contiguous(),
@@ -514,7 +501,7 @@ def sru_backward(
         return grad_u, grad_x, torch.zeros_like(weight_c), torch.zeros_like(bias), grad_c_0
     grad_c_0 = u.new_empty(batch, channels)
     sums = u.new_empty(4, batch, channels)
-    wrap(sru_backward_kernel)[(triton.cdiv(batch * channels, _BC),)](
+    wrap_triton(sru_backward_kernel)[(triton.cdiv(batch * channels, _BC),)](
         grad_h.contiguous(),
         _pointer(grad_c_n, u),
         u,

@@ -26,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, by compute capability
+#: Bytes a block may use, of the GPUs that a compilation stands for: Triton gives sm_86, sm_89 and sm_120 (99 KiB) the
+#: same layouts as sm_80.
+SHARED_MEMORY = {80: (99 << 10, 163 << 10), 90: (227 << 10,), 100: (227 << 10,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +45,16 @@ class Usage:
     local: int
     shared: int  # bytes a block
     spills: int  # bytes a thread that the configuration may spill
+    least_shared: int  # bytes a block may use on the GPUs that the configuration is for
 
     def problems(self) -> list[str]:
         """What keeps this configuration from being shipped."""
         found = []
         if self.stack + self.local > self.spills:
             found.append(f"spills {self.stack + self.local} bytes a thread")
-        if self.shared > SHARED_MEMORY_LIMIT[self.arch]:
-            found.append(f"needs {self.shared} bytes of shared memory, the chip has {SHARED_MEMORY_LIMIT[self.arch]}")
+        limit = min(size for size in SHARED_MEMORY[self.arch] if size >= self.least_shared)
+        if self.shared > limit:
+            found.append(f"needs {self.shared} bytes of shared memory, a chip it is for has {limit}")
         return found
 
     def __str__(self) -> str:
@@ -116,6 +120,7 @@ def compile_configuration(configuration, arch: int) -> Usage:
         local=used["LOCAL"],
         shared=max(used.get("SHARED", 0), compiled.metadata.shared),
         spills=configuration.spills,
+        least_shared=configuration.least_shared,
     )
 
 

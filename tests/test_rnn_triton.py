@@ -1,5 +1,6 @@
 """The Triton kernels of the recurrent cells: beside the tests of every backend, what only they have."""
 
+import interleaved
 import offline
 import pytest
 import torch
@@ -10,7 +11,7 @@ import seqaccel
 from seqaccel.functional.rnn._cells import CELLS
 
 kernels = pytest.importorskip("seqaccel.kernels.rnn")
-from seqaccel.kernels.rnn import checks, step, tiles  # noqa: E402
+from seqaccel.kernels.rnn import checks, step, tiles, whole  # noqa: E402
 from seqaccel.kernels.rnn.cells import CELLS as TRAITS  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
@@ -27,6 +28,10 @@ def ieee(allow_tf32):
 def tf32(ieee, allow_tf32):
     """The switches are on, so that the kernels of all steps serve float32; the interpreter knows no TF32."""
     allow_tf32(True)
+
+
+def pairs(found, expected):
+    return [(name, (t, expected[name])) for name, t in found.items()]
 
 
 def test_tables_agree():
@@ -109,6 +114,92 @@ def test_units_spread_over_programs(cell, parts, tf32, poison, monkeypatch):
     assert_as_good_as_plain_float32(cell, (3, 37, 5, 40), False)
 
 
+def spread_over_three(cell, monkeypatch):
+    """Tiles of 48 units, 16 a program."""
+    gates = CELLS[cell].gates
+    quarters, block_k = (1, 64) if gates > 1 else (4, 16)
+    forward = tiles.Tiles(16, 16, block_k, 4, groups=3, quarters=quarters, rows=32)
+    backward = tiles.Tiles(16, 16, 64 if gates > 1 else 16, 4, groups=3, quarters=4, rows=32)
+    monkeypatch.setattr(tiles, "alone", lambda *_: None)
+    monkeypatch.setattr(tiles, "spread", lambda *_: (forward, backward))
+
+
+def interleaved_results(cell, seed, monkeypatch, resident=None, waits=True):
+    """Of programs that run by turns, and of the reference."""
+    tensors = problem(cell, 3, 18, 2, 48, dtype=torch.float32)
+    options = {"lengths": torch.arange(18) % 3 + 1} if seed % 2 else {}
+    grads = random_grads(cell, tensors, **options)
+    expected = results(cell, tensors, "reference", grads, **options)
+    spread_over_three(cell, monkeypatch)
+    with monkeypatch.context() as by_turns:
+        interleaved.interleave(by_turns, interleaved.Scheduler(seed, resident), waits)
+        return results(cell, tensors, "triton", grads, **options), expected
+
+
+@interpreted
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+def test_programs_that_wait_for_each_other(cell, seed, tf32, poison, monkeypatch):
+    """In any order, each reads what the others stored in the step before, and nothing later."""
+    for name, (found, wanted) in pairs(*interleaved_results(cell, seed, monkeypatch)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@interpreted
+def test_programs_must_wait_and_be_resident(tf32, monkeypatch):
+    """What the waiting and the cooperative launch are for: without them the test above would fail."""
+    found, expected = interleaved_results("gru", 0, monkeypatch, waits=False)
+    assert not torch.allclose(found["output"], expected["output"], atol=1e-2)
+    with pytest.raises(interleaved.Deadlock):
+        interleaved_results("gru", 0, monkeypatch, resident=2)
+
+
+class Refusing:
+    """A kernel whose launch the driver refuses."""
+
+    def __init__(self, message):
+        self.message, self.launches = message, 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **options):
+        self.launches += 1
+        raise RuntimeError(f"Triton Error [CUDA]: {self.message}")
+
+
+@interpreted
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
+@pytest.mark.parametrize("name", ["whole_forward_kernel", "whole_backward_kernel"])
+def test_refused_cooperative_launches(name, cell, tf32, monkeypatch):
+    """A share of a GPU may not hold all programs: then, and from there on, the cell runs step by step."""
+    tensors = problem(cell, 3, 2, 2, 48, dtype=torch.float32)
+    grads = random_grads(cell, tensors)
+    expected = results(cell, tensors, "reference", grads)
+    spread_over_three(cell, monkeypatch)
+    monkeypatch.setattr(tiles, "refused", set())
+    interleaved.interleave(monkeypatch, interleaved.Scheduler(0))
+    refusing = Refusing("too many blocks in cooperative launch")
+    monkeypatch.setattr(whole, name, refusing)
+    with pytest.warns(UserWarning, match="cooperative"):
+        found = results(cell, tensors, "triton", grads)
+    found_again = results(cell, tensors, "triton", grads)
+    assert refusing.launches == 1
+    for of_one, (ours, wanted) in pairs(found, expected) + pairs(found_again, expected):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, name=of_one: f"{name}: {m}")
+
+
+@interpreted
+def test_other_errors_of_launches(tf32, monkeypatch):
+    tensors = problem("gru", 3, 2, 2, 48, dtype=torch.float32)
+    spread_over_three("gru", monkeypatch)
+    for message in ("an illegal memory access was encountered", "operation not permitted when stream is capturing"):
+        monkeypatch.setattr(whole, "whole_forward_kernel", Refusing(message))
+        with pytest.raises(RuntimeError, match=message):
+            call("gru", tensors, "triton")
+    assert not tiles.refused
+
+
 @interpreted
 @each_kind("triton")
 def test_blocks_of_units(cell, projected):
@@ -142,6 +233,16 @@ def test_padding_has_no_say(cell, projected, reverse, whole_launch, request):
         if name in expected:
             assert torch.equal(found[name], expected[name]), name
     assert torch.equal(found["grad of input"][:, 0], expected["grad of input"][:, 0])
+
+
+@interpreted
+@each_kind("triton")
+def test_inputs_without_features(cell, projected):
+    tensors = problem(cell, 2, 2, 0, 5, projected=projected, dtype=torch.float32)
+    grads = random_grads(cell, tensors)
+    expected = results(cell, tensors, "reference", grads)
+    for name, found in results(cell, tensors, "triton", grads).items():
+        torch.testing.assert_close(found, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 @interpreted

@@ -11,6 +11,21 @@ def _above(span, factor, T):
 
 
 @triton.jit
+def _narrow(T, nodes, block_size, fanout, levels, w, scale):
+    """What Inductor may pass as int64 and float64."""
+    return (
+        tl.cast(T, tl.int32), tl.cast(nodes, tl.int32), tl.cast(block_size, tl.int32), tl.cast(fanout, tl.int32),
+        tl.cast(levels, tl.int32), tl.cast(w, tl.int32), tl.cast(scale, tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def _product_below(a, b, most):
+    """min(a * b, most), where a * b may have more than 32 bits."""
+    return tl.minimum(tl.cast(a, tl.int64) * b, most).to(tl.int32)
+
+
+@triton.jit
 def _node_run(part, t, T, span, above, fanout, top, w):
     """Nodes [begin, end) of a level >= 1 that the block of the query at t sees: left, right, right with no parent."""
     cell, parent = t // span, t // above
@@ -21,7 +36,7 @@ def _node_run(part, t, T, span, above, fanout, top, w):
         end = tl.maximum(cell - w + 1, 0)
     elif part == 1:
         begin = cell + w
-        end = tl.where(top, count, tl.minimum(fanout * (parent + w), complete))
+        end = tl.where(top, count, _product_below(fanout, parent + w, complete))
     else:
         begin = tl.maximum(cell + w, complete)
         end = count
@@ -36,11 +51,37 @@ def _token_run(part, t, T, block_size, has_levels, w, CAUSAL: tl.constexpr, t_en
     if CAUSAL:
         end = t_end
     elif part == 0:
-        end = tl.where(has_levels, tl.minimum(block_size * (t // block_size + w), complete), T)
+        end = tl.where(has_levels, _product_below(block_size, t // block_size + w, complete), T)
     else:
         begin = tl.maximum(begin, complete)
         end = T
     return begin, end
+
+
+@triton.jit
+def _is_spoilt(b):
+    """Whether an infinity or NaN is in a tile."""
+    return tl.max(tl.where(tl.abs(b) < float("inf"), 0, 1)) > 0
+
+
+@triton.jit
+def _scores(b_a, b_b, PRECISION: tl.constexpr):
+    """b_a [M, BD] @ b_b [N, BD]^T; of one row without tensor cores, which take 16."""
+    if b_a.shape[0] == 1:
+        b = tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)[None, :]
+    else:
+        b = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+    return b
+
+
+@triton.jit
+def _weighted(b_w, b_rows, PRECISION: tl.constexpr):
+    """b_w [M, N] @ b_rows [N, BD], likewise."""
+    if b_w.shape[0] == 1:
+        b = tl.sum(tl.trans(b_w) * b_rows.to(tl.float32), 0)[None, :]
+    else:
+        b = tl.dot(b_w.to(b_rows.dtype), b_rows, input_precision=PRECISION)
+    return b
 
 
 @triton.jit
@@ -55,7 +96,7 @@ def _attend(
         offsets = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
         b_k = tl.load(p_key + offsets, mask=mask, other=0)  # [BN, BD]
         b_v = tl.load(p_value + offsets, mask=mask, other=0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + bias  # [BM, BN]
+        b_s = _scores(b_q, b_k, PRECISION) * scale + bias  # [BM, BN]
         seen = (o_n < end)[None, :]
         if DIAGONAL:
             seen = seen & (o_n[None, :] <= o_t[:, None])
@@ -64,8 +105,40 @@ def _attend(
         b_p = tl.exp(b_s - b_new[:, None])
         decay = tl.exp(b_most - b_new)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
-        b_out = b_out * decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_out = b_out * decay[:, None] + _weighted(b_p, b_v, PRECISION)
         b_most = b_new
+    return b_out, b_most, b_sum
+
+
+@triton.jit
+def _attend_all(
+    b_q, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, T, block_size, fanout, levels, w, scale,
+    CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens and nodes of all levels that the tile of queries [t, t_end) sees; the pointers are its head's."""
+    b_out = tl.zeros([BM, BD], tl.float32)
+    b_most = tl.full([BM], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    if t < t_end:
+        for part in tl.static_range(1 if CAUSAL else 2):
+            begin, end = _token_run(part, t, T, block_size, levels > 0, w, CAUSAL, t_end)
+            b_out, b_most, b_sum = _attend(
+                b_q, b_out, b_most, b_sum, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, BD, BN, PRECISION,
+            )  # fmt: skip
+        span = block_size
+        row = tl.zeros((), tl.int64)
+        for level in range(1, levels + 1):
+            above = _above(span, fanout, T)
+            bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
+            for side in range(1 if CAUSAL else 3):
+                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
+                b_out, b_most, b_sum = _attend(
+                    b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * D, begin, end, bias, o_t,
+                    scale, False, D, BD, BN, PRECISION,
+                )  # fmt: skip
+            row += T // span
+            span = above
     return b_out, b_most, b_sum
 
 
@@ -99,6 +172,7 @@ def attention_forward_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
     i_bh = tl.program_id(1).to(tl.int64)
     i_bg = i_bh // H * G + i_bh % H // (H // G)
     tiles = tl.cdiv(block_size, BM)
@@ -109,31 +183,27 @@ def attention_forward_kernel(
     m_q = (o_t < t_end)[:, None] & (o_d < D)[None, :]
     o_q = (i_bh * T + o_t)[:, None] * D + o_d[None, :]
     b_q = tl.load(p_query + o_q, mask=m_q, other=0)  # [BM, BD]
-    b_out = tl.zeros([BM, BD], tl.float32)
-    b_most = tl.full([BM], -float("inf"), tl.float32)
-    b_sum = tl.zeros([BM], tl.float32)
-    if t < t_end:
-        for part in tl.static_range(1 if CAUSAL else 2):
-            begin, end = _token_run(part, t, T, block_size, levels > 0, w, CAUSAL, t_end)
-            b_out, b_most, b_sum = _attend(
-                b_q, b_out, b_most, b_sum, p_key + i_bg * T * D, p_value + i_bg * T * D, begin, end, 0.0, o_t, scale,
-                CAUSAL, D, BD, BN, PRECISION,
-            )  # fmt: skip
-        span = block_size
-        row = i_bg * nodes
-        for level in range(1, levels + 1):
-            above = _above(span, fanout, T)
-            bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
-            for side in range(1 if CAUSAL else 3):
-                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
-                b_out, b_most, b_sum = _attend(
-                    b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * D, begin, end, bias, o_t,
-                    scale, False, D, BD, BN, PRECISION,
-                )  # fmt: skip
-            row += T // span
-            span = above
+    o_tokens, o_nodes = i_bg * T * D, i_bg * nodes * D
+    b_out, b_most, b_sum = _attend_all(
+        b_q, p_key + o_tokens, p_value + o_tokens, p_pooled_key + o_nodes, p_pooled_value + o_nodes, o_t, t, t_end, T,
+        block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, BM, BN, PRECISION,
+    )  # fmt: skip
+    spoilt = CAUSAL and _is_spoilt(b_out)
     tl.store(p_out + o_q, (b_out / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_q)
     tl.store(p_lse + i_bh * T + o_t, b_most + tl.log(b_sum), mask=o_t < t_end)
+    if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
+        if spoilt:
+            # 0 times NaN is NaN: rows one by one read nothing of their future.
+            tl.debug_barrier()
+            for row in range(t, t_end):
+                o_row = (i_bh * T + row) * D + o_d[None, :]
+                b_row, _, b_total = _attend_all(
+                    tl.load(p_query + o_row, mask=o_d[None, :] < D, other=0), p_key + o_tokens, p_value + o_tokens,
+                    p_pooled_key + o_nodes, p_pooled_value + o_nodes, row + tl.arange(0, 1), row, row + 1, T,
+                    block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, 1, BN, PRECISION,
+                )  # fmt: skip
+                b_row = (b_row / b_total[:, None]).to(p_out.dtype.element_ty)
+                tl.store(p_out + o_row, b_row, mask=o_d[None, :] < D)
 
 
 @triton.jit
@@ -148,14 +218,45 @@ def _query_gradient(
         offsets = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
         b_k = tl.load(p_key + offsets, mask=mask, other=0)  # [BN, BD]
         b_v = tl.load(p_value + offsets, mask=mask, other=0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + bias  # [BM, BN]
+        b_s = _scores(b_q, b_k, PRECISION) * scale + bias  # [BM, BN]
         seen = (o_n < end)[None, :]
         if DIAGONAL:
             seen = seen & (o_n[None, :] <= o_t[:, None])
         b_p = tl.where(seen, tl.exp(b_s - b_lse[:, None]), 0.0)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_dp = _scores(b_do, b_v, PRECISION)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
+        b_dq += _weighted(b_ds, b_k, PRECISION)
+    return b_dq
+
+
+@triton.jit
+def _query_gradient_all(
+    b_q, b_do, b_lse, b_delta, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, T, block_size, fanout,
+    levels, w, scale,
+    CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    if t < t_end:
+        for part in tl.static_range(1 if CAUSAL else 2):
+            begin, end = _token_run(part, t, T, block_size, levels > 0, w, CAUSAL, t_end)
+            b_dq = _query_gradient(
+                b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, BD, BN,
+                PRECISION,
+            )  # fmt: skip
+        span = block_size
+        row = tl.zeros((), tl.int64)
+        for level in range(1, levels + 1):
+            above = _above(span, fanout, T)
+            bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
+            for side in range(1 if CAUSAL else 3):
+                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
+                b_dq = _query_gradient(
+                    b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * D, begin, end,
+                    bias, o_t, scale, False, D, BD, BN, PRECISION,
+                )  # fmt: skip
+            row += T // span
+            span = above
     return b_dq
 
 
@@ -188,6 +289,7 @@ def attention_query_gradient_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
     i_bh = tl.program_id(1).to(tl.int64)
     i_bg = i_bh // H * G + i_bh % H // (H // G)
     tiles = tl.cdiv(block_size, BM)
@@ -203,29 +305,29 @@ def attention_query_gradient_kernel(
     b_o = tl.load(p_out + o_q, mask=m_q, other=0)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     b_lse = tl.load(p_lse + i_bh * T + o_t, mask=m_t, other=0)
-    b_dq = tl.zeros([BM, BD], tl.float32)
-    if t < t_end:
-        for part in tl.static_range(1 if CAUSAL else 2):
-            begin, end = _token_run(part, t, T, block_size, levels > 0, w, CAUSAL, t_end)
-            b_dq = _query_gradient(
-                b_q, b_do, b_lse, b_delta, b_dq, p_key + i_bg * T * D, p_value + i_bg * T * D, begin, end, 0.0, o_t,
-                scale, CAUSAL, D, BD, BN, PRECISION,
-            )  # fmt: skip
-        span = block_size
-        row = i_bg * nodes
-        for level in range(1, levels + 1):
-            above = _above(span, fanout, T)
-            bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
-            for side in range(1 if CAUSAL else 3):
-                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
-                b_dq = _query_gradient(
-                    b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * D, begin, end,
-                    bias, o_t, scale, False, D, BD, BN, PRECISION,
-                )  # fmt: skip
-            row += T // span
-            span = above
+    o_tokens, o_nodes = i_bg * T * D, i_bg * nodes * D
+    b_dq = _query_gradient_all(
+        b_q, b_do, b_lse, b_delta, p_key + o_tokens, p_value + o_tokens, p_pooled_key + o_nodes,
+        p_pooled_value + o_nodes, o_t, t, t_end, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, BM,
+        BN, PRECISION,
+    )  # fmt: skip
     tl.store(p_delta + i_bh * T + o_t, b_delta, mask=m_t)
     tl.store(p_grad_query + o_q, (b_dq * scale).to(p_grad_query.dtype.element_ty), mask=m_q)
+    if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
+        if _is_spoilt(b_dq):
+            tl.debug_barrier()
+            for row in range(t, t_end):
+                o_row, m_row = (i_bh * T + row) * D + o_d[None, :], o_d[None, :] < D
+                b_do_row = tl.load(p_grad_out + o_row, mask=m_row, other=0)
+                b_out_row = tl.load(p_out + o_row, mask=m_row, other=0)
+                b_row = _query_gradient_all(
+                    tl.load(p_query + o_row, mask=m_row, other=0), b_do_row,
+                    tl.load(p_lse + i_bh * T + row + tl.arange(0, 1)),
+                    tl.sum(b_out_row.to(tl.float32) * b_do_row.to(tl.float32), 1), p_key + o_tokens,
+                    p_value + o_tokens, p_pooled_key + o_nodes, p_pooled_value + o_nodes, row + tl.arange(0, 1), row,
+                    row + 1, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, 1, BN, PRECISION,
+                )  # fmt: skip
+                tl.store(p_grad_query + o_row, (b_row * scale).to(p_grad_query.dtype.element_ty), mask=m_row)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -260,6 +362,7 @@ def attention_key_gradient_kernel(
 ):
     # A node's queries are many times a token's, and more at each level: they are cut into SPLITS parts, and the top
     # comes first.
+    T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
     i_bg = tl.program_id(1).to(tl.int64)
     group = H // G
     token_tiles = tl.cdiv(T, BN)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head_rows", "first_row", "nodes", "offset", "children", "G"])
 def pool_kernel(
     p_key,  # [B*G, N_below, D], the first `children` * N rows of a head count
     p_value,
@@ -22,6 +22,7 @@ def pool_kernel(
     BD: tl.constexpr,
     BC: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # Inductor passes float64
     i_node, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d, o_c = tl.arange(0, BD), tl.arange(0, BC)
     m_d = o_d < D
@@ -51,7 +52,11 @@ def pool_kernel(
     tl.store(p_pooled_value + out, (b_v / b_sum).to(p_pooled_value.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "head_rows", "first_row", "grad_rows", "node_row", "child_row", "nodes", "children", "G",
+    ]
+)  # fmt: skip
 def unpool_kernel(
     p_key,  # [B*G, head_rows, D]: the children
     p_value,
@@ -73,6 +78,7 @@ def unpool_kernel(
     BC: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    scale = tl.cast(scale, tl.float32)  # Inductor passes float64
     i_node, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_d, o_c = tl.arange(0, BD), tl.arange(0, BC)
     m_d = o_d < D

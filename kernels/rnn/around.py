@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from seqaccel.kernels.rnn.cells import normalize, normalize_backward, sigmoid
+from seqaccel.kernels._math import sigmoid
+from seqaccel.kernels.rnn.cells import normalize, normalize_backward
 
 # ---- GRU, reset before: r, z = sigmoid(x + W h'), then the product behind r h' ----
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "B"])
 def reset_forward_kernel(
     p_gates,  # [T, B, 3H] W_ih x + b; r and z are overwritten by their activated values
     p_product,  # [B, 2H] W_hr h', W_hz h'
@@ -33,7 +34,7 @@ def reset_forward_kernel(
     tl.store(p_operand + b * H + unit, (b_r * b_h).to(p_operand.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["t", "earlier"])
+@triton.jit(do_not_specialize=["t", "earlier", "B"])
 def reset_backward_kernel(
     p_product,  # [B, H] gradient of r h'
     p_gates,  # [T, B, 3H] activated
@@ -72,7 +73,7 @@ def reset_backward_kernel(
 # ---- multiplicative LSTM: m = (W_mx x) (W_mh h') ----
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "B"])
 def multiply_forward_kernel(p_m_x, p_m_h, p_operand, t, B, H, BLOCK: tl.constexpr):
     """p_operand [B, H] = p_m_x[t] p_m_h [B, H]."""
     b = tl.program_id(0).to(tl.int64)
@@ -83,7 +84,7 @@ def multiply_forward_kernel(p_m_x, p_m_h, p_operand, t, B, H, BLOCK: tl.constexp
     tl.store(p_operand + b * H + unit, (b_x * b_h).to(p_operand.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "B"])
 def multiply_backward_kernel(
     p_product,  # [B, H] gradient of m
     p_m_x,  # [T, B, H] W_mx x
@@ -131,7 +132,7 @@ def rows_forward_kernel(
     tl.store(p_x, b_y.to(p_x.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS"])
 def rows_backward_kernel(
     p_x,  # [N, W] before the layer norm
     p_dy,  # [N, W] gradient of LN(x) gamma

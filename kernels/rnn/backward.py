@@ -20,7 +20,7 @@ from seqaccel.kernels.rnn.launchers import (
     vectors_of,
     zoneout_of,
 )
-from seqaccel.kernels.rnn.tiles import precision, tiles_of
+from seqaccel.kernels.rnn.tiles import precision_of, refuse, tiles_of
 
 
 def _h_prev(output: Tensor, h_0: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -65,6 +65,7 @@ def rnn_backward(
     grads = ((grad_output, "TBP"), (grad_h_n, "BP"), (grad_c_n if spec.has_c else None, "BH"))
     check_backward(cell, grads, output, saved, expected, sizes, needs)
     weight_ih, weight_hh, _, _, *extra = contiguous(weights)
+    lengths = None if lengths is None else lengths.contiguous()
     h_0, output, saved = h_0.contiguous(), output.contiguous(), [t.contiguous() for t in saved]
     dh = h_0.new_zeros(h_0.shape, dtype=torch.float32) if grad_h_n is None else float_copy(grad_h_n)
     dc = None
@@ -127,14 +128,19 @@ class _Sweep:
         }  # fmt: skip
         tiles = tiles_of(spec, self.weight_hh, batch, self.weight_hr is not None)
         if tiles is not None:
-            for first, grid, arrived in tiles[1].launches(batch, self.output.device):
-                whole.whole_backward_kernel[grid](
-                    grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0, self.output,
-                    self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc, self.grad_x, self.grad_r,
-                    arrived, steps, batch, hidden, first, self.zone_h[1], self.zone_c[1], **constants,
-                    REVERSE=self.reverse, PRECISION=precision(), **tiles[1].constants(), **tiles[1].options(),
-                )  # fmt: skip
-            return self.dh
+            try:
+                for first, grid, arrived in tiles[1].launches(batch, self.output.device):
+                    whole.whole_backward_kernel[grid](
+                        grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0,
+                        self.output, self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc,
+                        self.grad_x, self.grad_r, arrived, steps, batch, hidden, first, self.zone_h[1],
+                        self.zone_c[1], **constants,
+                        REVERSE=self.reverse, PRECISION=precision_of(self.output.dtype), **tiles[1].constants(),
+                        **tiles[1].options(),
+                    )  # fmt: skip
+                return self.dh
+            except RuntimeError as error:
+                refuse(error, tiles[1], self.output.device)
         options = point_options(spec, hidden)
         grid = grid_of(batch, hidden, options["BLOCK"])
         gamma = self.extra[1] if spec.norm else None
@@ -182,7 +188,7 @@ class _Sweep:
         spec, hidden, extra = self.spec, self.hidden, self.extra
         grads: list[Tensor | None] = [None] * (len(needs) - 1)
         wants = [*needs[1:], False, False, False, False, False, False]  # by the weights' order
-        flat = self.input.reshape(-1, self.input.shape[2])
+        flat = self.input.flatten(0, 1)
         grad_x = self.grad_x.view(-1, spec.gates * hidden)
         grad_last = self.grad_last.view(grad_x.shape)
         grad_a = grad_x

@@ -22,22 +22,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from seqaccel.kernels._math import sigmoid, tanh
+
 EPSILON = tl.constexpr(1e-5)
-
-
-@triton.jit
-def tanh(x):
-    # The odd series below 0.15 (next term 5.6e-9), where 1 - e cancels.
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    e = tl.exp(-2.0 * tl.abs(x))
-    ratio = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0, -ratio, ratio))
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 # ---- layer norm of a row that a tuple of [H] tiles holds together ----

@@ -106,7 +106,9 @@ def _all_steps() -> list[Configuration]:
         constants, absent = _cell(name, zoneout=False)
         constants |= {"REVERSE": False, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
         kernels = (whole.whole_forward_kernel, whole.whole_backward_kernel)
-        warps = tiles.WHOLE[4 if kind == "fp32" else 2, block, CELLS[name].gates]
+        item = 4 if kind == "fp32" else 2
+        warps = tiles.WHOLE[item, block, CELLS[name].gates]
+        memory = next(size << 10 for size in (99, 163) if tiles.alone(CELLS[name].gates, block, item, size << 10))
         tried = set()
         for arch in (80, 90):
             stages = tiles.stages(CELLS[name].gates, block, arch)
@@ -116,7 +118,7 @@ def _all_steps() -> list[Configuration]:
                     constants |= tiles.Tiles(tiles.BLOCK_B, block, block, num_warps, steps).constants()
                     # More than 64 units go by 16; fewer need not, which takes more registers.
                     row = _configuration(kernel, kind, constants, (*absent, *_SPREAD), num_warps, 1, aligned=block > 64)
-                    rows.append(dataclasses.replace(row, least_arch=arch, spills=64))
+                    rows.append(dataclasses.replace(row, least_arch=arch, least_shared=memory, spills=64))
     return rows
 
 
@@ -138,7 +140,8 @@ def _spread() -> list[Configuration]:
         both = tiles.spread(CELLS[name].gates, hidden, batch, item, 227 << 10, 132)
         for kernel, one in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), both, strict=True):
             row = _configuration(kernel, kind, constants | one.constants(), absent, one.warps, 1)
-            rows.append(dataclasses.replace(row, least_arch=90, spills=832))  # by Triton 3.6; 3.9: 424
+            row = dataclasses.replace(row, least_arch=90, least_shared=227 << 10, spills=832)  # by Triton 3.6; 3.9: 424
+            rows.append(row)
     return rows
 
 

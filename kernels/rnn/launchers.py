@@ -18,7 +18,7 @@ from seqaccel.kernels._launch import operator
 from seqaccel.kernels.rnn import around, step, whole
 from seqaccel.kernels.rnn.cells import CELLS, Cell
 from seqaccel.kernels.rnn.checks import check
-from seqaccel.kernels.rnn.tiles import precision, tiles_of
+from seqaccel.kernels.rnn.tiles import precision_of, refuse, tiles_of
 
 POINTS = 256  # hidden units of a program of one step
 
@@ -125,6 +125,7 @@ def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, r
     sizes = check(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c)
     spec, steps, batch, hidden = CELLS[cell], sizes["T"], sizes["B"], sizes["H"]
     weight_ih, weight_hh, bias_ih, bias_hh, *extra = contiguous(weights)
+    lengths = None if lengths is None else lengths.contiguous()
     dtype = input.dtype
     weight_hr = extra[0] if spec.projects else None
     bias_x, bias_r = _biases(spec, bias_ih, bias_hh)
@@ -133,7 +134,7 @@ def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, r
     output = input.new_empty(steps, batch, sizes["P"])
     x = None
     if steps and batch:
-        flat = input.reshape(-1, input.shape[2])
+        flat = input.flatten(0, 1)
         x = (
             torch.matmul(flat, weight_ih.t())
             if spec.norm or bias_x is None
@@ -173,13 +174,17 @@ def _run_forward(
         if tiles[0].groups:
             exchange = x.new_empty(2, batch, hidden)
             exchange[0] = h
-        for first, grid, arrived in tiles[0].launches(batch, x.device):
-            whole.whole_forward_kernel[grid](
-                x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
-                exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward, **constants,
-                REVERSE=reverse, PRECISION=precision(), **tiles[0].constants(), **tiles[0].options(),
-            )  # fmt: skip
-        return
+        try:
+            for first, grid, arrived in tiles[0].launches(batch, x.device):
+                whole.whole_forward_kernel[grid](
+                    x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
+                    exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward,
+                    **constants, REVERSE=reverse, PRECISION=precision_of(x.dtype), **tiles[0].constants(),
+                    **tiles[0].options(),
+                )  # fmt: skip
+            return
+        except RuntimeError as error:
+            refuse(error, tiles[0], x.device)
     options = point_options(spec, hidden)
     transposed = weight_hh.t()
     gamma = extra[1] if spec.norm else None

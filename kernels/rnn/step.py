@@ -212,7 +212,7 @@ def step_backward(
 # ---- one step ----
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "B"])
 def forward_kernel(
     p_x,  # [T, B, G*H] W_ih x + b; may be p_gates
     p_product,  # [B, (G-FIRST)*H] W_hh h'
@@ -299,7 +299,7 @@ def arriving(p_grad_output, p_product, p_dh, o, o_state, mask):
     return b_dh, b_held
 
 
-@triton.jit(do_not_specialize=["t", "earlier"])
+@triton.jit(do_not_specialize=["t", "earlier", "B"])
 def backward_kernel(
     p_grad_output,  # [T, B, H] or None
     p_product,  # [B, H] gradient of h through the product of the step before in this pass; of o tanh(c) where PROJECTED
@@ -389,7 +389,7 @@ def backward_kernel(
 # ---- projection: h = W_hr (o tanh(c)) ----
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "B"])
 def project_forward_kernel(
     p_product,  # [B, P] W_hr (o tanh(c))
     p_lengths,
@@ -419,7 +419,7 @@ def project_forward_kernel(
         tl.store(p_operand + o_state, b_h.to(p_operand.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "B"])
 def project_backward_kernel(
     p_grad_output,  # [T, B, P] or None
     p_product,  # [B, P]

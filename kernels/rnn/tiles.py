@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 import torch
 import triton
 from torch import Tensor
 
+from seqaccel.kernels._launch import precision
 from seqaccel.kernels.rnn.cells import Cell
 
 BLOCK_B = 16  # rows of a program that has all units: the least that tl.dot takes
@@ -79,9 +81,23 @@ class Tiles:
             yield first, (blocks, self.groups or 1), arrived
 
 
-def precision() -> str:
-    """Torch's own switch for recurrent layers in float32; TF32 is its default."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+#: Devices that refused a cooperative launch, as a share of a GPU may (a green context, MPS).
+refused: set[torch.device] = set()
+
+_REFUSALS = ("too many blocks in cooperative launch", "operation not supported", "operation not permitted")
+
+
+def refuse(error: RuntimeError, tiles: Tiles, device: torch.device) -> None:
+    """Remembers a device that refuses cooperative launches, where cells run step by step; raises any other error."""
+    if tiles.groups < 2 or not str(error).endswith(_REFUSALS):
+        raise error
+    refused.add(device)
+    warnings.warn(f"recurrent layers run step by step on {device}: a cooperative launch failed ({error})", stacklevel=2)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """By torch's own switch for recurrent layers; TF32 is its default."""
+    return precision(dtype, torch.backends.cudnn.rnn)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -91,9 +107,15 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
+_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _multiprocessors(device: torch.device) -> int:
     """In Triton's interpreter one: it runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_multiprocessors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
@@ -138,7 +160,9 @@ def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processo
     both = []
     for terms, quarters, most in ((hidden, 1 if gates > 1 else 4, 64), (gates * hidden, 4, 32)):
         block_k = max(16, triton.next_power_of_2(triton.cdiv(terms, quarters)))
-        block_b = min(most, max(16, triton.next_power_of_2(triton.cdiv(batch, blocks))))
+        block_b = 16
+        while block_b < most and block_b * blocks < batch:  # comparisons, which a compiler keeps as bounds of the batch
+            block_b *= 2
         tile = quarters * block_b * block_k * item
         parts = max(1, tile // (64 << 10))
         if block_k % (16 * parts) or 4 * BLOCK_U * block_k * item + tile // parts > memory:
@@ -157,12 +181,13 @@ def at_once(
     gates: int, hidden: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tiles, Tiles] | None:
     """Forward and backward, of a cell that the kernels of all steps have; None where it runs step by step."""
-    if dtype == torch.float64 or (dtype == torch.float32 and precision() != "tf32"):
+    if dtype == torch.float64 or (dtype == torch.float32 and precision_of(dtype) != "tf32"):
         return None
     memory, processors = _shared_memory(device), _multiprocessors(device)
-    return alone(gates, hidden, dtype.itemsize, memory) or spread(
-        gates, hidden, batch, dtype.itemsize, memory, processors
-    )
+    found = alone(gates, hidden, dtype.itemsize, memory)
+    if found is None and device not in refused:
+        found = spread(gates, hidden, batch, dtype.itemsize, memory, processors)
+    return found
 
 
 def tiles_of(spec: Cell, weight_hh: Tensor, batch: int, projected: bool) -> tuple[Tiles, Tiles] | None:

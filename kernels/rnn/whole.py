@@ -124,7 +124,11 @@ def spread_product(
     return first, second, third, fourth
 
 
-@triton.jit
+# An integer that becomes 1, or divisible by 16, would be another compilation.
+_NUMBERS = ["T", "B", "b_first"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def whole_forward_kernel(
     p_x,  # [T, B, G*H] W_ih x + b; may be p_gates
     p_weight,  # [G*H, H]
@@ -228,7 +232,7 @@ def whole_forward_kernel(
         tl.store(p_c + b * H + unit, b_c, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def whole_backward_kernel(
     p_grad_output,  # [T, B, H] or None
     p_weight,  # [G*H, H]

@@ -1,0 +1,86 @@
+"""Small calls of every Triton operator, by what they run: for tests that hold for all of them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from rnn_cases import kinds, problem, weights_of, zoneout_masks
+
+from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.kernels import attention, conv, rnn, scan
+
+
+def _rnn(cell, projected, T=3, B=2):
+    tensors = problem(cell, T, B, 5, 6, projected=projected, dtype=torch.float32, requires_grad=False)
+    zoneout = (None, None)
+    if CELLS[cell].zoneout:
+        masks = {name: mask.float() for name, mask in zoneout_masks(cell, tensors).items()}
+        zoneout = masks["zoneout_h"], masks.get("zoneout_c")
+    weights, lengths = weights_of(cell, tensors), torch.arange(B) * 2 % T + 1
+    given = (cell, tensors["input"], tensors["h_0"], tensors.get("c_0"), weights, lengths, *zoneout)
+    yield "rnn_forward", rnn.rnn_forward, (*given, False, True)
+    output, h_n, c_n, saved = rnn.rnn_forward(*given, False, True)
+    grads = (torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n) if c_n.numel() else None)
+    needs = [True] * (1 + len(weights))
+    yield "rnn_backward", rnn.rnn_backward, (cell, *grads, *given[1:], output, saved, False, needs)
+
+
+def _linear_scan(T=3, B=2):
+    a, b, h_0 = torch.rand(B, T, 3), torch.randn(B, T, 3), torch.randn(B, 3)
+    yield "linear_scan_forward", scan.linear_scan_forward, (a, b, h_0, False)
+    h = scan.linear_scan_forward(a, b, h_0, False)
+    yield "linear_scan_backward", scan.linear_scan_backward, (torch.randn_like(h), a, h, h_0, False)
+
+
+def _sru(T=3, B=2):
+    C = 4
+    u, x, weight_c, bias = torch.randn(T, B, 3 * C), torch.randn(T, B, C), torch.randn(2 * C), torch.randn(2 * C)
+    masks = (torch.rand(B, C), torch.arange(T)[:, None] >= torch.arange(B), torch.tensor([1.5]))
+    given = (u, x, weight_c, bias, torch.randn(B, C), *masks)
+    yield "sru_forward", scan.sru_forward, (*given, 2, True, True)
+    h, c_n, c = scan.sru_forward(*given, 2, True, True)
+    grads = torch.randn_like(h), torch.randn_like(c_n)
+    yield "sru_backward", scan.sru_backward, (*grads, *given, c, 2, True)
+
+
+def _conv(channels, groups, T=9, B=2):
+    x, weight, bias = torch.randn(B, channels, T), torch.randn(4, channels // groups, 3), torch.randn(4)
+    residual, history, seed = torch.randn(B, 4, T), torch.randn(B, channels, 4), torch.tensor([7])
+    options = (2, groups, "silu", True, 0.25)
+    yield (
+        "causal_conv1d_forward",
+        conv.causal_conv1d_forward,
+        (x, weight, bias, residual, history, seed, *options, True),
+    )
+    y, saved = conv.causal_conv1d_forward(x, weight, bias, residual, history, seed, *options, True)
+    given = (torch.randn_like(y), y, saved, x, weight, history, seed, torch.randn_like(x), *options, True, 31)
+    yield "causal_conv1d_backward", conv.causal_conv1d_backward, given
+
+
+def _attention(T=9, B=1):
+    query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T, 4), torch.randn(B, 1, T, 4)
+    given, options = (query, key, value, torch.randn(2, 1, 4)), (2, 2, -1, 1, True, True, 0.4)
+    yield "hierarchical_attention_forward", attention.hierarchical_attention_forward, (*given, *options)
+    saved = attention.hierarchical_attention_forward(*given, *options)
+    given = (torch.randn_like(query), *given, *saved, *options)
+    yield "hierarchical_attention_backward", attention.hierarchical_attention_backward, given
+
+
+#: Each value, called (with T and B), gives the name, the operator and the arguments of a forward and a backward call.
+TABLE = {
+    **{
+        f"rnn {cell}{' projected' * projected}": functools.partial(_rnn, cell, projected)
+        for cell, projected in kinds("triton")
+    },
+    "linear_scan": _linear_scan,
+    "sru": _sru,
+    "conv": functools.partial(_conv, 6, 1),
+    "conv depthwise": functools.partial(_conv, 4, 4),
+    "attention": _attention,
+}
+
+
+@functools.cache
+def calls_of(name):
+    return list(TABLE[name]())
