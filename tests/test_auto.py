@@ -1,10 +1,15 @@
 """What auto takes on a GPU, by what an H100 measured; no GPU is needed to ask."""
 
+import pathlib
+import shutil
+import subprocess
+import sysconfig
 import types
 
 import pytest
 import torch
 
+from seqaccel import _extension, backends
 from seqaccel.functional import attention, conv
 from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import Problem
@@ -19,6 +24,9 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     properties = types.SimpleNamespace(shared_memory_per_block_optin=227 << 10, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(_extension, "triton_build_error", lambda: None)
+    monkeypatch.setattr(_extension, "cuda_error", None)
+    monkeypatch.setattr(_extension, "cuda_device_error", lambda index: None)
     return properties
 
 
@@ -96,6 +104,109 @@ def test_sizes_that_auto_keeps_from_triton():
         assert conv._torch_is_faster(x, weight, 16, groups)
     assert conv._torch_is_faster(empty(1, 1024, 2**21 + 64), empty(1024, 1024, 3), 1, 1)
     assert conv._torch_is_faster(empty(32, 256, 4096, dtype=FLOAT64), weight, 16, 1)
+    # The gradient's launch has no room for so many strips of time, or taps of groups, though the forward's has.
+    assert conv._torch_is_faster(empty(1, 16, 65535 * 1024), empty(16, 16, 3), 1, 1)
+    assert conv._torch_is_faster(empty(1, 65534, 64), empty(65534, 2, 3), 1, 32767)
     assert attention._triton_takes(empty(16, 8, 4096, 64))
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
         assert not attention._triton_takes(query)
+
+
+@pytest.mark.parametrize("prefer", [None, "cuda", "triton"])
+@pytest.mark.parametrize("operator", backends.VERIFIED)
+def test_gpus_that_auto_keeps_from_our_kernels(operator, prefer, h100, monkeypatch):
+    """Whatever is preferred: old GPUs, AMD's, and what cannot be built or loaded here."""
+    tensor = on_a_gpu(FLOAT32)
+
+    def choice():
+        return backends.choose(operator, tensor, ("reference", "cpp", "triton", "cuda"), prefer=prefer)
+
+    verified = backends.VERIFIED[operator]
+    assert choice() == (prefer if prefer in verified else verified[0])
+    with monkeypatch.context() as without:
+        without.setattr(_extension, "cuda_device_error", lambda index: "no kernel image is available")
+        assert choice() == "triton"
+        without.setattr(_extension, "triton_build_error", lambda: "no C compiler")
+        assert choice() == "reference"
+    with monkeypatch.context() as amd:
+        amd.setattr(torch.version, "hip", "6.4")
+        assert choice() == "reference"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choice() == "reference"
+    with backends.backend("triton"):
+        assert choice() == "triton"  # who asks for it gets it, or its error
+
+
+def test_what_triton_builds_with(monkeypatch, tmp_path):
+    error = _extension.triton_build_error.__wrapped__
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert "Python.h" in error()
+    (tmp_path / "Python.h").touch()
+    assert error() is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C compiler" in error()
+    monkeypatch.setenv("CC", "cc")
+    assert error() is None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.cuda.is_available(), reason="asks nvcc, without a GPU")
+def test_what_cuda_says_of_a_gpu_that_is_not_there(monkeypatch, tmp_path):
+    source = pathlib.Path(__file__).parent.parent / "csrc/cuda/device.cu"
+    library = tmp_path / "_cuda.so"
+    subprocess.run(["nvcc", "-shared", "-Xcompiler", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setattr(_extension, "_find", lambda name: library)
+    assert "CUDA" in _extension.cuda_device_error.__wrapped__(0)
+
+
+def test_precision_of_products(monkeypatch):
+    launch = pytest.importorskip("seqaccel.kernels._launch")
+    allowed, forbidden = (types.SimpleNamespace(fp32_precision=p) for p in ("tf32", "ieee"))
+    assert launch.precision(FLOAT32, allowed) == "tf32"
+    assert launch.precision(BFLOAT16, allowed) == launch.precision(FLOAT32, forbidden) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch.precision(FLOAT32, allowed) == "ieee"
+
+
+@pytest.mark.parametrize("hidden", [64, 100, 130, 512, 1024])
+@pytest.mark.parametrize("dtype", [FLOAT32, torch.float16, BFLOAT16, FLOAT64], ids=str)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_compiling_changes_no_choice_on_a_gpu(cell, dtype, hidden, h100, monkeypatch):
+    """torch's operator is one of the graph then; but lengths, and GPUs without cuDNN, would unroll its steps."""
+    tensor = on_a_gpu(dtype)
+
+    def choice(ragged=False):
+        problem = Problem(tensor.device, 100, 4, hidden, hidden, dtype, ragged, True, False)
+        return _operator._choose(cell, tensor, problem, False)
+
+    eager = choice()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choice() == eager
+    if dtype != FLOAT64:
+        assert choice(ragged=True) == "triton"
+        with monkeypatch.context() as exporting:
+            exporting.setattr(torch.compiler, "is_exporting", lambda: True)
+            assert choice() == "triton"
+        monkeypatch.setattr(torch._C, "_get_cudnn_enabled", lambda: False)
+        monkeypatch.setattr(torch.backends.cudnn.__class__, "enabled", False)
+        assert choice() == "triton"
+
+
+def test_the_choice_bounds_a_batch_that_varies():
+    """Tiles follow the batch by comparisons: what compiles is not of one batch."""
+    tiles = pytest.importorskip("seqaccel.kernels.rnn.tiles")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def spread(x):
+        return x + tiles.spread(4, 512, x.shape[0], 2, 227 << 10, 132)[1].rows
+
+    compiled = torch.compile(spread, fullgraph=True, dynamic=True, backend=count)
+    for batch in (3, 5, 17, 60, 63):
+        compiled(torch.zeros(batch))
+    assert len(graphs) == 1
+    torch._dynamo.reset()

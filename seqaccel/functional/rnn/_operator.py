@@ -178,12 +178,24 @@ def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
             f"{name}: expected lengths to be torch.int64 of shape ({batch},), "
             f"but got {lengths.dtype} of {tuple(lengths.shape)}"
         )
-    if not torch.compiler.is_compiling() and not _common.transforms_active() and batch:
+    if torch.compiler.is_compiling() or _common.transforms_active() or not batch:
+        return
+    if lengths.device.type != "cpu":  # which nothing waits for: the error is the device's
+        message = f"{name}: expected lengths to be between 1 and {steps}"
+        torch._assert_async(((lengths >= 1) & (lengths <= steps)).all(), message)
+    else:
         shortest, longest = (int(bound) for bound in lengths.aminmax())
         if shortest < 1 or longest > steps:
             raise ValueError(
                 f"{name}: expected lengths to be between 1 and {steps}, but they range from {shortest} to {longest}"
             )
+
+
+def _on_device(lengths: Tensor, device: torch.device) -> Tensor:
+    """Copied to a GPU from pinned memory, so that nothing waits for it."""
+    if device.type != "cuda" or not lengths.is_cpu or torch.compiler.is_compiling():
+        return lengths.to(device)
+    return lengths.pin_memory().to(device, non_blocking=True)
 
 
 def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
@@ -323,6 +335,13 @@ def layer(
     return found
 
 
+def _is_one_call_of_torch(problem: Problem) -> bool:
+    """Whether torch's operator, if it is chosen, stays one call: on a GPU, what compiles may unroll its steps."""
+    if problem.device.type == "cpu" or not torch.compiler.is_compiling():
+        return True
+    return not problem.ragged and _torch.is_opaque(problem.device, problem.dtype)
+
+
 def _choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
     """The backend of a layer."""
     spec = CELLS[cell]
@@ -330,7 +349,7 @@ def _choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
     device_type = problem.device.type
     if device_type == "cuda" and problem.dtype == torch.float64:  # our kernels have none
         prefer = "torch" if "torch" in spec.backends and not zoned else "reference"
-    elif spec.torch_is_faster is not None and not (device_type != "cpu" and torch.compiler.is_compiling()):
+    elif spec.torch_is_faster is not None and _is_one_call_of_torch(problem):
         prefer = "torch" if spec.torch_is_faster(problem) else None
     supported = _supported(spec, problem.projected, zoned) if problem.projected or zoned else spec.backends
     return backends.choose(cell, input, supported, prefer=prefer)
@@ -345,9 +364,13 @@ def torch_runs_all_layers(
     """
     if input.device.type != "cuda" or "torch" not in CELLS[cell].backends:
         return False
-    if torch.compiler.is_compiling() or _common.transforms_active() or _onnx.exporting():
+    if _common.transforms_active() or _onnx.exporting():
         return False
     dtype = input.dtype
+    if torch.compiler.is_compiling() and (
+        batch_sizes is not None or _common.autocast_on("cuda") or not _torch.is_opaque(input.device, dtype)
+    ):
+        return False
     if _common.autocast_on("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         if dtype != torch.float16:  # torch's autocast of these operators knows float16 only
@@ -398,7 +421,7 @@ def _run(
     factors_h = _factors(cell, "zoneout of h", zoneout_h, input, h_0.shape[1], compute)
     factors_c = _factors(cell, "zoneout of c", zoneout_c, input, hidden, compute) if spec.has_cell_state else None
     if lengths is not None:
-        lengths = lengths.to(input.device)
+        lengths = _on_device(lengths, input.device)
     if backend == "reference":
         return reference.layer(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
     if narrow and factors_h is None and factors_c is None:
