@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 ARGS ?=
+comma := ,
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -12,7 +13,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 TODAY := $(shell date -u +%Y-%m-%d)
 
-.PHONY: help setup build demo test lint format bench gpu new-cell clean
+.PHONY: help setup build demo test lint format bench gpu new-cell fuzz sanitize sanitize-memory sanitize-threads clean
 
 help:
 	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
@@ -20,6 +21,8 @@ help:
 	@echo "make lint    ruff, mypy, clang-format; 'make format' mends what can be mended"
 	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
 	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
+	@echo "make fuzz    call every C++ operator with random arguments (ARGS='--calls 50000 --seed 7')"
+	@echo "make sanitize fuzz and test a build with gcc's sanitizers: of addresses and undefined behaviour, then of threads"
 	@echo "make new-cell follow docs/adding-a-cell.md in a copy of the sources: build, lint, tests"
 	@echo "make setup   only build; make clean removes what was built"
 
@@ -41,6 +44,34 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+fuzz: build
+	$(BIN)/python tests/fuzz_operators.py $(ARGS)
+
+# Builds with sanitizers have folders of their own; their libraries must be loaded before Python. What torch leaks is its
+# own affair; a call that asks for more memory than there is must raise, as it does in other builds.
+sanitized = PYTHONPATH=$(CURDIR)/build/sanitize/$(1)/lib LD_PRELOAD="$(foreach library,$(2) stdc++,$(shell c++ -print-file-name=lib$(library).so))"
+build_sanitized = SEQACCEL_SANITIZE=$(2) SEQACCEL_CUDA=0 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q \
+	build_py --build-lib build/sanitize/$(1)/lib \
+	build_ext --build-temp build/sanitize/$(1)/objects --build-lib build/sanitize/$(1)/lib
+MEMORY = UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allow_user_segv_handler=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+	$(call sanitized,memory,asan ubsan)
+THREADS = TSAN_OPTIONS=exitcode=66 \
+	$(call sanitized,threads,tsan)
+SANITIZED_TESTS = native scan conv attention rnn rnn_operator rnn_bfloat16 session
+
+sanitize: sanitize-memory sanitize-threads
+
+sanitize-memory: $(VENV)/.installed
+	$(call build_sanitized,memory,address$(comma)undefined)
+	cd tests && $(MEMORY) $(abspath $(BIN)/python) fuzz_operators.py --calls 5000
+	cd tests && $(MEMORY) $(abspath $(BIN)/pytest) -q -x $(SANITIZED_TESTS:%=test_%.py) $(ARGS)
+
+sanitize-threads: $(VENV)/.installed
+	$(call build_sanitized,threads,thread)
+	cd tests && $(THREADS) $(abspath $(BIN)/python) fuzz_threads.py --openmp 1
+	cd tests && $(THREADS) $(abspath $(BIN)/python) fuzz_threads.py --openmp 2
 
 new-cell: build
 	$(BIN)/python tests/new_cell.py

@@ -4,6 +4,7 @@ Environment:
     SEQACCEL_NO_EXTENSIONS=1  build the pure-Python package on purpose
     SEQACCEL_CUDA=0/1         leave out, or insist on, the CUDA extension (default: built when nvcc is found)
     TORCH_CUDA_ARCH_LIST      GPU architectures (default "8.0+PTX;9.0a"; the PTX serves later chips)
+    SEQACCEL_SANITIZE         build with gcc's sanitizers: "address,undefined" or "thread" ("make sanitize" sets it)
     MAX_JOBS                  compile jobs
 """
 
@@ -28,6 +29,10 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
+# Of a build with sanitizers, of every extension; SEQACCEL_SANITIZE also stops the reuse of memory (csrc/cpu/pool.h).
+SANITIZE = os.environ.get("SEQACCEL_SANITIZE")
+SANITIZE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DSEQACCEL_SANITIZE"] if SANITIZE else []
+SANITIZERS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 INSTRUCTION_SETS = ["portable", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 BF16_KERNELS = {"session_kernels"}  # compiled for AVX-512 with BF16 and VNNI too
 
@@ -102,8 +107,8 @@ def extensions():
             native_sources("csrc/cpu/**/*.cpp") + kernel_sources(),
             include_dirs=[str(ROOT / "csrc")],
             py_limited_api=True,
-            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
-            extra_link_args=["-fopenmp", "-Wl,-z,noexecstack"],
+            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI + SANITIZE_FLAGS + SANITIZERS},
+            extra_link_args=["-fopenmp", "-Wl,-z,noexecstack", *SANITIZERS],
         )
     ]
     session = native_sources("csrc/session/*.cpp")
@@ -113,7 +118,10 @@ def extensions():
                 "seqaccel._session",
                 session,
                 include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-                extra_compile_args={"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]},
+                extra_compile_args={
+                    "cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *SANITIZE_FLAGS, *SANITIZERS]
+                },
+                extra_link_args=SANITIZERS,
                 language="c++",
             )
         )
@@ -125,7 +133,8 @@ def extensions():
             f"seqaccel._autograd_{re.sub(r'[^0-9a-zA-Z]', '_', release)}",
             native_sources("csrc/autograd/*.cpp"),
             optional=True,
-            extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden"]},
+            extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden", *SANITIZE_FLAGS, *SANITIZERS]},
+            extra_link_args=SANITIZERS,
         )
     )
     home = cuda_home()

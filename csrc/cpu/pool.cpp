@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "reuse.h"
+
 namespace seqaccel {
 namespace {
 
@@ -63,11 +65,12 @@ Block take_block(size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (data && align == kHugePage) madvise(data, size, MADV_HUGEPAGE);
 #endif
+  fill_fresh(data, size);
   return {data, size};
 }
 
 void give_block(Block block) noexcept {
-  if (block.size > kUnused) return std::free(block.data);
+  if (!kReuse || block.size > kUnused) return std::free(block.data);
   Pool& pool = Pool::instance();
   const std::lock_guard<std::mutex> lock(pool.mutex);
   while (pool.unused + block.size > kUnused) {  // the oldest first

@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "reuse.h"
 #include "tensor.h"
 
 namespace seqaccel {
@@ -18,7 +19,7 @@ class Scratch {
   }
   ~Scratch() {
     const int64_t bytes = tensor_->numel() * (tensor_->scalar_type() == ScalarType::Double ? 8 : 4);
-    if (bytes <= kKept) tensor_ = kept().exchange(tensor_);
+    if (kReuse && bytes <= kKept) tensor_ = kept().exchange(tensor_);
     delete tensor_;
   }
   Scratch(const Scratch&) = delete;

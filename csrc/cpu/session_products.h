@@ -361,6 +361,7 @@ inline bool session_pack(const SessionPack* packs, int64_t count) {
   const size_t row = size_t(widest) + 4, thread_words = row * (L + 1);
   uint32_t* const workspace = static_cast<uint32_t*>(malloc(thread_words * 4 * size_t(omp_get_max_threads())));
   if (workspace == nullptr) return false;
+  fill_fresh(workspace, thread_words * 4 * size_t(omp_get_max_threads()));
 #pragma omp parallel
   {
     uint32_t* const rows = workspace + thread_words * size_t(omp_get_thread_num());

@@ -16,6 +16,8 @@
 #include <tuple>
 #include <vector>
 
+#include "reuse.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -113,6 +115,7 @@ inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+  fill_fresh(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
 }
 

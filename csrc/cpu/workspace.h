@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "isa.h"
+#include "reuse.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -36,6 +37,7 @@ class Workspace {
     if (align == kHugePage) madvise(block_, whole, MADV_HUGEPAGE);
 #endif
     block_->size = whole - sizeof(Block);
+    fill_fresh(block_ + 1, block_->size);
     return true;
   }
   template <typename T>
@@ -46,7 +48,8 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
-    if (block_ != nullptr && block_->size <= kKept) block_ = __atomic_exchange_n(&kept(), block_, __ATOMIC_ACQ_REL);
+    if (kReuse && block_ != nullptr && block_->size <= kKept)
+      block_ = __atomic_exchange_n(&kept(), block_, __ATOMIC_ACQ_REL);
     free(block_);
   }
 

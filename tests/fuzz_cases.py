@@ -1,0 +1,449 @@
+"""What the fuzzers call: every C++ operator, sessions and modules, each with a generator of valid arguments."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import seqaccel
+from seqaccel.functional.rnn._cells import CELLS
+
+Arguments = dict[str, Any]  # by the schema's names
+Generator = Callable[[random.Random], Arguments]
+
+OPERATORS = torch.ops.seqaccel
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+def available_isas() -> list[str]:
+    return ISAS[: 1 + ISAS.index(OPERATORS.best_isa())]
+
+
+# ---- valid arguments ----
+
+
+def sizes(rng: random.Random, *most: int) -> list[int]:
+    """A random size up to each bound, small ones more often; seldom 0."""
+    return [0 if rng.random() < 0.02 else 1 + int(bound * rng.random() ** 2) for bound in most]
+
+
+def maybe(rng: random.Random, make: Callable[[], Tensor]) -> Tensor | None:
+    return make() if rng.random() < 0.6 else None
+
+
+def floating(rng: random.Random) -> torch.dtype:
+    return torch.float64 if rng.random() < 0.25 else torch.float32
+
+
+def boolean(rng: random.Random) -> bool:
+    return rng.random() < 0.5
+
+
+def rnn_problem(rng: random.Random, dtype: torch.dtype) -> Arguments:
+    """What every operator of a recurrent layer takes."""
+    cell = rng.choice(list(CELLS))
+    spec = CELLS[cell]
+    T, B, inputs = sizes(rng, 12, 20, 50)
+    H = max(1, sizes(rng, 300 if rng.random() < 0.1 else 70)[0])
+    projected = spec.projects and boolean(rng)
+    P = rng.randint(1, H) if projected else H
+    shapes = {"I": inputs, "G": spec.gates * H, "H": H, "P": P, "3": 3}
+    weights: list[Tensor | None] = []
+    for name, letters in spec.weights.items():
+        weight = torch.empty([shapes[letter] for letter in letters], dtype=torch.float64).uniform_(-1, 1)
+        weight = weight + 1 if name.startswith("ln_") else weight * H**-0.5
+        missing = not projected if name == "weight_hr" else name.startswith("bias") and boolean(rng)
+        weights.append(None if missing else weight.to(dtype))
+    lengths = maybe(rng, lambda: torch.randint(0, T + 1, (B,)))
+    return {
+        "cell": cell,
+        "input": torch.randn(T, B, inputs).to(dtype),
+        "h_0": torch.randn(B, P).tanh().to(dtype),
+        "c_0": torch.randn(B, H).to(dtype) if spec.has_cell_state else None,
+        "weights": weights,
+        "lengths": lengths,
+        "reverse": boolean(rng),
+    }
+
+
+def rnn_forward(rng: random.Random) -> Arguments:
+    dtype = floating(rng)
+    arguments = rnn_problem(rng, dtype)
+    spec, T = CELLS[arguments["cell"]], arguments["input"].shape[0]
+    if arguments["lengths"] is not None and rng.random() < 0.4:  # packed rows, of sequences with the longest first
+        arguments["lengths"] = lengths = arguments["lengths"].sort(descending=True)[0]
+        rows = (torch.arange(T)[:, None] < lengths).nonzero(as_tuple=True)
+        arguments["input"] = arguments["input"][rows]
+    for name, state, taken in (
+        ("zoneout_h", "h_0", spec.zoneout),
+        ("zoneout_c", "c_0", spec.zoneout and spec.has_cell_state),
+    ):
+        arguments[name] = None
+        if taken and rng.random() < 0.3:
+            shape = (*arguments["input"].shape[:-1], arguments[state].shape[1])
+            arguments[name] = rng.choice([torch.rand(()), torch.rand(1), torch.rand(shape)]).to(dtype)
+    return arguments | {"save": boolean(rng)}
+
+
+def rnn_backward(rng: random.Random) -> Arguments:
+    arguments = rnn_forward(rng) | {"save": True}
+    output, h_n, c_n, saved = OPERATORS.rnn_forward(**arguments)
+    del arguments["save"]
+    has_cell = CELLS[arguments["cell"]].has_cell_state
+    return arguments | {
+        "grad_output": maybe(rng, lambda: torch.randn_like(output)),
+        "grad_h_n": maybe(rng, lambda: torch.randn_like(h_n)),
+        "grad_c_n": maybe(rng, lambda: torch.randn_like(c_n)) if has_cell else None,
+        "output": output,
+        "saved": saved,
+        "needs": [boolean(rng) for _ in range(1 + len(arguments["weights"]))],
+    }
+
+
+def linear_scan_forward(rng: random.Random) -> Arguments:
+    B, T, W = sizes(rng, 4, 200, 70)
+    a, b = torch.rand(B, T, W, dtype=floating(rng)), torch.randn(B, T, W)
+    return {
+        "a": a,
+        "b": b.to(a.dtype),
+        "h_0": maybe(rng, lambda: torch.randn(B, W, dtype=a.dtype)),
+        "reverse": boolean(rng),
+    }
+
+
+def linear_scan_backward(rng: random.Random) -> Arguments:
+    arguments = linear_scan_forward(rng)
+    h = OPERATORS.linear_scan_forward(**arguments)
+    del arguments["b"]
+    return arguments | {"h": h, "grad_h": torch.randn_like(h)}
+
+
+def sru_forward(rng: random.Random) -> Arguments:
+    T, B, d = sizes(rng, 40, 8, 40)
+    directions = rng.choice([1, 2])
+    channels, dtype, matrices = max(1, d) * directions, floating(rng), rng.choice([3, 4])
+    return {
+        "u": torch.randn(T, B, matrices * channels, dtype=dtype),
+        "x": maybe(rng, lambda: torch.randn(T, B, channels, dtype=dtype)) if matrices == 3 else None,
+        "weight_c": torch.randn(2 * channels, dtype=dtype),
+        "bias": torch.randn(2 * channels, dtype=dtype),
+        "c_0": torch.randn(B, channels, dtype=dtype),
+        "mask_c": maybe(rng, lambda: torch.rand(B, channels, dtype=dtype)),
+        "mask_pad": maybe(rng, lambda: torch.rand(T, B) < 0.3),
+        "scale_x": maybe(rng, lambda: torch.rand(1, dtype=dtype)),
+        "directions": directions,
+        "use_tanh": boolean(rng),
+        "save_c": boolean(rng),
+    }
+
+
+def sru_backward(rng: random.Random) -> Arguments:
+    arguments = sru_forward(rng) | {"save_c": True}
+    h, c_n, c = OPERATORS.sru_forward(**arguments)
+    del arguments["save_c"]
+    return arguments | {
+        "grad_h": torch.randn_like(h),
+        "grad_c_n": maybe(rng, lambda: torch.randn_like(c_n)),
+        "c": c,
+    }
+
+
+def causal_conv1d_forward(rng: random.Random) -> Arguments:
+    B, T, K, dilation = sizes(rng, 4, 80, 5, 9)
+    K, dilation = max(1, K), max(1, dilation)
+    groups = rng.choice([1, 1, 2, 5])
+    group_channels, outputs = (max(1, size) for size in sizes(rng, 40 // groups, 40 // groups))
+    if rng.random() < 0.2:
+        group_channels = outputs = 1  # depthwise
+    dtype, channels, outputs = floating(rng), group_channels * groups, outputs * groups
+    dropout = rng.choice([0.0, 0.0, 0.3, 1.0])
+    return {
+        "x": torch.randn(B, channels, T, dtype=dtype),
+        "weight": torch.randn(outputs, group_channels, K, dtype=dtype) * (group_channels * K) ** -0.5,
+        "bias": maybe(rng, lambda: torch.randn(outputs, dtype=dtype)),
+        "residual": maybe(rng, lambda: torch.randn(B, outputs, T, dtype=dtype)),
+        "history": maybe(rng, lambda: torch.randn(B, channels, (K - 1) * dilation, dtype=dtype)),
+        "seed": torch.randint(-(1 << 62), 1 << 62, (1,)) if dropout > 0 else None,
+        "dilation": dilation,
+        "groups": groups,
+        "activation": rng.choice(["none", "relu", "tanh", "sigmoid", "silu"]),
+        "relu": boolean(rng),
+        "dropout": dropout,
+        "save": boolean(rng),
+    }
+
+
+def causal_conv1d_backward(rng: random.Random) -> Arguments:
+    arguments = causal_conv1d_forward(rng) | {"save": True}
+    y, saved = OPERATORS.causal_conv1d_forward(**arguments)
+    has_residual = arguments["residual"] is not None
+    for name in ("bias", "residual", "save"):
+        del arguments[name]
+    return arguments | {
+        "grad_y": torch.randn_like(y),
+        "y": y,
+        "saved": saved,
+        "addend": maybe(rng, lambda: torch.randn_like(arguments["x"])),
+        "has_residual": has_residual,
+        "wants": rng.randrange(32),
+    }
+
+
+def hierarchical_attention_forward(rng: random.Random) -> Arguments:
+    B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
+    D, dtype = max(1, D), floating(rng)
+    query = torch.randn(B, G * repeats, T, D, dtype=dtype)
+    return {
+        "query": query,
+        "key": torch.randn(B, G, T, D, dtype=dtype),
+        "value": torch.randn(B, G, T, D, dtype=dtype),
+        "pool_query": maybe(rng, lambda: torch.randn(rng.randint(1, 3), G, D, dtype=dtype)),
+        "block_size": rng.choice([2, 3, 4, 8, 16, 64, 100]),
+        "fanout": rng.choice([2, 3, 4, 8, 16, 64]),
+        "levels": rng.randint(-1, 5),
+        "local_blocks": rng.randint(1, 4),
+        "causal": boolean(rng),
+        "mass_bias": boolean(rng),
+        "scale": D**-0.5,
+    }
+
+
+def hierarchical_attention_backward(rng: random.Random) -> Arguments:
+    arguments = hierarchical_attention_forward(rng)
+    names = ("out", "lse", "pooled_key", "pooled_value")
+    found = dict(zip(names, OPERATORS.hierarchical_attention_forward(**arguments), strict=True))
+    return arguments | found | {"grad_out": torch.randn_like(found["out"])}
+
+
+def elementwise(rng: random.Random) -> Arguments:
+    function = rng.choice(["exp", "sigmoid", "tanh"])
+    x = torch.randn(*sizes(rng, 300), dtype=floating(rng))
+    return {"input": x if function == "exp" else x * rng.choice([1, 40]), "function": function}
+
+
+def matrices(rng: random.Random) -> Arguments:
+    M, K, N = sizes(rng, 100, 150, 150)
+    dtype = floating(rng)
+    return {"input": torch.randn(M, K, dtype=dtype), "mat2": torch.randn(K, N, dtype=dtype)}
+
+
+def added_matrices(rng: random.Random) -> Arguments:
+    arguments = matrices(rng)
+    M, N = arguments["input"].shape[0], arguments["mat2"].shape[1]
+    return arguments | {"out": torch.randn(M, N, dtype=arguments["input"].dtype)}
+
+
+#: Valid arguments of each operator.
+GENERATORS: dict[str, Generator] = {
+    "add_fastest_mm_": added_matrices,
+    "best_isa": lambda rng: {},
+    "causal_conv1d_backward": causal_conv1d_backward,
+    "causal_conv1d_forward": causal_conv1d_forward,
+    "elementwise": elementwise,
+    "fastest_mm": matrices,
+    "hierarchical_attention_backward": hierarchical_attention_backward,
+    "hierarchical_attention_forward": hierarchical_attention_forward,
+    "isa": lambda rng: {},
+    "linear_scan_backward": linear_scan_backward,
+    "linear_scan_forward": linear_scan_forward,
+    "mm": matrices,
+    "rnn_backward": rnn_backward,
+    "rnn_forward": rnn_forward,
+    "rnn_forward_bfloat16": lambda rng: rnn_problem(rng, torch.bfloat16),
+    "set_isa": lambda rng: {"name": rng.choice(available_isas())},
+    "sru_backward": sru_backward,
+    "sru_forward": sru_forward,
+}
+
+
+# ---- sessions and modules: functions with a schema, as operators have one ----
+
+#: Modules, and the shape of an input; every module of seqaccel.nn is here.
+MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "RNN": (lambda: seqaccel.nn.RNN(4, 5), (3, 2, 4)),
+    "LSTM": (lambda: seqaccel.nn.LSTM(4, 5, num_layers=2, bidirectional=True), (3, 2, 4)),
+    "GRU": (lambda: seqaccel.nn.GRU(4, 5), (3, 2, 4)),
+    "LayerNormLSTM": (lambda: seqaccel.nn.LayerNormLSTM(4, 5, normalize_cell=True), (3, 2, 4)),
+    "LayerNormGRU": (lambda: seqaccel.nn.LayerNormGRU(4, 5), (3, 2, 4)),
+    "PeepholeLSTM": (lambda: seqaccel.nn.PeepholeLSTM(4, 5, proj_size=3), (3, 2, 4)),
+    "MultiplicativeLSTM": (lambda: seqaccel.nn.MultiplicativeLSTM(4, 5), (3, 2, 4)),
+    "SRU": (lambda: seqaccel.nn.SRU(4, 5), (3, 2, 4)),
+    "RNNCell": (lambda: seqaccel.nn.RNNCell(4, 5), (2, 4)),
+    "LSTMCell": (lambda: seqaccel.nn.LSTMCell(4, 5), (2, 4)),
+    "GRUCell": (lambda: seqaccel.nn.GRUCell(4, 5), (2, 4)),
+    "SRUCell": (lambda: seqaccel.nn.SRUCell(4, 5), (3, 2, 4)),
+    "CausalConv1d": (lambda: seqaccel.nn.CausalConv1d(4, 5, 3), (2, 4, 7)),
+    "TCN": (lambda: seqaccel.nn.TCN(4, [4], dropout=0.0), (2, 4, 7)),
+    "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
+}
+
+
+@functools.cache
+def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The module of this name, always with the same weights."""
+    if name not in MODULES:
+        raise ValueError(f"there is no module {name!r}")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return MODULES[name][0]().to(dtype)
+
+
+def training_step(name: str, x: Tensor, state: Tensor | None = None) -> list[Tensor]:
+    """Outputs and gradients of a module; ``state`` is the initial one of a module of one state."""
+    model = module(name, torch.float64 if isinstance(x, Tensor) and x.dtype == torch.float64 else torch.float32)
+    model.zero_grad()
+    inputs = (x, x, x) if name == "HierarchicalAttention" else (x,) if state is None else (x, state)
+    output = model(*inputs)
+    output = output if isinstance(output, Tensor) else output[0]
+    output.sum().backward()
+    return [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def training_arguments(rng: random.Random) -> Arguments:
+    name = rng.choice(list(MODULES))
+    x = torch.randn(MODULES[name][1], dtype=floating(rng))
+    state = torch.randn(1, 2, 5, dtype=x.dtype) if name in ("RNN", "GRU", "LayerNormGRU") and boolean(rng) else None
+    return {"name": name, "x": x, "state": state}
+
+
+STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM"]
+
+
+def session(
+    name: str, weights: str, batch_size: int, x_t: Tensor, x: Tensor, mask: Tensor, indices: Tensor, state: list[Tensor]
+) -> list[Tensor]:
+    """What a session gives by all of its methods."""
+    streamed = seqaccel.Session(module(name), batch_size, weights)
+    found = [streamed.step(x_t), streamed.extend(x)]
+    streamed.reset(mask)
+    streamed.select(indices)
+    found += streamed.state_dict().values()
+    streamed.load_state_dict(dict(zip(streamed.state_dict(), state, strict=True)))
+    return [*found, streamed.extend(x), *streamed.state_dict().values()]
+
+
+def session_arguments(rng: random.Random) -> Arguments:
+    name, B = rng.choice(STREAMED), rng.randint(1, 20)
+    widths = {"PeepholeLSTM": (3, 5), "LayerNormLSTM": (5, 5), "MultiplicativeLSTM": (5, 5)}.get(name, (5,))
+    return {
+        "name": name,
+        "weights": rng.choice(["float32", "bfloat16", "int8"]),
+        "batch_size": B,
+        "x_t": torch.randn(B, 4),
+        "x": torch.randn(*sizes(rng, 9), B, 4),
+        "mask": torch.rand(B) < 0.5,
+        "indices": torch.randint(0, B, (B,)),
+        "state": [torch.randn(1, B, width).tanh() for width in widths],
+    }
+
+
+GENERATORS |= {"training_step": training_arguments, "session": session_arguments}
+
+FUNCTIONS = {
+    "training_step(str name, Tensor x, Tensor? state) -> Tensor[]": training_step,
+    "session(str name, str weights, int batch_size, Tensor x_t, Tensor x, Tensor mask, Tensor indices, Tensor[] state)"
+    " -> Tensor[]": session,
+}
+
+
+# ---- all of it ----
+
+
+class Target(NamedTuple):
+    call: Callable[..., Any]
+    schema: torch._C.FunctionSchema
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {argument.name: str(argument.type) for argument in self.schema.arguments}
+
+    @property
+    def written(self) -> set[str]:
+        """The arguments that a call writes to."""
+        return {argument.name for argument in self.schema.arguments if argument.is_write}
+
+    @property
+    def has_shape_function(self) -> bool:
+        name = self.schema.name
+        return "::" in name and torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")
+
+
+def operators() -> dict[str, Target]:
+    """Every operator of the package that C++ registered, by name.
+
+    Raises:
+        SystemExit: one has no generator of valid arguments, or its arguments are not those of its schema.
+    """
+    found = {}
+    for qualified in torch._C._dispatch_get_all_op_names():
+        namespace, name = qualified.split("::")
+        keys = ("CPU", "CompositeExplicitAutograd")
+        native = any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) for key in keys)
+        if namespace == "seqaccel" and native and not name.endswith("_triton"):
+            packet, _, overload = name.partition(".")
+            operator = getattr(getattr(OPERATORS, packet), overload or "default")
+            found[name] = Target(operator, operator._schema)
+    for name, target in found.items():
+        if name not in GENERATORS:
+            sys.exit(f"{__file__}: GENERATORS has no generator of valid arguments of the operator {name}")
+        given = set(GENERATORS[name](random.Random(0)))
+        if given != set(target.types):
+            sys.exit(f"{__file__}: the generator of {name} gives {sorted(given)}, but its schema is {target.schema}")
+    return dict(sorted(found.items()))
+
+
+def targets() -> dict[str, Target]:
+    """The operators, sessions and modules."""
+    schemas = {torch._C.parse_schema(text): function for text, function in FUNCTIONS.items()}
+    return operators() | {schema.name: Target(function, schema) for schema, function in schemas.items()}
+
+
+# ---- what stands at an argument, as a tree of tensors, lists and numbers ----
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_tensors(function, item) for item in value]
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
+def has_no_memory(t: Tensor) -> bool:
+    zero_tensor = torch._C._dispatch_keys(t).has(torch._C.DispatchKey.ZeroTensor)
+    return zero_tensor or (t.numel() > 0 and t.untyped_storage().nbytes() == 0)
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={describe(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(describe, value))}]"
+    if not isinstance(value, Tensor):
+        return repr(value)[:100]
+    text = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if value.layout != torch.strided or value.is_meta:
+        return f"{text} meta" if value.is_meta else f"{text} {value.layout}"
+    flags = {
+        "without memory": has_no_memory(value),
+        f"strides {list(value.stride())}": not value.is_contiguous(),
+        "negative bit": value.is_neg(),
+        "requires grad": value.requires_grad,
+    }
+    if value.dtype == torch.int64 and value.numel() <= 8 and not has_no_memory(value):
+        text += f" = {value.tolist()}"
+    return " ".join([text, *(flag for flag, holds in flags.items() if holds)])
