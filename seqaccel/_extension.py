@@ -38,6 +38,12 @@ cpp_path = _find("_C")
 #: Why the C++ operators are missing, or None.
 cpp_error: str | None = _load("_C")
 
+_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+_LIBRARY = torch.library.Library("seqaccel", "IMPL")
+if cpp_error is None:
+    _LIBRARY.impl("isa", lambda: _ISAS[torch.ops.seqaccel.isa_number(False)], "CompositeExplicitAutograd")
+    _LIBRARY.impl("best_isa", lambda: _ISAS[torch.ops.seqaccel.isa_number(True)], "CompositeExplicitAutograd")
+
 
 def _import_autograd() -> tuple[Any, str | None]:
     """The module of ``csrc/autograd`` built for this torch; or None, and why."""

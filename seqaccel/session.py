@@ -15,6 +15,7 @@ __all__ = ["Session"]
 
 _PRECISIONS = ("float32", "bfloat16", "int8")
 _NO_NUMBERS = (0.0, 0.0, 0.0)
+_MOST_STREAMS = 2**31 - 1
 _MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32 bits
 
 # Kind; inputs, hidden, outputs; weights; zoneout of h and c, parameter.
@@ -25,7 +26,7 @@ class Session:
     r"""Runs recurrent layers on a batch of streams, step by step, with their weights packed once.
 
     The weights are copied when the session is made: later changes of the module do not reach it. The module runs as in
-    eval mode: no dropout, zoneout's expectation. A session is not thread-safe; make one for each thread.
+    eval mode: no dropout, zoneout's expectation. Threads that share a session take turns: each call runs alone.
 
     Args:
         module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`, …) in
@@ -62,8 +63,8 @@ class Session:
             raise RuntimeError(f"a Session needs the C++ kernels: {_extension.cpp_error}")
         if weights not in _PRECISIONS:
             raise ValueError(f"weights: expected 'float32', 'bfloat16' or 'int8', but got {weights!r}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected an integer of at least 1, but got {batch_size!r}")
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= _MOST_STREAMS:
+            raise ValueError(f"batch_size: expected an integer from 1 to {_MOST_STREAMS}, but got {batch_size!r}")
         layers: list[_Layer] = []
         self._states: list[tuple[str, int, str, int]] = []  # name, layer, part, width
         self.batch_first = False
@@ -95,7 +96,10 @@ class Session:
         self._step_shape = torch.Size((batch_size,) if self._indices else (batch_size, self.input_size))
         self._dtype = torch.int64 if self._indices else torch.float32
         self._output_shape = (batch_size, self.output_size)
-        kept = [[None if t is None else t.detach().contiguous() for t in tensors] for _, _, tensors, _ in layers]
+        kept = [[None if t is None else _plain(t.detach()) for t in tensors] for _, _, tensors, _ in layers]
+        for (kind, *_), tensors in zip(layers, kept, strict=True):
+            if any(t is not None and t.numel() > 0 and t.data_ptr() == 0 for t in tensors):
+                raise ValueError(f"module: expected parameters with memory, but {kind} has a fake or a freed one")
         described = [
             (kind, sizes, [0 if t is None else t.data_ptr() for t in tensors], numbers)
             for (kind, sizes, _, numbers), tensors in zip(layers, kept, strict=True)
@@ -111,14 +115,22 @@ class Session:
         if x.dtype != self._dtype or x.device.type != "cpu":
             name = str(self._dtype).removeprefix("torch.")
             raise TypeError(f"x: expected {name} on the CPU, but got {x.dtype} on {x.device}")
-        return x.contiguous()
+        return _plain(x)
 
     def step(self, x_t: Tensor) -> Tensor:
         """Output (B, features) for one time step ``x_t``: (B, input features), or (B,) int64 for an Embedding."""
-        if x_t.shape != self._step_shape or x_t.dtype != self._dtype or not x_t.is_cpu or not x_t.is_contiguous():
+        if (
+            x_t.shape != self._step_shape
+            or x_t.dtype != self._dtype
+            or not x_t.is_cpu
+            or not x_t.is_contiguous()
+            or x_t.is_neg()
+            or not (address := x_t.data_ptr())
+        ):
             x_t = self._checked(x_t, tuple(self._step_shape))
+            address = x_t.data_ptr()
         y = torch.empty(self._output_shape, dtype=torch.float32, device="cpu")
-        self._extend(x_t.data_ptr(), 1, y.data_ptr())
+        self._extend(address, 1, y.data_ptr())
         return y
 
     def extend(self, x: Tensor) -> Tensor:
@@ -162,12 +174,12 @@ class Session:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors ``h`` and ``c``, each (num_layers, B, features); of a Sequential, ``<index>.h`` …"""
-        state = {}
+        state, parts = {}, []
         for name, part, layers in self._grouped():
             tensor = torch.empty(len(layers), self.batch_size, layers[0][1], dtype=torch.float32, device="cpu")
-            for i, (layer, _) in enumerate(layers):
-                self._session.read_state(layer, part, tensor[i].data_ptr())
+            parts += [(layer, part, tensor[i].data_ptr()) for i, (layer, _) in enumerate(layers)]
             state[name + part] = tensor
+        self._session.read_state(parts)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -187,10 +199,18 @@ class Session:
                     f"state_dict: expected {name + part!r} of shape {shape}, but got "
                     f"{tuple(state_dict[name + part].shape)}"
                 )
-        for name, part, layers in groups:
-            tensor = state_dict[name + part].detach().to("cpu", torch.float32).contiguous()
-            for i, (layer, _) in enumerate(layers):
-                self._session.write_state(layer, part, tensor[i].data_ptr())
+        tensors = [_plain(state_dict[name + part].detach().to("cpu", torch.float32)) for name, part, _ in groups]
+        parts = [
+            (layer, part, tensor[i].data_ptr())
+            for tensor, (_, part, layers) in zip(tensors, groups, strict=True)
+            for i, (layer, _) in enumerate(layers)
+        ]
+        self._session.write_state(parts)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, and its values those in its memory: neither with the negative bit, nor a zero tensor without any."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.contiguous().resolve_neg()
 
 
 def _describe(

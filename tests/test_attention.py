@@ -550,3 +550,30 @@ def test_triton_on_a_gpu(case, dtype):
     pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
     errors = [error(found, wanted) for found, wanted in pairs]
     assert max(errors) <= limit, errors
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("D", [4, 33])
+def test_the_future_does_not_reach_the_past(backend, bad, D):
+    """A key or value that is not finite changes no output before it, and no gradient of a query before it."""
+    T = 90
+    query, key, value = (torch.randn(1, 2, T, D) for _ in range(3))
+    options = dict(block_size=16, local_blocks=2)
+    for isa in ISAS if backend == "cpp" else ["portable"]:
+        if isa != "portable" and isa not in torch.ops.seqaccel.best_isa():
+            continue
+        with seqaccel.backend(backend), backends.isa(isa):
+            good = query.clone().requires_grad_()
+            expected = hierarchical_attention(good, key, value, **options)
+            for at in (1, 17, 40, 63, 88):
+                for spoilt in (1, 2):
+                    tensors = [query.clone().requires_grad_(), key.clone(), value.clone()]
+                    tensors[spoilt][:, :, at, :2] = bad
+                    out = hierarchical_attention(*tensors, **options)
+                    assert torch.equal(out[:, :, :at], expected[:, :, :at])
+                    assert spoilt == 1 or not out[:, :, at:, 0].isfinite().any()
+                    if backend == "cpp":
+                        grad = torch.autograd.grad(out[:, :, :at].sum(), tensors[0])[0]
+                        whole = torch.autograd.grad(expected[:, :, :at].sum(), good, retain_graph=True)[0]
+                        assert torch.equal(grad[:, :, :at], whole[:, :, :at])

@@ -514,3 +514,19 @@ def test_docstring_examples(name):
     assert isinstance(module, types.ModuleType)
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("isa", USABLE_ISAS)
+@pytest.mark.parametrize("dtype, edge", [(torch.float32, 88.55), (torch.float64, 709.9)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_where_an_exponential_overflows(isa, dtype, edge, activation):
+    near = torch.linspace(-0.7, 0.7, 1001, dtype=dtype)
+    x = torch.cat([near - edge, near + edge]).view(1, 1, -1).requires_grad_()
+    one, results = torch.ones(1, 1, 1, dtype=dtype), []
+    for backend in ("cpp", "reference"):
+        with seqaccel.backend(backend), seqaccel.backends.isa(isa):
+            y = SF.causal_conv1d(x, one, activation=activation)
+            results.append((y, *torch.autograd.grad(y.sum(), x)))
+    for found, expected in zip(*results, strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-30)

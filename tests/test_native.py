@@ -1,6 +1,12 @@
-"""What every family builds on: vector functions, the matrix product, instruction sets, the choice of backend."""
+"""What every family builds on: vector functions, the matrix product, instruction sets, the choice of backend, and what
+holds for every operator: no leak, no shape that overflows, messages."""
 
 import asyncio
+import ctypes
+import functools
+import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -43,6 +49,44 @@ def test_elementary_functions_at_the_special_values(isa, name, dtype):
     y, expected = torch.ops.seqaccel.elementwise(x, name), FUNCTIONS[name](x)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(y.signbit(), expected.signbit())
+
+
+def numbers(dtype: torch.dtype) -> torch.Tensor:
+    """Of every magnitude and sign, and closely where the functions overflow, underflow, or pass through zero."""
+    if dtype == torch.float32:
+        bits = [torch.arange(-(2**31), 2**31, 4099)]
+        for low, high in ((87.0, 90.0), (0.0, 1e-40)):
+            first, last = torch.tensor([low, high]).view(torch.int32).tolist()
+            bits += [torch.arange(first, last), torch.arange(first, last) - 2**31]
+        return torch.cat(bits).to(torch.int32).view(dtype)
+    bits = torch.randint(-(2**63), 2**63 - 1, (300_000,))
+    near = [
+        torch.linspace(low, low + width, 30_001, dtype=dtype)
+        for low, width in ((-746, 39), (707, 4), (-1e-300, 2e-300))
+    ]
+    return torch.cat([bits.view(dtype), *near, *(-x for x in near)])
+
+
+@functools.cache
+def values(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers, and the function of them."""
+    x = numbers(dtype)
+    return x, FUNCTIONS[name](x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions_of_every_magnitude(isa, name, dtype):
+    x, expected = values(name, dtype)
+    found = torch.ops.seqaccel.elementwise(x, name)
+    assert torch.equal(found.isnan(), x.isnan())
+    # exp overflows up to 0.4 early, and what is less than a normal number may be 0.
+    early = {torch.float32: 88.37, torch.float64: 709.43}[dtype]
+    overflows = (found == float("inf")) & (x > early) if name == "exp" else torch.zeros_like(x, dtype=torch.bool)
+    least = torch.finfo(dtype).tiny
+    close = (found.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * expected.abs() + least
+    wrong = ~(close | overflows | x.isnan() | (found.double() == expected))
+    assert not wrong.any(), (x[wrong][:5], found[wrong][:5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -209,3 +253,181 @@ def test_compiled_code_follows_the_block_of_its_thread():
         thread.start()
         thread.join()
     assert found == [-1] and compiled(x) == -1
+
+
+# ---- every operator ----
+
+
+class MallInfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def bytes_in_use() -> int:
+    gc.collect()
+    function = ctypes.CDLL(None).mallinfo2
+    function.restype = MallInfo
+    return function().uordblks
+
+
+def calls_with_text():
+    """A call of each operator that takes or returns a string."""
+    ops, x, h = torch.ops.seqaccel, torch.randn(2, 1, 3), torch.zeros(1, 3)
+    lstm = ("layer_norm_lstm_normalized_cell", x, h, h, [torch.randn(12, 3), torch.randn(12, 3), None, None])
+    lstm = (*lstm[:4], [*lstm[4], torch.ones(12), torch.ones(12), torch.ones(3), torch.zeros(3)], None, None, None)
+    y, _, _, saved = ops.rnn_forward(*lstm, False, True)
+    narrow = [t.bfloat16() for t in (torch.randn(2, 1, 3), h, torch.randn(9, 3), torch.randn(9, 3))]
+    conv = (torch.randn(1, 2, 4), torch.randn(2, 2, 1))
+    yield "isa", lambda: ops.isa()
+    yield "best_isa", lambda: ops.best_isa()
+    yield "set_isa", lambda: ops.set_isa("portable")
+    yield "elementwise", lambda: ops.elementwise(torch.ones(3), "sigmoid")
+    yield "rnn_forward", lambda: ops.rnn_forward(*lstm, False, True)
+    backward = (lstm[0], y, None, None, *lstm[1:], y, saved, False, [True] * 9)
+    yield "rnn_backward", lambda: ops.rnn_backward(*backward)
+    forward = ("gru_reset_before", narrow[0], narrow[1], None, [narrow[2], narrow[3], None, None], None, False)
+    yield "rnn_forward_bfloat16", lambda: ops.rnn_forward_bfloat16(*forward)
+    yield "causal_conv1d_forward", lambda: ops.causal_conv1d_forward(*conv, *[None] * 4, 1, 1, "tanh", False, 0.0, True)
+    out, kept = ops.causal_conv1d_forward(*conv, *[None] * 4, 1, 1, "tanh", False, 0.0, True)
+    arguments = (out, out, kept, *conv, None, None, None, 1, 1, "tanh", False, 0.0, False, 7)
+    yield "causal_conv1d_backward", lambda: ops.causal_conv1d_backward(*arguments)
+
+
+def test_strings_do_not_leak():
+    before = torch.ops.seqaccel.isa()
+    found = dict(calls_with_text())
+    schemas = {name: str(getattr(torch.ops.seqaccel, name).default._schema) for name in all_operators()}
+    assert set(found) == {name for name, schema in schemas.items() if "str" in schema}
+    try:
+        for name, call in found.items():
+            for _ in range(200):
+                call()
+            start = bytes_in_use()
+            for _ in range(1000):
+                call()
+            assert (bytes_in_use() - start) / 1000 <= 8, name
+    finally:
+        torch.ops.seqaccel.set_isa(before)
+
+
+def all_operators() -> list[str]:
+    """Names of the C++ operators."""
+    names = [name.removeprefix("seqaccel::") for name in torch._C._dispatch_get_all_op_names() if "seqaccel::" in name]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [
+        name
+        for name in sorted(names)
+        if has_kernel(f"seqaccel::{name}", "CPU") or has_kernel(f"seqaccel::{name}", "CompositeExplicitAutograd")
+    ]
+
+
+def nonsense(argument) -> object:
+    """A value of the argument's type that no operator takes."""
+    kind = str(argument.type)
+    for part, value in {"Optional": None, "List": [], "Tensor": torch.zeros(1, 2, 3, 4, 5), "str": "nonsense"}.items():
+        if kind.startswith(part):
+            return value
+    return {"int": -1, "bool": False, "float": -1.0}[kind]
+
+
+def test_messages_name_no_file_of_the_build_machine():
+    for name in all_operators():
+        operator = getattr(torch.ops.seqaccel, name).default
+        if not any(str(argument.type).startswith(("Tensor", "str")) for argument in operator._schema.arguments):
+            continue
+        with pytest.raises(RuntimeError) as raised:
+            operator(*(nonsense(argument) for argument in operator._schema.arguments))
+        message = str(raised.value)
+        assert message and not any(part in message for part in ("/", "csrc", ".cpp", ".h:", "API call")), message
+
+
+def test_out_of_memory_says_so():
+    a, b = torch.empty(2**40, 0), torch.empty(0, 2**9)
+    with pytest.raises(RuntimeError, match=f"not enough memory: you tried to allocate {2**51} bytes"):
+        torch.ops.seqaccel.mm(a, b)
+
+
+@pytest.mark.parametrize("size", [2**41, 2**62 + 2**20])
+def test_sizes_whose_product_overflows(size):
+    ops, x = torch.ops.seqaccel, torch.empty(size, 1, 0)
+    weights = [torch.empty(512, 0), torch.zeros(512, 512), None, None]
+    conv = (torch.empty(size, 0, 1), torch.empty(2**20, 0, 1), *[None] * 4, 1, 1, "none", False, 0.0, False)
+    for call in (
+        lambda: ops.mm(torch.empty(size, 0), torch.empty(0, size)),
+        lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, None, False),
+        lambda: ops.rnn_forward("rnn_tanh", x, torch.zeros(1, 512), None, weights, *[None] * 3, False, True),
+        lambda: ops.causal_conv1d_forward(*conv),
+        lambda: ops.hierarchical_attention_forward(
+            *[torch.empty(size, 1, 0, 2**12)] * 3, None, 2, 2, 1, 1, True, True, 1.0
+        ),
+        lambda: ops.sru_forward(
+            torch.empty(size, 0, 3 * 2**12),
+            None,
+            *[torch.ones(2**13)] * 2,
+            torch.empty(0, 2**12),
+            *[None] * 3,
+            1,
+            True,
+            True,
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=r"not enough memory|too large"):
+            call()
+
+
+def test_nothing_to_do_takes_no_time():
+    """Shapes without elements, of which one dimension is 2**40."""
+    ops, many = torch.ops.seqaccel, 2**40
+    assert ops.linear_scan_forward(*[torch.empty(many, 0, 1)] * 2, None, False).shape == (many, 0, 1)
+    assert ops.linear_scan_forward(*[torch.empty(many, 0, 7)] * 2, None, True).shape == (many, 0, 7)
+    heads = torch.empty(1, many, 0, 4)
+    out, lse, *pooled = ops.hierarchical_attention_forward(*[heads] * 3, None, 2, 2, 1, 1, True, True, 1.0)
+    grads = ops.hierarchical_attention_backward(
+        heads, *[heads] * 3, None, out, lse, *pooled, 2, 2, 1, 1, True, True, 1.0
+    )
+    assert all(grad.shape == heads.shape for grad in grads[:3])
+    assert ops.causal_conv1d_forward(
+        torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 4, 1, 1, "none", False, 0.0, False
+    )[0].shape == (many, 1, 0)
+    none = torch.empty(many, 0, 3)
+    weights = [torch.ones(4, 3), torch.ones(4, 4), None, None]
+    output, _, _, saved = ops.rnn_forward("rnn_tanh", none, torch.empty(0, 4), None, weights, *[None] * 3, False, True)
+    assert output.shape == (many, 0, 4)
+    ops.rnn_backward(
+        "rnn_tanh",
+        output,
+        None,
+        None,
+        none,
+        torch.empty(0, 4),
+        None,
+        weights,
+        *[None] * 3,
+        output,
+        saved,
+        False,
+        [True] * 5,
+    )
+    steps = torch.empty(many, 0, 6)
+    assert ops.sru_forward(steps, None, torch.ones(4), torch.ones(4), torch.empty(0, 2), *[None] * 3, 1, True, True)[
+        0
+    ].shape == (many, 0, 2)
+
+
+def test_tensors_without_memory_are_refused():
+    x = torch.randn(3, 4)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="input has no memory"):
+        torch.ops.seqaccel.mm(x, torch.randn(4, 2))
+    with pytest.raises(RuntimeError, match="a has no memory"):
+        torch.ops.seqaccel.linear_scan_forward(x.view(1, 3, 4), torch.randn(1, 3, 4), None, False)
+
+
+def test_no_more_threads_than_cores():
+    """A step's threads wait for each other, which takes long where they share cores."""
+    code = (
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
+        "import torch, seqaccel; torch.set_num_threads(4); print(torch.ops.seqaccel.threads())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "1"

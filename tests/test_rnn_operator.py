@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from rnn_cases import call, each_kind, kinds, one_thread, problem, random_grads, results, variant, weights_of
 
 import seqaccel
@@ -424,3 +425,65 @@ def test_empty_sequence_and_empty_batch(cell):
                 assert torch.equal(state, tensors[start])
             sum(t.sum() for t in (output, *last)).backward()
             assert not tensors["h_0"].grad.isnan().any() and torch.equal(tensors["h_0"].grad, torch.ones(B, 5))
+
+
+# ---- tensors out of the ordinary ----
+
+
+@each_kind("cpp")
+def test_saturated_gates(cell, projected):
+    """Pre-activations about which e^-x overflows: numbers, and the definition's, forward and backward."""
+    for dtype, edge in ((torch.float32, 88.55), (torch.float64, 709.9)):
+        for isa in ("portable", "avx2", "avx512"):
+            if isa not in torch.ops.seqaccel.best_isa() and isa != "portable":
+                continue
+            tensors = problem(cell, 2, 2, 1, 40, projected=projected, dtype=dtype, requires_grad=False)
+            for name in tensors:
+                if (name.startswith("weight") and name != "weight_hr") or name == "input":
+                    tensors[name].zero_()
+                elif name == "bias_ih":
+                    tensors[name] = torch.linspace(-0.5, 0.5, tensors[name].numel(), dtype=dtype)
+                    tensors[name] = (tensors[name] + edge * tensors[name].sign())[torch.randperm(len(tensors[name]))]
+                elif name.startswith("bias"):
+                    tensors[name].zero_()
+            grads = random_grads(cell, tensors)
+            with backends.isa(isa):
+                found = results(cell, tensors, "cpp", grads)
+            for name, value in results(cell, tensors, "reference", grads).items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=f"{isa} {dtype} {name}")
+
+
+def all_tensors(found):
+    return [t for part in found for t in (part if isinstance(part, (list, tuple)) else [part])]
+
+
+@each_kind("cpp")
+def test_values_that_are_not_those_in_memory(cell, projected):
+    """The negative bit, and zero tensors, which have no memory, inside and outside of lists."""
+    forward, backward = torch.ops.seqaccel.rnn_forward, torch.ops.seqaccel.rnn_backward
+    arguments = operator_arguments(cell, projected)
+    for hide in (lambda t: torch._neg_view(-t), lambda t: torch._efficientzerotensor(t.shape)):
+        hidden = pytree.tree_map_only(torch.Tensor, hide, arguments)
+        shown = pytree.tree_map_only(torch.Tensor, lambda t: t.clone(), hidden)
+        expected = forward_and_backward(forward, backward, shown)
+        for a, b in zip(forward_and_backward(forward, backward, hidden), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_operators_with_lists_resolve_the_values_in_them():
+    """torch's own fallback does not look into lists of optional tensors."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("seqaccel::rnn")]
+    names = [name for name in names if has_kernel(name, "CPU")]
+    assert len(names) >= 3
+    for name in names:
+        assert has_kernel(name, "Negative") and has_kernel(name, "ZeroTensor"), name
+
+
+@pytest.mark.parametrize("H", [16, 256])
+def test_gradients_of_weights_can_be_freed(H):
+    """As a sharded optimizer does: their storage is torch's own, whatever their size."""
+    module = seqaccel.nn.LSTM(32, H)
+    module(torch.randn(4, 8, 32))[0].sum().backward()
+    for parameter in module.parameters():
+        parameter.grad.untyped_storage().resize_(0)

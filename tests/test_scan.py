@@ -595,3 +595,23 @@ def test_on_a_gpu(backend, dtype, poison):
 
 def test_triton_configurations():
     check_configurations("seqaccel.kernels.scan")
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype, edge", [(torch.float32, 88.55), (torch.float64, 709.9)])
+def test_saturated_gates_of_sru(dtype, edge):
+    """Pre-activations about which e^-x overflows."""
+    near = torch.linspace(-0.7, 0.7, 501, dtype=dtype)
+    gate = torch.cat([near - edge, near + edge])
+    u = torch.stack([torch.ones_like(gate), gate, gate.flip(0)], -1).view(1, 1, -1)
+    c_0, weights, results = torch.zeros(1, len(gate), dtype=dtype), torch.zeros(2 * len(gate), dtype=dtype), []
+    for backend in ("cpp", "reference"):
+        for isa in instruction_sets():
+            values = u.clone().requires_grad_()
+            with seqaccel.backend(backend), backends.isa(isa):
+                h, c_n = sru(values, None, weights, weights, c_0)
+                results.append((h, c_n, *torch.autograd.grad(h.sum() + c_n.sum(), values)))
+    for found in results:
+        for a, b in zip(found, results[-1], strict=True):
+            assert a.isfinite().all()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

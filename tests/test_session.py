@@ -4,11 +4,14 @@ import copy
 import functools
 import math
 import pathlib
+import threading
+import warnings
 
 import pytest
 import torch
 from rnn_cases import ISAS, isa_fixture
 from tolerances import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqaccel
 from seqaccel import backends
@@ -304,8 +307,11 @@ def test_bad_arguments_are_named():
     module, session = make()
     with pytest.raises(ValueError, match="weights: expected 'float32', 'bfloat16' or 'int8', but got 'int3'"):
         seqaccel.Session(module, weights="int3")
-    with pytest.raises(ValueError, match="batch_size"):
-        seqaccel.Session(module, 0)
+    for size in (0, 2**31, 2**57):
+        with pytest.raises(ValueError, match=f"batch_size: expected an integer from 1 to 2147483647, but got {size}"):
+            seqaccel.Session(module, size)
+    with pytest.raises(RuntimeError, match="not enough memory for a Session of this batch_size"):
+        seqaccel.Session(seqaccel.nn.LSTM(5, 2000), 2**31 - 1)
     with pytest.raises(ValueError, match=r"x: expected shape \(3, 5\), but got \(3, 4\)"):
         session.step(torch.randn(3, 4))
     with pytest.raises(TypeError, match="x: expected float32"):
@@ -322,3 +328,108 @@ def test_bad_arguments_are_named():
         session.load_state_dict({"h": torch.zeros(2, 3, 19)})
     with pytest.raises(ValueError, match="state_dict: expected 'c' of shape"):
         session.load_state_dict({"h": torch.zeros(2, 3, 19), "c": torch.zeros(2, 3, 18)})
+    session.load_state_dict({"h": torch.ones(2, 3, 19), "c": torch.ones(2, 3, 19)})
+    with pytest.raises(RuntimeError):
+        session.load_state_dict({"h": torch.zeros(2, 3, 19), "c": torch.zeros(2, 3, 19, device="meta")})
+    assert all(bool((state == 1).all()) for state in session.state_dict().values()), "changed by half"
+
+
+def near_overflow(count):
+    """Pre-activations about which e^-x overflows, in float32."""
+    return torch.cat([torch.linspace(-89.2, -87.8, count), torch.linspace(87.8, 89.2, count)])
+
+
+@pytest.mark.parametrize("weights", PRECISIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_saturated_gates(isa, cell, weights):
+    """Whichever gate it is: a number, and the definition's."""
+    module = CELLS[cell](3, 70)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("bias_ih"):
+                values = near_overflow(35).repeat(parameter.numel() // 70)
+                parameter.copy_(values[torch.randperm(len(values))])
+            elif not name.startswith("ln_"):
+                parameter.zero_()
+    x = torch.zeros(3, 2, 3)
+    found = seqaccel.Session(module, 2, weights).extend(x)
+    torch.testing.assert_close(found.double(), expected(module, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Sigmoid", "Tanh", "SiLU", "GELU", "ELU", "LeakyReLU", "ReLU"])
+def test_activations_of_every_magnitude(isa, kind):
+    activation = getattr(torch.nn, kind)()
+    x = torch.cat(
+        [near_overflow(500), torch.linspace(-20, 20, 500), torch.tensor([1e30, -1e30, float("nan")])]
+    )
+    identity = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        identity.weight.fill_(1)
+        identity.bias.zero_()
+    found = seqaccel.Session(torch.nn.Sequential(identity, activation), len(x)).step(x.view(-1, 1)).view(-1)
+    torch.testing.assert_close(found, activation(x), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_threads_take_turns():
+    """h counts the steps; state_dict, select and reset see whole ones."""
+    counter = seqaccel.nn.RNN(1, 64, num_layers=2, nonlinearity="relu")
+    with torch.no_grad():
+        for parameter in counter.parameters():
+            parameter.zero_()
+        for layer in range(2):
+            getattr(counter, f"weight_hh_l{layer}").copy_(torch.eye(64))
+            getattr(counter, f"bias_ih_l{layer}").fill_(1)
+    session, errors = seqaccel.Session(counter, 2), []
+
+    def work(steps):
+        for i in range(40):
+            if i % 8 == 0:
+                h = session.state_dict()["h"]
+                if not torch.equal(h, h[0, 0, 0].expand_as(h)):
+                    errors.append(h)
+                session.select(torch.tensor([1, 0]))
+            session.extend(torch.zeros(steps, 2, 1))
+
+    threads = [threading.Thread(target=work, args=(steps,)) for steps in (1, 2, 37, 130)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert bool((session.state_dict()["h"] == 40 * (1 + 2 + 37 + 130)).all())
+
+
+def test_values_that_are_not_those_in_memory():
+    """The negative bit and zero tensors, in weights, inputs and states."""
+    module, session = make()
+    x = torch.randn(3, 5)
+    plain = session.step(x)
+    state = session.state_dict()
+    negated = copy.deepcopy(module)
+    for name, parameter in module.named_parameters():
+        at, _, leaf = name.rpartition(".")
+        owner = negated.get_submodule(at)
+        del owner._parameters[leaf]
+        setattr(owner, leaf, torch._neg_view(-parameter.detach()))
+    other = seqaccel.Session(negated, 3)
+    assert torch.equal(other.step(torch._neg_view(-x)), plain)
+    other.load_state_dict({name: torch._neg_view(-t) for name, t in state.items()})
+    assert all(torch.equal(t, state[name]) for name, t in other.state_dict().items())
+    zero = torch._efficientzerotensor((3, 5))
+    session.load_state_dict(state)
+    assert torch.equal(other.step(zero), session.step(torch.zeros(3, 5)))
+
+
+def test_tensors_without_memory_are_refused():
+    module, session = make()
+    with FakeTensorMode(), pytest.raises((RuntimeError, ValueError), match="memory"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about the address of a fake tensor
+        session.step(torch.empty(3, 5))
+    freed = torch.randn(3, 5)
+    freed.untyped_storage().resize_(0)
+    for call in (lambda: session.step(freed), lambda: session.extend(freed.view(1, 3, 5))):
+        with pytest.raises(RuntimeError, match="x: expected a tensor with memory"):
+            call()
+    module.weight_hh_l0.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="module: expected parameters with memory, but"):
+        seqaccel.Session(module)

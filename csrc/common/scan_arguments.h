@@ -21,6 +21,7 @@ inline void check_operand(const Tensor& t, const char* name, std::initializer_li
   STD_TORCH_CHECK(t.scalar_type() == dtype, "seqaccel: ", name, " has the wrong dtype");
   STD_TORCH_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(),
                   "seqaccel: expected ", name, " to be on the device of the first tensor");
+  check_memory(t, name);
 }
 
 inline void check_operand(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> sizes,
@@ -33,6 +34,7 @@ inline std::array<int64_t, 3> check_linear_scan(const Tensor& a, const char* nam
   check_float_or_double(a, name);
   STD_TORCH_CHECK(a.dim() == 3, "seqaccel: expected ", name, " to have shape [batch, steps, width], but got ",
                   shape_string(a));
+  check_memory(a, name);
   return {a.size(0), a.size(1), a.size(2)};
 }
 
@@ -45,6 +47,7 @@ inline SruShape check_sru(const Tensor& u, const OptionalTensor& x, const Tensor
   STD_TORCH_CHECK(c_0.dim() == 2, "seqaccel: expected c_0 to have 2 dimensions, but got ", shape_string(c_0));
   STD_TORCH_CHECK(directions == 1 || directions == 2, "seqaccel: expected directions to be 1 or 2, but got ",
                   directions);
+  check_memory(u, "u");
   const int64_t steps = u.size(0), batch = u.size(1), channels = c_0.size(1);
   STD_TORCH_CHECK(
       channels > 0 && channels % directions == 0 && (u.size(2) == 3 * channels || u.size(2) == 4 * channels),

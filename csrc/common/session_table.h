@@ -20,6 +20,18 @@ struct SeqaccelSessionLayer {
   double parameter;
 };
 
+// A part ('h' or 'c') of the state of a layer, [batch, outputs or hidden]: to `out`, or from `from` if it is null.
+struct SeqaccelSessionPart {
+  int64_t layer;
+  char part;
+  float* out;
+  const float* from;
+};
+
+// What a function returns.
+enum SeqaccelSessionStatus { SEQACCEL_SESSION_OK, SEQACCEL_SESSION_OUT_OF_RANGE, SEQACCEL_SESSION_FAILED };
+
+// A session may be used by several threads: each call runs alone.
 struct SeqaccelSessionTable {
   int64_t version;
   // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero. precision: float32, bfloat16
@@ -27,10 +39,9 @@ struct SeqaccelSessionTable {
   void* (*create)(int64_t batch, const char* precision, int64_t count, const struct SeqaccelSessionLayer* layers);
   void (*destroy)(void* session);
   // x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], the state
-  // moving on. 0, or not: see error; nothing has moved then.
+  // moving on. Of one that is not OK see error; nothing has moved then.
   int (*extend)(void* session, const void* x, int64_t steps, float* y);
-  // The part ('h' or 'c') of the state of a layer, [batch, outputs or hidden], to `out`, or from `from` if it is null.
-  void (*state)(void* session, int64_t layer, char part, float* out, const float* from);
+  int (*state)(void* session, int64_t count, const struct SeqaccelSessionPart* parts);
   // Stream b becomes what stream indices[b] was; -1 starts it anew.
   int (*select)(void* session, const int64_t* indices);
   // What went wrong last in this thread.
@@ -38,7 +49,7 @@ struct SeqaccelSessionTable {
 };
 
 // The version counts changes of these structs: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 2
+#define SEQACCEL_SESSION_TABLE_VERSION 3
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

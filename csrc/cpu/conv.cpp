@@ -113,9 +113,9 @@ void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Ten
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
                                    OptionalTensor history, OptionalTensor seed, int64_t dilation, int64_t groups,
-                                   std::string activation, bool relu, double dropout, bool save) {
+                                   Text activation, bool relu, double dropout, bool save) {
   const ConvShape shape = check_inputs(x, weight, history, dilation, groups);
-  const ConvEpilogue epilogue = make_epilogue(activation, relu, dropout, seed);
+  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const ScalarType dtype = x.scalar_type();
   if (bias) check_tensor(*bias, "bias", {shape.out_channels}, dtype);
   if (residual) check_tensor(*residual, "residual", {shape.batch, shape.out_channels, shape.length}, dtype);
@@ -184,10 +184,10 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, OptionalTensor y, Tensor saved, Tensor x,
                                                             Tensor weight, OptionalTensor history, OptionalTensor seed,
                                                             OptionalTensor addend, int64_t dilation, int64_t groups,
-                                                            std::string activation, bool relu, double dropout,
+                                                            Text activation, bool relu, double dropout,
                                                             bool has_residual, int64_t wants) {
   const ConvShape shape = check_inputs(x, weight, history, dilation, groups);
-  const ConvEpilogue epilogue = make_epilogue(activation, relu, dropout, seed);
+  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const ScalarType dtype = x.scalar_type();
   const int64_t B = shape.batch, C = shape.in_channels, O = shape.out_channels, T = shape.length, P = shape.context();
   check_tensor(grad_y, "grad_y", {B, O, T}, dtype);

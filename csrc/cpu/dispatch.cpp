@@ -6,6 +6,7 @@
 #include <string>
 
 #include "tensor.h"
+#include "threads.h"
 
 namespace seqaccel {
 namespace {
@@ -45,11 +46,11 @@ Isa& isa_slot() {
   return isa;
 }
 
-std::string isa() { return kNames[int(active_isa())]; }
+int64_t isa_number(bool best) { return int64_t(best ? best_isa() : active_isa()); }
 
-std::string best_isa_name() { return kNames[int(best_isa())]; }
+int64_t threads() { return team_size(); }
 
-void set_isa(std::string name) { isa_slot() = parse_isa(name); }
+void set_isa(Text name) { isa_slot() = parse_isa(name.value); }
 
 }  // namespace
 
@@ -73,15 +74,18 @@ bool is_amd() {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
+  // A string that torch takes from the stable ABI is lost: isa and best_isa are written in Python (_extension.py).
   m.def("isa() -> str");
   m.def("best_isa() -> str");
+  m.def("isa_number(bool best) -> int");
   m.def("set_isa(str name) -> ()");
+  m.def("threads() -> int");  // that a recurrent layer runs on at most
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-  m.impl("best_isa", TORCH_BOX(&best_isa_name));
+  m.impl("isa_number", TORCH_BOX(&isa_number));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("threads", TORCH_BOX(&threads));
 }
 
 }  // namespace seqaccel

@@ -5,9 +5,10 @@
 namespace seqaccel {
 namespace {
 
-Tensor elementwise(Tensor input, std::string function) {
+Tensor elementwise(Tensor input, Text name) {
   check_float_or_double(input, "input");
   check_tensor(input, "input", {-1}, input.scalar_type());
+  const std::string& function = name.value;
   Elementary which = Elementary::exp;
   if (function == "sigmoid") {
     which = Elementary::sigmoid;

@@ -16,7 +16,7 @@ void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   const bool allocated = run(Matmul<T>{a.size(0), b.size(1), a.size(1), a.const_data_ptr<T>(), a.stride(0), a.stride(1),
                                        b.const_data_ptr<T>(), b.stride(0), b.stride(1), out.mutable_data_ptr<T>(),
                                        out.stride(0), accumulate});
-  STD_TORCH_CHECK(allocated, "seqaccel: out of memory for the packed operands of a matrix product");
+  STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the packed operands of a matrix product");
 }
 
 // out = a b with torch's library.

@@ -2,12 +2,11 @@
 // (input projection, weight gradients) go to aten::mm or matmul.h; the recurrence is rnn_forward.h and rnn_backward.h.
 #include "rnn.h"
 
-#include <omp.h>
-
 #include <cstring>
 
 #include "rnn_layer.h"
 #include "scratch.h"
+#include "threads.h"
 
 namespace seqaccel {
 namespace {
@@ -160,7 +159,7 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
 // weights of both are more than L2 holds, those of the input would drive out the recurrent ones.
 bool is_fused(const RnnLayer& layer) {
   if (layer.cell->first > 0 || layer.cell->norm || layer.inputs == 0 || layer.packed_rows <= kFusedRows) return false;
-  const int64_t threads = omp_get_max_threads();
+  const int64_t threads = team_size();
   const int64_t weights = layer.gate_rows() * (layer.inputs + layer.outputs);
   return layer.batch >= kRowsPerThread * threads || !beyond_l2(weights * (layer.single() ? 4 : 8) / threads);
 }
@@ -190,11 +189,11 @@ Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tens
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string cell, Tensor input, Tensor h_0,
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, Tensor input, Tensor h_0,
                                                                     OptionalTensor c_0, WeightList weights,
                                                                     OptionalTensor lengths, OptionalTensor zoneout_h,
                                                                     OptionalTensor zoneout_c, bool reverse, bool save) {
-  const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+  const RnnLayer layer = check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
   const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
   const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
   Kept kept;
@@ -490,10 +489,10 @@ Kept check_kept(const RnnLayer& layer, const std::vector<Tensor>& saved) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
-    std::string cell, OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input,
-    Tensor h_0, OptionalTensor c_0, WeightList weights, OptionalTensor lengths, OptionalTensor zoneout_h,
-    OptionalTensor zoneout_c, Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs) {
-  const RnnLayer layer = check_rnn_layer(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+    Text cell, OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input, Tensor h_0,
+    OptionalTensor c_0, WeightList weights, OptionalTensor lengths, OptionalTensor zoneout_h, OptionalTensor zoneout_c,
+    Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs) {
+  const RnnLayer layer = check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
   const RnnCellEntry& traits = *layer.cell;
   const ScalarType dtype = input.scalar_type();
   const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
@@ -518,10 +517,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
     results.weights.push_back(needs[i + 1] && bool(weights[i]));
     if (!results.weights[i]) {
       grad_weights.push_back(new_tensor(input, {0}));
-    } else if (weights[i]->dim() == 2) {
-      grad_weights.push_back(new_pooled(input, {weights[i]->size(0), weights[i]->size(1)}));
-    } else {
-      grad_weights.push_back(new_pooled(input, {weights[i]->size(0)}));
+    } else {  // not of the pool, which gives storages that cannot be resized: a sharded optimizer frees gradients so
+      grad_weights.push_back(new_tensor(input, sizes_of(*weights[i])));
     }
   }
   const std::vector<bool>& wanted = results.weights;

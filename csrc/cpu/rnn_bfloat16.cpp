@@ -61,10 +61,11 @@ void store_rows(Tensor& to, const float* rows, int64_t stride) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(std::string cell, Tensor input, Tensor h_0, OptionalTensor c_0,
+std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input, Tensor h_0, OptionalTensor c_0,
                                                         std::vector<OptionalTensor> weights, OptionalTensor lengths,
                                                         bool reverse) {
   constexpr ScalarType kDtype = ScalarType::BFloat16;
+  const std::string& cell = name.value;
   STD_TORCH_CHECK(input.scalar_type() == kDtype, "seqaccel: expected input to be bfloat16");
   check_tensor(input, "input", {-1, -1, -1}, kDtype);
   const SessionCell* const kind = session_cell(cell);
@@ -77,17 +78,17 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(std::string cell, Tensor
   STD_TORCH_CHECK(H > 0 && P > 0, "seqaccel: expected weight_hh to have rows and columns");
   bool projected = false;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const std::string name = "weight " + std::to_string(i);
+    const std::string which = "weight " + std::to_string(i);
     if (!weights[i]) {
-      STD_TORCH_CHECK(SessionCell::optional(i, kind->weights[i]), "seqaccel: ", name, " is missing");
+      STD_TORCH_CHECK(SessionCell::optional(i, kind->weights[i]), "seqaccel: ", which, " is missing");
       continue;
     }
     projected = projected || kind->weights[i] == "PH";
     const std::vector<int64_t> shape = kind->shape(i, I, H, P);
     if (shape.size() == 1) {
-      check_tensor(*weights[i], name.c_str(), {shape[0]}, kDtype);
+      check_tensor(*weights[i], which.c_str(), {shape[0]}, kDtype);
     } else {
-      check_tensor(*weights[i], name.c_str(), {shape[0], shape[1]}, kDtype);
+      check_tensor(*weights[i], which.c_str(), {shape[0], shape[1]}, kDtype);
     }
   }
   STD_TORCH_CHECK(P == H || projected, "seqaccel: expected weight_hh to have ", H, " columns, but got ", P);
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(std::string cell, Tensor
     std::vector<OptionalTensor> wide;
     for (const OptionalTensor& weight : weights) wide.push_back(to_float(weight));
     const auto [output, h_n, c_n, saved] =
-        rnn_forward(cell, *to_float(input), *to_float(h_0), to_float(c_0), wide, lengths, {}, {}, reverse, false);
+        rnn_forward(name, *to_float(input), *to_float(h_0), to_float(c_0), wide, lengths, {}, {}, reverse, false);
     return {to_bfloat16(output), to_bfloat16(h_n), to_bfloat16(c_n)};
   }
   std::vector<int64_t> valid;

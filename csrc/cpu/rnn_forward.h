@@ -220,7 +220,7 @@ bool rnn_forward(const RnnForward<T>& p) {
   const ptrdiff_t last_blocks = projected ? Last::blocks(P) : 0;
   const ptrdiff_t weights = (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
   const ptrdiff_t weight_bytes = (weights + kMain<Cell> * H * inputs) * ptrdiff_t(sizeof(T));
-  const Split planned = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, main_blocks);
+  const Split planned = split_work(team_size(), steps, B, weights, weight_bytes, main_blocks);
   const int threads = planned.threads();
   main.far = input.far = first.far = last.far = beyond_l2(weight_bytes / planned.groups);
 

@@ -79,7 +79,7 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
                          const OptionalTensor& zoneout_c);
 
 // The operator of float32 and float64: output, h_n, c_n, and (save) what the backward pass takes.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(std::string cell, Tensor input, Tensor h_0,
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, Tensor input, Tensor h_0,
                                                                     OptionalTensor c_0, WeightList weights,
                                                                     OptionalTensor lengths, OptionalTensor zoneout_h,
                                                                     OptionalTensor zoneout_c, bool reverse, bool save);
@@ -100,7 +100,7 @@ void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded);
 void zero_padding(const RnnLayer& layer, Tensor& padded);
 
 inline void check_workspace(bool allocated) {
-  STD_TORCH_CHECK(allocated, "seqaccel: out of memory for the packed weights of a recurrent layer");
+  STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the packed weights of a recurrent layer");
 }
 
 template <typename T>

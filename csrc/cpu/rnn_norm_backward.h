@@ -168,7 +168,7 @@ bool norm_backward(const RnnBackward<T>& p) {
   const auto split_for = [&](int team) {
     return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(H));
   };
-  const Split planned = split_for(omp_get_max_threads());
+  const Split planned = split_for(team_size());
   const int threads = planned.threads();
   product.far = beyond_l2(weight_bytes / planned.groups);
 

@@ -96,7 +96,7 @@ bool norm_forward(const RnnForward<T>& p) {
   const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps;
   const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
   const bool direct = H >= L && steps * B <= kDirectRows;
-  const Split planned = split_work(omp_get_max_threads(), steps, B, weights, weight_bytes, blocks);
+  const Split planned = split_work(team_size(), steps, B, weights, weight_bytes, blocks);
   const int threads = planned.threads();
   Product product{p.weights.hh, H, H, nullptr, Product::panel_values(H)};
   product.far = beyond_l2(weight_bytes / planned.groups);

@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "rnn.h"
 #include "rnn_products.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace seqaccel {
@@ -22,20 +23,28 @@ constexpr ptrdiff_t kAheadRows = 48;   // of the input's part of the pre-activat
 
 struct Barrier {
   alignas(64) int arrived;
+  int sleepers;
   alignas(64) int phase;
 };
+
+// For so long a thread spins, about 50 us, which is what sleeping and being woken cost. One that spins on where the
+// others wait for a core, beside other busy processes, uses up its own share of the cores.
+constexpr int kSpins = 4096;
 
 inline void wait_for_all(Barrier& barrier, int threads) {
   if (threads == 1) return;
   const int phase = __atomic_load_n(&barrier.phase, __ATOMIC_RELAXED);
   if (__atomic_add_fetch(&barrier.arrived, 1, __ATOMIC_ACQ_REL) == threads) {
     __atomic_store_n(&barrier.arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&barrier.phase, phase + 1, __ATOMIC_RELEASE);
+    __atomic_exchange_n(&barrier.phase, phase + 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&barrier.sleepers, __ATOMIC_SEQ_CST) > 0) wake_all(&barrier.phase);
     return;
   }
   for (int spins = 0; __atomic_load_n(&barrier.phase, __ATOMIC_ACQUIRE) == phase; ++spins) {
-    if (spins > 4096) {
-      sched_yield();
+    if (spins > kSpins) {
+      __atomic_add_fetch(&barrier.sleepers, 1, __ATOMIC_SEQ_CST);
+      sleep_while(&barrier.phase, phase);
+      __atomic_sub_fetch(&barrier.sleepers, 1, __ATOMIC_SEQ_CST);
     } else {
 #if defined(__x86_64__)
       __builtin_ia32_pause();

@@ -72,7 +72,7 @@ SEQACCEL_INLINE T scan_lanes(const T* coefficient, const T* input, T carry, T* y
 template <typename T>
 void linear_scan_forward(const LinearScanForward<T>& p) {
   const int64_t row = p.width, length = p.steps * p.width;
-  if (p.batch * row == 0) return;
+  if (p.batch * length == 0) return;
   const int threads = p.batch * length < kSerialElements ? 1 : omp_get_max_threads();
   if (p.width == 1) {
 #pragma omp parallel for schedule(static) num_threads(threads)

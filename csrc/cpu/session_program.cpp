@@ -1,7 +1,5 @@
 #include "session_program.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -9,6 +7,7 @@
 #include <stdexcept>
 
 #include "pool.h"
+#include "threads.h"
 
 namespace seqaccel {
 namespace {
@@ -34,18 +33,25 @@ const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Measures first, hands out afterwards.
+// Measures first, hands out afterwards: pieces of so many values of 4 bytes.
 class Layout {
  public:
-  size_t add(size_t bytes) {
+  size_t add(std::initializer_list<int64_t> sizes) {
     const size_t at = bytes_;
-    bytes_ += (bytes + 63) / 64 * 64;
+    size_t bytes = 4;
+    for (const int64_t size : sizes) fits_ = fits_ && !__builtin_mul_overflow(bytes, size_t(size), &bytes);
+    fits_ = fits_ && !__builtin_add_overflow(bytes_, (bytes + 63) / 64 * 64, &bytes_) && bytes_ < SIZE_MAX / 2;
     return at;
   }
-  size_t bytes() const { return bytes_; }
+  // Throws std::bad_alloc where the product of sizes has no meaning.
+  size_t bytes() const {
+    if (!fits_) throw std::bad_alloc();
+    return bytes_;
+  }
 
  private:
   size_t bytes_ = 0;
+  bool fits_ = true;
 };
 
 }  // namespace
@@ -194,17 +200,16 @@ void SessionProgram::finish() {
   std::vector<size_t> at, state_at;
   for (const Source& source : sources_) {
     const SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
-    const size_t per_row = size_t(m.blocks * 2 * m.vectors * kernels_.lanes) * 4;
-    at.push_back(panels.add(size_t(m.blocks * m.panel_words) * 4));
-    at.push_back(m.precision == Precision::int8 ? panels.add(per_row) : 0);
-    at.push_back(m.precision == Precision::int8 ? panels.add(per_row) : 0);
+    const int64_t rows = m.precision == Precision::int8 ? m.blocks : 0;
+    at.push_back(panels.add({m.blocks, m.panel_words}));
+    at.push_back(panels.add({rows, 2, m.vectors, kernels_.lanes}));
+    at.push_back(panels.add({rows, 2, m.vectors, kernels_.lanes}));
   }
   for (const SessionLayer& l : layers_) {
-    for (int i = 0; i < 3; ++i) state_at.push_back(state.add(size_t(batch_ * l.stride) * 4));
-    state_at.push_back(state.add(size_t(l.buffers * batch_ * l.stride) * 4));
+    for (int i = 0; i < 3; ++i) state_at.push_back(state.add({batch_, l.stride}));
+    state_at.push_back(state.add({l.buffers, batch_, l.stride}));
     const SessionMatrix& m = l.matrices[0];
-    state_at.push_back(
-        state.add(l.normalised ? size_t(m.blocks * batch_ * 2 * m.vectors * kernels_.lanes) * sizeof(float) : 0));
+    state_at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
   }
   panels_ = AlignedMemory(panels.bytes(), false);
   state_ = AlignedMemory(state.bytes());
@@ -237,9 +242,9 @@ void SessionProgram::finish() {
 
 void SessionProgram::grow(int64_t chunk, int threads) {
   if (chunk <= chunk_ && threads <= threads_) return;
-  chunk_ = std::max(chunk, chunk_);
-  threads_ = std::max(threads, threads_);
-  const int64_t rows = chunk_ * batch_;
+  chunk = std::max(chunk, chunk_);
+  threads = std::max(threads, threads_);
+  const int64_t rows = chunk * batch_;
   int64_t widest = 0, projected = 0, words_of_x = 0, words_of_h = 0;
   for (const SessionLayer& l : layers_) {
     widest = std::max(widest, l.outputs);
@@ -254,22 +259,24 @@ void SessionProgram::grow(int64_t chunk, int threads) {
   run_.scales_at = run_.scratch_rows_at + round_up(batch_ * words_of_h, 16);
   run_.scratch_words = run_.scales_at + round_up(rows + batch_, 16) + 16;
   Layout layout;
-  const size_t outputs = layers_.size() > 1 ? size_t(rows * widest) * 4 : 0;
-  const size_t at[] = {layout.add(outputs), layout.add(outputs),
-                       layout.add(chunk_ > 1 ? size_t(rows * projected) * 4 : 0),
-                       layout.add(size_t(threads_ * run_.scratch_words) * 4)};
+  const int64_t between = layers_.size() > 1 ? rows : 0;
+  const size_t at[] = {layout.add({between, widest}), layout.add({between, widest}),
+                       layout.add({chunk > 1 ? rows : 0, projected}), layout.add({threads, run_.scratch_words})};
+  chunk_ = threads_ = 0;  // should there be no memory
   buffers_ = AlignedMemory();
   buffers_ = AlignedMemory(layout.bytes(), false);
   run_.buffers[0] = reinterpret_cast<float*>(buffers_.get() + at[0]);
   run_.buffers[1] = reinterpret_cast<float*>(buffers_.get() + at[1]);
   run_.projected = reinterpret_cast<float*>(buffers_.get() + at[2]);
   run_.scratch = reinterpret_cast<uint32_t*>(buffers_.get() + at[3]);
+  chunk_ = chunk;
+  threads_ = threads;
 }
 
 void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, bool reverse, const int64_t* lengths) {
   if (steps == 0) return;
   const int64_t chunk = std::min(steps, std::max<int64_t>(1, kChunkRows / batch_));
-  run_.threads = run_.work * double(batch_) < kSmall ? 1 : omp_get_max_threads();
+  run_.threads = run_.work * double(batch_) < kSmall ? 1 : team_size();
   grow(chunk, run_.threads);
   run_.chunk = chunk;
   run_.x = x;

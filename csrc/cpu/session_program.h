@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,8 @@ class SessionProgram {
   // Rows of the state of a layer, [B, stride].
   float* h(int64_t layer) { return layers_[size_t(layer)].h[layers_[size_t(layer)].parity]; }
   float* c(int64_t layer) { return layers_[size_t(layer)].c; }
+
+  std::mutex mutex;  // of a session: held by the thread that uses it
 
  private:
   SessionMatrix& add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units, int64_t columns_0,

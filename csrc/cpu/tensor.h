@@ -1,12 +1,6 @@
 // What every operator needs of torch's stable ABI.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -17,6 +11,7 @@
 #include <vector>
 
 #include "reuse.h"
+#include "common/stable_abi.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,6 +27,26 @@ inline std::string shape_string(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
   return text + "]";
+}
+
+// Sizes or strides of a tensor.
+using Extents = std::vector<int64_t>;
+
+// Products of sizes that pass this, and small multiples of them, fit 64 bits: that of all sizes of a tensor but 0,
+// which a tensor without elements may have of any magnitude.
+constexpr int64_t kMostElements = int64_t(1) << 50;
+
+inline bool fits(int64_t& product, int64_t size) {
+  return !__builtin_mul_overflow(product, std::max<int64_t>(size, 1), &product) && product <= kMostElements;
+}
+
+// Sizes within bounds, and memory where there are elements (a zero tensor of autograd's has none, nor has a fake one).
+inline void check_memory(const Tensor& t, const char* name) {
+  const int64_t count = t.numel();
+  bool small = count <= kMostElements;
+  for (int64_t i = 0, product = 1; count == 0 && i < t.dim(); ++i) small = small && fits(product, t.size(i));
+  STD_TORCH_CHECK(small, "seqaccel: the shape ", shape_string(t), " of ", name, " is too large");
+  STD_TORCH_CHECK(count == 0 || t.const_data_ptr() != nullptr, "seqaccel: ", name, " has no memory");
 }
 
 // Rank, sizes (-1: any), dtype and device, in O(1): an operator called with anything else must not touch memory.
@@ -51,6 +66,7 @@ inline void check_tensor(const Tensor& t, const char* name, std::initializer_lis
   }
   STD_TORCH_CHECK(t.scalar_type() == dtype, "seqaccel: expected ", name, " to have the dtype of the first tensor");
   STD_TORCH_CHECK(t.is_cpu(), "seqaccel: expected ", name, " to be on the CPU");
+  check_memory(t, name);
 }
 
 inline void check_float_or_double(const Tensor& t, const char* name) {
@@ -64,12 +80,14 @@ inline OptionalTensor to_contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(to_contiguous(*t)) : std::nullopt;
 }
 
-// Sizes or strides of a tensor.
-using Extents = std::vector<int64_t>;
-
 inline Extents row_major(const Extents& sizes) {
   Extents strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int64_t product = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = product;
+    STD_TORCH_CHECK(fits(product, sizes[i]), "seqaccel: not enough memory: a tensor of ", sizes.size(),
+                    " dimensions would have more than ", kMostElements, " elements");
+  }
   return strides;
 }
 
@@ -105,8 +123,12 @@ inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), dtype,
-                                                  device, index, &handle));
+  const Extents strides = row_major(sizes);
+  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, index, &handle) !=
+      TORCH_SUCCESS) {
+    const int64_t bytes = sizes.empty() ? 1 : sizes[0] * strides[0];
+    fail("seqaccel: not enough memory: you tried to allocate ", bytes * int64_t(like.element_size()), " bytes");
+  }
   Tensor t(handle);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;

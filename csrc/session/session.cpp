@@ -18,6 +18,9 @@ namespace {
 using Layer = std::tuple<std::string, std::tuple<int64_t, int64_t, int64_t>, std::vector<uintptr_t>,
                          std::tuple<double, double, double>>;
 
+// Layer, 'h' or 'c', address of the values.
+using Part = std::tuple<int64_t, char, uintptr_t>;
+
 class Session {
  public:
   Session(uintptr_t table, int64_t batch, const std::string& precision, const std::vector<Layer>& layers)
@@ -44,26 +47,34 @@ class Session {
   Session& operator=(const Session&) = delete;
 
   void extend(uintptr_t x, int64_t steps, uintptr_t y) {
-    if (table_->extend(session_, reinterpret_cast<const void*>(x), steps, reinterpret_cast<float*>(y)) != 0) {
-      throw py::index_error(table_->error());
+    check(table_->extend(session_, reinterpret_cast<const void*>(x), steps, reinterpret_cast<float*>(y)));
+  }
+
+  void read_state(const std::vector<Part>& to) {
+    std::vector<SeqaccelSessionPart> parts;
+    for (const auto& [layer, part, out] : to) parts.push_back({layer, part, reinterpret_cast<float*>(out), nullptr});
+    check(table_->state(session_, int64_t(parts.size()), parts.data()));
+  }
+
+  void write_state(const std::vector<Part>& from) {
+    std::vector<SeqaccelSessionPart> parts;
+    for (const auto& [layer, part, values] : from) {
+      parts.push_back({layer, part, nullptr, reinterpret_cast<const float*>(values)});
     }
-  }
-
-  void read_state(int64_t layer, char part, uintptr_t out) {
-    table_->state(session_, layer, part, reinterpret_cast<float*>(out), nullptr);
-  }
-
-  void write_state(int64_t layer, char part, uintptr_t from) {
-    table_->state(session_, layer, part, nullptr, reinterpret_cast<const float*>(from));
+    check(table_->state(session_, int64_t(parts.size()), parts.data()));
   }
 
   void select(const std::vector<int64_t>& indices) {
-    if (int64_t(indices.size()) != batch_ || table_->select(session_, indices.data()) != 0) {
-      throw std::runtime_error("seqaccel._session: select failed");
-    }
+    if (int64_t(indices.size()) != batch_) throw std::invalid_argument("seqaccel._session: an index a stream");
+    check(table_->select(session_, indices.data()));
   }
 
  private:
+  void check(int status) const {
+    if (status == SEQACCEL_SESSION_OUT_OF_RANGE) throw py::index_error(table_->error());
+    if (status != SEQACCEL_SESSION_OK) throw std::runtime_error(table_->error());
+  }
+
   const SeqaccelSessionTable* table_;
   int64_t batch_;
   void* session_ = nullptr;
@@ -76,7 +87,7 @@ PYBIND11_MODULE(_session, m) {
   py::class_<Session>(m, "Session")
       .def(py::init<uintptr_t, int64_t, const std::string&, const std::vector<Layer>&>())
       .def("extend", &Session::extend, Unlocked())
-      .def("read_state", &Session::read_state)
-      .def("write_state", &Session::write_state)
-      .def("select", &Session::select);
+      .def("read_state", &Session::read_state, Unlocked())
+      .def("write_state", &Session::write_state, Unlocked())
+      .def("select", &Session::select, Unlocked());
 }

@@ -1,5 +1,6 @@
 """The operators as functions."""
 
+from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional.attention import hierarchical_attention
 from seqaccel.functional.conv import causal_conv1d
 from seqaccel.functional.rnn import (

@@ -67,6 +67,7 @@ def hierarchical_attention(
     t = torch.arange(blocks * block, device=query.device).view(blocks, block, 1)
     query = F.pad(query, (0, 0, 0, blocks * block - T)).reshape(B, G, H // max(G, 1), blocks, block, D)
     logits, values = [], []
+    unbounded: Tensor | float = 0.0
     for level, span in enumerate(spans):
         if level > 0:
             row = None if pool_query is None else pool_query[min(level, pool_query.shape[0]) - 1]
@@ -90,7 +91,17 @@ def hierarchical_attention(
         index = node.clamp_min(0)
         logit = scale * torch.einsum("bghitd,bgijd->bghitj", query, key[:, :, index])
         logits.append((logit + (math.log(span) if mass_bias else 0.0)).masked_fill(~seen, -math.inf))
-        values.append(value[:, :, index])
+        # A weight of 0 does not keep out a value that is not finite: what no query of a block sees is 0, and on the
+        # diagonal such values are added up in time apart from the others.
+        chosen = value[:, :, index].masked_fill(~seen.any(1).unsqueeze(-1), 0.0)
+        if causal and level == 0:
+            finite = chosen.isfinite()
+            place = torch.arange(node.shape[1], device=query.device)
+            own = ((node.unsqueeze(1) == t) * place).sum(-1)  # of a query's own token
+            until = chosen.detach().masked_fill(finite, 0.0).cumsum(3)
+            unbounded = until.gather(3, own[..., None].expand(B, G, blocks, block, D)).unsqueeze(2)
+            chosen = chosen.masked_fill(~finite, 0.0)
+        values.append(chosen)
     weight = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
-    out = torch.einsum("bghitj,bgijd->bghitd", weight, torch.cat(values, dim=3))
+    out = torch.einsum("bghitj,bgijd->bghitd", weight, torch.cat(values, dim=3)) + unbounded
     return out.reshape(B, H, blocks * block, D)[:, :, :T]

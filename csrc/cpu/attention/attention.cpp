@@ -116,6 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor
   Tensor lse = new_tensor(query, {c.B, c.H, c.T});
   Tensor pooled_key = new_tensor(query, {c.B, c.G, c.pyramid.nodes, c.D});
   Tensor pooled_value = new_tensor(query, {c.B, c.G, c.pyramid.nodes, c.D});
+  if (out.numel() == 0) {
+    for (Tensor* pooled : {&pooled_key, &pooled_value}) torch::stable::zero_(*pooled);
+    return {out, lse, pooled_key, pooled_value};
+  }
   const AttentionKernels& kernels = active_attention_kernels();
   const int64_t share = kernels.forward_workspace(c.D, pool_children(c.pyramid), is_double);
   Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
@@ -173,6 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
   Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
   Tensor grad_pool =
       c.pool_query ? new_tensor(query, {c.pool_query->size(0), c.G, c.D}) : new_tensor(query, {0, c.G, c.D});
+  if (out.numel() == 0) {
+    for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_pool}) torch::stable::zero_(*grad);
+    return {grad_query, grad_key, grad_value, grad_pool};
+  }
   const int64_t segments = backward_segments(c);
   int64_t rows = 0;
   for (int64_t s = 0; s < segments; ++s) {

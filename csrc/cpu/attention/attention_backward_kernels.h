@@ -91,7 +91,7 @@ struct ProbabilityTile {
   }
 };
 
-// ds = p (value grad_out^T - delta)
+// ds = p (value grad_out^T - delta), and 0 where masked, also if the value is not finite.
 template <typename T, int NV>
 struct ScoreGradTile {
   const T* grad;
@@ -100,9 +100,11 @@ struct ScoreGradTile {
   const T* p;
   const T* delta;
   T* ds;
+  bool masked;  // as in ProbabilityTile
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
+    typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
     tile<T, MR, NV>(acc, value + row * value_row, value_row, 1, grad, kColumns<T>, D);
 #pragma GCC unroll 4
@@ -111,7 +113,13 @@ struct ScoreGradTile {
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const ptrdiff_t at = (row + m) * kColumns<T> + v * Lanes<T>;
-        store(ds + at, load(p + at) * (acc[m][v] - d));
+        Vec<T> value_grad = load(p + at) * (acc[m][v] - d);
+        if (masked && v == 0) {
+          Int lane;
+          for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
+          value_grad = lane < int(row + m) ? Vec<T>{} : value_grad;
+        }
+        store(ds + at, value_grad);
       }
     }
   }
@@ -128,11 +136,16 @@ struct AddProductTile {
   T* out;
   ptrdiff_t out_row;
   int last;
+  bool triangle = false;
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     Vec<T> acc[MR][NV] = {};
-    tile<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+    if (triangle) {
+      tile_of_triangle<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+    } else {
+      tile<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+    }
     T* o = out + row * out_row;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -200,14 +213,16 @@ void chunk_backward(const GradTile<T>& q, int first, ptrdiff_t count, const Chun
   const ProbabilityTile<T, NV> probability = {q.query_columns + shift, c.key, c.key_row, D, q.p + shift,
                                               q.lse + shift,           bias,  masked};
   for_row_tiles(c.keys, probability);
-  const ScoreGradTile<T, NV> score_grad = {q.grad_columns + shift, c.value,     c.value_row, D, q.p + shift,
-                                           q.delta + shift,        q.ds + shift};
+  const ScoreGradTile<T, NV> score_grad = {q.grad_columns + shift, c.value,      c.value_row, D, q.p + shift,
+                                           q.delta + shift,        q.ds + shift, masked};
   for_row_tiles(c.keys, score_grad);
   const ptrdiff_t queries = count - shift;
   add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + shift * padded<T>(D), c.keys, queries, D);
   add_key_gradient(c.grad_key, c.grad_key_row, q.ds + shift, q.query_rows + shift * padded<T>(D), c.keys, queries, D);
-  add_product<T, NV>(D, c.key, 1, c.key_row, q.ds + shift, kColumns<T>, c.keys, q.query_grad_columns + shift,
-                     kColumns<T>, Lanes<T>);
+  const AddProductTile<T, NV> query_grad = {
+      c.key,       1,        c.key_row, q.ds + shift, kColumns<T>, c.keys, q.query_grad_columns + shift,
+      kColumns<T>, Lanes<T>, masked};
+  for_row_tiles(D, query_grad);
 }
 
 template <typename T>

@@ -83,8 +83,7 @@ struct ScoreTile {
   ptrdiff_t key_row, D;
   T* scores;
   T bias;
-  ptrdiff_t diagonal;  // lane v * Lanes + i sees row r if r <= diagonal + lane
-  bool masked;
+  bool masked;   // lane i of vector v sees row r if r <= v * Lanes + i
   Vec<T>* most;  // [NV]
 
   template <int MR>
@@ -100,7 +99,7 @@ struct ScoreTile {
         if (masked) {
           Int lane;
           for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
-          s = lane + int(diagonal + v * Lanes<T> - row - m) < 0 ? broadcast(T(-INFINITY)) : s;
+          s = lane + int(v * Lanes<T> - row - m) < 0 ? broadcast(T(-INFINITY)) : s;
         }
         most[v] = s > most[v] ? s : most[v];
         store(scores + (row + m) * kColumns<T> + v * Lanes<T>, s);
@@ -116,11 +115,16 @@ struct OutputTile {
   ptrdiff_t value_row, keys;
   T* out;
   const Vec<T>* decay;  // [NV]
+  bool masked;          // lane i sees value k if k <= i
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     Vec<T> acc[MR][NV] = {};
-    tile<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
+    if (masked) {
+      tile_of_triangle<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
+    } else {
+      tile<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
+    }
     T* o = out + row * kColumns<T>;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -133,15 +137,16 @@ struct OutputTile {
   }
 };
 
-// Keys [0, keys) of `rows` for the vectors [first, first + NV) of the tile. masked: row r is seen from lane r on.
+// Keys [0, keys) of `rows` for the vectors [first, first + NV) of the tile. masked: row r is seen from lane r of the
+// first on.
 template <typename T, int NV>
 void attend(const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, const T* value, ptrdiff_t value_row,
-            ptrdiff_t keys, ptrdiff_t D, T bias, bool masked, ptrdiff_t diagonal) {
+            ptrdiff_t keys, ptrdiff_t D, T bias, bool masked) {
   const int shift = first * Lanes<T>;
   Vec<T> old[NV], most[NV], decay[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) most[v] = old[v] = load(q.most + shift + v * Lanes<T>);
-  const ScoreTile<T, NV> score = {q.query + shift, key, key_row, D, q.scores + shift, bias, diagonal, masked, most};
+  const ScoreTile<T, NV> score = {q.query + shift, key, key_row, D, q.scores + shift, bias, masked, most};
   for_row_tiles(keys, score);
   Vec<T> sum[NV];
 #pragma GCC unroll 4
@@ -163,23 +168,22 @@ void attend(const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, c
     store(q.sum + shift + v * Lanes<T>, sum[v]);
     store(q.most + shift + v * Lanes<T>, most[v]);
   }
-  const OutputTile<T, NV> output = {q.scores + shift, value, value_row, keys, q.out + shift, decay};
+  const OutputTile<T, NV> output = {q.scores + shift, value, value_row, keys, q.out + shift, decay, masked};
   for_row_tiles(D, output);
 }
 
 template <typename T>
 void attend_vectors(int vectors, const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, const T* value,
-                    ptrdiff_t value_row, ptrdiff_t keys, ptrdiff_t D, T bias, bool masked, ptrdiff_t diagonal) {
+                    ptrdiff_t value_row, ptrdiff_t keys, ptrdiff_t D, T bias, bool masked) {
   switch (vectors) {
     case 1:
-      return attend<T, 1>(q, first, key, key_row, value, value_row, keys, D, bias, masked, diagonal);
+      return attend<T, 1>(q, first, key, key_row, value, value_row, keys, D, bias, masked);
     case 2:
-      return attend<T, 2>(q, first, key, key_row, value, value_row, keys, D, bias, masked, diagonal);
+      return attend<T, 2>(q, first, key, key_row, value, value_row, keys, D, bias, masked);
     case 3:
-      return attend<T, (kTileVectors > 2 ? 3 : 1)>(q, first, key, key_row, value, value_row, keys, D, bias, masked,
-                                                   diagonal);
+      return attend<T, (kTileVectors > 2 ? 3 : 1)>(q, first, key, key_row, value, value_row, keys, D, bias, masked);
     default:
-      return attend<T, kTileVectors>(q, first, key, key_row, value, value_row, keys, D, bias, masked, diagonal);
+      return attend<T, kTileVectors>(q, first, key, key_row, value, value_row, keys, D, bias, masked);
   }
 }
 
@@ -218,8 +222,7 @@ void attend_tile(const Attention<T>& p, int64_t b, int64_t h, int64_t block, int
       const int64_t stop = masked ? t + (first + 1) * L : diagonal ? t : end;
       const int64_t keys = min_of(kKeys, min_of(stop, end) - key);
       attend_vectors(vectors - first, q, first, rows.key + key * rows.key_row, rows.key_row,
-                     rows.value + key * rows.value_row, rows.value_row, keys, p.D, p.bias[level], masked,
-                     t + first * L - key);
+                     rows.value + key * rows.value_row, rows.value_row, keys, p.D, p.bias[level], masked);
       key += keys;
     }
   }

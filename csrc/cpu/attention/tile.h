@@ -37,6 +37,31 @@ SEQACCEL_INLINE void tile(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, pt
   }
 }
 
+// The same for a triangle: of b's first vector only the lanes i >= k take part in row k. Zeros of b's in the others
+// would not keep out a value of a's that is not finite.
+template <typename T, int MR, int NV>
+SEQACCEL_INLINE void tile_of_triangle(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b,
+                                      ptrdiff_t b_k, ptrdiff_t K) {
+  typedef typename VecTypes<T>::Int Int;
+  Int lane;
+  for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
+  for (ptrdiff_t k = 0; k < K; ++k) {
+    const Int seen = lane >= int(k);
+    Vec<T> x[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) x[v] = load(b + v * Lanes<T>);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> y = broadcast(a[m * a_row]);
+      acc[m][0] += (Vec<T>)((Int)y & seen) * x[0];
+#pragma GCC unroll 4
+      for (int v = 1; v < NV; ++v) acc[m][v] += y * x[v];
+    }
+    a += a_k;
+    b += b_k;
+  }
+}
+
 // Calls f.template operator()<MR>(row) for the rows [0, n) in groups of at most kTileRows.
 template <typename F>
 SEQACCEL_INLINE void for_row_tiles(ptrdiff_t n, const F& f) {
