@@ -45,6 +45,7 @@ ConvEpilogue make_epilogue(const std::string& activation, bool relu, double drop
   if (dropout > 0) {
     STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
                     "seqaccel: dropout needs a seed, an int64 tensor of one element on the CPU");
+    check_memory(*seed, "seed");
     seed_value = uint64_t(seed->const_data_ptr<int64_t>()[0]);
   }
   return {parse_activation(activation), relu, dropout, seed_value};

@@ -19,6 +19,7 @@ void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, 
     STD_TORCH_CHECK(zoneout->scalar_type() == layer.input.scalar_type(), "seqaccel: expected ", name,
                     " to have the dtype of the first tensor");
     STD_TORCH_CHECK(zoneout->is_cpu(), "seqaccel: expected ", name, " to be on the CPU");
+    check_memory(*zoneout, name);
     return;
   }
   layer.check_rows(*zoneout, name, width);

@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "reuse.h"
 #include "common/stable_abi.h"
+#include "reuse.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
