@@ -9,7 +9,9 @@ Backends:
     ``auto``       the fastest verified one for the tensor at hand
 
 ``auto`` takes ``cpp`` on a CPU and, on a GPU, a backend that :data:`VERIFIED` lists; else ``torch`` where the operator
-has it, else ``reference``. A backend asked for by name runs or raises; nothing is put in its place.
+has it, else ``reference``. While ``torch.jit.trace`` records (``torch.onnx.export(dynamo=False)`` too), whose graphs
+hold torch's own operators only, it takes one of the latter two. A backend asked for by name runs or raises; nothing is
+put in its place.
 """
 
 import contextlib
@@ -233,7 +235,7 @@ def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, pre
     verified = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ()) if device_type == "cuda" else ()
     if prefer is not None and (prefer in ("reference", "torch") or prefer in verified):
         verified = (prefer, *verified)
-    for candidate in verified:
+    for candidate in () if torch.jit.is_tracing() else verified:
         if candidate in supported and why_not_auto(candidate, tensor.device) is None:
             return candidate
     return "torch" if "torch" in supported else "reference"

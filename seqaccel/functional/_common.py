@@ -1,9 +1,31 @@
 """What the public functions of every family share."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Check = TypeVar("Check", bound=Callable[..., Any])
+
+
+def unrecorded(check: Check) -> Check:
+    """A function that only checks: ``torch.jit.trace`` records and warns of nothing that it does."""
+
+    @functools.wraps(check)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or not torch.jit.is_tracing():
+            return check(*args, **kwargs)
+        jit: Any = torch._C
+        state = jit._get_tracing_state()
+        jit._set_tracing_state(None)
+        try:
+            return check(*args, **kwargs)
+        finally:
+            jit._set_tracing_state(state)
+
+    return checked  # type: ignore[return-value]
 
 
 def transforms_active() -> bool:

@@ -106,6 +106,7 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"hierarchical_attention: expected {name} to be at least {least}, but got {value}")
 
 
+@_common.unrecorded
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | None) -> None:
     named = {"query": query, "key": key, "value": value, "pool_query": pool_query}
     for name, tensor in named.items():

@@ -199,6 +199,7 @@ def _check_types(**tensors) -> None:
             raise TypeError(f"causal_conv1d(): argument '{argument}' must be Tensor, not {type(t).__name__}")
 
 
+@_common.unrecorded
 def _check(
     x,
     weight,
@@ -274,7 +275,7 @@ def _check(
 def _torch_conv(x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout) -> Tensor:
     """The same from torch's own operators (``F.conv1d``); dropout draws its mask as torch does."""
     context = (weight.shape[2] - 1) * dilation
-    if x.numel() == 0 or weight.numel() == 0:  # F.conv1d refuses these
+    if not torch.jit.is_tracing() and (x.numel() == 0 or weight.numel() == 0):  # F.conv1d refuses these
         y = reference.causal_conv1d(x, weight, bias, dilation=dilation, groups=groups)
     else:
         padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)

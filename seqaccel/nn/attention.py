@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqaccel import functional
+from seqaccel.functional import _arguments, _common
+from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["HierarchicalAttention"]
 
 
-class HierarchicalAttention(Streaming, nn.MultiheadAttention):
+class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
     r"""Multi-head attention over a pyramid of the sequence, in O(T log T).
 
     Stands where ``torch.nn.MultiheadAttention`` stands, ``torch.nn.TransformerEncoderLayer`` included, with its
@@ -87,6 +89,16 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         causal: bool = True,
         mass_bias: bool = True,
     ) -> None:
+        title = type(self).__name__
+        _arguments.flags(
+            title, bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=batch_first,
+            causal=causal, mass_bias=mass_bias,
+        )  # fmt: skip
+        _arguments.integer(title, "embed_dim", embed_dim)
+        _arguments.integer(title, "num_heads", num_heads)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                _arguments.integer(title, name, width, 1)
         if dropout != 0:
             raise ValueError(f"dropout: attention weights cannot be dropped here, expected 0, but got {dropout}")
         if add_bias_kv or add_zero_attn:
@@ -104,8 +116,7 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
             "local_blocks": (local_blocks, 1),
         }
         for name, (value, smallest) in least.items():
-            if not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name}: expected an int of at least {smallest}, but got {value!r}")
+            _arguments.integer(title, name, value, smallest)
         super().__init__(
             embed_dim, num_heads, 0.0, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
         )
@@ -127,6 +138,9 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
+        pool_query = getattr(self, "pool_query", None)  # torch's constructor calls this before there is one
+        if pool_query is not None:
+            nn.init.zeros_(pool_query)
 
     def extra_repr(self) -> str:
         parts = [f"{self.embed_dim}, {self.num_heads}, block_size={self.block_size}, local_blocks={self.local_blocks}"]
@@ -169,6 +183,10 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         Returns:
             The output, laid out as ``query``, and ``None``.
         """
+        if not isinstance(query, Tensor):
+            masks = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
+            return self._instead("query", query, key, value, **masks, is_causal=is_causal)
+        _arguments.tensors(type(self).__name__, key=key, value=value)
         if need_weights:
             raise ValueError("need_weights: there are no (T, T) weights to return; pass need_weights=False")
         if query.is_nested or key.is_nested or value.is_nested:
@@ -210,6 +228,7 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         k = q if key is query else key.transpose(0, 1)
         return q, k, k if value is key else value.transpose(0, 1)
 
+    @_common.unrecorded
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, tensor, width in (
             ("query", query, self.embed_dim),
@@ -224,10 +243,14 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
                     f"but got {tuple(tensor.shape[:2])}; hierarchical attention is over one sequence"
                 )
 
+    @_common.unrecorded
     def _check_masks(
         self, query: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> None:
         B, T = query.shape[:2]
+        title = type(self).__name__
+        _arguments.optional_tensors(title, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        _arguments.flag(title, "is_causal", is_causal)
         if (is_causal or attn_mask is not None) and not self.causal:
             raise ValueError("attn_mask, is_causal: this module is not causal (causal=False) and takes no mask")
         if attn_mask is not None and not is_causal:
@@ -300,6 +323,7 @@ class HierarchicalAttention(Streaming, nn.MultiheadAttention):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
         self._check_streams()
+        _arguments.integer(type(self).__name__, "batch_size", batch_size, 0)
         device = self.out_proj.weight.device if device is None else device
         dtype = self.out_proj.weight.dtype if dtype is None else dtype
         levels = range(1 if self._is_top(0) else 2)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
+from seqaccel.functional import _arguments
 from seqaccel.functional.conv import ACTIVATIONS, causal_conv1d
+from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["TCN", "CausalConv1d", "TemporalBlock"]
@@ -24,7 +26,34 @@ def _next_history(history: Tensor, x: Tensor) -> Tensor:
     return torch.cat([history[..., length:], x], -1)
 
 
-class CausalConv1d(Streaming, nn.Module):
+def _check_chunk(module: nn.Module, x: Tensor, state: State, *names: str) -> None:
+    title = type(module).__name__
+    _arguments.tensor(title, "x", x)
+    _arguments.states(title, "state", state, names)
+    if x.dim() != 3:
+        raise ValueError(f"{title}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
+
+
+def _check_step(module: nn.Module, x_t: Tensor) -> None:
+    title = type(module).__name__
+    _arguments.tensor(title, "x_t", x_t)
+    if x_t.dim() != 2:
+        raise ValueError(f"{title}: expected x_t to be 2D (B, C), but got a tensor of size {list(x_t.shape)}")
+
+
+def _single(title: str, name: str, value: int | tuple[int]) -> int:
+    """An int of at least 1, or a tuple of one."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 1:
+            raise ValueError(f"{title}: expected {name} to be an int or a tuple of one, but got {value!r}")
+        value = value[0]
+    _arguments.integer(title, name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be a positive integer, but got {value}")
+    return value
+
+
+class CausalConv1d(Leaf, Streaming, nn.Module):
     r"""Dilated causal 1-D convolution with the parameters of :class:`torch.nn.Conv1d`.
 
     .. math::
@@ -75,17 +104,15 @@ class CausalConv1d(Streaming, nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels, self.groups = (
-            in_channels,
-            out_channels,
-            groups,
-        )
-        self.kernel_size = kernel_size if isinstance(kernel_size, int) else kernel_size[0]
-        self.dilation = dilation if isinstance(dilation, int) else dilation[0]
+        title = type(self).__name__
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = _single(title, "kernel_size", kernel_size)
+        self.dilation = _single(title, "dilation", dilation)
         self.activation = activation
-        for name in ("groups", "kernel_size", "dilation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, but got {getattr(self, name)}")
+        _arguments.integer(title, "in_channels", in_channels, 0)
+        _arguments.integer(title, "out_channels", out_channels, 0)
+        _single(title, "groups", groups)
+        _arguments.flag(title, "bias", bias)
         if in_channels % groups:
             raise ValueError(f"in_channels must be divisible by groups, but got {in_channels} and {groups}")
         if out_channels % groups:
@@ -134,8 +161,12 @@ class CausalConv1d(Streaming, nn.Module):
         history: Tensor | None = None,
     ) -> Tensor:
         """x (B, C, T) or (C, T); the keyword arguments are :func:`~seqaccel.functional.causal_conv1d`'s."""
+        if not isinstance(x, Tensor):
+            given = {"residual": residual, "output_activation": output_activation, "history": history}
+            return self._instead("x", x, dropout=dropout, **given)
         unbatched = x.dim() == 2
         if unbatched:
+            _arguments.optional_tensors(type(self).__name__, residual=residual, history=history)
             x = x.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
             history = None if history is None else history.unsqueeze(0)
@@ -161,6 +192,7 @@ class CausalConv1d(Streaming, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> State:
         """``(history,)``: zeros (batch_size, in_channels, context)."""
+        _arguments.integer(type(self).__name__, "batch_size", batch_size, 0)
         weight = self.weight
         return (
             torch.zeros(
@@ -174,11 +206,13 @@ class CausalConv1d(Streaming, nn.Module):
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, C, T): y (B, O, T) and the state after it."""
+        _check_chunk(self, x, state, "history")
         (history,) = state
         return self.forward(x, history=history), (_next_history(history, x),)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
+        _check_step(self, x_t)
         y, state = self.extend(x_t.unsqueeze(-1), state)
         return y.squeeze(-1), state
 
@@ -195,7 +229,7 @@ class CausalConv1d(Streaming, nn.Module):
         return text
 
 
-class TemporalBlock(Streaming, nn.Module):
+class TemporalBlock(Leaf, Streaming, nn.Module):
     r"""One level of a :class:`TCN`.
 
     .. math::
@@ -255,6 +289,8 @@ class TemporalBlock(Streaming, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, T): y (B, O, T)."""
+        if not isinstance(x, Tensor):
+            return self._instead("x", x)
         return self._run(x, None, None)[1]
 
     def _run(self, x: Tensor, history1: Tensor | None, history2: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -286,16 +322,18 @@ class TemporalBlock(Streaming, nn.Module):
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, C, T): y (B, O, T) and the state after it."""
+        _check_chunk(self, x, state, "history of conv1", "history of conv2")
         z, y = self._run(x, *state)
         return y, (_next_history(state[0], x), _next_history(state[1], z))
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
+        _check_step(self, x_t)
         y, state = self.extend(x_t.unsqueeze(-1), state)
         return y.squeeze(-1), state
 
 
-class TCN(Streaming, nn.Module):
+class TCN(Leaf, Streaming, nn.Module):
     r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i.
 
     Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight
@@ -341,9 +379,16 @@ class TCN(Streaming, nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        if not isinstance(num_channels, Sequence) or isinstance(num_channels, str):
+            raise TypeError(f"TCN: expected num_channels to be a list of ints, but got {type(num_channels).__name__}")
         num_channels = list(num_channels)
         if not num_channels:
             raise ValueError("num_channels must not be empty")
+        for width in num_channels:
+            _arguments.integer("TCN", "num_channels", width, 1)
+        _arguments.integer("TCN", "num_inputs", num_inputs, 1)
+        _arguments.integer("TCN", "kernel_size", kernel_size, 1)
+        _arguments.number("TCN", "dropout", dropout)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         self.num_inputs, self.num_channels, self.kernel_size, self.dropout = (
@@ -370,6 +415,8 @@ class TCN(Streaming, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, num_inputs, T): y (B, num_channels[-1], T)."""
+        if not isinstance(x, Tensor):
+            return self._instead("x", x)
         return self.network(x)
 
     def init_state(
@@ -384,6 +431,9 @@ class TCN(Streaming, nn.Module):
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, num_inputs, T): y (B, num_channels[-1], T) and the state after it."""
+        _arguments.tensor("TCN", "x", x)
+        if not isinstance(state, (tuple, list)) or len(state) != len(self.num_channels):
+            raise TypeError(f"TCN: expected state to be a tuple of {len(self.num_channels)} levels' states")
         states = []
         for block, block_state in zip(self._blocks, state, strict=True):
             x, block_state = block.extend(x, block_state)
@@ -392,6 +442,7 @@ class TCN(Streaming, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, num_inputs): y_t (B, num_channels[-1]) and the state after it."""
+        _check_step(self, x_t)
         y, state = self.extend(x_t.unsqueeze(-1), state)
         return y.squeeze(-1), state
 

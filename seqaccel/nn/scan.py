@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from seqaccel import functional
+from seqaccel.functional import _arguments
+from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["SRU", "SRUCell"]
 
 
-class SRUCell(nn.Module):
+def _check_padding(mask_pad: Tensor | None) -> None:
+    if mask_pad is not None and mask_pad.is_floating_point():
+        raise TypeError(f"SRU: expected mask_pad to be bool or integers, but got {mask_pad.dtype}")
+
+
+class SRUCell(Leaf, nn.Module):
     r"""One layer of :class:`SRU`: a matrix product over all steps, then :func:`seqaccel.functional.sru`.
 
     Constructor, parameters and results are those of ``sru.SRUCell`` (package ``sru`` 2.6).
@@ -63,10 +70,22 @@ class SRUCell(nn.Module):
         weight_c_init: float | None = None,
     ) -> None:
         super().__init__()
+        _arguments.flags(
+            "SRU", bidirectional=bidirectional, use_tanh=use_tanh, has_skip_term=has_skip_term, layer_norm=layer_norm,
+            rescale=rescale, v1=v1, amp_recurrence_fp16=amp_recurrence_fp16, normalize_after=normalize_after,
+        )  # fmt: skip
+        _arguments.integer("SRU", "projection_size", n_proj, 0)
+        _arguments.number("SRU", "highway_bias", highway_bias)
+        if weight_c_init is not None:
+            _arguments.number("SRU", "weight_c_init", weight_c_init)
+        if custom_m is not None and not isinstance(custom_m, nn.Module):
+            raise TypeError(f"SRU: expected custom_m to be a module, but got {type(custom_m).__name__}")
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            _arguments.integer("SRU", name, size)
             if size <= 0:
                 raise ValueError(f"{name} must be greater than zero, but got {size}")
         for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
+            _arguments.number("SRU", name, p)
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} should be a number in range [0, 1], but got {p}")
         self.input_size = input_size
@@ -144,6 +163,10 @@ class SRUCell(nn.Module):
         Returns:
             The output (T, B, output_size), and the last state (B, output_size).
         """
+        if not isinstance(input, Tensor):
+            return self._instead("input", input, c0=c0, mask_pad=mask_pad)
+        _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad)
+        _check_padding(mask_pad)
         if input.dim() not in (2, 3):
             raise ValueError(f"SRU: expected input to be 2-D or 3-D, but got {input.dim()}-D")
         if input.shape[-1] != self.input_size:
@@ -229,7 +252,7 @@ class SRUCell(nn.Module):
         return text
 
 
-class SRU(Streaming, nn.Module):
+class SRU(Leaf, Streaming, nn.Module):
     r"""A stack of simple recurrent units with the constructor, state_dict and results of ``sru.SRU`` (``sru`` 2.6).
 
     .. math::
@@ -307,6 +330,12 @@ class SRU(Streaming, nn.Module):
         weight_c_init: float | None = None,
     ) -> None:
         super().__init__()
+        _arguments.flags("SRU", nn_rnn_compatible_return=nn_rnn_compatible_return)
+        _arguments.flags("SRU", proj_input_to_hidden_first=proj_input_to_hidden_first, bidirectional=bidirectional)
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            _arguments.integer("SRU", name, size)
+        for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
+            _arguments.probability("SRU", name, p)
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, but got {num_layers}")
         if isinstance(custom_m, (list, nn.ModuleList)) and len(custom_m) != num_layers:
@@ -385,9 +414,13 @@ class SRU(Streaming, nn.Module):
             mask_pad = torch.arange(padded.shape[0], device=lengths.device)[:, None] >= lengths
             output, c_n = self._run(padded, c0, mask_pad.to(padded.device))
             return pack_padded_sequence(output, lengths, enforce_sorted=False), c_n
+        if not isinstance(input, Tensor):
+            return self._instead("input", input, c0=c0, mask_pad=mask_pad)
         return self._run(input, c0, mask_pad)
 
     def _run(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+        _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad)
+        _check_padding(mask_pad)
         if input.dim() != 3:
             raise ValueError(f"SRU: expected input to be 3-D (T, B, input_size), but got {input.dim()}-D")
         if input.shape[-1] != self.input_size:
@@ -421,17 +454,21 @@ class SRU(Streaming, nn.Module):
     ) -> State:
         """``(c,)``, c (batch_size, num_layers, hidden_size), zero."""
         self._require_causal()
+        _arguments.integer("SRU", "batch_size", batch_size, 0)
         shape = (batch_size, self.num_layers, self.hidden_size)
         return (self.rnn_lst[0].get_parameter("bias").detach().new_zeros(shape, device=device, dtype=dtype),)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Output (T, B, hidden_size) for a chunk (T, B, input_size), and the state after it."""
         self._require_causal()
+        _arguments.tensor("SRU", "x", x)
+        _arguments.states("SRU", "state", state, ("c",))
         output, c_n = self._run(x, state[0].transpose(0, 1), None)
         return output, (c_n.transpose(0, 1).contiguous(),)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Output (B, hidden_size) for one step (B, input_size), and the state after it."""
+        _arguments.tensor("SRU", "x_t", x_t)
         if x_t.dim() != 2:
             raise ValueError(f"SRU: expected x_t to be 2-D (B, input_size), but got {x_t.dim()}-D")
         output, state = self.extend(x_t.unsqueeze(0), state)

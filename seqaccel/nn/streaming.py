@@ -5,7 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqaccel.functional import _arguments
+
 State = tuple[Any, ...]
+
+
+def _check(where: str, state: Any) -> Tensor:
+    """A state, a nested tuple of tensors; returns its first tensor."""
+    if isinstance(state, Tensor):
+        return state
+    if not isinstance(state, (tuple, list)) or not state:
+        kind = "an empty one" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise TypeError(f"{where}: expected state to be a (nested) tuple of tensors, but got {kind}")
+    first, *_ = [_check(where, part) for part in state]
+    return first
 
 
 def _map(state: Any, function: Any, *others: Any) -> Any:
@@ -43,14 +56,8 @@ class Streaming:
 
     def reset(self, state: State, mask: Tensor) -> State:
         """The state with the streams where ``mask`` (B,) is true starting anew."""
-        first = state
-        while not isinstance(first, Tensor):
-            first = first[0]
-        if mask.dtype != torch.bool or mask.shape != first.shape[:1]:
-            raise ValueError(
-                f"reset: expected mask to be bool of shape ({first.shape[0]},), "
-                f"but got {mask.dtype} of {tuple(mask.shape)}"
-            )
+        first = _check("reset", state)
+        _arguments.mask("reset", "mask", mask, first.shape[:1])
         fresh = self._matching_state(state, first)
         return _map(state, lambda old, new: torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new, old), fresh)
 
@@ -60,4 +67,15 @@ class Streaming:
 
     def select(self, state: State, indices: Tensor) -> State:
         """The states of the streams ``indices`` (N,), in that order; an index may come more than once (beam search)."""
-        return _map(state, lambda part: part.index_select(0, indices))
+        first = _check("select", state)
+        _arguments.tensor("select", "indices", indices)
+        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"select: expected indices to be 1-D and torch.int64, but got {indices.dtype} of {tuple(indices.shape)}"
+            )
+        try:
+            return _map(state, lambda part: part.index_select(0, indices))
+        except IndexError:
+            raise IndexError(
+                f"select: expected indices between 0 and {first.shape[0] - 1}, but got {indices.tolist()}"
+            ) from None

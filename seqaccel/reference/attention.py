@@ -63,7 +63,7 @@ def hierarchical_attention(
     top = len(spans) - 1
     block = min(block_size, max(T, 1))
     near = min(local_blocks, T // block + 1)
-    blocks = -(-T // block)
+    blocks = (T + block - 1) // block
     t = torch.arange(blocks * block, device=query.device).view(blocks, block, 1)
     query = F.pad(query, (0, 0, 0, blocks * block - T)).reshape(B, G, H // max(G, 1), blocks, block, D)
     logits, values = [], []
@@ -87,7 +87,7 @@ def hierarchical_attention(
         if level > 0:
             seen = seen & ((cell - node.unsqueeze(1)).abs() >= near)
         if causal:
-            seen = seen & (node.unsqueeze(1) < cell + (level == 0))
+            seen = seen & (node.unsqueeze(1) < cell + int(level == 0))
         index = node.clamp_min(0)
         logit = scale * torch.einsum("bghitd,bgijd->bghitj", query, key[:, :, index])
         logits.append((logit + (math.log(span) if mass_bias else 0.0)).masked_fill(~seen, -math.inf))

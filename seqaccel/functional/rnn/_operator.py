@@ -132,6 +132,7 @@ def _on_padded(function, batch_sizes, input, h_0, c_0, weights, lengths, zoneout
 _STATES = (("h_0", "BP"), ("c_0", "BH"))
 
 
+@_common.unrecorded
 def _check(
     name: str, cell: str, input: Tensor, batch: int | None, h_0: Tensor, c_0: Tensor | None, weights: Weights
 ) -> None:
@@ -172,6 +173,7 @@ def _check(
             )
 
 
+@_common.unrecorded
 def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
         raise ValueError(
@@ -244,6 +246,7 @@ def is_plain(cell: str, input: Tensor) -> bool:
         and not _common.autocast_on("cpu")
         and not _common.transforms_active()
         and not _onnx.exporting()
+        and not torch.jit.is_tracing()
     )
 
 
@@ -360,9 +363,13 @@ def torch_runs_all_layers(
 ) -> bool:
     """Whether torch's operator serves on a GPU, where it takes the layers of a module, and its weights, as a whole.
 
-    A layer of them at a time it would copy the weights at each call.
+    A layer of them at a time it would copy the weights at each call. Where torch.jit traces, it is one node.
     """
-    if input.device.type != "cuda" or "torch" not in CELLS[cell].backends:
+    if "torch" not in CELLS[cell].backends:
+        return False
+    if torch.jit.is_tracing() and backends.current() in ("auto", "torch"):
+        return True
+    if input.device.type != "cuda":
         return False
     if _common.transforms_active() or _onnx.exporting():
         return False
@@ -448,6 +455,8 @@ def _run(
 
 def torch_step_is_faster(cell: str, input: Tensor, hidden_size: int) -> bool:
     """Whether ``auto`` takes torch's operator of a single step for input (B, I): see ``CellSpec.torch_steps``."""
+    if torch.jit.is_tracing():
+        return backends.current() in ("auto", "torch")
     return (
         0 < input.shape[0] * hidden_size <= CELLS[cell].torch_steps
         and not torch.is_grad_enabled()

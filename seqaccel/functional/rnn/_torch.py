@@ -221,7 +221,8 @@ def all_layers(
     bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """All layers of a module on input (T, B, I), or (N, I) packed with ``batch_sizes``; states (layers, B, ·)."""
-    if batch_sizes is None and input.shape[0] == 0:
+    traced = torch.jit.is_tracing()
+    if batch_sizes is None and not traced and input.shape[0] == 0:
         width = state[0].shape[-1] * (2 if bidirectional else 1)
         return input.new_zeros(0, input.shape[1], width), tuple(part.clone() for part in state)
     if batch_sizes is None and is_opaque(input.device, input.dtype):
@@ -229,7 +230,7 @@ def all_layers(
     state = tuple(part.contiguous() for part in state)
     first = state if len(state) > 1 else state[0]
     # cuDNN's backward pass asks for a forward pass in training, which without dropout changes nothing else.
-    train = training or torch.is_grad_enabled()
+    train = training or (torch.is_grad_enabled() and not traced)
     options = (weights, has_biases, num_layers, dropout if training else 0.0, train, bidirectional)
     operator = getattr(torch._VF, cell)
     if batch_sizes is None:

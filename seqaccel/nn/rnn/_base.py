@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from seqaccel.functional import _arguments, _common
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
 from seqaccel.functional.rnn._operator import is_plain, plain_layer, run_at_once, torch_runs_all_layers
 from seqaccel.functional.rnn._operator import layer as run_layer
+from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import Streaming
 
 Hidden = Any  # h, or (h, c) where the cell has a state of its own
@@ -22,7 +24,7 @@ def _probability(name: str, value: Any) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-class Recurrent(Streaming, torch.nn.RNNBase):
+class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
     """A stack of layers of one cell. A module names the cell, and torch's mode with as many gates.
 
     The parameters are looked up by name at each call, so that parametrizations, weight tying and
@@ -48,6 +50,8 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         else:
             self.zoneout = _probability("zoneout", zoneout)
         self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
+        if forget_bias is not None:
+            _arguments.number(self._title, "forget_bias", forget_bias)
         self.forget_bias = None if forget_bias is None else float(forget_bias)
         super().__init__(mode, *args, **kwargs)
         if self.proj_size and not self._spec.projects:
@@ -216,7 +220,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         for name in self._all_weights[0]:
             if name not in self._parameters:  # calculated at each look (parametrizations), which shall be one
                 return None
-        if input.dim() != 3 or input.size(2) != self.input_size:
+        if torch.jit.is_tracing() or input.dim() != 3 or input.size(2) != self.input_size:
             return None
         if self.batch_first:
             input = input.transpose(0, 1)
@@ -227,9 +231,9 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         return output, found[1] if len(found) == 2 else (found[1], found[2])
 
     def _torch_runs(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
-        """Whether torch's operator runs all layers: on a GPU, where it is faster."""
+        """Whether torch's operator runs all layers: on a GPU, where it is faster, and where torch.jit traces."""
         return (
-            input.is_cuda
+            (input.is_cuda or torch.jit.is_tracing())
             and not self.zoneout
             and not (self.recurrent_dropout > 0 and self.training)
             and torch_runs_all_layers(self.cell, input, batch_sizes, self.hidden_size, self.proj_size > 0)
@@ -240,7 +244,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         directions = 2 if self.bidirectional else 1
         if state is None:
-            batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
+            batch: Any = batch_sizes[0] if batch_sizes is not None else input.shape[1]
             widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._spec.has_cell_state else 1]
             state = tuple(input.new_zeros(self.num_layers * directions, batch, width) for width in widths)
         layers = [self._layer_weights(index) for index in range(self.num_layers * directions)]
@@ -267,6 +271,9 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         return layers, batch, self.hidden_size
 
+    check_input = _common.unrecorded(torch.nn.RNNBase.check_input)
+
+    @_common.unrecorded
     def check_forward_args(self, input: Tensor, hidden: Hidden, batch_sizes: Tensor | None) -> None:
         if not self._spec.has_cell_state:
             super().check_forward_args(input, hidden, batch_sizes)
@@ -299,6 +306,39 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                 f"For {kind} {expected}-D input, hx should also be {expected}-D but got {hx.dim()}-D tensor"
             )
 
+    def _check_hidden(self, hx: Hidden) -> None:
+        """The tensors of a state, as torch.nn has them."""
+        if not self._spec.has_cell_state:
+            _arguments.tensor(self._title, "hx", hx)
+        elif not isinstance(hx, (tuple, list)):
+            _arguments.states(self._title, "hx", hx, ("h_0", "c_0"))
+        elif len(hx) != 2:
+            raise RuntimeError(f"lstm expects two hidden states, but hx has {len(hx)}")
+        else:
+            for i, part in enumerate(hx):
+                _arguments.tensor(self._title, f"hx[{i}]", part)
+
+    @_common.unrecorded
+    def _check_call(self, input: Tensor, hx: Hidden | None) -> None:
+        """Of a padded input, in torch.nn's words."""
+        if input.dim() not in (2, 3):
+            tensor = "tensor " if self._title == "RNN" else ""
+            raise ValueError(f"{self._title}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            self.check_input(input, None)
+        else:
+            self._check_hidden(hx)
+            self._check_ranks(hx, batched)
+            if not batched:
+                hx = self._hidden(tuple(part.unsqueeze(1) for part in self._state(hx)))  # type: ignore[union-attr]
+            self.check_forward_args(input, hx, None)
+        if input.shape[1 - batch_dim] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
     def forward(
         self, input: Tensor | PackedSequence, hx: Hidden | None = None
     ) -> tuple[Tensor | PackedSequence, Hidden]:
@@ -308,24 +348,15 @@ class Recurrent(Streaming, torch.nn.RNNBase):
                 return found
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3):
-            tensor = "tensor " if self._title == "RNN" else ""
-            raise ValueError(f"{self._title}: Expected input to be 2D or 3D, got {input.dim()}D {tensor}instead")
+        if not isinstance(input, Tensor):
+            return self._instead("input", input, hx=hx)
+        self._check_call(input, hx)
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
+        state = self._state(hx)
         if not batched:
             input = input.unsqueeze(batch_dim)
-        state = None
-        if hx is None:
-            self.check_input(input, None)
-        else:
-            self._check_ranks(hx, batched)
-            state = self._state(hx)
-            if not batched:
-                state = tuple(part.unsqueeze(1) for part in state)  # type: ignore[union-attr]
-            self.check_forward_args(input, self._hidden(state), None)  # type: ignore[arg-type]
-        if input.shape[1 - batch_dim] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+            state = None if state is None else tuple(part.unsqueeze(1) for part in state)
         output, last = self._run(input.transpose(0, 1) if self.batch_first else input, state, None)
         if self.batch_first:
             output = output.transpose(0, 1)
@@ -338,12 +369,15 @@ class Recurrent(Streaming, torch.nn.RNNBase):
         if hx is None:
             self.check_input(data, batch_sizes)
         else:
+            self._check_hidden(hx)
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
-        lengths = _packed.lengths_of(batch_sizes)
+        traced = torch.jit.is_tracing() and self._torch_runs(data, batch_sizes)
+        lengths = None if traced else _packed.lengths_of(batch_sizes)
         if (data.device.type == "cpu" and not _onnx.exporting()) or self._torch_runs(data, batch_sizes):
             output, last = self._run(data, self._state(hx), lengths, batch_sizes)
         else:  # padded once for all layers
+            assert lengths is not None
             output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
             output = _packed.pack(output, batch_sizes, lengths)
         return (
@@ -374,6 +408,7 @@ class Recurrent(Streaming, torch.nn.RNNBase):
     ) -> tuple[Tensor, ...]:
         """``(h,)`` or, for a cell with a state of its own, ``(h, c)``, each (batch_size, num_layers, ·), zero."""
         self._check_streams()
+        _arguments.integer(self._title, "batch_size", batch_size, 0)
         weight = getattr(self, self._all_weights[0][0])
         widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._spec.has_cell_state else 1]
         return tuple(
@@ -384,8 +419,10 @@ class Recurrent(Streaming, torch.nn.RNNBase):
     def extend(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output for a chunk, laid out as in ``forward``, and the state after it; a chunk may have no step."""
         self._check_streams()
+        _arguments.tensor(self._title, "x", x)
+        _arguments.states(self._title, "state", state, ("h", "c") if self._spec.has_cell_state else ("h",))
         if x.dim() != 3:
-            raise ValueError(f"{self._title}: expected a chunk to have 3 dimensions, but got {x.dim()}")
+            raise ValueError(f"{self._title}: expected x, a chunk, to have 3 dimensions, but got {x.dim()}")
         first = tuple(part.transpose(0, 1) for part in state)
         self.check_forward_args(x, self._hidden(first), None)
         output, last = self._run(x.transpose(0, 1) if self.batch_first else x, first, None)
@@ -394,8 +431,9 @@ class Recurrent(Streaming, torch.nn.RNNBase):
 
     def step(self, x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output (B, ·) for one step (B, input_size), and the state after it."""
+        _arguments.tensor(self._title, "x_t", x_t)
         if x_t.dim() != 2:
-            raise ValueError(f"{self._title}: expected one step (B, input_size), but got {x_t.dim()} dimensions")
+            raise ValueError(f"{self._title}: expected x_t to be one step (B, input_size), but got {x_t.dim()}-D")
         time_dim = 1 if self.batch_first else 0
         output, state = self.extend(x_t.unsqueeze(time_dim), state)
         return output.squeeze(time_dim), state

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaccel.functional import _common
+from seqaccel.functional import _arguments, _common
 from seqaccel.functional.rnn._operator import layer as run_layer
 from seqaccel.functional.rnn._operator import torch_step_is_faster
 from seqaccel.functional.rnn._torch import step as torch_step
+from seqaccel.nn._leaf import Leaf
 
 #: torch's names of dtypes, as its messages have them.
 _TITLES = {
@@ -21,7 +22,13 @@ _TITLES = {
 }
 
 
-class _Cell(torch.nn.RNNCellBase):
+def _check_sizes(title: str, input_size: int, hidden_size: int, bias: bool) -> None:
+    _arguments.integer(title, "input_size", input_size, 0)
+    _arguments.integer(title, "hidden_size", hidden_size, 0)
+    _arguments.flag(title, "bias", bias)
+
+
+class _Cell(Leaf, torch.nn.RNNCellBase):
     @property
     def _title(self) -> str:
         return type(self).__name__
@@ -46,6 +53,7 @@ class _Cell(torch.nn.RNNCellBase):
             state = tuple(part.to(input.dtype) for part in state)  # as autocast has it for torch.nn.LSTMCell
         return state if batched else tuple(part.squeeze(0) for part in state)
 
+    @_common.unrecorded
     def _check(self, input: Tensor, state: tuple[Tensor, ...]) -> None:
         if input.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
@@ -64,6 +72,7 @@ class _Cell(torch.nn.RNNCellBase):
                 found, expected = (_TITLES.get(t, str(t)) for t in (tensor.dtype, dtype))
                 raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {found} and {expected}")
 
+    @_common.unrecorded
     def _check_ranks(self, input: Tensor, hx: Tensor | None) -> None:
         for name, tensor in (("input", input), ("hidden", hx)):
             if tensor is not None and tensor.dim() not in (1, 2):
@@ -112,10 +121,14 @@ class RNNCell(_Cell):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        _check_sizes(self._title, input_size, hidden_size, bias)
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if not isinstance(input, Tensor):
+            return self._instead("input", input, hx=hx)
+        _arguments.tensor(self._title, "hx", hx, optional=True)
         self._check_ranks(input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
@@ -159,10 +172,17 @@ class LSTMCell(_Cell):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
+        _check_sizes(self._title, input_size, hidden_size, bias)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if not isinstance(input, Tensor):
+            return self._instead("input", input, hx=hx)
         self._check_ranks(input, None)
+        if isinstance(hx, (tuple, list)) and len(hx) != 2:
+            raise RuntimeError(f"lstm_cell expects two hidden states, but hx has {len(hx)}")
+        if hx is not None:
+            _arguments.states(self._title, "hx", hx, ("h_0", "c_0"))
         for i, value in enumerate(hx or ()):
             if value.dim() not in (1, 2):
                 raise ValueError(f"{self._title}: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead")
@@ -205,8 +225,12 @@ class GRUCell(_Cell):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
+        _check_sizes(self._title, input_size, hidden_size, bias)
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if not isinstance(input, Tensor):
+            return self._instead("input", input, hx=hx)
+        _arguments.tensor(self._title, "hx", hx, optional=True)
         self._check_ranks(input, hx)
         return self._step("gru", input, None if hx is None else (hx,))[0]
