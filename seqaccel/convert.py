@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import nn
+from seqaccel.functional import _arguments
 
 __all__ = ["convert", "from_haste", "from_mlstm"]
 
@@ -25,6 +26,10 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
     before go on working. Subclasses of a torch layer are left alone. The layers: ``RNN``, ``LSTM``, ``GRU``,
     ``RNNCell``, ``LSTMCell`` and ``GRUCell``.
 
+    A converted layer is a ``torch.nn.RNNBase`` (or ``RNNCellBase``), but no ``torch.nn.LSTM``: code that asks
+    ``isinstance(layer, torch.nn.LSTM)`` to know whether a state is (h, c) or h must ask for ``layer.mode == "LSTM"``
+    or for ``isinstance(layer, (torch.nn.LSTM, seqaccel.nn.LSTM))`` too.
+
     Args:
         model: any module.
 
@@ -37,6 +42,9 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
         >>> type(seqaccel.convert(model)[0])
         <class 'seqaccel.nn.rnn.LSTM'>
     """
+    if not isinstance(model, torch.nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"convert: expected model to be a torch.nn.Module, but got {kind}")
     for module in model.modules():
         replacement = REPLACEMENTS.get(type(module))
         if replacement is not None:
@@ -51,6 +59,8 @@ def _rows(weight: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def _tensors(title: str, weights: Mapping[str, Any], required: set[str], optional: set[str]) -> dict[str, Tensor]:
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{title}: expected weights by name, a mapping, but got {type(weights).__name__}")
     missing, unknown = required - set(weights), set(weights) - required - optional
     if missing or unknown:
         what = [f"without {sorted(missing)}"] if missing else []
@@ -108,6 +118,11 @@ def from_haste(
         >>> seqaccel.from_haste(weights, zoneout=0.1)
         LSTM(3, 4, zoneout=(0.1, 0.0))
     """
+    for name, given in (("zoneout", zoneout), ("dropout", dropout)):
+        if given is not None:
+            _arguments.probability("from_haste", name, given)
+    if batch_first is not None:
+        _arguments.flag("from_haste", "batch_first", batch_first)
     training = True
     if isinstance(source, torch.nn.Module):
         zoneout = getattr(source, "zoneout", 0.0) if zoneout is None else zoneout
@@ -196,6 +211,7 @@ def from_mlstm(weights: Mapping[str, Any], *, batch_first: bool = False) -> nn.M
         >>> seqaccel.from_mlstm({name: torch.randn(shape) for name, shape in shapes.items()})
         MultiplicativeLSTM(3, 4)
     """
+    _arguments.flag("from_mlstm", "batch_first", batch_first)
     gains = {"wx": "gx", "wh": "gh", "wmx": "gmx", "wmh": "gmh"}
     tensors = _tensors("from_mlstm", weights, {*gains, "b"}, set(gains.values()))
     if tensors["wx"].dim() != 2 or tensors["wh"].dim() != 2:

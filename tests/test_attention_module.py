@@ -252,11 +252,11 @@ def test_gradients_flow_through_a_chunk():
         (dict(add_bias_kv=True), "add_bias_kv"),
         (dict(add_zero_attn=True), "add_zero_attn"),
         (dict(num_heads=3), "embed_dim must be a positive multiple of num_heads, but got embed_dim=8, num_heads=3"),
-        (dict(block_size=1), "block_size: expected an int of at least 2, but got 1"),
-        (dict(fanout=0), "fanout: expected"),
-        (dict(levels=-2), "levels: expected"),
-        (dict(local_blocks=0), "local_blocks: expected"),
-        (dict(pool_query=-1), "pool_query: expected"),
+        (dict(block_size=1), "expected block_size to be at least 2, but got 1"),
+        (dict(fanout=0), "expected fanout"),
+        (dict(levels=-2), "expected levels"),
+        (dict(local_blocks=0), "expected local_blocks"),
+        (dict(pool_query=-1), "expected pool_query"),
     ],
 )
 def test_constructor_errors(arguments, message):

@@ -68,9 +68,9 @@ def test_what_does_not_stream():
         with pytest.raises(RuntimeError, match=f"{name}: a bidirectional module cannot run on a stream"):
             module.init_state(2)
         module = getattr(seqaccel.nn, name)(5, 8)
-        with pytest.raises(ValueError, match="expected a chunk to have 3 dimensions, but got 2"):
+        with pytest.raises(ValueError, match="expected x to be a chunk of 3 dimensions, but got 2"):
             module.extend(torch.zeros(3, 5), module.init_state(3))
-        with pytest.raises(ValueError, match="expected one step"):
+        with pytest.raises(ValueError, match="expected x_t to be one step"):
             module.step(torch.zeros(1, 3, 5), module.init_state(3))
         with pytest.raises(RuntimeError, match=f"Expected {part} size"):
             module.step(torch.zeros(3, 5), module.init_state(2))

@@ -219,3 +219,29 @@ def test_bfloat16(name):
     for a, b in zip(flat(ours(x)), flat(stock(x)), strict=True):
         assert a.dtype == b.dtype == torch.bfloat16
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_under_autocast(given, state, weights):
+    """What torch.nn's modules return on a CPU for each dtype of input, state and weights."""
+    modules = [("RNN", {}), ("GRU", {"num_layers": 2}), ("LSTM", {}), ("LSTM", {"proj_size": 3, "num_layers": 2})]
+    for name, options in [*modules, ("RNNCell", {}), ("GRUCell", {}), ("LSTMCell", {})]:
+        cell, layers = name.endswith("Cell"), options.get("num_layers", 1)
+        x = torch.randn(*(() if cell else (5,)), 3, 4).to(given)
+        hx = None
+        if state is not None:
+            h_0, c_0 = (torch.randn(*(() if cell else (layers,)), 3, w) for w in (options.get("proj_size", 8), 8))
+            hx = (h_0.to(state), c_0.to(state)) if "LSTM" in name else h_0.to(state)
+        for recorded in (False, True):
+            found = []
+            for package in (torch.nn, seqaccel.nn):
+                torch.manual_seed(0)
+                module = getattr(package, name)(4, 8, dtype=weights, **options)
+                with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(recorded):
+                    found.append(torch.utils._pytree.tree_leaves(module(x, hx)))
+            theirs, ours = found
+            assert [t.dtype for t in ours] == [t.dtype for t in theirs], (name, options, recorded)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a.float(), b.float(), atol=0.03, rtol=0.03)

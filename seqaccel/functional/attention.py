@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import _extension, backends
-from seqaccel.functional import _common
+from seqaccel.functional import _arguments, _common
 from seqaccel.reference import attention as reference
 
 __all__ = ["hierarchical_attention"]
@@ -97,13 +97,6 @@ class _HierarchicalAttention(torch.autograd.Function):
             return None, None, *grads
         grads = _operators(ctx.backend)[1](grad_out, query, key, value, pool_query, *saved, *ctx.options)
         return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"hierarchical_attention: expected {name} to be an int, but got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"hierarchical_attention: expected {name} to be at least {least}, but got {value}")
 
 
 @_common.unrecorded
@@ -221,10 +214,13 @@ def hierarchical_attention(
         True
     """
     _check_tensors(query, key, value, pool_query)
-    _check_integer("block_size", block_size, 2)
-    _check_integer("fanout", block_size if fanout is None else fanout, 2)
-    _check_integer("levels", 0 if levels is None else levels, 0)
-    _check_integer("local_blocks", local_blocks, 1)
+    _arguments.integer("hierarchical_attention", "block_size", block_size, 2)
+    _arguments.integer("hierarchical_attention", "fanout", block_size if fanout is None else fanout, 2)
+    _arguments.integer("hierarchical_attention", "levels", 0 if levels is None else levels, 0)
+    _arguments.integer("hierarchical_attention", "local_blocks", local_blocks, 1)
+    _arguments.flags("hierarchical_attention", causal=causal, mass_bias=mass_bias)
+    if scale is not None:
+        _arguments.number("hierarchical_attention", "scale", scale)
     options = _Options(
         block_size,
         block_size if fanout is None else fanout,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqaccel import _extension, backends
-from seqaccel.functional import _common
+from seqaccel.functional import _arguments, _common
 from seqaccel.reference import conv as reference
 
 __all__ = ["causal_conv1d"]
@@ -268,6 +268,7 @@ def _check(
         raise ValueError(f"{name}: expected activation to be one of {ACTIVATIONS}, but got {activation!r}")
     if output_activation not in (None, "relu"):
         raise ValueError(f"{name}: expected output_activation to be None or 'relu', but got {output_activation!r}")
+    _arguments.number(name, "dropout", dropout)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
 

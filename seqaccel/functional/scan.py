@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import backends
-from seqaccel.functional import _common
+from seqaccel.functional import _arguments, _common
 from seqaccel.reference import scan as reference
 
 __all__ = ["linear_scan", "sru", "sru_layer"]
@@ -125,6 +125,10 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
         >>> seqaccel.functional.linear_scan(a, b, torch.full((1, 1), 2.0), reverse=True).flatten()
         tensor([2., 2., 2.])
     """
+    _arguments.tensors("linear_scan", a=a, b=b)
+    _arguments.tensor("linear_scan", "h_0", h_0, optional=True)
+    _arguments.flag("linear_scan", "reverse", reverse)
+    _arguments.integer("linear_scan", "dim", dim)
     a, b, h_0 = _in_float32_under_autocast(a, b, h_0)
     _check_alike("linear_scan", "a", a, {"b": b, "h_0": h_0})
     if a.shape != b.shape:
@@ -262,6 +266,18 @@ class _SRULayer(torch.autograd.Function):
         return grad_input, grad_weight, grad_x, grad_weight_c, grad_bias, grad_c_0, *unused
 
 
+def _check_sru_types(
+    name: str, weight_c: Any, bias: Any, x: Any, c_0: Any, mask_c: Any, mask_pad: Any, scale_x: Any, directions: Any,
+    use_tanh: Any,
+) -> None:  # fmt: skip
+    _arguments.tensors(name, weight_c=weight_c, bias=bias)
+    _arguments.optional_tensors(name, x=x, c_0=c_0, mask_c=mask_c, mask_pad=mask_pad)
+    if not isinstance(scale_x, Tensor) and scale_x is not None:
+        _arguments.number(name, "scale_x", scale_x)
+    _arguments.integer(name, "directions", directions)
+    _arguments.flag(name, "use_tanh", use_tanh)
+
+
 def _sru_operands(
     shape: tuple[int, ...],
     u: Tensor,
@@ -380,6 +396,8 @@ def sru(
         >>> h.shape, c_n.shape
         (torch.Size([5, 2, 4]), torch.Size([2, 4]))
     """
+    _arguments.tensor("sru", "u", u)
+    _check_sru_types("sru", weight_c, bias, x, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
     u, x, weight_c, bias, c_0, mask_c = _in_float32_under_autocast(u, x, weight_c, bias, c_0, mask_c)
     if isinstance(scale_x, Tensor):
         (scale_x,) = _in_float32_under_autocast(scale_x)
@@ -442,6 +460,8 @@ def sru_layer(
         >>> h.shape, c_n.shape
         (torch.Size([5, 2, 4]), torch.Size([2, 4]))
     """
+    _arguments.tensors("sru_layer", input=input, weight=weight)
+    _check_sru_types("sru_layer", weight_c, bias, x, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
     if input.dim() != 3 or weight.dim() != 2 or input.shape[2] != weight.shape[0]:
         raise ValueError(
             "sru_layer: expected input (T, B, I) and weight (I, directions * H * k), "

@@ -340,8 +340,15 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
             )
         return tuple(fresh)
 
-    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _check_stream(self, name: str, x: Tensor, state: State) -> None:
         self._check_streams()
+        _arguments.tensor(type(self).__name__, name, x)
+        levels = state[1:] if isinstance(state, (tuple, list)) else ()
+        if not levels or not isinstance(state[0], Tensor) or not all(isinstance(level, tuple) for level in levels):
+            raise TypeError(f"{type(self).__name__}: expected state to be what init_state or extend returned")
+
+    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_stream("x", x, state)
         if x.dim() != 3 or x.shape[2] != self.embed_dim or x.shape[0 if self.batch_first else 1] != state[0].shape[0]:
             B, E = state[0].shape[0], self.embed_dim
             layout = f"({B}, T, {E})" if self.batch_first else f"(T, {B}, {E})"
@@ -363,6 +370,7 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
         return (y if self.batch_first else y.transpose(0, 1)), state
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        self._check_stream("x_t", x_t, state)
         if x_t.dim() != 2:
             raise ValueError(f"x_t: expected shape (B, {self.embed_dim}), but got {tuple(x_t.shape)}")
         time = 1 if self.batch_first else 0

@@ -334,8 +334,6 @@ class SRU(Leaf, Streaming, nn.Module):
         _arguments.flags("SRU", proj_input_to_hidden_first=proj_input_to_hidden_first, bidirectional=bidirectional)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             _arguments.integer("SRU", name, size)
-        for name, p in (("dropout", dropout), ("rnn_dropout", rnn_dropout)):
-            _arguments.probability("SRU", name, p)
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, but got {num_layers}")
         if isinstance(custom_m, (list, nn.ModuleList)) and len(custom_m) != num_layers:
@@ -420,7 +418,6 @@ class SRU(Leaf, Streaming, nn.Module):
 
     def _run(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad)
-        _check_padding(mask_pad)
         if input.dim() != 3:
             raise ValueError(f"SRU: expected input to be 3-D (T, B, input_size), but got {input.dim()}-D")
         if input.shape[-1] != self.input_size:
@@ -434,6 +431,7 @@ class SRU(Leaf, Streaming, nn.Module):
             raise ValueError(
                 f"SRU: expected mask_pad to have shape {tuple(input.shape[:2])}, but got {tuple(mask_pad.shape)}"
             )
+        _check_padding(mask_pad)
         x = input if self.input_to_hidden is None else self.input_to_hidden(input)
         states = []
         for i, layer in enumerate(self.rnn_lst):

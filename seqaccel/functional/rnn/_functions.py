@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from seqaccel.functional import _arguments
 from seqaccel.functional.rnn import _operator
 
 Pair = tuple[Tensor, Tensor]
@@ -129,6 +130,7 @@ def gru(
         >>> output.shape, torch.equal(output[-1], h_n)
         (torch.Size([7, 2, 5]), True)
     """
+    _arguments.flag("gru", "reset_after", reset_after)
     output, h_n, _ = _operator.layer(
         "gru",
         "gru" if reset_after else "gru_reset_before",
@@ -144,8 +146,14 @@ def gru(
 
 
 def _with_cell_state(name, cell, input, state, weights, lengths, reverse, zoneout) -> tuple[Tensor, Pair]:
-    h_0, c_0 = (None, None) if state is None else state
-    zoneout_h, zoneout_c = (None, None) if zoneout is None else zoneout
+    h_0 = c_0 = zoneout_h = zoneout_c = None
+    if state is not None:
+        _arguments.states(name, "state", state, ("h_0", "c_0"))
+        h_0, c_0 = state
+    if zoneout is not None:
+        if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
+            raise TypeError(f"{name}: expected zoneout to be a pair, of h and of c, but got {zoneout!r:.60}")
+        zoneout_h, zoneout_c = zoneout
     output, h_n, c_n = _operator.layer(
         name, cell, input, h_0, c_0, weights, lengths=lengths, reverse=reverse, zoneout_h=zoneout_h, zoneout_c=zoneout_c
     )
@@ -345,6 +353,7 @@ def layer_norm_lstm(
         >>> output.shape, torch.equal(output[-1], h_n)
         (torch.Size([7, 2, 5]), True)
     """
+    _arguments.flag("layer_norm_lstm", "normalize_cell", normalize_cell)
     cell = "layer_norm_lstm_normalized_cell" if normalize_cell else "layer_norm_lstm"
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight, ln_c_weight, ln_c_bias]
     return _with_cell_state("layer_norm_lstm", cell, input, state, weights, lengths, reverse, zoneout)

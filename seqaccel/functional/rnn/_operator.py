@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import _extension, backends
-from seqaccel.functional import _common
+from seqaccel.functional import _arguments, _common
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem, saved_shapes
 from seqaccel.reference import rnn as reference
@@ -132,6 +132,14 @@ def _on_padded(function, batch_sizes, input, h_0, c_0, weights, lengths, zoneout
 _STATES = (("h_0", "BP"), ("c_0", "BH"))
 
 
+def _refuse_others(name: str, cell: str, input: Any, h_0: Any, c_0: Any, weights: Sequence[Any]) -> None:
+    """Of arguments that are not all tensors, or None where they may be."""
+    spec = CELLS[cell]
+    keys = ("input", *(key for key, _ in _STATES), *spec.weights)
+    for key, value in zip(keys, (input, h_0, c_0, *weights), strict=True):
+        _arguments.tensor(name, key, value, optional=key in (*spec.optional, "h_0", "c_0"))
+
+
 @_common.unrecorded
 def _check(
     name: str, cell: str, input: Tensor, batch: int | None, h_0: Tensor, c_0: Tensor | None, weights: Weights
@@ -151,7 +159,10 @@ def _check(
     G, P = weight_hh.shape
     H = G // gates
     if spec.projects:
-        P = H if weights[4] is None else weights[4].shape[0]
+        projection = weights[4]
+        if projection is not None and (projection.dim() != 2 or projection.shape[1] != H):
+            raise ValueError(f"{name}: expected weight_hr to have shape (P, {H}), but got {tuple(projection.shape)}")
+        P = H if projection is None else projection.shape[0]
     else:
         P = H
     shapes = {"GI": (G, I), "GP": (G, P), "G": (G,), "BP": (B, P), "BH": (B, H), "PH": (P, H), "H": (H,)}
@@ -175,6 +186,7 @@ def _check(
 
 @_common.unrecorded
 def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
+    _arguments.tensor(name, "lengths", lengths)
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
         raise ValueError(
             f"{name}: expected lengths to be torch.int64 of shape ({batch},), "
@@ -205,8 +217,7 @@ def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, d
     if zoneout is None:
         return None
     if not isinstance(zoneout, Tensor):
-        if not 0 <= zoneout <= 1:
-            raise ValueError(f"{name}: expected {key} to be between 0 and 1, but got {zoneout}")
+        _arguments.probability(name, key, zoneout)
         return torch.full((1,), float(zoneout), dtype=dtype, device=input.device)
     shape = (*input.shape[:-1], width)
     if zoneout.numel() == 1:
@@ -313,7 +324,16 @@ def layer(
     A state that is None is zero. Zoneout is None, a number, or blend factors. With ``batch_sizes``, input and output
     are the rows of packed sequences, (N, ·), and lengths are longest first.
     """
-    spec, given = CELLS[cell], input.dtype
+    for t in (input, weights[0], weights[1]):
+        if not isinstance(t, Tensor):
+            _refuse_others(name, cell, input, h_0, c_0, weights)
+    for t in (h_0, c_0, *weights):
+        if t is not None and not isinstance(t, Tensor):
+            _refuse_others(name, cell, input, h_0, c_0, weights)
+    if type(reverse) is not bool:
+        _arguments.flag(name, "reverse", reverse)
+        reverse = bool(reverse)
+    spec, carried = CELLS[cell], (c_0 if c_0 is not None else input if h_0 is None else h_0).dtype
     weight_hh, projection = weights[1], weights[4] if spec.projects else None
     if h_0 is None and weight_hh is not None:
         hidden = weight_hh.shape[0] // spec.gates
@@ -332,9 +352,15 @@ def layer(
     if not isinstance(zoneout_c, Tensor) and zoneout_c == 0:
         zoneout_c = None
     found = _run(cell, batch_sizes, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse)  # type: ignore
-    if spec.gates == 3 and not spec.has_cell_state and input.dtype != given and input.device.type == "cpu":
-        # Autocast of a torch.nn.GRU on a CPU gives the state the dtype it had.
-        return found[0].to(given), found[1].to(given), None
+    if input.device.type == "cpu" and carried != input.dtype and _common.autocast_on("cpu"):
+        # What autocast leaves of the state's dtype in torch.nn's layers on a CPU.
+        output, h_n, c_n = found
+        carried = torch.promote_types(carried, output.dtype)
+        if spec.gates == 3:
+            output, h_n = output.to(carried), h_n.to(carried)
+        elif projection is not None:
+            c_n = None if c_n is None else c_n.to(carried)
+        return output, h_n, c_n
     return found
 
 

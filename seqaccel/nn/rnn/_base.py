@@ -24,6 +24,27 @@ def _probability(name: str, value: Any) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def _check_constructor(
+    title: str,
+    input_size: Any,
+    hidden_size: Any,
+    num_layers: Any = 1,
+    bias: Any = True,
+    batch_first: Any = False,
+    dropout: Any = 0.0,
+    bidirectional: Any = False,
+    proj_size: Any = 0,
+    *_: Any,
+    **__: Any,
+) -> None:
+    """What torch.nn.RNNBase does not look at, or not by name."""
+    _arguments.integer(title, "num_layers", num_layers)
+    _arguments.integer(title, "proj_size", proj_size)
+    _arguments.flag(title, "bidirectional", bidirectional)
+    if not isinstance(dropout, numbers.Number):
+        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout!r}")
+
+
 class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
     """A stack of layers of one cell. A module names the cell, and torch's mode with as many gates.
 
@@ -53,6 +74,7 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
         if forget_bias is not None:
             _arguments.number(self._title, "forget_bias", forget_bias)
         self.forget_bias = None if forget_bias is None else float(forget_bias)
+        _check_constructor(self._title, *args, **kwargs)
         super().__init__(mode, *args, **kwargs)
         if self.proj_size and not self._spec.projects:
             raise ValueError(f"{self._title}: proj_size is not supported")
@@ -422,7 +444,7 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
         _arguments.tensor(self._title, "x", x)
         _arguments.states(self._title, "state", state, ("h", "c") if self._spec.has_cell_state else ("h",))
         if x.dim() != 3:
-            raise ValueError(f"{self._title}: expected x, a chunk, to have 3 dimensions, but got {x.dim()}")
+            raise ValueError(f"{self._title}: expected x to be a chunk of 3 dimensions, but got {x.dim()}")
         first = tuple(part.transpose(0, 1) for part in state)
         self.check_forward_args(x, self._hidden(first), None)
         output, last = self._run(x.transpose(0, 1) if self.batch_first else x, first, None)

@@ -22,10 +22,10 @@ _TITLES = {
 }
 
 
-def _check_sizes(title: str, input_size: int, hidden_size: int, bias: bool) -> None:
+def _check_sizes(title: str, input_size: int, hidden_size: int) -> None:
+    """torch's cells take anything for ``bias``, and so do these."""
     _arguments.integer(title, "input_size", input_size, 0)
     _arguments.integer(title, "hidden_size", hidden_size, 0)
-    _arguments.flag(title, "bias", bias)
 
 
 class _Cell(Leaf, torch.nn.RNNCellBase):
@@ -49,8 +49,9 @@ class _Cell(Leaf, torch.nn.RNNCellBase):
             weights.append(None)
         _, h, c = run_layer(cell, cell, input.unsqueeze(0), h_0, c_0, weights)
         state: tuple[Tensor, ...] = (h,) if c is None else (h, c)
-        if c is not None and input.device.type == "cpu":
-            state = tuple(part.to(input.dtype) for part in state)  # as autocast has it for torch.nn.LSTMCell
+        if c is not None and input.device.type == "cpu":  # as autocast has it for torch.nn.LSTMCell
+            carried = torch.promote_types(input.dtype if c_0 is None else c_0.dtype, c.dtype)
+            state = tuple(part.to(carried) for part in state)
         return state if batched else tuple(part.squeeze(0) for part in state)
 
     @_common.unrecorded
@@ -121,7 +122,7 @@ class RNNCell(_Cell):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        _check_sizes(self._title, input_size, hidden_size, bias)
+        _check_sizes(self._title, input_size, hidden_size)
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
@@ -172,7 +173,7 @@ class LSTMCell(_Cell):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        _check_sizes(self._title, input_size, hidden_size, bias)
+        _check_sizes(self._title, input_size, hidden_size)
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -225,7 +226,7 @@ class GRUCell(_Cell):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        _check_sizes(self._title, input_size, hidden_size, bias)
+        _check_sizes(self._title, input_size, hidden_size)
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

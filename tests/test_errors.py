@@ -1,0 +1,441 @@
+"""Bad arguments: every public call refuses them, and says which argument it was."""
+
+import re
+
+import numpy
+import pytest
+import torch
+
+import seqaccel
+from seqaccel import functional as SF
+from seqaccel import nn
+
+T, B, I, H = 5, 3, 4, 6
+NAN = float("nan")
+NOT_TENSORS = (None, [1.0, 2.0], numpy.zeros((2, 2)), "tensor", 3)
+NOT_OPTIONAL_TENSORS = NOT_TENSORS[1:]
+NOT_INTS = ("3", 2.5, None)
+NOT_NUMBERS = ("0.5", [0.5], NAN)
+NOT_FLAGS = ("yes", 0.5)
+WRONG = (torch.zeros(1), torch.zeros(2, 2, 2, 2, 2))  # shapes that fit nowhere
+
+
+def rows(gates):
+    return {
+        "input": torch.randn(T, B, I),
+        "weight_ih": torch.randn(gates * H, I),
+        "weight_hh": torch.randn(gates * H, H),
+        "bias_ih": torch.randn(gates * H),
+        "bias_hh": torch.randn(gates * H),
+    }
+
+
+def pair():
+    return torch.randn(B, H), torch.randn(B, H)
+
+
+TENSOR, OPTIONAL = (*NOT_TENSORS, *WRONG), (*NOT_OPTIONAL_TENSORS, *WRONG)
+#: A tensor of another dtype, where it must be that of the others.
+LONG = torch.zeros(1, dtype=torch.int64)
+STATES = (
+    torch.zeros(B, H),
+    pair()[:1],
+    (*pair(), torch.zeros(B, H)),
+    (),
+    (None, None),
+    "ab",
+    3,
+    (torch.zeros(1), torch.zeros(1)),
+)
+LENGTHS = ([5, 5, 5], torch.tensor([5.0, 5, 5]), torch.tensor([5, 5]), torch.tensor([0, 5, 5]), torch.tensor([5, 9, 5]))
+ZONEOUTS = (0.1, (0.1,), (0.1, 0.1, 0.1), ("0.1", 0.1), (NAN, 0.1), (0.1, 2.0), (torch.zeros(2), None))
+RECURRENT = {
+    **dict.fromkeys(("input", "weight_ih", "weight_hh"), TENSOR),
+    **dict.fromkeys(("bias_ih", "bias_hh"), OPTIONAL),
+    "lengths": LENGTHS,
+    "reverse": NOT_FLAGS,
+}
+WITH_CELL = {**RECURRENT, "state": STATES, "zoneout": ZONEOUTS}
+Q = torch.randn(2, 4, 9, 8)
+
+#: Public function or constructor: valid arguments, bad values of each.
+CALLS = {
+    "rnn": (
+        SF.rnn,
+        lambda: {**rows(1), "h_0": None},
+        {**RECURRENT, "h_0": OPTIONAL, "nonlinearity": ("sine", None, 3)},
+    ),
+    "gru": (
+        SF.gru,
+        lambda: {**rows(3), "h_0": None},
+        {**RECURRENT, "h_0": OPTIONAL, "zoneout": ("0.1", NAN, -0.1, [0.1], torch.zeros(2)), "reset_after": NOT_FLAGS},
+    ),
+    "lstm": (SF.lstm, lambda: {**rows(4), "state": None}, {**WITH_CELL, "weight_hr": OPTIONAL}),
+    "peephole_lstm": (
+        SF.peephole_lstm,
+        lambda: {**rows(4), "state": None, "weight_peephole": torch.randn(3, H)},
+        {**WITH_CELL, "weight_peephole": TENSOR},
+    ),
+    "layer_norm_lstm": (
+        SF.layer_norm_lstm,
+        lambda: {
+            **rows(4),
+            "state": None,
+            "ln_ih_weight": torch.ones(4 * H),
+            "ln_hh_weight": torch.ones(4 * H),
+            "ln_c_weight": torch.ones(H),
+            "ln_c_bias": torch.zeros(H),
+        },
+        {**WITH_CELL, "ln_ih_weight": TENSOR, "ln_c_bias": TENSOR, "normalize_cell": NOT_FLAGS},
+    ),
+    "layer_norm_gru": (
+        SF.layer_norm_gru,
+        lambda: {**rows(3), "h_0": None, "ln_ih_weight": torch.ones(3 * H), "ln_hh_weight": torch.ones(3 * H)},
+        {**RECURRENT, "h_0": OPTIONAL, "ln_hh_weight": TENSOR},
+    ),
+    "multiplicative_lstm": (
+        SF.multiplicative_lstm,
+        lambda: {**rows(4), "state": None, "weight_mx": torch.randn(H, I), "weight_mh": torch.randn(H, H)},
+        {**WITH_CELL, "weight_mx": TENSOR, "weight_mh": TENSOR},
+    ),
+    "linear_scan": (
+        SF.linear_scan,
+        lambda: {"a": torch.randn(B, T, H), "b": torch.randn(B, T, H)},
+        {
+            "a": (*NOT_TENSORS, LONG),
+            "b": (*NOT_TENSORS, LONG, torch.zeros(7)),
+            "h_0": (*NOT_OPTIONAL_TENSORS, LONG, torch.zeros(7)),
+            "reverse": NOT_FLAGS,
+            "dim": ("1", 2.5, 7),
+        },
+    ),
+    "sru": (
+        SF.sru,
+        lambda: {
+            "u": torch.randn(T, B, 3 * H),
+            "x": torch.randn(T, B, H),
+            "weight_c": torch.zeros(2 * H),
+            "bias": torch.zeros(2 * H),
+        },
+        {
+            "u": TENSOR,
+            "x": OPTIONAL,
+            "weight_c": TENSOR,
+            "bias": TENSOR,
+            "c_0": OPTIONAL,
+            "mask_c": OPTIONAL,
+            "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.zeros(2, dtype=torch.bool)),
+            "scale_x": ("1", [1.0], torch.zeros(2)),
+            "directions": (0, 3, "1", None),
+            "use_tanh": NOT_FLAGS,
+        },
+    ),
+    "sru_layer": (
+        SF.sru_layer,
+        lambda: {
+            "input": torch.randn(T, B, I),
+            "weight": torch.randn(I, 3 * H),
+            "x": torch.randn(T, B, H),
+            "weight_c": torch.zeros(2 * H),
+            "bias": torch.zeros(2 * H),
+        },
+        {
+            "input": TENSOR,
+            "weight": TENSOR,
+            "x": OPTIONAL,
+            "weight_c": TENSOR,
+            "bias": TENSOR,
+            "c_0": OPTIONAL,
+            "directions": (0, "1"),
+        },
+    ),
+    "causal_conv1d": (
+        SF.causal_conv1d,
+        lambda: {"x": torch.randn(B, I, T), "weight": torch.randn(H, I, 3)},
+        {
+            "x": TENSOR,
+            "weight": TENSOR,
+            "bias": OPTIONAL,
+            "residual": OPTIONAL,
+            "history": OPTIONAL,
+            "dilation": (*NOT_INTS, 0, True),
+            "groups": (*NOT_INTS, 0),
+            "activation": ("gelu", 3),
+            "dropout": (*NOT_NUMBERS, None, -1, 2),
+            "output_activation": ("tanh", 3),
+        },
+    ),
+    "hierarchical_attention": (
+        SF.hierarchical_attention,
+        lambda: {"query": Q, "key": Q, "value": Q},
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "pool_query": OPTIONAL,
+            "block_size": (*NOT_INTS, 1, True),
+            "fanout": ("2", 1),
+            "levels": ("2", -1),
+            "local_blocks": (*NOT_INTS, 0),
+            "causal": NOT_FLAGS,
+            "mass_bias": NOT_FLAGS,
+            "scale": NOT_NUMBERS,
+        },
+    ),
+    **{
+        name: (
+            getattr(nn, name),
+            lambda: {"input_size": I, "hidden_size": H},
+            {
+                "input_size": ("4", 2.5, None, 0, -1),
+                "hidden_size": ("4", 2.5, None, 0),
+                "num_layers": (0, -1, 1.5, "2", None),
+                "bias": NOT_FLAGS,
+                "batch_first": NOT_FLAGS,
+                "dropout": ("0.5", NAN, 2, -1, None, True),
+                "bidirectional": NOT_FLAGS,
+                "recurrent_dropout": ("0.5", NAN, 2, None),
+                **(
+                    {"zoneout": ("0.1", NAN, 2, None, (0.1,), (0.1, "0.1"))}
+                    if name != "RNN"
+                    else {"nonlinearity": ("sine", None)}
+                ),
+                **({"forget_bias": ("0.1", NAN, [1]), "proj_size": (-1, H, "2", 1.5)} if "LSTM" in name else {}),
+            },
+        )
+        for name in ("RNN", "GRU", "LSTM", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "MultiplicativeLSTM")
+    },
+    **{
+        name: (
+            getattr(nn, name),
+            lambda: {"input_size": I, "hidden_size": H},
+            {
+                "input_size": ("4", 2.5, None),
+                "hidden_size": ("4", 2.5, None),
+            },
+        )
+        for name in ("RNNCell", "GRUCell", "LSTMCell")
+    },
+    **{
+        name: (
+            getattr(nn, name),
+            lambda: {"input_size": I, "hidden_size": H},
+            {
+                "input_size": ("4", 2.5, None, 0),
+                "hidden_size": ("4", 2.5, None, 0),
+                "dropout": ("0.5", NAN, 2, None),
+                "rnn_dropout": ("0.5", NAN, -1),
+                "bidirectional": NOT_FLAGS,
+                "use_tanh": NOT_FLAGS,
+                "layer_norm": NOT_FLAGS,
+                "highway_bias": NOT_NUMBERS,
+                "weight_c_init": NOT_NUMBERS,
+                "custom_m": ("m", 3),
+                **(
+                    {"projection_size": (-1, "2", 1.5), "num_layers": (0, "2", 1.5)}
+                    if name == "SRU"
+                    else {"n_proj": (-1, "2")}
+                ),
+            },
+        )
+        for name in ("SRU", "SRUCell")
+    },
+    "CausalConv1d": (
+        nn.CausalConv1d,
+        lambda: {"in_channels": I, "out_channels": H, "kernel_size": 3},
+        {
+            "in_channels": (*NOT_INTS, -1),
+            "out_channels": NOT_INTS,
+            "kernel_size": (*NOT_INTS, 0, (3, 3), ("3",)),
+            "dilation": (*NOT_INTS, 0),
+            "groups": (*NOT_INTS, 0, 3),
+            "bias": NOT_FLAGS,
+            "activation": ("gelu", 3),
+        },
+    ),
+    "TCN": (
+        nn.TCN,
+        lambda: {"num_inputs": I, "num_channels": [H, H]},
+        {
+            "num_inputs": (*NOT_INTS, 0),
+            "num_channels": ([], "6", 6, None, [2.5], ["6"]),
+            "kernel_size": (*NOT_INTS, 0),
+            "dropout": (*NOT_NUMBERS, None, 2),
+        },
+    ),
+    "HierarchicalAttention": (
+        nn.HierarchicalAttention,
+        lambda: {"embed_dim": 8, "num_heads": 2},
+        {
+            "embed_dim": (*NOT_INTS, 0, 7),
+            "num_heads": (*NOT_INTS, 0, 3),
+            "dropout": (0.1, "0", None),
+            "bias": NOT_FLAGS,
+            "add_bias_kv": (True, "no"),
+            "kdim": ("8", 0),
+            "vdim": (2.5,),
+            "batch_first": NOT_FLAGS,
+            "pool_query": (*NOT_INTS, -1),
+            "block_size": (*NOT_INTS, 1),
+            "fanout": ("2", 1),
+            "levels": ("1", -1),
+            "local_blocks": (*NOT_INTS, 0),
+            "causal": NOT_FLAGS,
+            "mass_bias": NOT_FLAGS,
+        },
+    ),
+    "convert": (seqaccel.convert, lambda: {"model": nn.LSTM(I, H)}, {"model": (None, "m", 3, torch.nn.LSTM)}),
+    "from_haste": (
+        seqaccel.from_haste,
+        lambda: {
+            "source": {"kernel": torch.randn(3, 16), "recurrent_kernel": torch.randn(4, 16), "bias": torch.zeros(16)}
+        },
+        {"source": (None, 3, "w"), "zoneout": ("0.1", NAN, 2), "dropout": ("0.1", NAN, 2), "batch_first": NOT_FLAGS},
+    ),
+    "from_mlstm": (
+        seqaccel.from_mlstm,
+        lambda: {
+            "weights": {
+                "wx": torch.randn(3, 16),
+                "wh": torch.randn(4, 16),
+                "wmx": torch.randn(3, 4),
+                "wmh": torch.randn(4, 4),
+                "b": torch.zeros(16),
+            }
+        },
+        {"weights": (None, 3, "w"), "batch_first": NOT_FLAGS},
+    ),
+    "backend": (lambda name: seqaccel.backend(name).__enter__(), lambda: {"name": "auto"}, {"name": ("tpu", None, 3)}),
+}
+#: What torch's own words, or the package ``sru``'s, call an argument.
+ALSO = {
+    "bidirectional": "bidirectional",
+    "n_proj": "projection_size",
+    "num_channels": "num_channels",
+    "name": "backend",
+    "dim": "dim|Dimension",
+    "state": "state|h_0|c_0",
+    "hx": "hx|hidden|h_0|c_0|batch",
+    "source": "source|weights",
+    "a": "a|a and b",
+    "c0": "c0|c_0|hidden size",
+}
+
+#: Modules with the arguments of ``forward``, the streaming state, and an input of one step.
+SRU_INPUT = {
+    "input": TENSOR,
+    "c0": OPTIONAL,
+    "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.ones(2, dtype=torch.bool)),
+}
+HIDDEN = (torch.zeros(1), [torch.zeros(1, B, H)], 3, "h")
+HIDDENS = ((), (torch.zeros(1, B, H),), (torch.zeros(1, B, H),) * 3, (None, None), "ab", 3, (torch.zeros(1),) * 2)
+FORWARDS = {
+    "RNN": (lambda: nn.RNN(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
+    "GRU": (lambda: nn.GRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
+    "LayerNormGRU": (lambda: nn.LayerNormGRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
+    "LSTM": (lambda: nn.LSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
+    "PeepholeLSTM": (lambda: nn.PeepholeLSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
+    "RNNCell": (
+        lambda: nn.RNNCell(I, H),
+        {"input": torch.randn(B, I)},
+        {"input": TENSOR, "hx": (*HIDDEN, torch.zeros(2, H))},
+    ),
+    "GRUCell": (
+        lambda: nn.GRUCell(I, H),
+        {"input": torch.randn(B, I)},
+        {"input": TENSOR, "hx": (*HIDDEN, torch.zeros(2, H))},
+    ),
+    "LSTMCell": (lambda: nn.LSTMCell(I, H), {"input": torch.randn(B, I)}, {"input": TENSOR, "hx": HIDDENS}),
+    "SRU": (lambda: nn.SRU(I, H), {"input": torch.randn(T, B, I)}, SRU_INPUT),
+    "SRUCell": (lambda: nn.SRUCell(I, H), {"input": torch.randn(T, B, I)}, SRU_INPUT),
+    "CausalConv1d": (
+        lambda: nn.CausalConv1d(I, H, 3),
+        {"x": torch.randn(B, I, T)},
+        {
+            "x": TENSOR,
+            "residual": OPTIONAL,
+            "history": OPTIONAL,
+            "dropout": NOT_NUMBERS,
+            "output_activation": ("tanh",),
+        },
+    ),
+    "TCN": (lambda: nn.TCN(I, [H]), {"x": torch.randn(B, I, T)}, {"x": TENSOR}),
+    "HierarchicalAttention": (
+        lambda: nn.HierarchicalAttention(8, 2, batch_first=True),
+        dict.fromkeys(("query", "key", "value"), torch.randn(B, T, 8)),
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "key_padding_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(2, 2, dtype=torch.bool)),
+            "attn_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, T)),
+            "need_weights": (True,),
+            "is_causal": NOT_FLAGS,
+        },
+    ),
+}
+NOT_STATES = (None, 3, "state", (), (None,), torch.zeros(1))
+
+
+def cases():
+    for title, (function, valid, bad) in CALLS.items():
+        for name, values in bad.items():
+            for i, value in enumerate(values):
+                yield pytest.param(function, valid, name, value, id=f"{title}-{name}-{i}")
+    for title, (make, valid, bad) in FORWARDS.items():
+        for name, values in bad.items():
+            for i, value in enumerate(values):
+                call = lambda make=make, **given: make()(**given)  # noqa: E731
+                yield pytest.param(call, lambda valid=valid: valid, name, value, id=f"{title}()-{name}-{i}")
+
+
+def refused(call, name):
+    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as caught:
+        call()
+    message = str(caught.value)
+    assert re.search(rf"(?<![a-z])({ALSO.get(name, name)})(?![a-z])", message), message
+    assert not re.search(r"/\w+/\w+|\.cpp|\.h:", message), message
+
+
+@pytest.mark.parametrize("function, valid, name, value", cases())
+def test_bad_argument(function, valid, name, value):
+    given = valid()
+    with torch.no_grad():
+        refused(lambda: function(**{**given, name: value}), name)
+
+
+def test_the_valid_calls_are_valid():
+    for function, valid, _ in CALLS.values():
+        function(**valid())
+    for make, valid, _ in FORWARDS.values():
+        make()(**valid)
+    assert len(list(cases())) > 200
+
+
+STREAMS = {name: FORWARDS[name][0] for name in ("RNN", "GRU", "LSTM", "SRU", "CausalConv1d", "TCN")}
+STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_bad_streams(name):
+    module = STREAMS[name]()
+    state = module.init_state(B)
+    x_t = torch.randn(B, I)
+    module.step(x_t, state)
+    chunk = torch.randn(B, I, T) if name in ("CausalConv1d", "TCN") else torch.randn(T, B, I)
+    module.extend(chunk, state)
+    for bad in (2.5, "3", None, -1, True):
+        refused(lambda bad=bad: module.init_state(bad), "batch_size")
+    for bad in TENSOR:
+        refused(lambda bad=bad: module.step(bad, state), "x_t|x")
+        refused(lambda bad=bad: module.extend(bad, state), "x|input")
+    for bad in NOT_STATES:
+        refused(lambda bad=bad: module.step(x_t, bad), "state|history|hidden")
+        refused(lambda bad=bad: module.extend(chunk, bad), "state|history|hidden")
+    for bad in NOT_STATES[:-1]:
+        refused(lambda bad=bad: module.reset(bad, torch.ones(B, dtype=torch.bool)), "state")
+        refused(lambda bad=bad: module.select(bad, torch.zeros(B, dtype=torch.int64)), "state")
+    for bad in (None, [True] * B, 3, torch.ones(B), torch.ones(B + 1, dtype=torch.bool)):
+        refused(lambda bad=bad: module.reset(state, bad), "mask")
+    for bad in (None, [0, 1, 2], 3, torch.ones(B), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, B])):
+        refused(lambda bad=bad: module.select(state, bad), "indices")
