@@ -1,6 +1,7 @@
 """CausalConv1d and TCN: their torch.nn and locuslab counterparts, streams, checkpoints, compilation."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -267,3 +268,29 @@ def test_compiled_training_runs_the_operators_with_inductor():
     torch.compile(tcn, fullgraph=True)(x).sum().backward()
     for p, grad in zip(tcn.parameters(), expected, strict=True):
         assert torch.allclose(p.grad, grad, atol=1e-5)
+
+
+def test_pickle_with_and_without_weight_norm():
+    def copied(module):
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        return pickle.loads(pickle.dumps(torch.load(file, weights_only=False)))
+
+    tcn, x = snn.TCN(4, [6, 6]).eval(), torch.randn(2, 4, 9)
+    found = copied(tcn)
+    assert torch.equal(found(x), tcn(x)) and list(found.state_dict()) == list(tcn.state_dict())
+    gain = found.network[0].conv1.parametrizations.weight.original0
+    found(x).sum().backward()
+    assert gain.grad.abs().sum() > 0
+    with torch.no_grad():
+        gain.mul_(2)
+    assert not torch.equal(found(x), tcn(x)) and torch.equal(copy.deepcopy(found)(x), found(x))
+    older = {"weight_g": torch.ones(6, 1, 1), "weight_v": torch.ones(6, 4, 2), "bias": torch.zeros(6)}
+    found.network[0].conv1.load_state_dict(older)
+    assert gain.eq(1).all()
+    for block in tcn.network:
+        for conv in (block.conv1, block.conv2):
+            nn.utils.parametrize.remove_parametrizations(conv, "weight")
+    found = copied(tcn)
+    assert torch.equal(found(x), tcn(x)) and type(found.network[0].conv1) is snn.CausalConv1d

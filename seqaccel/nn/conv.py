@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -133,6 +135,27 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """With a parametrization too, such as weight norm, whose modules torch refuses to pickle."""
+        kind = type(self).__mro__[1] if is_parametrized(self) else type(self)
+        state = {**self.__dict__, "_load_state_dict_pre_hooks": OrderedDict()}
+        for key, hook in self._load_state_dict_pre_hooks.items():
+            if "weight_norm.<locals>" not in getattr(
+                getattr(hook, "hook", hook), "__qualname__", ""
+            ):  # a local function
+                state["_load_state_dict_pre_hooks"][key] = hook
+        return object.__new__, (kind,), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        parametrizations: Any = self._modules.get("parametrizations")
+        if parametrizations is not None and not all(hasattr(type(self), name) for name in parametrizations):
+            parametrize._inject_new_class(self)
+            for name, applied in parametrizations.items():
+                parametrize._inject_property(self, name)
+                if type(applied[0]).__name__ == "_WeightNorm" and name == "weight":  # loads the older form
+                    self._load_state_dict_pre_hooks.update(weight_norm(nn.Linear(1, 1))._load_state_dict_pre_hooks)
 
     def reset_parameters(self) -> None:
         """Draws the parameters as torch.nn.Conv1d does, through the weight's parametrization where there is one."""
