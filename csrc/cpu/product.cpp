@@ -37,14 +37,9 @@ bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
   return true;
 }
 
-constexpr int64_t kUnpackedRows = 8;
-
-// Whether torch's library makes a large product in less time than matmul.h. On AMD's cores MKL uses no vectors of 512
-// bits: two Zen 5 cores, [2048, 1024] x [1024, 4096]: 165 GFLOP/s, ours 408 (Zen 4, whose units are of 256 bits: 155 to
-// 200, ours 185 to 205). On Intel's cores matmul.h takes 5 to 24% more time at H >= 512.
-// Of few rows the packing of b takes longer than the product: on the Zen 5 cores [1, 256] x [256, 768] 25 us,
+// Of few rows the packing of b takes longer than the product: on two Zen 5 cores [1, 256] x [256, 768] 25 us,
 // torch's 9.
-bool torch_is_faster(int64_t rows) { return rows <= kUnpackedRows || !(is_amd() && active_isa() >= Isa::avx512); }
+constexpr int64_t kUnpackedRows = 8;
 
 void check_operands(const Tensor& input, const Tensor& mat2) {
   check_float_or_double(input, "input");
@@ -79,6 +74,8 @@ void add_fastest_mm(Tensor out, Tensor input, Tensor mat2) {
 
 }  // namespace
 
+bool own_products_are_faster() { return is_amd() && active_isa() >= Isa::avx512; }
+
 // matmul.h reads a transposed matrix and a narrow one of whole vectors where they lie, and makes a small product in one
 // go; the others go to torch's library where that is faster.
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
@@ -87,7 +84,7 @@ void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   const bool direct = a.stride(0) == 1 && b.stride(1) == 1 && N * value % kVector == 0;
   const bool narrow = direct && is_narrow(M, N, value, omp_get_max_threads());
   const bool small = M > 1 && double(M) * double(a.size(1)) * double(N) < kSmallProduct;
-  if (!narrow && !small && torch_is_faster(M)) {
+  if (!narrow && !small && (M <= kUnpackedRows || !own_products_are_faster())) {
     if (!accumulate) return mm_out(out, a, b);
     if (add_mm(out, a, b)) return;
   }
