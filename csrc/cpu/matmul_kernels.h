@@ -278,8 +278,12 @@ bool matmul_kernel(const Matmul<T>& p) {
     const ptrdiff_t team = omp_get_num_threads(), thread = omp_get_thread_num();
     // Chunks of fewer panels where there would be too few pieces of work to keep the team even.
     const ptrdiff_t even = tiles * panels / (8 * team);
-    const ptrdiff_t chunk = even < 1 ? 1 : even < kChunkPanels ? even : kChunkPanels;
-    const ptrdiff_t items = panel_count(panels, int(chunk)) * tiles;
+    const ptrdiff_t chunks = panel_count(panels, int(even < 1 ? 1 : min_of(even, kChunkPanels)));
+    // Of a chunk's tiles, the first that lies behind `share` of the team's shares of all tiles and panels.
+    const auto tile_at = [&](ptrdiff_t share, ptrdiff_t first, ptrdiff_t count) {
+      const ptrdiff_t tile = panel_count(max_of(0, tiles * panels * share / team - tiles * first), int(count));
+      return min_of(tile, tiles);
+    };
     for (ptrdiff_t k0 = 0; k0 < p.K; k0 += kDepth) {
       const ptrdiff_t K = p.K - k0 < kDepth ? p.K - k0 : kDepth;
       for (ptrdiff_t j = thread; j < panels; j += team) {
@@ -298,22 +302,26 @@ bool matmul_kernel(const Matmul<T>& p) {
         }
       }
 #pragma omp barrier
-      for (ptrdiff_t item = items * thread / team; item < items * (thread + 1) / team; ++item) {
-        const ptrdiff_t first = item / tiles * chunk, last = first + chunk < panels ? first + chunk : panels;
-        const ptrdiff_t m = item % tiles * kTileRows;
-        const int rows = int(min_of(p.M - m, kTileRows));
-        const T* const tile = pack_rows ? packed_a + item % tiles * strip_size : p.a + m * p.a_row + k0;
-        const char* const next = reinterpret_cast<const char*>(tile + (pack_rows ? strip_size : kTileRows * p.a_row));
-        for (ptrdiff_t i = 0; i < (pack_rows ? 1 : rows) && item % tiles + 1 < tiles; ++i) {
-          const ptrdiff_t bytes = (pack_rows ? kTileRows * K : K) * ptrdiff_t(sizeof(T));
-          for (ptrdiff_t at = 0; at < bytes; at += kLine) {
-            __builtin_prefetch(next + i * p.a_row * ptrdiff_t(sizeof(T)) + at, 0, 2);
+      for (ptrdiff_t c = 0; c < chunks; ++c) {
+        const ptrdiff_t first = panels * c / chunks, last = panels * (c + 1) / chunks, count = last - first;
+        const ptrdiff_t end = tile_at(thread + 1, first, count);
+        for (ptrdiff_t i = tile_at(thread, first, count); i < end; ++i) {
+          const ptrdiff_t m = i * kTileRows;
+          const int rows = int(min_of(p.M - m, kTileRows));
+          const T* const tile = pack_rows ? packed_a + i * strip_size : p.a + m * p.a_row + k0;
+          const char* const next = reinterpret_cast<const char*>(tile + (pack_rows ? strip_size : kTileRows * p.a_row));
+          for (ptrdiff_t row = 0; row < (pack_rows ? 1 : rows) && i + 1 < tiles; ++row) {
+            const ptrdiff_t bytes = (pack_rows ? kTileRows * K : K) * ptrdiff_t(sizeof(T));
+            for (ptrdiff_t at = 0; at < bytes; at += kLine) {
+              __builtin_prefetch(next + row * p.a_row * ptrdiff_t(sizeof(T)) + at, 0, 2);
+            }
           }
-        }
-        for (ptrdiff_t j = first; j < last; ++j) {
-          const int n = int(min_of(p.N - j * kWidth, kWidth));
-          product_panel<T>(rows, {tile, p.a_row, pack_rows ? Layout::kStrip : Layout::kRows, packed_b + j * panel_size,
-                                  0, K, p.c + m * p.c_row + j * kWidth, p.c_row, n, p.accumulate || k0 > 0});
+          for (ptrdiff_t j = first; j < last; ++j) {
+            const int n = int(min_of(p.N - j * kWidth, kWidth));
+            product_panel<T>(
+                rows, {tile, p.a_row, pack_rows ? Layout::kStrip : Layout::kRows, packed_b + j * panel_size, 0, K,
+                       p.c + m * p.c_row + j * kWidth, p.c_row, n, p.accumulate || k0 > 0});
+          }
         }
       }
 #pragma omp barrier
