@@ -1,6 +1,6 @@
 // Memory that is kept for the next one who asks for as much: of sessions, and of a recurrent layer's tensors: outputs,
-// what a forward pass saves for its backward pass, gradients. Touching fresh pages costs more than much that is done in
-// them.
+// what a forward pass saves for its backward pass, gradients of inputs. Touching fresh pages costs more than much that
+// is done in them.
 #pragma once
 
 #include "tensor.h"
@@ -20,7 +20,8 @@ void give_block(Block block) noexcept;
 // As new_tensor; the memory of a tensor too large for malloc to keep goes back to the pool when the tensor dies.
 // Training takes the same again in every iteration, and fresh pages are slow: with them (T, B, H = 128, 64, 256)
 // trained an RNN in 40 ms instead of 24, and an LSTM in 104 instead of 95, on a virtual machine. The tensor's storage
-// cannot grow, as one of torch.from_numpy cannot. Before torch 2.11, which lets a tensor own such memory: new_tensor.
+// cannot be resized, as one of torch.from_numpy cannot. Before torch 2.11, which lets a tensor own such memory:
+// new_tensor.
 Tensor new_pooled(const Tensor& like, const Extents& sizes);
 
 }  // namespace seqaccel
