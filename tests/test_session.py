@@ -359,9 +359,7 @@ def test_saturated_gates(isa, cell, weights):
 @pytest.mark.parametrize("kind", ["Sigmoid", "Tanh", "SiLU", "GELU", "ELU", "LeakyReLU", "ReLU"])
 def test_activations_of_every_magnitude(isa, kind):
     activation = getattr(torch.nn, kind)()
-    x = torch.cat(
-        [near_overflow(500), torch.linspace(-20, 20, 500), torch.tensor([1e30, -1e30, float("nan")])]
-    )
+    x = torch.cat([near_overflow(500), torch.linspace(-20, 20, 500), torch.tensor([1e30, -1e30, float("nan")])])
     identity = torch.nn.Linear(1, 1)
     with torch.no_grad():
         identity.weight.fill_(1)
