@@ -26,7 +26,7 @@ import torch
 
 from seqaccel import _extension
 
-__all__ = ["NAMES", "VERIFIED", "available", "backend", "choose", "current", "isa", "why_missing"]
+__all__ = ["NAMES", "VERIFIED", "asked", "available", "backend", "choose", "current", "isa", "why_missing"]
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda", "torch")
 
@@ -75,23 +75,27 @@ _this = sys.modules[__name__]
 def __getattr__(name: str) -> Any:
     # Dynamo cannot read a ContextVar; an attribute of a module it reads, and guards, whatever gives it.
     if name == "asked_here":
-        return _asked_here()
+        return asked()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _asked_here() -> str:
+def asked() -> str:
+    """:func:`current` where Dynamo does not trace, in less time."""
     name = _asked.get()
-    if name is None and _ever_asked and torch._C._is_key_in_tls(_KEY):
+    if name is not None:
+        return name
+    if _ever_asked and torch._C._is_key_in_tls(_KEY):
         thread, inherited = torch._C._get_obj_in_tls(_KEY)
-        name = inherited if thread != threading.get_ident() else None
-    return _DEFAULT if name is None else name
+        if thread != threading.get_ident() and inherited is not None:
+            return inherited
+    return _DEFAULT
 
 
 def current() -> str:
     """The backend asked for: the innermost :func:`backend`, else ``SEQACCEL_BACKEND``, else ``"auto"``."""
     if torch.compiler.is_dynamo_compiling():
         return _this.asked_here if _traced is None else _traced
-    return _asked_here()
+    return asked()
 
 
 def _stash(name: str | None) -> None:

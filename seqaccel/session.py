@@ -1,15 +1,22 @@
 """Streaming runners: weights packed once, state in C++, one cheap call a step."""
 
+from __future__ import annotations
+
+import copy
 import ctypes
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqaccel import _extension
+from seqaccel.convert import REPLACEMENTS
+from seqaccel.functional import _arguments
 from seqaccel.functional.rnn._cells import CELLS
 from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 
 __all__ = ["Session"]
 
@@ -17,6 +24,14 @@ _PRECISIONS = ("float32", "bfloat16", "int8")
 _NO_NUMBERS = (0.0, 0.0, 0.0)
 _MOST_STREAMS = 2**31 - 1
 _MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32 bits
+
+_CELLS = (RNNCell, LSTMCell, GRUCell)
+_ACTIVATIONS = {
+    torch.nn.ReLU: "relu",
+    torch.nn.Tanh: "tanh",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.SiLU: "silu",
+}
 
 # Kind; inputs, hidden, outputs; weights; zoneout of h and c, parameter.
 _Layer = tuple[str, tuple[int, int, int], list[Tensor | None], tuple[float, float, float]]
@@ -29,8 +44,9 @@ class Session:
     eval mode: no dropout, zoneout's expectation. Threads that share a session take turns: each call runs alone.
 
     Args:
-        module: a recurrent layer of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`, …) in
-            float32 on the CPU, any number of layers, one direction; or a :class:`torch.nn.Sequential` of those with
+        module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
+            :class:`~seqaccel.nn.LSTMCell`, …) or of :mod:`torch.nn`, in float32 on the CPU, any number of layers, one
+            direction (the output of a cell is h); or a :class:`torch.nn.Sequential` of those with
             ``Linear``, ``Embedding`` (first), ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``,
             ``SiLU``, ``GELU``, ``LeakyReLU``, ``ELU``, ``Identity`` and ``Dropout`` between.
         batch_size: number of independent streams B. Default: 1
@@ -63,8 +79,7 @@ class Session:
             raise RuntimeError(f"a Session needs the C++ kernels: {_extension.cpp_error}")
         if weights not in _PRECISIONS:
             raise ValueError(f"weights: expected 'float32', 'bfloat16' or 'int8', but got {weights!r}")
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= _MOST_STREAMS:
-            raise ValueError(f"batch_size: expected an integer from 1 to {_MOST_STREAMS}, but got {batch_size!r}")
+        _check_batch_size(batch_size)
         layers: list[_Layer] = []
         self._states: list[tuple[str, int, str, int]] = []  # name, layer, part, width
         self.batch_first = False
@@ -87,27 +102,29 @@ class Session:
                     )
             if weights == "int8" and kind != "embedding" and max(sizes) > _MOST_INT8:
                 raise ValueError(f"weights: int8 takes up to {_MOST_INT8} features, but {kind} has {max(sizes)}")
-        from seqaccel import _session  # type: ignore[attr-defined]
-
-        self.batch_size = batch_size
         self._indices = layers[0][0] == "embedding"
         self.input_size = 1 if self._indices else layers[0][1][0]
         self.output_size = layers[-1][1][2]
-        self._step_shape = torch.Size((batch_size,) if self._indices else (batch_size, self.input_size))
         self._dtype = torch.int64 if self._indices else torch.float32
-        self._output_shape = (batch_size, self.output_size)
-        kept = [[None if t is None else _plain(t.detach()) for t in tensors] for _, _, tensors, _ in layers]
-        for (kind, *_), tensors in zip(layers, kept, strict=True):
+        layers = [
+            (kind, sizes, [None if t is None else _plain(t.detach()) for t in tensors], numbers)
+            for kind, sizes, tensors, numbers in layers
+        ]
+        for kind, _, tensors, _ in layers:
             if any(t is not None and t.numel() > 0 and t.data_ptr() == 0 for t in tensors):
                 raise ValueError(f"module: expected parameters with memory, but {kind} has a fake or a freed one")
-        described = [
-            (kind, sizes, [0 if t is None else t.data_ptr() for t in tensors], numbers)
-            for (kind, sizes, _, numbers), tensors in zip(layers, kept, strict=True)
-        ]
-        self._session = _session.Session(_table(), batch_size, weights, described)
-        self._extend = self._session.extend
+        self._hold(_made(batch_size, weights, layers), batch_size)
+
+    def _hold(self, session: Any, batch_size: int) -> None:
+        """A session of C++ of so many streams."""
+        self.batch_size = batch_size
+        self._step_shape = torch.Size((batch_size,) if self._indices else (batch_size, self.input_size))
+        self._output_shape = (batch_size, self.output_size)
+        self._session = session
+        self._extend = session.extend
 
     def _checked(self, x: Tensor, shape: tuple[int | None, ...]) -> Tensor:
+        _arguments.tensor("Session", "x", x)
         fits = x.dim() == len(shape) and all(n is None or n == size for n, size in zip(shape, x.shape, strict=True))
         if not fits:
             expected = ", ".join("T" if n is None else str(n) for n in shape)
@@ -119,14 +136,19 @@ class Session:
 
     def step(self, x_t: Tensor) -> Tensor:
         """Output (B, features) for one time step ``x_t``: (B, input features), or (B,) int64 for an Embedding."""
-        if (
-            x_t.shape != self._step_shape
-            or x_t.dtype != self._dtype
-            or not x_t.is_cpu
-            or not x_t.is_contiguous()
-            or x_t.is_neg()
-            or not (address := x_t.data_ptr())
-        ):
+        try:
+            fits = (
+                x_t.shape == self._step_shape
+                and x_t.dtype == self._dtype
+                and x_t.is_cpu
+                and x_t.is_contiguous()
+                and not x_t.is_neg()
+                and (address := x_t.data_ptr())
+            )
+        except AttributeError:
+            _arguments.tensor("Session", "x_t", x_t)
+            raise
+        if not fits:
             x_t = self._checked(x_t, tuple(self._step_shape))
             address = x_t.data_ptr()
         y = torch.empty(self._output_shape, dtype=torch.float32, device="cpu")
@@ -148,14 +170,12 @@ class Session:
         """Starts the streams where ``mask`` (B,) is true anew; all of them by default."""
         if mask is None:
             mask = torch.ones(self.batch_size, dtype=torch.bool, device="cpu")
-        if mask.dtype != torch.bool or tuple(mask.shape) != (self.batch_size,):
-            raise ValueError(
-                f"mask: expected bool of shape ({self.batch_size},), but got {mask.dtype} of {tuple(mask.shape)}"
-            )
+        _arguments.mask("Session.reset", "mask", mask, (self.batch_size,))
         self._session.select([-1 if new else b for b, new in enumerate(mask.tolist())])
 
     def select(self, indices: Tensor) -> None:
         """Stream b goes on from what stream ``indices[b]`` was; an index may come more than once (beam search)."""
+        _arguments.tensor("Session.select", "indices", indices)
         integral = indices.dim() == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
         chosen = indices.tolist() if integral else []
         if len(chosen) != self.batch_size or not all(0 <= i < self.batch_size for i in chosen):
@@ -186,14 +206,22 @@ class Session:
         """Goes on from a state that :meth:`state_dict` gave.
 
         Raises:
-            ValueError: names or shapes that are not this session's; nothing has changed then.
+            TypeError, ValueError: names, values or shapes that are not this session's; nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping of tensors, but got {type(state_dict).__name__}")
         groups = list(self._grouped())
         names = [name + part for name, part, _ in groups]
         if set(state_dict) != set(names):
             raise ValueError(f"state_dict: expected the keys {names}, but got {sorted(state_dict)}")
         for name, part, layers in groups:
             shape = (len(layers), self.batch_size, layers[0][1])
+            value = state_dict[name + part]
+            _arguments.tensor("state_dict", repr(name + part), value)
+            if value.is_complex() or value.is_meta:
+                raise ValueError(
+                    f"state_dict: expected {name + part!r} to hold real values, but got {value.dtype} on {value.device}"
+                )
             if tuple(state_dict[name + part].shape) != shape:
                 raise ValueError(
                     f"state_dict: expected {name + part!r} of shape {shape}, but got "
@@ -206,6 +234,22 @@ class Session:
             for i, (layer, _) in enumerate(layers)
         ]
         self._session.write_state(parts)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or not 1 <= batch_size <= _MOST_STREAMS:
+        raise ValueError(f"batch_size: expected an integer from 1 to {_MOST_STREAMS}, but got {batch_size!r}")
+
+
+def _made(batch_size: int, weights: str, layers: list[_Layer]) -> Any:
+    """The session of C++."""
+    from seqaccel import _session  # type: ignore[attr-defined]
+
+    described = [
+        (kind, sizes, [0 if t is None else t.data_ptr() for t in tensors], numbers)
+        for kind, sizes, tensors, numbers in layers
+    ]
+    return _session.Session(_table(), batch_size, weights, described)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -241,6 +285,8 @@ def _describe(
             )
         width = module.normalized_shape[0]
         layers.append(("layer_norm", (width, 0, width), [module.weight, module.bias], (0.0, 0.0, module.eps)))
+    elif isinstance(module, _CELLS) or type(module) in REPLACEMENTS:
+        _describe_recurrent(module, layers, states, session, name)
     elif not isinstance(module, (torch.nn.Identity, torch.nn.Dropout)):
         kind, parameter = _activation(module)
         if not layers:
@@ -250,9 +296,8 @@ def _describe(
 
 
 def _activation(module: torch.nn.Module) -> tuple[str, float]:
-    simple = {torch.nn.ReLU: "relu", torch.nn.Tanh: "tanh", torch.nn.Sigmoid: "sigmoid", torch.nn.SiLU: "silu"}
-    if type(module) in simple:
-        return simple[type(module)], 0.0
+    if type(module) in _ACTIVATIONS:
+        return _ACTIVATIONS[type(module)], 0.0
     if isinstance(module, torch.nn.GELU):
         return ("gelu" if module.approximate == "none" else "gelu_tanh"), 0.0
     if isinstance(module, torch.nn.LeakyReLU):
@@ -260,14 +305,24 @@ def _activation(module: torch.nn.Module) -> tuple[str, float]:
     if isinstance(module, torch.nn.ELU):
         return "elu", module.alpha
     raise TypeError(
-        "module: expected a recurrent layer of seqaccel.nn, or a Sequential of them and of Linear, Embedding, "
-        f"LayerNorm and activations, but got {type(module).__name__}"
+        "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, or a Sequential of them and of Linear, "
+        f"Embedding, LayerNorm and activations, but got {type(module).__name__}"
     )
 
 
 def _describe_recurrent(
-    module: Recurrent, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str
+    module: Any, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str
 ) -> None:
+    if type(module) in REPLACEMENTS:  # torch's own: seen as ours, which has the same attributes
+        torch_s, module = module, copy.copy(module)
+        module.__class__ = REPLACEMENTS[type(torch_s)]
+    if isinstance(module, _CELLS):
+        kind = {RNNCell: "", LSTMCell: "lstm", GRUCell: "gru"}[type(module)] or f"rnn_{module.nonlinearity}"
+        weights: list[Tensor | None] = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
+        sizes = (module.input_size, module.hidden_size, module.hidden_size)
+        states += [(name, len(layers), part, module.hidden_size) for part in ("hc" if kind == "lstm" else "h")]
+        layers.append((kind, sizes, [*weights, None] if kind == "lstm" else weights, _NO_NUMBERS))
+        return
     if module.bidirectional:
         raise ValueError(f"module: a bidirectional {type(module).__name__} cannot run step by step")
     session.batch_first = session.batch_first or module.batch_first
@@ -279,8 +334,6 @@ def _describe_recurrent(
         if CELLS[module.cell].has_cell_state:
             states.append((name, len(layers), "c", hidden))
         weights = module._layer_weights(layer)
-        if module.training and module.recurrent_dropout > 0:
-            weights[1] = getattr(module, module._all_weights[layer][1])
         layers.append((module.cell, (inputs, hidden, outputs), weights, (*rates, 0.0)))
 
 

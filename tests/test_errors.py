@@ -284,6 +284,22 @@ CALLS = {
             "mass_bias": NOT_FLAGS,
         },
     ),
+    "Session": (
+        seqaccel.Session,
+        lambda: {"module": nn.LSTM(I, H)},
+        {
+            "module": (
+                None,
+                "lstm",
+                3,
+                torch.nn.Conv1d(1, 1, 1),
+                nn.LSTM(I, H, bidirectional=True),
+                nn.LSTM(I, H).double(),
+            ),
+            "batch_size": (*NOT_INTS, 0, -1, True),
+            "weights": ("float16", None, torch.float32),
+        },
+    ),
     "convert": (seqaccel.convert, lambda: {"model": nn.LSTM(I, H)}, {"model": (None, "m", 3, torch.nn.LSTM)}),
     "from_haste": (
         seqaccel.from_haste,
@@ -439,3 +455,29 @@ def test_bad_streams(name):
         refused(lambda bad=bad: module.reset(state, bad), "mask")
     for bad in (None, [0, 1, 2], 3, torch.ones(B), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, B])):
         refused(lambda bad=bad: module.select(state, bad), "indices")
+
+
+def test_bad_session_calls():
+    session = seqaccel.Session(nn.LSTM(I, H), batch_size=B)
+    for bad in (*TENSOR, torch.zeros(B, I, dtype=torch.float64), torch.zeros(B, I, device="meta")):
+        refused(lambda bad=bad: session.step(bad), "x_t|x")
+        refused(lambda bad=bad: session.extend(bad), "x")
+    for bad in ([True] * B, 3, "m", torch.ones(B), torch.ones(B + 1, dtype=torch.bool)):
+        refused(lambda bad=bad: session.reset(bad), "mask")
+    for bad in (None, [0, 1, 2], 3, torch.ones(B), torch.tensor([0, B, 0]), torch.tensor([0])):
+        refused(lambda bad=bad: session.select(bad), "indices")
+    before = session.state_dict()
+    good = {key: torch.ones_like(value) for key, value in before.items()}
+    for bad in (
+        None,
+        3,
+        {},
+        {"h": good["h"]},
+        {**good, "c": None},
+        {**good, "c": [1.0]},
+        {**good, "c": good["c"][0]},
+        {**good, "c": good["c"].to("meta")},
+        {**good, "c": good["c"] * 1j},
+    ):
+        refused(lambda bad=bad: session.load_state_dict(bad), "state_dict")
+        assert all(torch.equal(value, before[key]) for key, value in session.state_dict().items())

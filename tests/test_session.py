@@ -281,7 +281,7 @@ def test_narrow_weights_keep_a_trained_models_bits_per_byte():
 
 
 def test_bad_modules_are_named():
-    with pytest.raises(TypeError, match="module: expected a recurrent layer of seqaccel.nn.* but got Conv1d"):
+    with pytest.raises(TypeError, match="module: expected a recurrent layer or cell of seqaccel.nn .* but got Conv1d"):
         seqaccel.Session(torch.nn.Conv1d(2, 2, 2))
     with pytest.raises(TypeError, match="nothing to run"):
         seqaccel.Session(torch.nn.Sequential())
@@ -318,7 +318,7 @@ def test_bad_arguments_are_named():
         session.step(torch.randn(3, 5).double())
     with pytest.raises(ValueError, match=r"x: expected shape \(T, 3, 5\)"):
         session.extend(torch.randn(3, 5))
-    with pytest.raises(ValueError, match=r"mask: expected bool of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"expected mask to be bool of shape \(3,\)"):
         session.reset(torch.tensor([1, 0, 1]))
     with pytest.raises(ValueError, match="indices: expected 3 integers from 0 to 2"):
         session.select(torch.tensor([0, 1, 3]))
@@ -329,7 +329,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="state_dict: expected 'c' of shape"):
         session.load_state_dict({"h": torch.zeros(2, 3, 19), "c": torch.zeros(2, 3, 18)})
     session.load_state_dict({"h": torch.ones(2, 3, 19), "c": torch.ones(2, 3, 19)})
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="state_dict: expected 'c' to hold real values"):
         session.load_state_dict({"h": torch.zeros(2, 3, 19), "c": torch.zeros(2, 3, 19, device="meta")})
     assert all(bool((state == 1).all()) for state in session.state_dict().values()), "changed by half"
 
@@ -431,3 +431,21 @@ def test_tensors_without_memory_are_refused():
     module.weight_hh_l0.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="module: expected parameters with memory, but"):
         seqaccel.Session(module)
+
+
+def test_torch_s_own_layers_and_cells():
+    for name in ("RNN", "LSTM", "GRU"):
+        module = getattr(torch.nn, name)(5, 7, 2)
+        x = torch.randn(6, 3, 5)
+        torch.testing.assert_close(seqaccel.Session(module, 3).extend(x), module(x)[0], atol=1e-5, rtol=1e-5)
+        assert type(module) is getattr(torch.nn, name)
+        for package in (torch.nn, seqaccel.nn):
+            cell, state, wanted = getattr(package, f"{name}Cell")(5, 7), None, []
+            for x_t in x:
+                state = cell(x_t, state)
+                wanted.append(state[0] if name == "LSTM" else state)
+            found = seqaccel.Session(cell, 3)
+            torch.testing.assert_close(found.extend(x), torch.stack(wanted), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.state_dict()["h"][0], wanted[-1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="module: expected a recurrent layer"):
+        seqaccel.Session(type("Other", (torch.nn.LSTM,), {})(5, 7))

@@ -266,7 +266,7 @@ def run_at_once(
 ) -> list[Tensor] | None:
     """``layer`` of an input in steps, without lengths and zoneout, where C++ takes all of it and autograd: output,
     h_n (1, B, P) and c_n (1, B, H) if the cell has it. None where something is in the way or does not fit."""
-    if torch.compiler.is_dynamo_compiling() or _extension.autograd is None or backends.current() not in ("auto", "cpp"):
+    if torch.compiler.is_dynamo_compiling() or _extension.autograd is None or backends.asked() not in ("auto", "cpp"):
         return None
     spec = CELLS[cell]
     try:
