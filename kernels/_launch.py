@@ -26,6 +26,7 @@ class Configuration:
         num_stages: depth of the software pipeline.
         multiples_of_16: names of integer arguments that are multiples of 16 at every launch with this configuration.
         least_arch: compute capability (times ten) of the GPUs it is for.
+        most_arch: that of the last GPUs that ``tests/offline.py`` compiles it for, where one compilation says enough.
         least_shared: bytes of shared memory that a block may use on the GPUs it is for: all have 99 KiB.
         spills: bytes a thread that may be spilled, where a GPU was measured to be faster so than with a smaller tile.
     """
@@ -38,6 +39,7 @@ class Configuration:
     multiples_of_16: tuple[str, ...] = ()
     spills: int = 0
     least_arch: int = 80
+    most_arch: int = 100
     least_shared: int = 99 << 10
 
 

@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
         compile_configuration(configuration, int(arch))
         for configuration in importlib.import_module(module).CONFIGURATIONS
         for arch in (archs or ["80", "90", "100"])
-        if int(arch) >= configuration.least_arch
+        if configuration.least_arch <= int(arch) <= configuration.most_arch
     ]
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))

@@ -1,5 +1,7 @@
 """Tile sizes, the operators and the table of what is compiled offline."""
 
+import dataclasses
+
 import torch
 import triton
 from torch import Tensor
@@ -281,7 +283,7 @@ def hierarchical_attention_backward(
     )
 
 
-def _configuration(kind: str, dtype: str, D: int, causal: bool) -> Configuration:
+def _configuration(kind: str, dtype: str, D: int, causal: bool, product: str = "ieee") -> Configuration:
     kernel, pointers, wide = {
         "forward": (attention_forward_kernel, "query key value pooled_key pooled_value out", "lse"),
         "query": (
@@ -300,7 +302,7 @@ def _configuration(kind: str, dtype: str, D: int, causal: bool) -> Configuration
     signature |= {f"p_{name}": "*fp32" for name in wide.split()}
     signature |= dict.fromkeys(("H", "G", "T", "nodes", "block_size", "fanout", "levels", "w"), "i32")
     signature["scale"] = "fp32"
-    constexprs = dict(CAUSAL=causal, MASS_BIAS=True, D=D, BD=_block(D), BM=BM, BN=BN, PRECISION="ieee")
+    constexprs = dict(CAUSAL=causal, MASS_BIAS=True, D=D, BD=_block(D), BM=BM, BN=BN, PRECISION=product)
     if kind == "key":
         constexprs["SPLITS"] = 4
     # 24: six registers of one kernel on sm_80, stored once before its loops and loaded once behind them.
@@ -321,6 +323,16 @@ CONFIGURATIONS = [
         _configuration(kind, dtype, D, causal)
         for kind in ("forward", "query", "key")
         for dtype, D, causal in (("fp32", 64, True), ("bf16", 64, False), ("bf16", 128, True))
+    ),
+    # Where shared memory is least; in float32 of 256 no tile of the query's gradient has room for its registers.
+    *(
+        dataclasses.replace(_configuration(kind, dtype, D, True, product), most_arch=80, spills=spills)
+        for kind in ("forward", "query", "key")
+        for dtype, D, product, spills in (
+            ("fp32", 128, "tf32", 0),
+            ("bf16", 256, "ieee", 0),
+            ("fp32", 256, "ieee", 208),
+        )
     ),
     _pool_configuration(
         pool_kernel,
