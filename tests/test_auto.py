@@ -193,20 +193,22 @@ def test_compiling_changes_no_choice_on_a_gpu(cell, dtype, hidden, h100, monkeyp
         assert choice() == "triton"
 
 
-def test_the_choice_bounds_a_batch_that_varies():
-    """Tiles follow the batch by comparisons: what compiles is not of one batch."""
-    tiles = pytest.importorskip("seqaccel.kernels.rnn.tiles")
-    graphs = []
+@pytest.mark.parametrize(("dtype", "expected"), [(BFLOAT16, "triton"), (torch.float16, "torch")], ids=str)
+def test_the_choice_can_be_traced(dtype, expected, h100, monkeypatch):
+    """In one graph, of whatever batch and length: the tiles follow them by comparisons."""
+    monkeypatch.setattr(backends, "choose", lambda cell, tensor, supported, prefer: prefer or "triton")
+    graphs, found = [], []
 
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    def spread(x):
-        return x + tiles.spread(4, 512, x.shape[0], 2, 227 << 10, 132)[1].rows
+    def chosen(x):
+        problem = Problem(torch.device("cuda", 0), x.shape[0], x.shape[1], 8, 512, dtype, False, True, False)
+        return x + 1, _operator._choose("lstm", x, problem, False)
 
-    compiled = torch.compile(spread, fullgraph=True, dynamic=True, backend=count)
-    for batch in (3, 5, 17, 60, 63):
-        compiled(torch.zeros(batch))
-    assert len(graphs) == 1
+    compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend=count)
+    for steps, batch in ((40, 3), (41, 17), (100, 30)):
+        found.append(compiled(torch.zeros(steps, batch))[1])
     torch._dynamo.reset()
+    assert found == [expected] * 3 and len(graphs) == 1
