@@ -94,11 +94,19 @@ def _is_elsewhere(t: torch.Tensor) -> bool:
     return _plain(t) and t.is_cuda and t.device.index != torch.cuda.current_device()
 
 
+def _resolved(argument: Any) -> Any:
+    """Without torch's negative bit, which a kernel does not see."""
+    if isinstance(argument, (list, tuple)):
+        return [_resolved(a) for a in argument]
+    return argument.resolve_neg() if isinstance(argument, torch.Tensor) and argument.is_neg() else argument
+
+
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device; a tensor may be on another."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
+        arguments, options = tuple(map(_resolved, arguments)), {k: _resolved(a) for k, a in options.items()}
         first = next(a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor))
         if not _is_elsewhere(first):
             return function(*arguments, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -78,6 +79,32 @@ def test_front_end(rule, front_end):
     assert not front_end[rule], "\n".join(front_end[rule])
 
 
+class Through(TorchDispatchMode):
+    """Sees every operator, as counters of operations and selective checkpointing do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def negated(value):
+    """The same values by torch's negative bit."""
+    if isinstance(value, list):
+        return [negated(v) for v in value]
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return torch._neg_view(value.neg()) if is_float else value
+
+
+@interpreted
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Through], ids=["plain", "dispatched"])
+@pytest.mark.parametrize("calls", ["rnn lstm", "sru", "conv"])
+def test_tensors_with_the_negative_bit(calls, mode):
+    for name, operator, arguments in calls_of(calls):
+        expected = flat(operator(*arguments))
+        with mode():
+            found = flat(operator(*map(negated, arguments)))
+        assert all(map(torch.equal, found, expected)), name
+
+
 @interpreted
 def test_expanded_lengths():
     for lengths in (torch.tensor([3]).expand(2), torch.tensor([[1, 3], [2, 3]])[:, 0]):
@@ -88,13 +115,6 @@ def test_expanded_lengths():
                 for given in (lengths, lengths.clone(memory_format=torch.contiguous_format))
             )
             assert all(map(torch.equal, found, expected)), name
-
-
-class Through(TorchDispatchMode):
-    """Sees every operator, as counters of operations and selective checkpointing do."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @interpreted
