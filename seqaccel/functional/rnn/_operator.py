@@ -365,8 +365,8 @@ def layer(
 
 
 def _is_one_call_of_torch(problem: Problem) -> bool:
-    """Whether torch's operator, if it is chosen, stays one call: on a GPU, what compiles may unroll its steps."""
-    if problem.device.type == "cpu" or not torch.compiler.is_compiling():
+    """Whether torch's operator, if it is chosen, stays one call: what compiles may unroll its steps."""
+    if not torch.compiler.is_compiling():
         return True
     return not problem.ragged and _torch.is_opaque(problem.device, problem.dtype)
 
