@@ -119,6 +119,8 @@ def test_pool_query_is_learned():
     fresh = HierarchicalAttention(8, 2, batch_first=True, block_size=4, pool_query=1).double()
     mean = HierarchicalAttention(8, 2, batch_first=True, block_size=4).double()
     mean.load_state_dict({k: v for k, v in fresh.state_dict().items() if k != "pool_query"})
+    attention._reset_parameters()
+    assert (attention.pool_query == 0).all()
     torch.testing.assert_close(fresh(x, x, x)[0], mean(x, x, x)[0])
 
 
@@ -152,6 +154,56 @@ def test_compile_and_export():
     torch.testing.assert_close(program.module()(x), expected)
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = module().float()
+
+    def forward(self, x, mask, padding):
+        return self.attention(x, x, x, attn_mask=mask, key_padding_mask=padding)[0]
+
+
+def masks(T, dtype):
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    padding = torch.arange(T).expand(2, T) >= torch.tensor([[T], [T // 2]])
+    if dtype == torch.bool:
+        return future, padding
+    return torch.zeros(T, T).masked_fill(future, -torch.inf), torch.zeros(2, T).masked_fill(padding, -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_under_compile_and_export(dtype):
+    torch._dynamo.reset()
+    model, x = Masked(), torch.randn(2, 30, 8)
+    mask, padding = masks(30, dtype)
+    expected = model(x, mask, padding)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, mask, padding), expected)
+    for wrong in ((mask.flip(0), padding), (mask, padding.flip(1))):
+        with pytest.raises(RuntimeError, match="mask: "):
+            compiled(x, *wrong)
+    T = torch.export.Dim("T")
+    shapes = ({1: T}, {0: T, 1: T}, {1: T})
+    for strict in (False, True):
+        program = torch.export.export(model, (x, mask, padding), dynamic_shapes=shapes, strict=strict).module()
+        for steps in (2, 3, 9):
+            arguments = (torch.randn(2, steps, 8), *masks(steps, dtype))
+            torch.testing.assert_close(program(*arguments), model(*arguments))
+
+
+def test_masks_are_looked_at_once():
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+            return function(*args, **kwargs or {})
+
+    with Reads() as reads:
+        Masked()(torch.randn(2, 30, 8), *masks(30, torch.float32))
+    assert reads.count <= 1
+
+
 # Streaming
 
 
@@ -165,19 +217,85 @@ def test_compile_and_export():
     P=st.integers(0, 2),
     mass_bias=st.booleans(),
     chunks=st.lists(st.integers(0, 25), max_size=6),
+    fixed=st.booleans(),
 )
-def test_any_split_into_chunks_is_forward(T, block_size, fanout, levels, w, P, mass_bias, chunks):
+def test_any_split_into_chunks_is_forward(T, block_size, fanout, levels, w, P, mass_bias, chunks, fixed):
     attention = module(
         pool_query=P, block_size=block_size, fanout=fanout, levels=levels, local_blocks=w, mass_bias=mass_bias
     )
     x = torch.randn(2, T, 8, dtype=torch.float64)
-    state, outputs, begin = attention.init_state(2), [], 0
+    state, outputs, begin = attention.init_state(2, max_length=max(T, 1) if fixed else None), [], 0
+    sizes = [part.shape for level in state[1:] for part in level]
     for size in [*chunks, T]:
         y, state = attention.extend(x[:, begin : begin + size], state)
         outputs.append(y)
         begin = min(T, begin + size)
     torch.testing.assert_close(torch.cat(outputs, 1), attention(x, x, x)[0], rtol=0, atol=1e-12)
     assert (state[0] == T).all()
+    assert not fixed or [part.shape for level in state[1:] for part in level] == sizes
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 60),
+    block_size=st.integers(2, 8),
+    fanout=st.one_of(st.none(), st.integers(2, 4)),
+    levels=st.one_of(st.none(), st.integers(0, 3)),
+    w=st.integers(1, 3),
+    P=st.integers(0, 2),
+    chunks=st.lists(st.integers(1, 25), max_size=4),
+)
+def test_chunks_as_graphs_compute_them(T, block_size, fanout, levels, w, P, chunks):
+    """Any number of tokens at once, without a look at the ages."""
+    attention = module(pool_query=P, block_size=block_size, fanout=fanout, levels=levels, local_blocks=w)
+    x = torch.randn(2, T, 8, dtype=torch.float64)
+    state, outputs, begin = attention.init_state(2, max_length=T), [], 0
+    for size in [*chunks, T]:
+        if begin < T:
+            chunk = x[:, begin : begin + size]
+            out, state = attention._extend_chunk(*attention._project(chunk, chunk, chunk), state)
+            outputs.append(attention.out_proj(out.transpose(1, 2).flatten(2)))
+            begin += chunk.shape[1]
+    torch.testing.assert_close(torch.cat(outputs, 1), attention(x, x, x)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("keywords", [dict(), dict(pool_query=1), dict(levels=1), dict(levels=0)], ids=str)
+def test_a_state_of_fixed_size_is_of_logarithmic_size_and_not_looked_at(keywords):
+    attention = module(**keywords).to("meta")
+    state = attention.init_state(3, max_length=100)
+    y, after = attention.step(torch.empty(3, 8, dtype=torch.float64, device="meta"), state)
+    assert y.shape == (3, 8)
+    assert torch.utils._pytree.tree_map(torch.Tensor.size, after) == torch.utils._pytree.tree_map(
+        torch.Tensor.size, state
+    )
+    elements = [
+        sum(p.numel() for level in attention.init_state(1, max_length=n)[1:] for p in level) for n in (4**3, 4**6)
+    ]
+    assert keywords.get("levels") is not None or elements[1] <= 2 * elements[0]
+
+
+def test_a_stream_beyond_its_stated_length_forgets_the_oldest():
+    attention, x = module(levels=0), torch.randn(1, 40, 8, dtype=torch.float64)
+    state, kept = attention.init_state(1, max_length=10), []
+    for x_t in x.unbind(1):
+        y, state = attention.step(x_t, state)
+        kept.append(y)
+    torch.testing.assert_close(kept[-1], attention(*[x[:, -11:]] * 3)[0][:, -1], rtol=0, atol=1e-12)
+    reset = attention.reset(state, torch.tensor([True]))
+    torch.testing.assert_close(attention.step(x[:, 0], reset)[0], kept[0])
+
+
+def test_a_growing_stream_is_not_compiled():
+    torch._dynamo.reset()
+    attention, x = module(), torch.randn(2, 8, dtype=torch.float64)
+    state = attention.init_state(2)
+    with pytest.raises(Exception, match="max_length"):
+        torch.compile(attention.step, fullgraph=True, backend="eager")(x, state)
+    torch._dynamo.reset()
+    y, _ = torch.compile(attention.step, backend="eager")(x, state)  # not compiled, but run
+    torch.testing.assert_close(y, attention.step(x, state)[0])
+    with pytest.raises(ValueError, match="expected max_length to be at least 1, but got 0"):
+        attention.init_state(2, max_length=0)
 
 
 @pytest.mark.parametrize("keywords", [dict(), dict(pool_query=1, fanout=2), dict(levels=1), dict(levels=0)], ids=str)

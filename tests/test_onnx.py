@@ -136,14 +136,109 @@ def test_a_model_with_a_converted_layer():
 @pytest.mark.parametrize(
     "model",
     [
-        nn.LayerNormLSTM(4, 6),
-        nn.MultiplicativeLSTM(4, 6),
-        nn.LayerNormGRU(4, 6),
-        nn.LSTM(4, 6, zoneout=0.1),
+        nn.LayerNormLSTM(4, 6, num_layers=2),
+        nn.LayerNormLSTM(4, 6, normalize_cell=True),
+        nn.MultiplicativeLSTM(4, 6, bidirectional=True),
+        nn.LayerNormGRU(4, 6, bidirectional=True),
+        nn.LSTM(4, 6, zoneout=0.1, proj_size=3),
+        nn.GRU(4, 6, zoneout=0.1),
     ],
     ids=lambda model: type(model).__name__,
 )
-def test_what_onnx_has_not_is_recorded_step_by_step(model):
-    onnx_model, run = exported(model.eval(), (torch.randn(5, 3, 4),), ({1: "B"},))
+def test_what_onnx_has_not_is_a_scan(model):
+    x, others = torch.randn(5, 3, 4), [torch.randn(steps, batch, 4) for steps, batch in ((9, 2), (1, 1), (2, 4))]
+    onnx_model, run = exported(model.eval(), (x,), ({0: "T", 1: "B"},))
     assert operators(onnx_model) == []
-    assert_same(run, model, torch.randn(5, 2, 4))
+    loops = [node for node in onnx_model.graph.node if node.op_type == "Scan"]
+    assert len(loops) == model.num_layers * (1 + model.bidirectional)
+    assert len(onnx_model.graph.node) < 30 * len(loops)
+    for given in (x, *others):
+        assert_same(run, model, given)
+
+
+class RaggedScan(torch.nn.Module):
+    """A cell that ONNX has not, with lengths and with zoneout of each step."""
+
+    def __init__(self, reverse):
+        super().__init__()
+        self.reverse = reverse
+        shapes = [(18, 4), (18, 6), (18,), (18,), (18,), (18,)]
+        self.weights = torch.nn.ParameterList(torch.randn(shape) * 0.3 for shape in shapes)
+
+    def forward(self, x, h_0, lengths, zoneout):
+        return SF.layer_norm_gru(x, h_0, *self.weights, lengths=lengths, zoneout=zoneout, reverse=self.reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_lengths_and_zoneout_of_a_scan(reverse):
+    model = RaggedScan(reverse)
+    arguments = torch.randn(7, 3, 4), torch.randn(3, 6), torch.tensor([7, 2, 5]), torch.rand(7, 3, 6)
+    _, run = exported(model, arguments, ({0: "T", 1: "B"}, {0: "B"}, {0: "B"}, {0: "T", 1: "B"}))
+    assert_same(run, model, *arguments)
+    assert_same(run, model, torch.randn(4, 2, 4), torch.randn(2, 6), torch.tensor([1, 4]), torch.rand(4, 2, 6))
+
+
+class Scan(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, a, b, h_0=None):
+        return SF.linear_scan(a, b, h_0, **self.options)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"dim": -1}], ids=str)
+def test_linear_scan(options):
+    def arguments(batch, steps):
+        sizes = (batch, 4, steps) if "dim" in options else (batch, steps, 4)
+        return torch.rand(sizes), torch.randn(sizes), torch.randn(batch, 4)
+
+    dims = {0: "B", 2 if "dim" in options else 1: "T"}
+    _, run = exported(Scan(**options), arguments(3, 7), (dims, dims, {0: "B"}))
+    for sizes in ((3, 7), (1, 1), (2, 30)):
+        assert_same(run, Scan(**options), *arguments(*sizes))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2, "bidirectional": True},
+        {"layer_norm": True, "rescale": True, "use_tanh": True},
+        {"has_skip_term": False, "projection_size": 2},
+    ],
+    ids=str,
+)
+def test_sru(options):
+    model = nn.SRU(4, 6, **options).eval()
+    padded = options.get("layer_norm", False)
+
+    def arguments(steps, batch):
+        pad = torch.arange(steps).unsqueeze(1) >= torch.randint(1, steps + 1, (batch,))
+        c_0 = torch.randn(model.num_layers, batch, model.output_size)
+        return (torch.randn(steps, batch, 4), c_0, *([pad] if padded else []))
+
+    _, run = exported(model, arguments(5, 3), ({0: "T", 1: "B"}, {1: "B"}, *([{0: "T", 1: "B"}] if padded else [])))
+    for sizes in ((5, 3), (1, 1), (9, 2)):
+        assert_same(run, model, *arguments(*sizes))
+
+
+class StreamOf(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, state):
+        return self.module.extend(x, state)
+
+
+def test_attention_is_exported_as_a_stream():
+    model = nn.HierarchicalAttention(8, 2, batch_first=True, block_size=4, pool_query=1).eval()
+    torch.nn.init.normal_(model.pool_query)
+    state = model.init_state(3, max_length=60)
+    shapes = ({0: "B", 1: "T"}, torch.utils._pytree.tree_map(lambda _: {0: "B"}, state))
+    _, run = exported(StreamOf(model), (torch.randn(3, 11, 8), state), shapes)
+    state = model.init_state(2, max_length=60)
+    for steps in (1, 5, 30, 2):
+        x = torch.randn(2, steps, 8)
+        assert_same(run, StreamOf(model), x, state)
+        _, state = model.extend(x, state)

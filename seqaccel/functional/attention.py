@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import _extension, backends
-from seqaccel.functional import _arguments, _common
+from seqaccel.functional import _arguments, _common, _onnx
 from seqaccel.reference import attention as reference
 
 __all__ = ["hierarchical_attention"]
@@ -45,7 +45,8 @@ def _empty_heads(t: Tensor) -> Tensor:
 
 def _forward_fake(query, key, value, pool_query, block_size, fanout, levels, *_):
     B, H, T, D = query.shape
-    nodes = node_count(T, block_size, fanout, levels)
+    # At least two, as the operator has it: sizes that may be 0 or 1 would tie an exported graph to its example's T.
+    nodes = torch.sym_max(node_count(T, block_size, fanout, levels), 2)
     pooled = [query.new_empty(B, key.shape[1], nodes, D) for _ in range(2)]
     return _empty_heads(query), query.new_empty(B, H, T), *pooled
 
@@ -232,7 +233,7 @@ def hierarchical_attention(
     )
     tensors: tuple[Any, ...] = _common.autocast(query, key, value, pool_query)
     query, key, value, pool_query = tensors
-    if _common.transforms_active():
+    if _common.transforms_active() or _onnx.exporting():
         return _reference(query, key, value, pool_query, options)
     prefer = "reference" if query.device.type == "cuda" and not _triton_takes(query) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqaccel import _extension, backends
-from seqaccel.functional import _arguments, _common
+from seqaccel.functional import _arguments, _common, _onnx
 from seqaccel.reference import conv as reference
 
 __all__ = ["causal_conv1d"]
@@ -381,7 +381,7 @@ def causal_conv1d(
     }
     prefer = "torch" if x.device.type == "cuda" and _torch_is_faster(x, weight, dilation, groups) else None
     backend = backends.choose("causal_conv1d", x, BACKENDS, prefer=prefer)
-    if backend == "torch":
+    if backend == "torch" or _onnx.exporting():
         return _torch_conv(x, weight, bias, residual, history, **options)
     seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference" or _common.transforms_active():

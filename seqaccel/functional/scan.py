@@ -1,5 +1,6 @@
 """Linear scan and the recurrence of SRU."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import backends
-from seqaccel.functional import _arguments, _common
+from seqaccel.functional import _arguments, _common, _onnx
 from seqaccel.reference import scan as reference
 
 __all__ = ["linear_scan", "sru", "sru_layer"]
@@ -153,12 +154,14 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
                 f"linear_scan: expected h_0 to have shape {tuple(before + after)}, but got {tuple(h_0.shape)}"
             ) from None
     shape, dtype = a.shape, a.dtype
-    batch, width = before.numel(), after.numel()
+    batch, width = math.prod(before), math.prod(after)
     compute = _common.compute_dtype(dtype)
     a, b = (t.to(compute).reshape(batch, steps, width) for t in (a, b))
     h_0 = None if h_0 is None else h_0.to(compute).reshape(batch, width)
     if _common.transforms_active():
         h = reference.linear_scan(a, b, h_0, reverse)
+    elif _onnx.exporting():
+        h = _onnx.linear_scan(a, b, h_0, reverse)
     else:
         prefer = None
         if a.device.type == "cuda":
@@ -407,6 +410,8 @@ def sru(
     inputs: tuple[Any, ...] = (*computed, directions, use_tanh)
     if _common.transforms_active():
         h, c_n = reference.sru(*inputs)
+    elif _onnx.exporting():
+        h, c_n = _onnx.sru(*inputs)
     else:
         if weight_c.dim() == 3:
             backend = backends.choose("sru with weights of each step", u, ("reference",))
@@ -473,6 +478,7 @@ def sru_layer(
         and weight_c.dim() == 1
         and not _common.autocast_on(input.device.type)
         and not _common.transforms_active()
+        and not _onnx.exporting()
     )
     backend = backends.choose("sru", input, _BACKENDS) if plain else "reference"
     shape = (input.shape[0], input.shape[1], weight.shape[1])

@@ -180,6 +180,8 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
             average_attn_weights: no meaning here.
             is_causal: says that ``attn_mask`` is the causal mask, which is then not looked at.
 
+        A mask's values are checked with one synchronisation; in a compiled or exported graph by an assertion.
+
         Returns:
             The output, laid out as ``query``, and ``None``.
         """
@@ -253,16 +255,16 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
         _arguments.flag(title, "is_causal", is_causal)
         if (is_causal or attn_mask is not None) and not self.causal:
             raise ValueError("attn_mask, is_causal: this module is not causal (causal=False) and takes no mask")
+        checks: list[tuple[Tensor, str]] = []
         if attn_mask is not None and not is_causal:
-            blocked = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
-            allowed = ~blocked if attn_mask.dtype == torch.bool else attn_mask == 0
-            future = torch.ones(T, T, dtype=torch.bool, device=attn_mask.device).triu(1)
-            if (
-                attn_mask.shape[-2:] != future.shape
-                or not bool((blocked == future).all())
-                or not bool((allowed == ~future).all())
-            ):
-                raise ValueError("attn_mask: hierarchical attention takes the causal mask only")
+            message = "attn_mask: hierarchical attention takes the causal mask only"
+            if attn_mask.shape[-2:] != (T, T) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+                raise ValueError(message)
+            if attn_mask.dtype == torch.bool:
+                causal = torch.ones(T, T, dtype=torch.bool, device=attn_mask.device).triu(1)
+            else:
+                causal = torch.full((T, T), -math.inf, dtype=attn_mask.dtype, device=attn_mask.device).triu(1)
+            checks.append(((attn_mask == causal).all(), message))
         if key_padding_mask is not None:
             if not self.causal:
                 raise ValueError("key_padding_mask: supported in causal modules only (causal=True)")
@@ -272,11 +274,20 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
                     f"key_padding_mask: expected shape ({B}, {T}), but got {tuple(key_padding_mask.shape)}"
                 )
             padding = mask if mask.dtype == torch.bool else mask == -math.inf
-            stated = mask.dtype == torch.bool or bool((padding | (mask == 0)).all())
-            if not stated or not bool((padding[:, 1:] >= padding[:, :-1]).all()):
-                raise ValueError(
-                    "key_padding_mask: expected padding after each sequence only (true, or -inf, at its end)"
-                )
+            first = torch.arange(T, device=mask.device) == 0
+            right = (first | (padding >= padding.roll(1, 1))).all()
+            if mask.dtype != torch.bool:
+                right = right & (padding | (mask == 0)).all()
+            checks.append(
+                (right, "key_padding_mask: expected padding after each sequence only (true, or -inf, at its end)")
+            )
+        if torch.compiler.is_compiling():  # in the graph, without a look at the values
+            for right, message in checks:
+                torch._assert_async(right, message)
+        elif checks:  # one synchronisation
+            for passed, (_, message) in zip(torch.stack([c for c, _ in checks]).tolist(), checks, strict=True):
+                if not passed:
+                    raise ValueError(message)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """(B, T, ·) to three of (B, heads, T, D)."""
@@ -293,7 +304,8 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
 
     # Streaming. A state is (age (B,), level 0, level 1, ...): level 0 is (keys, values), a higher level (keys, values,
     # and the open node's sums of weighted keys and values (B, heads, D), largest score and sum of weights (B, heads)).
-    # Keys and values are rings (B, heads, slots, D): node j lies in slot j mod slots. Levels are added as streams grow.
+    # Keys and values are rings (B, heads, slots, D): node j lies in slot j mod slots. Levels are added as streams grow;
+    # a state made for a stated max_length ends in an empty tuple, has all its levels, and never grows.
 
     def _span(self, level: int) -> int:
         return self.block_size * self.fanout ** (level - 1) if level else 1
@@ -320,21 +332,40 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
             raise RuntimeError("HierarchicalAttention with kdim or vdim cannot run on a stream: a stream has one input")
 
     def init_state(
-        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> State:
+        """The state of ``batch_size`` streams that have seen nothing.
+
+        Args:
+            batch_size: number of streams.
+            max_length: tokens that a stream will have. The state then has its full size, O(log max_length), from the
+                start, and no call looks at a stream's age: :meth:`step` and :meth:`extend` compile as one graph,
+                export, and on a GPU do not synchronise. A longer stream forgets its oldest tokens. Default: the state
+                grows with its streams.
+            device, dtype: of the state; the parameters' by default.
+        """
         self._check_streams()
         _arguments.integer(type(self).__name__, "batch_size", batch_size, 0)
+        if max_length is not None:
+            _arguments.integer(type(self).__name__, "max_length", max_length, 1)
         device = self.out_proj.weight.device if device is None else device
         dtype = self.out_proj.weight.dtype if dtype is None else dtype
         levels = range(1 if self._is_top(0) else 2)
         age = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return (age, *(self._new_level(level, batch_size, device, dtype) for level in levels))
+        state = (age, *(self._new_level(level, batch_size, device, dtype) for level in levels))
+        # A chunk of block_size tokens must find different slots for all of them.
+        return state if max_length is None else (*self._grown(state, max(max_length, self.block_size)), ())
 
     def _matching_state(self, state: State, first: Tensor) -> State:
         B, device, dtype = first.shape[0], first.device, state[1][0].dtype
         fresh: list[Any] = [torch.zeros_like(first)]
         for level, part in enumerate(state[1:]):
-            new = self._new_level(level, B, device, dtype)
+            new = self._new_level(level, B, device, dtype) if part else ()
             fresh.append(
                 tuple(torch.zeros_like(p) if i < 2 else n for i, (p, n) in enumerate(zip(part, new, strict=True)))
             )
@@ -348,6 +379,10 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
             raise TypeError(f"{type(self).__name__}: expected state to be what init_state or extend returned")
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Output for a chunk ``x`` (laid out as in ``forward``), and the state after it.
+
+        Compiled or exported, a chunk of C tokens is one product of C queries and more than C keys: split long ones.
+        """
         self._check_stream("x", x, state)
         if x.dim() != 3 or x.shape[2] != self.embed_dim or x.shape[0 if self.batch_first else 1] != state[0].shape[0]:
             B, E = state[0].shape[0], self.embed_dim
@@ -356,16 +391,7 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
         if not self.batch_first:
             x = x.transpose(0, 1)
         q, k, v = (t.to(state[1][0].dtype) for t in self._project(x, x, x))
-        ages = state[0].tolist()
-        state = self._grown(state, max(ages, default=0) + x.shape[1])
-        outputs = []
-        for begin in range(0, x.shape[1], self.block_size):
-            end = begin + self.block_size
-            out, state = self._extend_chunk(
-                q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], state, [age + begin for age in ages]
-            )
-            outputs.append(out)
-        out = torch.cat(outputs, dim=2) if outputs else q
+        out, state = self._extend(q, k, v, state)
         y = self.out_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
         return (y if self.batch_first else y.transpose(0, 1)), state
 
@@ -376,6 +402,34 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
         time = 1 if self.batch_first else 0
         y, state = self.extend(x_t.unsqueeze(time), state)
         return y.squeeze(time), state
+
+    def _extend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+        """Any number of tokens (B, heads, T, D)."""
+        compiling, ages = torch.compiler.is_compiling(), None
+        grows = len(state[-1]) > 0
+        if grows and compiling:
+            raise RuntimeError(
+                "HierarchicalAttention: to compile or export a stream, give it a state of fixed size: "
+                "init_state(batch_size, max_length=...)"
+            )
+        if grows or (state[0].is_cpu and not compiling):
+            ages = state[0].tolist()
+        if grows:
+            state = self._grown(state, max(ages, default=0) + q.shape[2])  # type: ignore[arg-type]
+        if compiling:
+            return self._extend_chunk(q, k, v, state)
+        outputs = []
+        for begin in range(0, q.shape[2], self.block_size):
+            end = begin + self.block_size
+            out, state = self._extend_chunk(
+                q[:, :, begin:end],
+                k[:, :, begin:end],
+                v[:, :, begin:end],
+                state,
+                None if ages is None else [age + begin for age in ages],
+            )
+            outputs.append(out)
+        return (torch.cat(outputs, dim=2) if outputs else q), state
 
     def _grown(self, state: State, length: int) -> State:
         """The state with room for streams of ``length`` tokens: more levels, or more slots at the top one."""
@@ -391,96 +445,149 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
                 levels[top] = (*(F.pad(ring, (0, 0, 0, more)) for ring in levels[top][:2]), *levels[top][2:])
         return (age, *levels)
 
-    def _extend_chunk(self, q: Tensor, k: Tensor, v: Tensor, state: State, ages: list[int]) -> tuple[Tensor, State]:
-        """At most ``block_size`` tokens (B, heads, C, D): each level completes at most one node a stream."""
+    def _extend_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, ages: list[int] | None = None
+    ) -> tuple[Tensor, State]:
+        """Tokens (B, heads, C, D), with the streams' ``ages``, which save work, at most ``block_size`` of them."""
         age, *levels = state
         C = q.shape[2]
         t = age.unsqueeze(1) + torch.arange(C, device=age.device)  # [B, C]
         keys, values, biases, seen = [], [], [], []
         new_levels: list[tuple[Tensor, ...]] = []
-        child_key, child_value, child = k, v, t  # what the level below completed, and its index there
-        exists = torch.ones_like(t, dtype=torch.bool)  # [B, C]: whether it did
+        # The level's new nodes [B, heads, m, D], their indices [B, m], and which of them are complete (None: all).
+        new: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = (k, v, t, None)
         for level, parts in enumerate(levels):
-            ring_key, ring_value = parts[:2]
+            if not parts:  # the mark of a fixed size
+                new_levels.append(parts)
+                continue
+            ring_key, ring_value, *sums = parts
             span, slots = self._span(level), ring_key.shape[2]
-            if level > 0:
-                # Children of the open node, then those of the next one (only level 1 can have both).
-                children = span // self._span(level - 1)
-                current = (age // span).unsqueeze(1)
-                opened = exists & (child // children == current)
-                sums = self._pool(level, child_key, child_value, opened, parts[2:])
-                complete = (age + C) // span > age // span  # [B]
-                child_exists = exists
-                exists, node = complete.unsqueeze(1), current
-                total = torch.where(sums[3] > 0, sums[3], 1.0).unsqueeze(-1)
-                node_key, node_value = ((s / total).unsqueeze(2).to(k.dtype) for s in sums[:2])
-                if any((a + C) // span > a // span for a in ages):
-                    fresh = tuple(torch.zeros_like(s) for s in sums)
-                    fresh = (*fresh[:2], torch.full_like(sums[2], -math.inf), fresh[3])
-                    rest = self._pool(
-                        level, child_key, child_value, child_exists & (child // children > current), fresh
-                    )
-                    sums = tuple(
-                        torch.where(complete.view(-1, *[1] * (s.dim() - 1)), r, s)
-                        for r, s in zip(rest, sums, strict=True)
-                    )
-                child_key, child_value, child = node_key, node_value, node
-            else:
-                sums = ()
+            count = age // span  # [B]: complete nodes
+            new_count = (age + C) // span
+            if level > 0 and new is not None:
+                new, sums = self._complete(level, new, sums, count, new_count, C, ages)
             # Slot s holds the latest node j = s (mod slots) that was complete before this chunk, or none: j < 0.
-            count = (age // span).unsqueeze(1)
             slot = torch.arange(slots, device=age.device)
-            held = count - 1 - torch.remainder(count - 1 - slot, slots) if slots else count[:, :0]
-            index = torch.cat([held, torch.where(exists, child, -1)], dim=1).unsqueeze(1)  # [B, 1, nodes]
+            index = self._latest(count, slot)
+            level_keys, level_values = [ring_key], [ring_value]
+            if new is not None:
+                new_key, new_value, node, exists = new
+                index = torch.cat([index, node if exists is None else torch.where(exists, node, -1)], dim=1)
+                level_keys.append(new_key)
+                level_values.append(new_value)
+                if ages is None:
+                    after = self._latest(new_count, slot)
+                    row = (after - count.unsqueeze(1)).clamp(0, new_key.shape[2] - 1)
+                    ring_key, ring_value = (
+                        self._take(ring, new_rows, row, after >= count.unsqueeze(1))
+                        for ring, new_rows in ((ring_key, new_key), (ring_value, new_value))
+                    )
+                elif slots:
+                    place = torch.remainder(node, slots)
+                    ring_key, ring_value = (
+                        self._put(ring, place, exists, new_rows)
+                        for ring, new_rows in ((ring_key, new_key), (ring_value, new_value))
+                    )
+            new_levels.append((ring_key, ring_value, *sums))
+            index = index.unsqueeze(1)  # [B, 1, nodes]
             cell = (t // span).unsqueeze(2)  # [B, C, 1]
             visible = (index >= 0) & ((index <= cell) if level == 0 else (cell - index >= self.local_blocks))
             if not self._is_top(level):
                 above = self._span(level + 1)
                 visible &= t.unsqueeze(2) // above - index // (above // span) < self.local_blocks
-            keys += [ring_key, child_key]
-            values += [ring_value, child_value]
+            keys += level_keys
+            values += level_values
             seen.append(visible)
             biases.append(torch.full_like(index, math.log(span) if self.mass_bias else 0.0, dtype=q.dtype))
-            place = torch.remainder(child, slots) if slots else child
-            rings = (self._put(r, place, exists, c) for r, c in ((ring_key, child_key), (ring_value, child_value)))
-            new_levels.append((*rings, *sums))
         logits = self.head_dim**-0.5 * (q @ torch.cat(keys, dim=2).transpose(2, 3)) + torch.cat(
             biases, dim=2
         ).unsqueeze(1)
         weights = torch.softmax(logits.masked_fill(~torch.cat(seen, dim=2).unsqueeze(1), -math.inf), dim=-1)
         return weights @ torch.cat(values, dim=2), (age + C, *new_levels)
 
+    def _complete(
+        self,
+        level: int,
+        new: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        sums: list[Tensor],
+        count: Tensor,
+        new_count: Tensor,
+        C: int,
+        ages: list[int] | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None] | None, list[Tensor]]:
+        """The level's nodes that C tokens complete, from the new nodes below, and the sums of the node then open."""
+        key, value, child, exists = new
+        span = self._span(level)
+        # Nodes that get children: those completed, and the one then open. Without ages a bound, which is never 1, for
+        # which a graph would be specialised.
+        n = C // span + 2 if ages is None else 1 + max((a + C) // span - a // span for a in ages)
+        node = count.unsqueeze(1) + torch.arange(n, device=count.device)  # [B, n]
+        parent = child // (span // self._span(level - 1))
+        mask = parent.unsqueeze(1) == node.unsqueeze(2)  # [B, n, m]
+        if exists is not None:
+            mask = mask & exists.unsqueeze(1)
+        pooled = self._pool(level, key, value, mask, sums)
+        if ages is not None and n == 1:
+            return None, [part.squeeze(2) for part in pooled]
+        opened = (new_count - count).view(-1, 1, 1).expand(-1, self.num_heads, 1)  # [B, heads, 1]
+        sums = [
+            part.gather(2, opened if part.dim() == 3 else opened.unsqueeze(3).expand(-1, -1, 1, self.head_dim)).squeeze(
+                2
+            )
+            for part in pooled
+        ]
+        if ages is not None:
+            pooled, node = [part[:, :, : n - 1] for part in pooled], node[:, : n - 1]
+        total = torch.where(pooled[3] > 0, pooled[3], 1.0).unsqueeze(-1)
+        return (
+            (pooled[0] / total).to(key.dtype),
+            (pooled[1] / total).to(key.dtype),
+            node,
+            node < new_count.unsqueeze(1),
+        ), sums
+
     @staticmethod
-    def _put(ring: Tensor, place: Tensor, exists: Tensor, rows: Tensor) -> Tensor:
+    def _latest(count: Tensor, slot: Tensor) -> Tensor:
+        """[B, slots]: the latest of ``count`` (B,) nodes j = slot (mod slots), or a negative number."""
+        last = count.unsqueeze(1) - 1
+        slots = slot.shape[0]
+        return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
+
+    @staticmethod
+    def _take(ring: Tensor, rows: Tensor, row: Tensor, fresh: Tensor) -> Tensor:
+        """``ring`` (B, heads, slots, D) where slots that are ``fresh`` (B, slots) are those ``row`` of ``rows``."""
+        index = row.unsqueeze(1).unsqueeze(3).expand(ring.shape)
+        return torch.where(fresh.unsqueeze(1).unsqueeze(3), rows.gather(2, index), ring)
+
+    @staticmethod
+    def _put(ring: Tensor, place: Tensor, exists: Tensor | None, rows: Tensor) -> Tensor:
         """``ring`` (B, heads, slots, D) with ``rows`` (B, heads, n, D) at ``place`` where ``exists``, both (B, n)."""
-        if ring.shape[2] == 0:
-            return ring
         index = place.unsqueeze(1).unsqueeze(3).expand_as(rows)
-        rows = torch.where(exists.unsqueeze(1).unsqueeze(3), rows, ring.gather(2, index))
+        if exists is not None:
+            rows = torch.where(exists.unsqueeze(1).unsqueeze(3), rows, ring.gather(2, index))
         return ring.scatter(2, index, rows)
 
-    def _pool(
-        self, level: int, key: Tensor, value: Tensor, mask: Tensor, sums: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        """The open node's sums with the children (B, heads, n, D) where ``mask`` (B, n)."""
-        total_key, total_value, most, total = sums
+    def _pool(self, level: int, key: Tensor, value: Tensor, mask: Tensor, sums: list[Tensor]) -> list[Tensor]:
+        """Sums of n nodes: ``sums``, of the first one, and the children (B, heads, m, D) where ``mask`` (B, n, m)."""
+        n = mask.shape[1]
+        total_key, total_value, most, total = (part.unsqueeze(2) for part in sums)
+        if n != 1:
+            total_key, total_value = (F.pad(part, (0, 0, 0, n - 1)) for part in (total_key, total_value))
+            most, total = F.pad(most, (0, n - 1), value=-math.inf), F.pad(total, (0, n - 1))
         key, value = key.to(total_key.dtype), value.to(total_key.dtype)
+        # A child that is not there may hold anything: it must not meet a weight of 0.
+        there = mask.any(1)[:, None, :, None]
+        key, value = (t.masked_fill(~there, 0.0) for t in (key, value))
         mask = mask.unsqueeze(1)
         if self.pool_query is None:
-            weight = mask.to(key.dtype).expand(-1, self.num_heads, -1)
-            new_most, decay = most, torch.ones_like(most)
+            weight = mask.to(key.dtype).expand(-1, self.num_heads, -1, -1)
         else:
             row = self.pool_query[min(level, self.pool_query.shape[0]) - 1].to(key.dtype)
-            score = self.head_dim**-0.5 * torch.einsum("bhnd,hd->bhn", key, row)
-            score = score.masked_fill(~mask, -math.inf)
-            new_most = torch.maximum(most, score.amax(dim=2))
-            shift = torch.where(new_most == -math.inf, 0.0, new_most)
-            weight, decay = torch.exp(score - shift.unsqueeze(2)), torch.exp(most - shift)
-        # A child that is not there may hold anything: it must not meet a weight of 0.
-        key, value = (t.masked_fill(~mask.unsqueeze(3), 0.0) for t in (key, value))
-        return (
-            total_key * decay.unsqueeze(2) + torch.einsum("bhn,bhnd->bhd", weight, key),
-            total_value * decay.unsqueeze(2) + torch.einsum("bhn,bhnd->bhd", weight, value),
-            new_most,
-            total * decay + weight.sum(2),
-        )
+            score = self.head_dim**-0.5 * torch.einsum("bhmd,hd->bhm", key, row)
+            score = score.unsqueeze(2).masked_fill(~mask, -math.inf)
+            before, most = most, torch.maximum(most, score.amax(dim=3))
+            shift = torch.where(most == -math.inf, 0.0, most)
+            weight, decay = torch.exp(score - shift.unsqueeze(3)), torch.exp(before - shift)
+            total_key, total_value = total_key * decay.unsqueeze(3), total_value * decay.unsqueeze(3)
+            total = total * decay
+        return [total_key + weight @ key, total_value + weight @ value, most, total + weight.sum(3)]

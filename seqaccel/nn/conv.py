@@ -23,9 +23,13 @@ __all__ = ["TCN", "CausalConv1d", "TemporalBlock"]
 def _next_history(history: Tensor, x: Tensor) -> Tensor:
     """The last time steps of ``history`` followed by ``x``, as many as ``history`` has; shares no memory with them."""
     context, length = history.shape[-1], x.shape[-1]
-    if length >= context:
-        return x[..., length - context :].clone()
-    return torch.cat([history[..., length:], x], -1)
+    if torch.compiler.is_compiling():  # for any length, and with strides that do not depend on it
+        last = torch.cat([history, x], -1).narrow(-1, length, context)
+    elif length >= context:
+        last = x[..., length - context :]
+    else:
+        return torch.cat([history[..., length:], x], -1)
+    return last.clone(memory_format=torch.contiguous_format)
 
 
 def _check_chunk(module: nn.Module, x: Tensor, state: State, *names: str) -> None:

@@ -45,6 +45,7 @@ class SRUCell(Leaf, nn.Module):
         amp_recurrence_fp16: under autocast to float16, return float16 and not float32. Default: ``False``.
         normalize_after: with ``layer_norm``, normalise the output and not the input. Default: ``False``.
         weight_c_init: recurrent weights start uniform in [-weight_c_init, weight_c_init]. Default: variance 1/2.
+        device, dtype: of the parameters.
     """
 
     layer_norm: nn.LayerNorm | None
@@ -68,6 +69,9 @@ class SRUCell(Leaf, nn.Module):
         amp_recurrence_fp16: bool = False,
         normalize_after: bool = False,
         weight_c_init: float | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         _arguments.flags(
@@ -105,17 +109,19 @@ class SRUCell(Leaf, nn.Module):
         self.weight_c_init = weight_c_init
         self.projection_size = n_proj if 0 < n_proj < min(input_size, self.output_size) else 0
         self.num_matrices = 4 if has_skip_term and input_size != self.output_size else 3
+        where = {"device": device, "dtype": dtype}
         self.weight_proj: nn.Parameter | None = None
         if custom_m is None:
             inner = input_size
             if self.projection_size:
                 inner = self.projection_size
-                self.weight_proj = nn.Parameter(torch.empty(input_size, inner))
-            self.weight = nn.Parameter(torch.empty(inner, self.output_size * self.num_matrices))
-        self.weight_c = nn.Parameter(torch.empty(2 * self.output_size))
-        self.bias = nn.Parameter(torch.empty(2 * self.output_size))
-        self.register_buffer("scale_x", torch.ones(1))
-        self.layer_norm = nn.LayerNorm(self.output_size if normalize_after else input_size) if layer_norm else None
+                self.weight_proj = nn.Parameter(torch.empty(input_size, inner, **where))
+            self.weight = nn.Parameter(torch.empty(inner, self.output_size * self.num_matrices, **where))
+        self.weight_c = nn.Parameter(torch.empty(2 * self.output_size, **where))
+        self.bias = nn.Parameter(torch.empty(2 * self.output_size, **where))
+        self.register_buffer("scale_x", torch.ones(1, **where))
+        normalized = self.output_size if normalize_after else input_size
+        self.layer_norm = nn.LayerNorm(normalized, **where) if layer_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -287,6 +293,7 @@ class SRU(Leaf, Streaming, nn.Module):
         amp_recurrence_fp16: under autocast to float16, return float16 and not float32. Default: ``False``.
         normalize_after: with ``layer_norm``, normalise each layer's output and not its input. Default: ``False``.
         weight_c_init: recurrent weights start uniform in [-weight_c_init, weight_c_init]. Default: variance 1/2.
+        device, dtype: of the parameters.
 
     The streaming state is ``(c,)`` with c (B, num_layers, hidden_size).
 
@@ -328,6 +335,9 @@ class SRU(Leaf, Streaming, nn.Module):
         amp_recurrence_fp16: bool = False,
         normalize_after: bool = False,
         weight_c_init: float | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         _arguments.flags("SRU", nn_rnn_compatible_return=nn_rnn_compatible_return)
@@ -355,7 +365,7 @@ class SRU(Leaf, Streaming, nn.Module):
         first_size = input_size
         if proj_input_to_hidden_first and input_size != self.output_size:
             first_size = self.output_size
-            self.input_to_hidden = nn.Linear(input_size, self.output_size, bias=False)
+            self.input_to_hidden = nn.Linear(input_size, self.output_size, bias=False, device=device, dtype=dtype)
         layers = []
         for i in range(num_layers):
             custom = custom_m[i] if isinstance(custom_m, (list, nn.ModuleList)) else copy.deepcopy(custom_m)
@@ -377,6 +387,8 @@ class SRU(Leaf, Streaming, nn.Module):
                     amp_recurrence_fp16=amp_recurrence_fp16,
                     normalize_after=normalize_after,
                     weight_c_init=weight_c_init,
+                    device=device,
+                    dtype=dtype,
                 )
             )
         self.rnn_lst = nn.ModuleList(layers)
@@ -462,7 +474,7 @@ class SRU(Leaf, Streaming, nn.Module):
         _arguments.tensor("SRU", "x", x)
         _arguments.states("SRU", "state", state, ("c",))
         output, c_n = self._run(x, state[0].transpose(0, 1), None)
-        return output, (c_n.transpose(0, 1).contiguous(),)
+        return output, (c_n.transpose(0, 1).clone(memory_format=torch.contiguous_format),)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Output (B, hidden_size) for one step (B, input_size), and the state after it."""

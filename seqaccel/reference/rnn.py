@@ -128,6 +128,41 @@ CELLS: dict[str, Callable[..., State]] = {
 }
 
 
+def project(cell: str, input: Tensor, weights: Weights) -> Tensor:
+    """The input projections of all steps, without bias (T, B, G*H)."""
+    weight_ih = weights[0]
+    if cell == "multiplicative_lstm":
+        weight_ih = torch.cat((weight_ih, weights[4]))
+    return F.linear(input, weight_ih)
+
+
+def step(
+    cell: str,
+    h: Tensor,  # (B, P)
+    c: Any,  # (B, H) or None
+    weights: Weights,
+    x: Tensor,  # of ``project``, at this step (B, G*H)
+    zoneout_h: Tensor | None = None,  # (B, P) or one element
+    zoneout_c: Tensor | None = None,  # (B, H) or one element
+    running: Tensor | None = None,  # (B,): which sequences have this step
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The new h and c, and the output (B, P)."""
+
+    def blend(z: Tensor | None, old: Any, new: Any) -> Any:
+        if z is None or new is None:
+            return new
+        z = z.reshape(()) if z.numel() == 1 else z
+        return z * old + (1 - z) * new
+
+    h_new, c_new = CELLS[cell](x, h, c, weights)
+    h_new, c_new = blend(zoneout_h, h, h_new), blend(zoneout_c, c, c_new)
+    if running is None:
+        return h_new, c_new, h_new
+    running = running.unsqueeze(-1)
+    output = torch.where(running, h_new, torch.zeros_like(h_new))
+    return torch.where(running, h_new, h), None if c_new is None else torch.where(running, c_new, c), output
+
+
 def layer(
     cell: str,
     input: Tensor,  # (T, B, I)
@@ -144,27 +179,16 @@ def layer(
     Zoneout Z makes each new state Z * old + (1 - Z) * new, the output being the new h so blended. Past a sequence's
     length the output is 0 and the state stays.
     """
-    step, steps, weight_ih = CELLS[cell], input.shape[0], weights[0]
-    if cell == "multiplicative_lstm":
-        weight_ih = torch.cat((weight_ih, weights[4]))
-    projection = F.linear(input, weight_ih)
+    steps = input.shape[0]
+    projection = project(cell, input, weights)
 
-    def blend(z: Tensor | None, old: Any, new: Any, t: int) -> Any:
-        if z is None or new is None:
-            return new
-        z = z.reshape(()) if z.numel() == 1 else z[t]
-        return z * old + (1 - z) * new
+    def at(z: Tensor | None, t: int) -> Tensor | None:
+        return z if z is None or z.numel() == 1 else z[t]
 
     h, c, outputs = h_0, c_0, []
     for t in reversed(range(steps)) if reverse else range(steps):
-        h_new, c_new = step(projection[t], h, c, weights)
-        h_new, c_new = blend(zoneout_h, h, h_new, t), blend(zoneout_c, c, c_new, t)
-        if lengths is None:
-            h, c, output = h_new, c_new, h_new
-        else:
-            running = (t < lengths).unsqueeze(-1)
-            output = torch.where(running, h_new, torch.zeros_like(h_new))
-            h, c = torch.where(running, h_new, h), None if c is None else torch.where(running, c_new, c)
+        running = None if lengths is None else t < lengths
+        h, c, output = step(cell, h, c, weights, projection[t], at(zoneout_h, t), at(zoneout_c, t), running)
         outputs.append(output)
     if reverse:
         outputs.reverse()

@@ -104,6 +104,16 @@ Attention<T> arguments(const Call& c, const Tensor& pooled_key, const Tensor& po
   return p;
 }
 
+// Rows a head in the arrays of pooled keys and values: at least two, since a graph exported for any T would be tied to
+// its own T by a size that may be 0 or 1.
+int64_t pooled_rows(const Pyramid& pyramid) { return std::max<int64_t>(pyramid.nodes, 2); }
+
+Tensor new_pooled(const Call& c) {
+  Tensor pooled = new_tensor(c.query, {c.B, c.G, pooled_rows(c.pyramid), c.D});
+  if (c.pyramid.nodes < 2) torch::stable::zero_(pooled);
+  return pooled;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor query, Tensor key, Tensor value,
                                                                           OptionalTensor pool_query, int64_t block_size,
                                                                           int64_t fanout, int64_t levels,
@@ -114,8 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor
   const bool is_double = query.scalar_type() == ScalarType::Double;
   Tensor out = empty_heads(query);
   Tensor lse = new_tensor(query, {c.B, c.H, c.T});
-  Tensor pooled_key = new_tensor(query, {c.B, c.G, c.pyramid.nodes, c.D});
-  Tensor pooled_value = new_tensor(query, {c.B, c.G, c.pyramid.nodes, c.D});
+  Tensor pooled_key = new_pooled(c), pooled_value = new_pooled(c);
   if (out.numel() == 0) {
     for (Tensor* pooled : {&pooled_key, &pooled_value}) torch::stable::zero_(*pooled);
     return {out, lse, pooled_key, pooled_value};
@@ -169,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.T, c.D}, dtype);
   check_tensor(out, "out", {c.B, c.H, c.T, c.D}, dtype);
   check_tensor(lse, "lse", {c.B, c.H, c.T}, dtype);
-  check_tensor(pooled_key, "pooled_key", {c.B, c.G, c.pyramid.nodes, c.D}, dtype);
-  check_tensor(pooled_value, "pooled_value", {c.B, c.G, c.pyramid.nodes, c.D}, dtype);
+  check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c.pyramid), c.D}, dtype);
+  check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c.pyramid), c.D}, dtype);
   const Tensor grad_rows = rows_contiguous(grad_out), out_rows = rows_contiguous(out);
   const Tensor lse_rows = to_contiguous(lse);
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);

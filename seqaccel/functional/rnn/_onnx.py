@@ -1,7 +1,6 @@
 """A recurrent layer as an operator of ONNX: what ``torch.onnx.export`` records in place of our kernels.
 
-Cells that ONNX does not have, and zoneout, are recorded as the reference computes them, step by step: then the number
-of steps is fixed in the exported model.
+Cells that ONNX does not have, and zoneout, are recorded as the reference computes them, one Scan a direction.
 
 ONNX orders the gates i, o, f, c (LSTM) and z, r, h (GRU), and the peepholes i, o, f.
 """
@@ -13,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqaccel.functional._onnx import detached, exporting, loop
 from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.reference import rnn as reference
+
+__all__ = ["exporting", "is_operator", "layer", "scanned_layer"]
 
 _OPERATORS = {
     "rnn_tanh": "RNN",
@@ -32,11 +35,6 @@ _OWN_ATTRIBUTES: dict[str, dict[str, Any]] = {
 }
 
 Weights = Sequence[Tensor | None]
-
-
-def exporting() -> bool:
-    """Whether ``torch.onnx.export`` is recording; the second question alone would take 2 us a call."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def is_operator(cell: str, *zoneout: Any) -> bool:
@@ -125,3 +123,35 @@ def layer(
         h = torch.stack([F.linear(h[d], w) for d, w in enumerate(projections)])
         return torch.cat(outputs, -1), h, rest[0]
     return output.transpose(1, 2).flatten(2), h, rest[0] if rest else None
+
+
+def scanned_layer(
+    cell: str,
+    input: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (B, P)
+    c_0: Tensor | None,  # (B, H)
+    weights: Weights,
+    lengths: Tensor | None,  # (B,)
+    zoneout_h: Tensor | None,  # (T, B, P) or one element
+    zoneout_c: Tensor | None,  # (T, B, H) or one element
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``seqaccel.reference.rnn.layer`` for any number of steps."""
+    input, h_0, c_0, *weights = detached(input, h_0, c_0, *weights)
+    inputs = {"x": reference.project(cell, input, weights)}
+    constants: dict[str, Tensor] = {}
+    for name, zoneout in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)):
+        if zoneout is not None:
+            (constants if zoneout.numel() == 1 else inputs)[name] = zoneout
+    if lengths is not None:
+        inputs["running"] = torch.arange(input.shape[0], device=input.device).unsqueeze(1) < lengths
+
+    def step(state: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        of_step = dict(zip(inputs, values, strict=True))
+        # A cell without c does not look at it.
+        h, c, output = reference.step(cell, state[0], state[-1], weights, **of_step, **constants)
+        return [h] if c is None else [h, c], output.clone()
+
+    state = [h_0] if c_0 is None else [h_0, c_0]
+    last, output = loop(step, state, list(inputs.values()), reverse)
+    return output, last[0], last[1] if len(last) == 2 else None

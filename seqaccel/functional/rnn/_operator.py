@@ -456,7 +456,8 @@ def _run(
     if lengths is not None:
         lengths = _on_device(lengths, input.device)
     if backend == "reference":
-        return reference.layer(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
+        definition = _onnx.scanned_layer if exporting else reference.layer
+        return definition(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
     if narrow and factors_h is None and factors_c is None:
         output, h_n, c_n = torch.ops.seqaccel.rnn_forward_bfloat16.default(
             cell, input, h_0, c_0, list(weights), lengths, reverse
@@ -484,9 +485,9 @@ def torch_step_is_faster(cell: str, input: Tensor, hidden_size: int) -> bool:
     if torch.jit.is_tracing():
         return backends.current() in ("auto", "torch")
     return (
-        0 < input.shape[0] * hidden_size <= CELLS[cell].torch_steps
+        not torch.compiler.is_compiling()  # first: a graph must not depend on the batch
+        and 0 < input.shape[0] * hidden_size <= CELLS[cell].torch_steps
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and input.device.type == "cpu"
         and backends.current() == "auto"
     )

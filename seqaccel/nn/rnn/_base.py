@@ -448,7 +448,8 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
         first = tuple(part.transpose(0, 1) for part in state)
         self.check_forward_args(x, self._hidden(first), None)
         output, last = self._run(x.transpose(0, 1) if self.batch_first else x, first, None)
-        state = tuple(part.transpose(0, 1).contiguous() for part in last)
+        # Copies: as views, dimensions of size 1 would have other strides than ``init_state`` gives them.
+        state = tuple(part.transpose(0, 1).clone(memory_format=torch.contiguous_format) for part in last)
         return output.transpose(0, 1) if self.batch_first else output, state
 
     def step(self, x_t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -1,0 +1,373 @@
+"""Every public module under torch.compile, torch.export, AOTInductor and ONNX, for any batch and any time.
+
+``python tests/test_export.py [column ...]`` runs the matrix, or some columns of it, and writes the table of
+docs/support.md; the test of a cell checks that the committed table says what it found. AOTInductor takes 10 s or more a
+module: here one module of each family is packaged, and all of them with SEQACCEL_EXPORT_ALL=1. The column ExecuTorch
+needs the package executorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves, tree_map
+
+import seqaccel
+from seqaccel import functional as SF
+from seqaccel import nn
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "support.md"
+EVERYTHING = bool(os.environ.get("SEQACCEL_EXPORT_ALL"))
+
+
+class SelfAttention(nn.HierarchicalAttention):
+    """Attention of one input over itself."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+class LinearScan(torch.nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return SF.linear_scan(a, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A module, and its inputs: a string of dimensions each, B and T varying and numbers fixed."""
+
+    family: str
+    make: Callable[[], torch.nn.Module]
+    inputs: tuple[str, ...]
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of init_state
+
+    def arguments(self, batch: int, steps: int) -> tuple[Tensor, ...]:
+        sizes = {"B": batch, "T": steps}
+        return tuple(torch.randn([sizes.get(d) or int(d) for d in dims]) for dims in self.inputs)
+
+    def dynamic(self) -> tuple[dict[int, Any], ...]:
+        dims = {"B": Dim("B"), "T": Dim("T")}
+        return tuple({i: dims[d] for i, d in enumerate(text) if d in dims} for text in self.inputs)
+
+
+CASES = {
+    "RNN": Case("rnn", lambda: nn.RNN(5, 6, num_layers=2), ("TB5",)),
+    "GRU": Case("rnn", lambda: nn.GRU(5, 6, batch_first=True, bidirectional=True), ("BT5",)),
+    "LSTM": Case("rnn", lambda: nn.LSTM(5, 6, num_layers=2), ("TB5",)),
+    "PeepholeLSTM": Case("rnn", lambda: nn.PeepholeLSTM(5, 6), ("TB5",)),
+    "LayerNormLSTM": Case("rnn", lambda: nn.LayerNormLSTM(5, 6), ("TB5",)),
+    "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6, bidirectional=True), ("TB5",)),
+    "MultiplicativeLSTM": Case("rnn", lambda: nn.MultiplicativeLSTM(5, 6), ("TB5",)),
+    "RNNCell": Case("rnn", lambda: nn.RNNCell(5, 6), ("B5",)),
+    "GRUCell": Case("rnn", lambda: nn.GRUCell(5, 6), ("B5",)),
+    "LSTMCell": Case("rnn", lambda: nn.LSTMCell(5, 6), ("B5",)),
+    "SRU": Case("scan", lambda: nn.SRU(5, 6, num_layers=2), ("TB5",)),
+    "SRUCell": Case("scan", lambda: nn.SRUCell(5, 6, bidirectional=True), ("TB5",)),
+    "linear_scan": Case("scan", LinearScan, ("BT5", "BT5")),
+    "CausalConv1d": Case("conv", lambda: nn.CausalConv1d(4, 6, 3, dilation=4, activation="relu"), ("B4T",)),
+    "TCN": Case("conv", lambda: nn.TCN(4, [6, 6], 3), ("B4T",)),
+    "HierarchicalAttention": Case(
+        "attention",
+        lambda: SelfAttention(8, 2, batch_first=True, block_size=4, pool_query=1),
+        ("BT8",),
+        {"max_length": 90},
+    ),
+}
+#: B and T of the example, and the sizes that the program is tried at: both sides of blocks, contexts, single steps.
+EXAMPLE = (3, 11)
+SIZES = [(1, 1), (1, 2), (2, 3), (5, 4), (300, 7), (2, 8), (3, 9), (2, 70)]
+
+STREAMS = {
+    "RNN": Case("rnn", lambda: nn.RNN(5, 6, num_layers=2), ("TB5",)),
+    "GRU": Case("rnn", lambda: nn.GRU(5, 6, batch_first=True), ("BT5",)),
+    **{name: CASES[name] for name in ("LSTM", "PeepholeLSTM", "LayerNormLSTM", "MultiplicativeLSTM", "SRU")},
+    "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6), ("TB5",)),
+    **{name: CASES[name] for name in ("CausalConv1d", "TCN", "HierarchicalAttention")},
+}
+
+
+def made(case: Case) -> torch.nn.Module:
+    torch.manual_seed(0)
+    module = case.make().eval()
+    return module.requires_grad_(False)
+
+
+def close(found: Any, expected: Any) -> None:
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def agrees(run: Callable[..., Any], module: torch.nn.Module, case: Case) -> None:
+    """``run`` computes at all sizes what the module does."""
+    for batch, steps in SIZES:
+        arguments = case.arguments(batch, steps)
+        close(run(*arguments), module(*arguments))
+
+
+def exported(case: Case, strict: bool) -> tuple[torch.nn.Module, torch.export.ExportedProgram]:
+    torch._dynamo.reset()
+    module = made(case)
+    program = torch.export.export(
+        module, case.arguments(*EXAMPLE), dynamic_shapes=named(module, case.dynamic()), strict=strict
+    )
+    return module, program
+
+
+def named(module: torch.nn.Module, dynamic: tuple[Any, ...]) -> dict[str, Any]:
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, dynamic, strict=False))
+
+
+# ---- the matrix ----
+
+
+def by_export(case: Case) -> None:
+    module, program = exported(case, False)
+    agrees(program.module(), module, case)
+
+
+def by_strict_export(case: Case) -> None:
+    module, program = exported(case, True)
+    agrees(program.module(), module, case)
+
+
+def by_aot_inductor(case: Case) -> None:
+    module, program = exported(case, False)
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{folder}/model.pt2", inductor_configs=quick
+        )
+        agrees(torch._inductor.aoti_load_package(path), module, case)
+
+
+def by_onnx(case: Case) -> None:
+    import onnxruntime
+
+    module, file = made(case), io.BytesIO()
+    torch.onnx.export(
+        module, case.arguments(*EXAMPLE), file, dynamic_shapes=named(module, case.dynamic()), verbose=False, dynamo=True
+    )
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), arguments, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    agrees(run, module, case)
+
+
+def by_executorch(case: Case) -> None:
+    """For the example's sizes: ExecuTorch knows torch's core operators only, which the reference is made of."""
+    from executorch.exir import to_edge  # type: ignore[import-not-found]
+    from executorch.runtime import Runtime  # type: ignore[import-not-found]
+
+    module, arguments = made(case), case.arguments(*EXAMPLE)
+    with seqaccel.backend("reference"):
+        program = torch.export.export(module, arguments)
+    buffer = to_edge(program).to_executorch().buffer
+    close(Runtime.get().load_program(buffer).load_method("forward").execute(list(arguments)), module(*arguments))
+
+
+COLUMNS: dict[str, Callable[[Case], None]] = {
+    "torch.export": by_export,
+    "torch.export, strict": by_strict_export,
+    "AOTInductor": by_aot_inductor,
+    "ONNX": by_onnx,
+    "ExecuTorch": by_executorch,
+}
+#: What does not work; docs/support.md says why, and what to use.
+MISSING = {("HierarchicalAttention", "ONNX")}
+
+
+def outcome(name: str, column: str) -> str:
+    if (name, column) in MISSING:
+        with pytest.raises(Exception):  # noqa: B017
+            COLUMNS[column](CASES[name])
+        return "no"
+    COLUMNS[column](CASES[name])
+    return "yes"
+
+
+def table(cells: dict[tuple[str, str], str]) -> str:
+    rows = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
+    rows += [[f"`{name}`", *(cells[name, column] for column in COLUMNS)] for name in CASES]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def committed() -> dict[tuple[str, str], str]:
+    """The cells of the page's table."""
+    text = PAGE.read_text()
+    found = re.search(r"<!-- matrix -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert found, f"{PAGE} has no table"
+    header, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in found[1].splitlines())
+    assert header == ["", *COLUMNS]
+    return {(row[0].strip("`"), column): value for row in rows for column, value in zip(COLUMNS, row[1:], strict=True)}
+
+
+#: AOTInductor's: one module of each family.
+PACKAGED = {"LSTM", "SRU", "TCN", "HierarchicalAttention"}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_cell_of_the_matrix(name, column):
+    if column == "AOTInductor" and name not in PACKAGED and not EVERYTHING:
+        pytest.skip("takes 10 s; SEQACCEL_EXPORT_ALL=1 runs it")
+    needed = {"ONNX": "onnxscript", "ExecuTorch": "executorch"}.get(column)
+    if needed:
+        pytest.importorskip(needed)
+    assert committed()[name, column] == outcome(name, column)
+
+
+def test_every_public_module_is_in_the_matrix():
+    assert {name for name in CASES if name != "linear_scan"} == set(nn.__all__) - {"Streaming"}
+    streaming = {n for n in nn.__all__ if issubclass(getattr(nn, n), nn.Streaming) and n != "Streaming"}
+    assert set(STREAMS) == streaming
+    assert {name for name, _ in committed()} == set(CASES)
+
+
+# ---- streams ----
+
+
+class Stream(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        return getattr(self.module, self.method)(x, state)
+
+
+def time_of(case: Case) -> int:
+    return case.inputs[0].index("T")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("method", ["step", "extend"])
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_is_exported_with_its_state(name, method, strict):
+    torch._dynamo.reset()
+    case = STREAMS[name]
+    module, time = made(case), time_of(case)
+    (x,) = case.arguments(*EXAMPLE)
+    state = module.init_state(EXAMPLE[0], **case.state)
+    (dynamic,) = case.dynamic()
+    if method == "step":
+        x = x.select(time, 0).contiguous()
+        dynamic = {i - (i > time): dim for i, dim in dynamic.items() if i != time}
+    batch = next(d for d in dynamic.values() if d.__name__ == "B")
+    shapes = (dynamic, tree_map(lambda _: {0: batch}, state))
+    program = torch.export.export(Stream(module, method), (x, state), dynamic_shapes=shapes, strict=strict).module()
+    for batch in (1, 2, 7):
+        (x,) = case.arguments(batch, 41)
+        state = module.init_state(batch, **case.state)
+        pieces = x.unbind(time)[:12] if method == "step" else x.split([1, 2, 3, 11, 1, 17, 6], time)
+        outputs = []
+        for piece in pieces:
+            y, state = program(piece, state)
+            outputs.append(y.unsqueeze(time) if method == "step" else y)
+        found = torch.cat(outputs, time)
+        expected, _ = module.extend(x, module.init_state(batch))
+        close(found, expected.narrow(time, 0, found.shape[time]))
+
+
+@pytest.fixture
+def graphs():
+    """Counts the graphs that were compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_steps_compile_once(name, graphs):
+    case = STREAMS[name]
+    module, time = made(case), time_of(case)
+    for batch in (1, 3):
+        before = graphs()
+        torch._dynamo.reset()
+        step = torch.compile(module.step, fullgraph=True, backend="aot_eager")
+        state, (x,) = module.init_state(batch, **case.state), case.arguments(batch, 4)
+        expected, _ = module.extend(x, state)
+        for t, x_t in enumerate(x.unbind(time)):
+            y, state = step(x_t, state)
+            close(y, expected.select(time, t))
+        assert graphs() - before == 1
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_state_has_the_strides_of_a_fresh_one(name):
+    case = STREAMS[name]
+    module, time = made(case), time_of(case)
+    for batch in (1, 2):
+        fresh, (x,) = module.init_state(batch, **case.state), case.arguments(batch, 2)
+        _, extended = module.extend(x, fresh)
+        _, stepped = module.step(x.select(time, 0), fresh)
+        for state in (extended, stepped):
+            assert tree_map(torch.Tensor.stride, state) == tree_map(torch.Tensor.stride, fresh)
+
+
+# ---- batch and time that change ----
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_and_time_compile_at_most_twice(name, graphs):
+    case = CASES[name]
+    module = made(case)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for batch, steps in [(3, 11), (5, 33), (2, 3), (300, 70), (4, 4), (7, 2)]:
+        arguments = case.arguments(batch, steps)
+        close(compiled(*arguments), module(*arguments))
+    assert graphs() <= 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dimensions_found_by_export_stay_general(name):
+    """Dim.AUTO narrows a program without a word where code compares sizes."""
+    torch._dynamo.reset()
+    case = CASES[name]
+    module = made(case)
+    automatic = tuple(dict.fromkeys(dims, Dim.AUTO) for dims in case.dynamic())
+    program = torch.export.export(module, case.arguments(*EXAMPLE), dynamic_shapes=named(module, automatic))
+    run = program.module()
+    for batch, steps in SIZES:
+        arguments = case.arguments(batch, steps)
+        if batch > 1 and steps > 1:  # AUTO sets apart sizes of 1
+            close(run(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "linear_scan"])
+def test_skip_init(name):
+    kind = getattr(nn, name)
+    sizes = {"CausalConv1d": (4, 6, 3), "TCN": (4, [6]), "HierarchicalAttention": (8, 2)}.get(name, (5, 6))
+    module = torch.nn.utils.skip_init(kind, *sizes, dtype=torch.float64)
+    assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())
+
+
+if __name__ == "__main__":
+    cells = committed()
+    for column in sys.argv[1:] or COLUMNS:
+        for name in CASES:
+            try:
+                cells[name, column] = outcome(name, column)
+            except Exception as error:
+                cells[name, column] = "no"
+                print(error)
+            print(name, column, cells[name, column], flush=True)
+    new = f"<!-- matrix -->\n{table(cells)}<!-- end -->"
+    PAGE.write_text(re.sub(r"<!-- matrix -->\n.*?<!-- end -->", lambda _: new, PAGE.read_text(), flags=re.DOTALL))
