@@ -45,6 +45,11 @@ def _check_constructor(
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout!r}")
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
     """A stack of layers of one cell. A module names the cell, and torch's mode with as many gates.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.nn.rnn._base import Recurrent, given
 
 _NO_FORGET_GATE = "a GRU has no forget gate"
 
@@ -61,7 +61,10 @@ class RNN(Recurrent):
 
     nonlinearity: str
 
-    def __init__(self, *args: Any, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, recurrent_dropout: float = 0.0, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        kwargs |= given(device=device, dtype=dtype)
         _no_projection(kwargs)
         if len(args) > 3:
             self.nonlinearity = args[3]
@@ -135,8 +138,11 @@ class GRU(Recurrent):
         reset_after: bool = True,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
+        kwargs |= given(device=device, dtype=dtype)
         _no_projection(kwargs)
         _refuse("GRU", kwargs, forget_bias=_NO_FORGET_GATE)
         self.reset_after = reset_after
@@ -173,7 +179,16 @@ class LayerNormGRU(Recurrent):
         torch.Size([5, 3, 20])
     """
 
-    def __init__(self, *args: Any, zoneout: float = 0.0, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs |= given(device=device, dtype=dtype)
         _refuse(
             "LayerNormGRU", kwargs, reset_after="its reset gate comes after the product", forget_bias=_NO_FORGET_GATE
         )

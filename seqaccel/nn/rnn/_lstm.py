@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.nn.rnn._base import Recurrent, given
 
 
 class _WithCellState(Recurrent):
@@ -159,7 +159,10 @@ class LayerNormLSTM(_WithCellState):
 
     normalize_cell: bool = False
 
-    def __init__(self, *args: Any, normalize_cell: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, normalize_cell: bool = False, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        kwargs |= given(device=device, dtype=dtype)
         self.normalize_cell = normalize_cell
         super().__init__(*args, **kwargs)
 
