@@ -14,10 +14,16 @@ def _check(where: str, state: Any) -> Tensor:
     """A state, a nested tuple of tensors; returns its first tensor."""
     if isinstance(state, Tensor):
         return state
-    if not isinstance(state, (tuple, list)) or not state:
+    # A part may be empty: the mark of a state of fixed size.
+    parts = (
+        [part for part in state if not (isinstance(part, tuple) and not part)]
+        if isinstance(state, (tuple, list))
+        else []
+    )
+    if not parts:
         kind = "an empty one" if isinstance(state, (tuple, list)) else type(state).__name__
         raise TypeError(f"{where}: expected state to be a (nested) tuple of tensors, but got {kind}")
-    first, *_ = [_check(where, part) for part in state]
+    first, *_ = [_check(where, part) for part in parts]
     return first
 
 
