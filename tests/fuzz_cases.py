@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 
 import seqaccel
 from seqaccel.functional.rnn._cells import CELLS
@@ -385,7 +386,7 @@ def operators() -> dict[str, Target]:
         namespace, name = qualified.split("::")
         keys = ("CPU", "CompositeExplicitAutograd")
         native = any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) for key in keys)
-        if namespace == "seqaccel" and native and not name.endswith("_triton"):
+        if namespace == "seqaccel" and native and qualified not in OPDEFS:  # which has those of Python
             packet, _, overload = name.partition(".")
             operator = getattr(getattr(OPERATORS, packet), overload or "default")
             found[name] = Target(operator, operator._schema)
