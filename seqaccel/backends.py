@@ -15,6 +15,7 @@ put in its place.
 """
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -99,7 +100,11 @@ def current() -> str:
 
 
 def _stash(name: str | None) -> None:
-    torch._C._stash_obj_in_tls(_KEY, (threading.get_ident(), name))
+    stashed = (threading.get_ident(), name)
+    count = sys.getrefcount(stashed)
+    torch._C._stash_obj_in_tls(_KEY, stashed)
+    if sys.getrefcount(stashed) == count:  # torch 2.11 takes a reference without counting it
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stashed))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 
 import seqaccel
 from seqaccel.functional.rnn._cells import CELLS
@@ -251,6 +250,7 @@ GENERATORS: dict[str, Generator] = {
     "hierarchical_attention_backward": hierarchical_attention_backward,
     "hierarchical_attention_forward": hierarchical_attention_forward,
     "isa": lambda rng: {},
+    "isa_number": lambda rng: {"best": boolean(rng)},
     "linear_scan_backward": linear_scan_backward,
     "linear_scan_forward": linear_scan_forward,
     "mm": matrices,
@@ -260,6 +260,7 @@ GENERATORS: dict[str, Generator] = {
     "set_isa": lambda rng: {"name": rng.choice(available_isas())},
     "sru_backward": sru_backward,
     "sru_forward": sru_forward,
+    "threads": lambda rng: {},
 }
 
 
@@ -384,9 +385,7 @@ def operators() -> dict[str, Target]:
     found = {}
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, name = qualified.split("::")
-        keys = ("CPU", "CompositeExplicitAutograd")
-        native = any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key) for key in keys)
-        if namespace == "seqaccel" and native and qualified not in OPDEFS:  # which has those of Python
+        if namespace == "seqaccel" and "csrc/cpu" in torch._C._dispatch_dump(qualified):
             packet, _, overload = name.partition(".")
             operator = getattr(getattr(OPERATORS, packet), overload or "default")
             found[name] = Target(operator, operator._schema)
