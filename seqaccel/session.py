@@ -6,7 +6,7 @@ import copy
 import ctypes
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,8 +47,9 @@ class Session:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
             :class:`~seqaccel.nn.LSTMCell`, …) or of :mod:`torch.nn`, in float32 on the CPU, any number of layers, one
             direction (the output of a cell is h); or a :class:`torch.nn.Sequential` of those with
-            ``Linear``, ``Embedding`` (first), ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``,
-            ``SiLU``, ``GELU``, ``LeakyReLU``, ``ELU``, ``Identity`` and ``Dropout`` between.
+            ``Linear``, ``BatchNorm1d`` (after a Linear, by its running statistics), ``Embedding`` (first),
+            ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``GELU``, ``LeakyReLU``,
+            ``ELU``, ``Identity`` and ``Dropout`` between.
         batch_size: number of independent streams B. Default: 1
         weights: what the packed matrices are held in. ``"float32"``; ``"bfloat16"``: half the memory, the weights and
             what they multiply rounded to 8 bits; ``"int8"``: a quarter, each row of a weight rounded to 255 values with
@@ -122,6 +123,12 @@ class Session:
         self._output_shape = (batch_size, self.output_size)
         self._session = session
         self._extend = session.extend
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a Session is neither copied nor pickled: make another of its module, and give that one the state: "
+            "load_state_dict(session.state_dict())"
+        )
 
     def _checked(self, x: Tensor, shape: tuple[int | None, ...]) -> Tensor:
         _arguments.tensor("Session", "x", x)
@@ -285,6 +292,8 @@ def _describe(
             )
         width = module.normalized_shape[0]
         layers.append(("layer_norm", (width, 0, width), [module.weight, module.bias], (0.0, 0.0, module.eps)))
+    elif isinstance(module, torch.nn.BatchNorm1d):
+        _fold_batch_norm(module, layers)
     elif isinstance(module, _CELLS) or type(module) in REPLACEMENTS:
         _describe_recurrent(module, layers, states, session, name)
     elif not isinstance(module, (torch.nn.Identity, torch.nn.Dropout)):
@@ -293,6 +302,24 @@ def _describe(
             raise TypeError(f"module: a Sequential must not begin with {type(module).__name__}")
         width = layers[-1][1][2]
         layers.append((kind, (width, 0, width), [], (0.0, 0.0, parameter)))
+
+
+def _fold_batch_norm(module: torch.nn.BatchNorm1d, layers: list[_Layer]) -> None:
+    """In eval mode it is a gain and a bias a feature: those of the Linear before it."""
+    if module.running_mean is None or module.running_var is None:
+        raise ValueError("module: a Session runs a BatchNorm1d with running statistics only")
+    if not layers or layers[-1][0] != "linear" or layers[-1][1][2] != module.num_features:
+        raise ValueError(f"module: a Session runs a BatchNorm1d after a Linear of {module.num_features} features only")
+    scale = (module.running_var.detach() + module.eps).rsqrt()
+    shift = -module.running_mean.detach() * scale
+    if module.weight is not None:
+        scale, shift = scale * module.weight.detach(), shift * module.weight.detach()
+    if module.bias is not None:
+        shift = shift + module.bias.detach()
+    kind, sizes, (weight, bias), numbers = layers[-1]
+    assert weight is not None
+    shift = shift if bias is None else shift + bias.detach() * scale
+    layers[-1] = (kind, sizes, [weight.detach() * scale.unsqueeze(1), shift], numbers)
 
 
 def _activation(module: torch.nn.Module) -> tuple[str, float]:
@@ -306,7 +333,7 @@ def _activation(module: torch.nn.Module) -> tuple[str, float]:
         return "elu", module.alpha
     raise TypeError(
         "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, or a Sequential of them and of Linear, "
-        f"Embedding, LayerNorm and activations, but got {type(module).__name__}"
+        f"Embedding, LayerNorm, BatchNorm1d and activations, but got {type(module).__name__}"
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pathlib
+import pickle
 import threading
 import warnings
 
@@ -449,3 +450,24 @@ def test_torch_s_own_layers_and_cells():
             torch.testing.assert_close(found.state_dict()["h"][0], wanted[-1], atol=1e-5, rtol=1e-5)
     with pytest.raises(TypeError, match="module: expected a recurrent layer"):
         seqaccel.Session(type("Other", (torch.nn.LSTM,), {})(5, 7))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_batch_norm_after_a_linear(bias):
+    norm, x = torch.nn.BatchNorm1d(7), torch.randn(9, 3, 5)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    for last in (norm, torch.nn.BatchNorm1d(7, affine=False)):
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7, bias), last, torch.nn.ReLU()).eval()
+        wanted = torch.stack([model(x_t) for x_t in x])
+        torch.testing.assert_close(seqaccel.Session(model, 3).extend(x), wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="module: a Session runs a BatchNorm1d after a Linear of 7 features only"):
+        seqaccel.Session(torch.nn.Sequential(seqaccel.nn.GRU(5, 7), norm))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_session_is_not_copied(copied):
+    """Two objects would move one state."""
+    with pytest.raises(TypeError, match="neither copied nor pickled: make another of its module"):
+        copied(seqaccel.Session(seqaccel.nn.LSTM(5, 7)))
