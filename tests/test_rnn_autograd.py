@@ -127,12 +127,11 @@ def test_twice_through_the_same_graph(monkeypatch):
         differentiate([output.sum()], tensors, None)
 
 
-@pytest.mark.parametrize("changed", ["weight_hh", "output"])
-def test_refuses_what_was_changed_in_place(changed, monkeypatch):
+def test_refuses_what_was_changed_in_place(monkeypatch):
     tensors, _ = lstm()
     output = call(tensors, "lstm", True, monkeypatch)[0]
     with torch.no_grad():
-        (tensors["weight_hh"] if changed == "weight_hh" else output).zero_()
+        tensors["weight_hh"].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         differentiate([output.sum()], tensors, None)
 

@@ -3,9 +3,11 @@
 // C++ API, so for one torch.
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/extension.h>
 
+namespace seqaccel {
 namespace {
 
 using torch::Tensor;
@@ -42,8 +44,23 @@ bool is_batched(const Tensor& t) {
   return t.defined() && t.key_set().has_any(keys);
 }
 
-class Layer : public torch::autograd::Function<Layer> {
+// Shares the version counter of `t` and no memory: says later whether `t` was modified.
+Tensor watch(const Tensor& t) {
+  Tensor watching = at::empty({0}, t.options().requires_grad(false));
+  watching.unsafeGetTensorImpl()->set_version_counter(t.unsafeGetTensorImpl()->version_counter());
+  return watching;
+}
+
+bool modified(const Tensor& watching) { return watching._version() != 0; }  // outputs are fresh: version 0
+
+}  // namespace
+
+// Profiles show its name. The output may be modified in place, as torch's layers allow: backward then calculates it
+// again.
+class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
  public:
+  static constexpr bool is_traceable = true;
+
   template <typename... T>
   static variable_list forward(AutogradContext* ctx, const std::string& cell, bool reverse, size_t count,
                                const T&... arguments) {
@@ -51,7 +68,8 @@ class Layer : public torch::autograd::Function<Layer> {
     const Arguments a{arguments...};
     const auto found = call_forward(cell, a, count, reverse, true);
     const variable_list outputs = outputs_of(found, a[2].has_value());
-    variable_list saved{outputs[0]};
+    variable_list saved{outputs[0].variable_data()};
+    ctx->saved_data["output"] = watch(outputs[0]);
     for (const Optional& t : a) saved.push_back(t.value_or(Tensor()));
     for (const Tensor& t : found[3].toTensorVector()) saved.push_back(t);
     ctx->save_for_backward(std::move(saved));
@@ -66,7 +84,8 @@ class Layer : public torch::autograd::Function<Layer> {
     const std::string cell = ctx->saved_data["cell"].toStringRef();
     const bool reverse = ctx->saved_data["reverse"].toBool();
     const size_t count = ctx->saved_data["count"].toInt();
-    const variable_list saved = ctx->get_saved_variables();
+    RECORD_FUNCTION("seqaccel::" + cell + "_backward", c10::ArrayRef<const c10::IValue>());
+    variable_list saved = ctx->get_saved_variables();
     Arguments a;
     std::vector<bool> needs;
     for (size_t i = 0, edge = 0; i < 3 + count; ++i) {
@@ -86,6 +105,10 @@ class Layer : public torch::autograd::Function<Layer> {
                                at::ArrayRef<Optional>(of_outputs.data(), outer.size()), needs);
       for (size_t i = 0; i < needs.size(); ++i) give(i, found[i]);
       return grads;
+    }
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (modified(ctx->saved_data["output"].toTensor())) {
+      saved[0] = call_forward(cell, a, count, reverse, false)[0].toTensor();
     }
     c10::List<bool> wanted{needs[0]};
     for (size_t i = 3; i < needs.size(); ++i) wanted.push_back(needs[i]);
@@ -114,6 +137,8 @@ class Layer : public torch::autograd::Function<Layer> {
     return found;
   }
 };
+
+namespace {
 
 // Whether a tensor is dense, on the CPU, and neither transformed nor traced nor seen by a dispatch mode of Python's.
 bool is_ordinary(const Tensor& t) {
@@ -161,15 +186,20 @@ std::optional<variable_list> layer(const std::string& cell, const py::handle& in
     a[1] = at::zeros({x.size(1), weight_hh.size(1)}, x.options());
     if (has_c) a[2] = at::zeros({x.size(1), weight_hh.size(0) / gates}, x.options());
   }
+  RECORD_FUNCTION("seqaccel::" + cell + "_forward", c10::ArrayRef<const c10::IValue>());
   const auto records = [](const Optional& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && std::any_of(a.begin(), a.end(), records)) {
-    return std::apply([&](const auto&... each) { return Layer::apply(cell, reverse, count, each...); }, a);
+    return std::apply([&](const auto&... each) { return RecurrentLayer::apply(cell, reverse, count, each...); }, a);
   }
-  const auto found = call_forward(cell, a, count, reverse, false);
   at::AutoDispatchBelowADInplaceOrView below;  // no views, which may not be detached in place
+  const auto found = call_forward(cell, a, count, reverse, false);
   return outputs_of(found, has_c);
 }
 
 }  // namespace
+}  // namespace seqaccel
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("layer", &layer); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("layer", &seqaccel::layer);
+  m.def("watch", &seqaccel::watch);
+}

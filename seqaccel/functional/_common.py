@@ -28,10 +28,18 @@ def unrecorded(check: Check) -> Check:
     return checked  # type: ignore[return-value]
 
 
+def constant_while_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result`` without importing Dynamo: called, not traced, while Dynamo traces."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_while_compiling
 def transforms_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is on: the reference serves there."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is on: the reference serves there.
+
+    Dynamo compiles anew where the answer would be another one.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 

@@ -1,12 +1,14 @@
 """Hierarchical attention: the public function, its checks, autograd and choice of backend."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqaccel import _extension, backends
+from seqaccel import backends
 from seqaccel.functional import _arguments, _common, _onnx
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import attention as reference
 
 __all__ = ["hierarchical_attention"]
@@ -56,16 +58,12 @@ def _backward_fake(grad_out, query, key, value, pool_query, *_):
     return _empty_heads(query), _empty_heads(key), _empty_heads(value), pool.contiguous()
 
 
-if _extension.cpp_error is None:
-    torch.library.register_fake("seqaccel::hierarchical_attention_forward")(_forward_fake)
-    torch.library.register_fake("seqaccel::hierarchical_attention_backward")(_backward_fake)
-
-
 def _operators(backend: str):
     """The forward and the backward operator of a backend."""
     if backend == "triton":
         from seqaccel.kernels import attention as kernels
 
+        once(_register, "triton")
         return kernels.hierarchical_attention_forward, kernels.hierarchical_attention_backward
     return torch.ops.seqaccel.hierarchical_attention_forward, torch.ops.seqaccel.hierarchical_attention_backward
 
@@ -77,27 +75,104 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | N
 
 
 class _HierarchicalAttention(torch.autograd.Function):
-    """Saves the inputs, the output, one logsumexp a query, and the pooled keys and values (1 / (block_size - 1))."""
+    """Saves the inputs, the output, one logsumexp a query, and the pooled keys and values (1 / (block_size - 1)).
+    A list ``kept`` takes what is not an argument or the output."""
 
     @staticmethod
-    def forward(ctx, backend, options, query, key, value, pool_query):
-        out, lse, pooled_key, pooled_value = _operators(backend)[0](query, key, value, pool_query, *options)
-        ctx.save_for_backward(query, key, value, pool_query, out, lse, pooled_key, pooled_value)
+    def forward(ctx, backend, options, query, key, value, pool_query, kept=None):
+        out, *rest = call(_operators(backend)[0], query, key, value, pool_query, *options)
+        if kept is not None:
+            kept.extend(rest)
+        ctx.save_for_backward(query, key, value, pool_query, out, *rest)
         ctx.backend, ctx.options = backend, options
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         query, key, value, pool_query, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        needs = ctx.needs_input_grad[2:6]
+        if torch.is_grad_enabled():
             inputs = (query, key, value, pool_query)
             grads = _common.differentiable_backward(
                 lambda *tensors: _reference(*tensors, ctx.options), inputs, (grad_out,), needs
             )
-            return None, None, *grads
-        grads = _operators(ctx.backend)[1](grad_out, query, key, value, pool_query, *saved, *ctx.options)
-        return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+            return None, None, *grads, None
+        grads = call(_operators(ctx.backend)[1], grad_out, query, key, value, pool_query, *saved, *ctx.options)
+        return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+
+
+# ---- the operators' facts ----
+
+
+def _definition(query, key, value, pool_query, *options) -> Tensor:
+    return _reference(query, key, value, pool_query, _Options(*options))
+
+
+def _recorded(backend, query, key, value, pool_query, *options):
+    kept: list[Tensor] = []
+    return _HierarchicalAttention.apply(backend, _Options(*options), query, key, value, pool_query, kept), *kept
+
+
+def _pairs(length: int, options: _Options) -> int:
+    """How many tokens and nodes all queries see together."""
+    spans = reference.level_spans(
+        length, options.block_size, options.fanout, None if options.levels < 0 else options.levels
+    )
+    near, pairs = options.local_blocks, 0
+    block = min(options.block_size, max(length, 1))
+    for first in range(0, length, block):  # the queries of a block see the same nodes, but for the last tokens
+        rows = min(block, length - first)
+        for level, span in enumerate(spans):
+            start, end = 0, (first if options.causal else length) // span
+            if level + 1 < len(spans):
+                parent = first // spans[level + 1]
+                children = spans[level + 1] // span
+                start = max(parent - (near - 1), 0) * children
+                if not options.causal:
+                    end = min(end, (parent + near) * children)
+            own = 0 if level == 0 else max(min(end, first // span + near) - max(start, first // span - near + 1), 0)
+            pairs += rows * max(end - start - own, 0)
+        pairs += rows * (rows + 1) // 2 if options.causal else 0
+    return pairs
+
+
+def _forward_flops(query, key, value, pool_query, *options) -> int:
+    B, H, T, D = query
+    return 4 * B * H * D * _pairs(T, _Options(*options))
+
+
+def _backward_flops(grad_out, query, key, value, pool_query, out, lse, pooled_key, pooled_value, *options) -> int:
+    return 5 * _forward_flops(query, key, value, pool_query, *options) // 2
+
+
+def _register(backend: str) -> None:
+    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    by_batch: dict[str | int, int] = {"query": 0, "key": 0, "value": 0, 0: 0, 1: 0, 2: 0, 3: 0}
+    register(
+        Operator(
+            "hierarchical_attention_forward" + suffix,
+            _forward_fake,
+            _forward_flops,
+            definition=_definition,
+            recorded=functools.partial(_recorded, backend),
+            batch=by_batch,
+            autocast=autocast,
+        )
+    )
+    names = ("grad_out", "query", "key", "value", "out", "lse", "pooled_key", "pooled_value", 0, 1, 2)
+    register(
+        Operator(
+            "hierarchical_attention_backward" + suffix,
+            _backward_fake,
+            _backward_flops,
+            batch=dict.fromkeys(names, 0),
+            summed=(3,),
+            autocast=autocast,
+        )
+    )
+
+
+_register("cpp")
 
 
 @_common.unrecorded
@@ -244,8 +319,10 @@ def hierarchical_attention(
         wide = _common.compute_dtype(dtype)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
         pool_query = None if pool_query is None else pool_query.to(wide)
-    if _common.needs_grad(query, key, value, pool_query):
+    if torch.compiler.is_compiling():  # autograd records the operator itself
+        out = _operators(backend)[0](query, key, value, pool_query, *options)[0]
+    elif _common.needs_grad(query, key, value, pool_query):
         out = _HierarchicalAttention.apply(backend, options, query, key, value, pool_query)
     else:
-        out = _operators(backend)[0](query, key, value, pool_query, *options)[0]
+        out = call(_operators(backend)[0], query, key, value, pool_query, *options)[0]
     return out.to(dtype)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqaccel import _extension, backends
+from seqaccel import backends
 from seqaccel.functional import _arguments, _common, _onnx
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
 
 __all__ = ["causal_conv1d"]
@@ -83,11 +86,6 @@ def _backward_fake(
     return tuple(x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes))
 
 
-if _extension.cpp_error is None:
-    torch.library.register_fake("seqaccel::causal_conv1d_forward")(_forward_fake)
-    torch.library.register_fake("seqaccel::causal_conv1d_backward")(_backward_fake)
-
-
 def _operators(backend: str):
     if backend == "cpp":
         return (
@@ -96,11 +94,14 @@ def _operators(backend: str):
         )
     from seqaccel.kernels import conv as triton_kernels
 
+    once(_register, "triton")
+
     return triton_kernels.causal_conv1d_forward, triton_kernels.causal_conv1d_backward
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """Saves x, the weight, y where an activation's derivative is taken from it, and what ``_saved_kind`` says."""
+    """Saves x, the weight, y where an activation's derivative is taken from it, and what ``_saved_kind`` says, which a
+    list ``kept`` takes."""
 
     @staticmethod
     def forward(
@@ -117,9 +118,10 @@ class _CausalConv1d(torch.autograd.Function):
         activation,
         relu,
         dropout,
+        kept=None,
     ):
-        forward, _ = _operators(backend)
-        y, saved = forward(
+        y, saved = call(
+            _operators(backend)[0],
             x,
             weight,
             bias,
@@ -133,6 +135,8 @@ class _CausalConv1d(torch.autograd.Function):
             dropout,
             True,
         )
+        if kept is not None:
+            kept.append(saved)
         kind = _saved_kind(activation, relu, dropout, residual is not None)
         needs_y = relu or (activation != "none" and kind == "nothing")
         ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
@@ -146,31 +150,13 @@ class _CausalConv1d(torch.autograd.Function):
         dilation, groups, activation, relu, dropout = ctx.options
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-
-            def differentiable(x, weight, bias, residual, history):
-                return reference.causal_conv1d(
-                    x,
-                    weight,
-                    bias,
-                    residual,
-                    history,
-                    seed,
-                    dilation=dilation,
-                    groups=groups,
-                    activation=None if activation == "none" else activation,
-                    relu=relu,
-                    dropout=dropout,
-                )
-
-            grads = _common.differentiable_backward(
-                differentiable, (x, weight, bias, residual, history), (grad_y,), needs
-            )
-            return (*grads, *[None] * 7)
+            grads = _gradients(x, weight, bias, residual, history, seed, ctx.options, grad_y, needs)
+            return (*grads, *[None] * 8)
         # Without a relu around it the residual's gradient is that of y.
         own_residual = needs[3] and relu
         wants = sum(1 << i for i, need in enumerate(needs) if need and (i != 3 or own_residual))
-        _, backward = _operators(ctx.backend)
-        grads = backward(
+        grads = call(
+            _operators(ctx.backend)[1],
             grad_y,
             y,
             saved,
@@ -190,7 +176,80 @@ class _CausalConv1d(torch.autograd.Function):
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if needs[3] and not relu:
             grads[3] = grad_y
-        return (*grads, *[None] * 7)
+        return (*grads, *[None] * 8)
+
+
+# ---- the operators' facts ----
+
+
+def _definition(
+    x, weight, bias, residual, history, seed, dilation, groups, activation, relu, dropout, save=False
+) -> Tensor:
+    return reference.causal_conv1d(
+        x,
+        weight,
+        bias,
+        residual,
+        history,
+        seed,
+        dilation=dilation,
+        groups=groups,
+        activation=None if activation == "none" else activation,
+        relu=relu,
+        dropout=dropout,
+    )
+
+
+def _gradients(x, weight, bias, residual, history, seed, options, grad_y, needs):
+    """Differentiable gradients of x, weight, bias, residual and history."""
+    return _common.differentiable_backward(
+        lambda *tensors: _definition(*tensors, seed, *options), (x, weight, bias, residual, history), (grad_y,), needs
+    )
+
+
+def _recorded(backend, *arguments):
+    *operands, save = arguments
+    kept: list[Tensor] = []
+    y = _CausalConv1d.apply(*operands[:6], backend, *operands[6:], kept)
+    return y, kept[0] if save else kept[0].new_empty(0)
+
+
+def _forward_flops(x, weight, *_) -> int:
+    return 2 * x[0] * x[2] * math.prod(weight)
+
+
+def _backward_flops(grad_y, y, saved, x, weight, *rest) -> int:
+    return _forward_flops(x, weight) * (bool(rest[-1] & _X) + bool(rest[-1] & _WEIGHT))
+
+
+def _register(backend: str) -> None:
+    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    by_batch: dict[str | int, int] = {"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0}
+    register(
+        Operator(
+            "causal_conv1d_forward" + suffix,
+            _forward_fake,
+            _forward_flops,
+            definition=_definition,
+            recorded=functools.partial(_recorded, backend),
+            batch=by_batch,
+            autocast=autocast,
+        )
+    )
+    by_batch = {"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, "addend": 0, 0: 0, 3: 0, 4: 0}
+    register(
+        Operator(
+            "causal_conv1d_backward" + suffix,
+            _backward_fake,
+            _backward_flops,
+            batch=by_batch,
+            summed=(1, 2),
+            autocast=autocast,
+        )
+    )
+
+
+_register("cpp")
 
 
 def _check_types(**tensors) -> None:
@@ -393,8 +452,10 @@ def causal_conv1d(
             None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
         )
     arguments = (dilation, groups, activation or "none", relu, float(dropout))
-    if _common.needs_grad(x, weight, bias, residual, history):
+    if torch.compiler.is_compiling():  # autograd records the operator itself
+        y, _ = _operators(backend)[0](x, weight, bias, residual, history, seed, *arguments, False)
+    elif _common.needs_grad(x, weight, bias, residual, history):
         y = _CausalConv1d.apply(x, weight, bias, residual, history, seed, backend, *arguments)
     else:
-        y, _ = _operators(backend)[0](x, weight, bias, residual, history, seed, *arguments, False)
+        y, _ = call(_operators(backend)[0], x, weight, bias, residual, history, seed, *arguments, False)
     return y.to(dtype)

@@ -1,5 +1,6 @@
 """Linear scan and the recurrence of SRU."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from seqaccel import backends
 from seqaccel.functional import _arguments, _common, _onnx
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import scan as reference
 
 __all__ = ["linear_scan", "sru", "sru_layer"]
@@ -20,20 +22,21 @@ def _operator(name: str, backend: str) -> Callable[..., Any]:
     if backend == "triton":
         from seqaccel.kernels import scan as kernels
 
+        once(_register, "triton")
         return getattr(kernels, name)
-    return getattr(torch.ops.seqaccel, name)
+    return getattr(torch.ops.seqaccel, name).default
 
 
 def _mm(a: Tensor, b: Tensor, backend: str) -> Tensor:
     """a @ b; on a CPU by torch's library or by our kernels, whichever is faster on its cores."""
-    return torch.ops.seqaccel.fastest_mm(a, b) if backend == "cpp" else torch.mm(a, b)
+    return torch.ops.seqaccel.fastest_mm.default(a, b) if backend == "cpp" else torch.mm(a, b)
 
 
 def _add_mm_(out: Tensor, a: Tensor, b: Tensor, backend: str) -> Tensor:
     """out += a @ b, likewise."""
     if backend != "cpp" or _common.is_batched(a):
         return out.addmm_(a, b)
-    torch.ops.seqaccel.add_fastest_mm_(out, a, b)
+    torch.ops.seqaccel.add_fastest_mm_.default(out, a, b)
     return out
 
 
@@ -71,7 +74,7 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b, h_0, reverse, backend):
-        h = _operator("linear_scan_forward", backend)(a, b, h_0, reverse)
+        h = call(_operator("linear_scan_forward", backend), a, b, h_0, reverse)
         ctx.save_for_backward(a, h_0, h)
         ctx.reverse, ctx.backend = reverse, backend
         return h
@@ -82,7 +85,8 @@ class _LinearScan(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad_a, grad_b, grad_h_0 = reference.linear_scan_gradients(grad_h, a, h, h_0, ctx.reverse)
         else:
-            grad_a, grad_b, grad_h_0 = _operator("linear_scan_backward", ctx.backend)(grad_h, a, h, h_0, ctx.reverse)
+            backward = _operator("linear_scan_backward", ctx.backend)
+            grad_a, grad_b, grad_h_0 = call(backward, grad_h, a, h, h_0, ctx.reverse)
         return grad_a, grad_b, None if h_0 is None else grad_h_0, None, None
 
 
@@ -172,10 +176,12 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
         backend = backends.choose("linear_scan", a, _BACKENDS, prefer=prefer)
         if backend == "reference":
             h = reference.linear_scan(a, b, h_0, reverse)
+        elif torch.compiler.is_compiling():  # autograd records the operator itself
+            h = _operator("linear_scan_forward", backend)(a, b, h_0, reverse)
         elif _common.needs_grad(a, b, h_0):
             h = _LinearScan.apply(a, b, h_0, reverse, backend)
         else:
-            h = _operator("linear_scan_forward", backend)(a, b, h_0, reverse)
+            h = call(_operator("linear_scan_forward", backend), a, b, h_0, reverse)
     return h.reshape(shape).to(dtype)
 
 
@@ -183,13 +189,17 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, *, reverse: boo
 
 
 class _SRU(torch.autograd.Function):
-    """Saves u, x and c: (k + 2) * H values a step and direction; the gates are computed again in backward."""
+    """Saves u, x and c: (k + 2) * H values a step and direction; the gates are computed again in backward.
+    A list ``kept`` takes c."""
 
     @staticmethod
-    def forward(ctx, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, backend):
-        h, c_n, c = _operator("sru_forward", backend)(
-            u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, True
-        )
+    def forward(ctx, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, backend, kept=None):
+        h, c_n, c = call(
+            _operator("sru_forward", backend),
+            u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, True,
+        )  # fmt: skip
+        if kept is not None:
+            kept.append(c)
         ctx.save_for_backward(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c)
         ctx.directions, ctx.use_tanh, ctx.backend = directions, use_tanh, backend
         ctx.set_materialize_grads(False)
@@ -205,14 +215,15 @@ class _SRU(torch.autograd.Function):
                 (grad_h, grad_c_n),
                 ctx.needs_input_grad[:5],
             )
-            return *grads, None, None, None, None, None, None
+            return *grads, *[None] * 7
         if grad_h is None:
             grad_h = torch.zeros_like(c)
-        grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0 = _operator("sru_backward", ctx.backend)(
-            grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, ctx.directions, ctx.use_tanh
-        )
+        grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0 = call(
+            _operator("sru_backward", ctx.backend),
+            grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, ctx.directions, ctx.use_tanh,
+        )  # fmt: skip
         grad_x = None if x is None else grad_x
-        return grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0, None, None, None, None, None, None
+        return grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0, *[None] * 7
 
 
 class _SRULayer(torch.autograd.Function):
@@ -228,10 +239,11 @@ class _SRULayer(torch.autograd.Function):
     ):
         ctx.same, x = same, input if same else x
         steps, batch, features = input.shape
-        u = _mm(input.reshape(steps * batch, features), weight, backend).view(steps, batch, weight.shape[1])
-        h, c_n, c = _operator("sru_forward", backend)(
-            u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, True
-        )
+        u = call(_mm, input.reshape(steps * batch, features), weight, backend).view(steps, batch, weight.shape[1])
+        h, c_n, c = call(
+            _operator("sru_forward", backend),
+            u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh, True,
+        )  # fmt: skip
         ctx.save_for_backward(input, weight, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c)
         ctx.directions, ctx.use_tanh, ctx.backend = directions, use_tanh, backend
         ctx.set_materialize_grads(False)
@@ -252,19 +264,21 @@ class _SRULayer(torch.autograd.Function):
             return *grads, *unused
         if grad_h is None:
             grad_h = torch.zeros_like(c)
-        grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0 = _operator("sru_backward", ctx.backend)(
-            grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, ctx.directions, ctx.use_tanh
-        )
+        grad_u, grad_x, grad_weight_c, grad_bias, grad_c_0 = call(
+            _operator("sru_backward", ctx.backend),
+            grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c, ctx.directions, ctx.use_tanh,
+        )  # fmt: skip
         rows, features = input.shape[0] * input.shape[1], input.shape[2]
         grad_u = grad_u.view(rows, weight.shape[1])
         grad_input = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _mm(grad_u.t(), input.reshape(rows, features), ctx.backend).t()
+            grad_weight = call(_mm, grad_u.t(), input.reshape(rows, features), ctx.backend).t()
         if ctx.needs_input_grad[0]:
             if ctx.same:
-                grad_input = _add_mm_(grad_x.view(rows, features), grad_u, weight.t(), ctx.backend).view(input.shape)
+                grad_input = call(_add_mm_, grad_x.view(rows, features), grad_u, weight.t(), ctx.backend)
+                grad_input = grad_input.view(input.shape)
             else:
-                grad_input = _mm(grad_u, weight.t(), ctx.backend).view(input.shape)
+                grad_input = call(_mm, grad_u, weight.t(), ctx.backend).view(input.shape)
         grad_x = None if x is None or ctx.same else grad_x
         return grad_input, grad_weight, grad_x, grad_weight_c, grad_bias, grad_c_0, *unused
 
@@ -419,10 +433,12 @@ def sru(
             backend = backends.choose("sru", u, _BACKENDS)
         if backend == "reference":
             h, c_n = reference.sru(*inputs)
+        elif torch.compiler.is_compiling():  # autograd records the operator itself
+            h, c_n, _ = _operator("sru_forward", backend)(*inputs, False)
         elif _common.needs_grad(*inputs[:5]):
             h, c_n = _SRU.apply(*inputs, backend)
         else:
-            h, c_n, _ = _operator("sru_forward", backend)(*inputs, False)
+            h, c_n, _ = call(_operator("sru_forward", backend), *inputs, False)
     return h.to(dtype), c_n.to(dtype)
 
 
@@ -482,9 +498,16 @@ def sru_layer(
     )
     backend = backends.choose("sru", input, _BACKENDS) if plain else "reference"
     shape = (input.shape[0], input.shape[1], weight.shape[1])
-    if backend == "reference" or not _common.needs_grad(input, weight, x, weight_c, bias, c_0):
+    recorded = _common.needs_grad(input, weight, x, weight_c, bias, c_0)
+    compiling = torch.compiler.is_compiling()
+    if backend == "reference" or compiling or not recorded:
+        flat = input.flatten(0, 1)
+        if backend == "reference" or compiling:  # autograd records the product itself
+            product = _mm(flat, weight, backend)
+        else:
+            product = call(_mm, flat, weight, backend)
         return sru(
-            _mm(input.flatten(0, 1), weight, backend).view(shape),
+            product.view(shape),
             x,
             weight_c,
             bias,
@@ -540,10 +563,121 @@ def _add_fastest_mm_fake(out, input, mat2):
     return None
 
 
-if hasattr(torch.ops.seqaccel, "linear_scan_forward"):
-    torch.library.register_fake("seqaccel::fastest_mm", _fastest_mm_fake)
-    torch.library.register_fake("seqaccel::add_fastest_mm_", _add_fastest_mm_fake)
-    torch.library.register_fake("seqaccel::linear_scan_forward", _linear_scan_forward_fake)
-    torch.library.register_fake("seqaccel::linear_scan_backward", _linear_scan_backward_fake)
-    torch.library.register_fake("seqaccel::sru_forward", _sru_forward_fake)
-    torch.library.register_fake("seqaccel::sru_backward", _sru_backward_fake)
+# ---- the operators' facts ----
+
+
+class _Product(torch.autograd.Function):
+    """``fastest_mm``, whose gradients are such products. The one of the right factor is made transposed (as in
+    ``_SRULayer``)."""
+
+    @staticmethod
+    def forward(ctx, input, mat2):
+        ctx.save_for_backward(input, mat2)
+        return call(_mm, input, mat2, "cpp")
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, mat2 = ctx.saved_tensors
+        grad_input = _mm(grad, mat2.t(), "cpp") if ctx.needs_input_grad[0] else None
+        return grad_input, _mm(grad.t(), input, "cpp").t() if ctx.needs_input_grad[1] else None
+
+
+def _mm_flops(input, mat2) -> int:
+    return 2 * input[0] * input[1] * mat2[1]
+
+
+def _add_mm_definition(out, input, mat2) -> None:
+    out.add_(torch.mm(input, mat2))
+
+
+def _linear_scan_recorded(backend, a, b, h_0, reverse):
+    return _LinearScan.apply(a, b, h_0, reverse, backend)
+
+
+def _sru_definition(*arguments):
+    return reference.sru(*arguments[:10])
+
+
+def _sru_recorded(backend, *arguments):
+    *inputs, save_c = arguments
+    kept: list[Tensor] = []
+    h, c_n = _SRU.apply(*inputs, backend, kept)
+    return h, c_n, kept[0] if save_c else kept[0].new_empty(0)
+
+
+def _sru_flops(u, x, weight_c, bias, c_0, *_) -> int:
+    """19 a value: two gates of two additions, a product and a sigmoid of four, the state's three, the output's four."""
+    return 19 * u[0] * math.prod(c_0)
+
+
+def _register(backend: str) -> None:
+    suffix = "" if backend == "cpp" else "_triton"
+    named: dict[str | int, int] = {"a": 0, "b": 0, "h_0": 0, 0: 0}
+    register(
+        Operator(
+            "linear_scan_forward" + suffix,
+            _linear_scan_forward_fake,
+            lambda a, *_: 2 * math.prod(a),
+            definition=reference.linear_scan,
+            recorded=functools.partial(_linear_scan_recorded, backend),
+            batch=named,
+        )
+    )
+    register(
+        Operator(
+            "linear_scan_backward" + suffix,
+            _linear_scan_backward_fake,
+            lambda grad_h, *_: 3 * math.prod(grad_h),
+            batch={"grad_h": 0, "a": 0, "h": 0, "h_0": 0, 0: 0, 1: 0, 2: 0},
+        )
+    )
+    operands: dict[str | int, int] = {"u": 1, "x": 1, "c_0": 0, "mask_c": 0, "mask_pad": 1}
+    register(
+        Operator(
+            "sru_forward" + suffix,
+            _sru_forward_fake,
+            _sru_flops,
+            definition=_sru_definition,
+            recorded=functools.partial(_sru_recorded, backend),
+            batch=operands | {0: 1, 1: 0, 2: 1},
+        )
+    )
+    register(
+        Operator(
+            "sru_backward" + suffix,
+            _sru_backward_fake,
+            lambda grad_h, grad_c_n, *operands: 2 * _sru_flops(*operands),
+            batch=operands | {"grad_h": 1, "grad_c_n": 0, "c": 1, 0: 1, 1: 1, 4: 0},
+            summed=(2, 3),
+        )
+    )
+
+
+_register("cpp")
+for _name in ("fastest_mm", "mm"):
+    register(
+        Operator(
+            _name, _fastest_mm_fake, _mm_flops, definition=torch.mm, recorded=_Product.apply, batch={"input": 0, 0: 0}
+        )
+    )
+register(
+    Operator(
+        "add_fastest_mm_",
+        _add_fastest_mm_fake,
+        lambda out, *factors: _mm_flops(*factors),
+        definition=_add_mm_definition,
+        batch={"out": 0, "input": 0},
+        mutates=True,
+    )
+)
+
+
+register(
+    Operator(
+        "elementwise",
+        lambda input, function: torch.empty_like(input, memory_format=torch.contiguous_format),
+        lambda input, function: math.prod(input),
+        definition=lambda input, function: getattr(torch, function)(input),
+        batch={"input": 0, 0: 0},
+    )
+)

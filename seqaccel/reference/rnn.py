@@ -180,7 +180,7 @@ def layer(
     length the output is 0 and the state stays.
     """
     steps = input.shape[0]
-    projection = project(cell, input, weights)
+    projection = project(cell, input, weights).unbind(0)  # whose backward pass is one, not one a step
 
     def at(z: Tensor | None, t: int) -> Tensor | None:
         return z if z is None or z.numel() == 1 else z[t]

@@ -1,6 +1,7 @@
 """One layer and direction of any cell: checks, shape functions, autograd and the choice of backend."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from seqaccel import _extension, backends
 from seqaccel.functional import _arguments, _common
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem, saved_shapes
 from seqaccel.reference import rnn as reference
@@ -22,6 +24,7 @@ def _operators(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return torch.ops.seqaccel.rnn_forward.default, torch.ops.seqaccel.rnn_backward.default
     from seqaccel.kernels import rnn as kernels
 
+    once(_register, "triton")
     return kernels.rnn_forward, kernels.rnn_backward
 
 
@@ -55,24 +58,34 @@ def _bfloat16_fake(cell, input, h_0, c_0, weights, lengths, reverse):
     return _forward_fake(cell, input, h_0, c_0, weights, lengths, None, None, reverse, False)[:3]
 
 
-if _extension.cpp_error is None:
-    torch.library.register_fake("seqaccel::rnn_forward_bfloat16")(_bfloat16_fake)
-    torch.library.register_fake("seqaccel::rnn_forward")(_forward_fake)
-    torch.library.register_fake("seqaccel::rnn_backward")(_backward_fake)
+def _called(cell: str, direction: str, operator: Callable[..., Any], *arguments: Any) -> Any:
+    """``call``, under the cell's name in a profile."""
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"seqaccel::{cell}_{direction}"):
+            return call(operator, cell, *arguments)
+    return call(operator, cell, *arguments)
 
 
 class _Layer(torch.autograd.Function):
-    """Saves the input, the output and what ``saved_shapes`` lists. ``batch_sizes``: of a packed input, else None."""
+    """Saves the input, the output and what ``saved_shapes`` lists, which a list ``kept`` takes too.
+    ``batch_sizes``: of a packed input, else None.
+
+    The output may be modified in place, as torch's layers allow (where ``csrc/autograd`` is there to notice): backward
+    then calculates it again.
+    """
 
     @staticmethod
     def forward(
-        ctx, cell, backend, reverse, batch_sizes, lengths, zoneout_h, zoneout_c, input, h_0, c_0, *weights
+        ctx, kept, cell, backend, reverse, batch_sizes, lengths, zoneout_h, zoneout_c, input, h_0, c_0, *weights
     ):  # fmt: skip
-        output, h_n, c_n, saved = _operators(backend)[0](
-            cell, input, h_0, c_0, list(weights), lengths, zoneout_h, zoneout_c, reverse, True
-        )
-        ctx.batch_sizes = batch_sizes
-        ctx.save_for_backward(lengths, zoneout_h, zoneout_c, output, input, h_0, c_0, *weights, *saved)
+        arguments = (input, h_0, c_0, list(weights), lengths, zoneout_h, zoneout_c, reverse, True)
+        output, h_n, c_n, saved = _called(cell, "forward", _operators(backend)[0], *arguments)
+        if kept is not None:
+            kept.extend(saved)
+        ctx.batch_sizes, ctx.watch, own = batch_sizes, None, output
+        if kept is None and _extension.autograd is not None and type(output) is Tensor and output.is_cpu:
+            ctx.watch, own = _extension.autograd.watch(output), output.data
+        ctx.save_for_backward(lengths, zoneout_h, zoneout_c, own, input, h_0, c_0, *weights, *saved)
         ctx.cell, ctx.backend, ctx.reverse, ctx.weights = cell, backend, reverse, len(weights)
         ctx.set_materialize_grads(False)
         return output, h_n, c_n
@@ -82,21 +95,25 @@ class _Layer(torch.autograd.Function):
         cell, reverse = ctx.cell, ctx.reverse
         lengths, zoneout_h, zoneout_c, output, *rest = ctx.saved_tensors
         inputs, saved = rest[: 3 + ctx.weights], rest[3 + ctx.weights :]
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         input, h_0, c_0, *weights = inputs
         if c_0 is None:
             grad_c_n = None
         if torch.is_grad_enabled() or _common.is_batched(grad_output, grad_h_n, grad_c_n):
             outer = (grad_output, grad_h_n, grad_c_n)[: 2 if c_0 is None else 3]
-            return *[None] * 7, *differentiate_again(
+            return *[None] * 8, *differentiate_again(
                 cell, reverse, inputs, outer, needs, ctx.batch_sizes, lengths, zoneout_h, zoneout_c
             )
-        grad_input, grad_h_0, grad_c_0, grad_weights = _operators(ctx.backend)[1](
-            cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output,
-            saved, reverse, [needs[0], *needs[3:]],
+        forward, backward = _operators(ctx.backend)
+        shared = (input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c)
+        if ctx.watch is not None and ctx.watch._version:
+            output = _called(cell, "forward", forward, *shared, reverse, False)[0]
+        grad_input, grad_h_0, grad_c_0, grad_weights = _called(
+            cell, "backward", backward, grad_output, grad_h_n, grad_c_n, *shared, output, saved, reverse,
+            [needs[0], *needs[3:]],
         )  # fmt: skip
         grads = (grad_input, grad_h_0, grad_c_0, *grad_weights)
-        return *[None] * 7, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *[None] * 8, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def differentiate_again(
@@ -112,6 +129,94 @@ def differentiate_again(
         return outputs if c_0 is not None else outputs[:2]
 
     return _common.differentiable_backward(again, inputs, grad_outputs, needs)
+
+
+# ---- the operators' facts ----
+
+
+def _definition(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save=False):
+    """output, h_n and c_n, empty where the cell has none; input may be packed."""
+    sizes = _packed.batch_sizes_of(lengths) if input.dim() == 2 else None
+    definition = functools.partial(reference.layer, cell)
+    output, h_n, c_n = _on_padded(
+        definition, sizes, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse
+    )  # fmt: skip
+    return output, h_n, input.new_empty(0) if c_n is None else c_n
+
+
+def _recorded(backend, cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+    kept: list[Tensor] = []
+    sizes = _packed.batch_sizes_of(lengths) if input.dim() == 2 else None
+    results = _Layer.apply(
+        kept, cell, backend, reverse, sizes, lengths, zoneout_h, zoneout_c, input, h_0, c_0, *weights
+    )  # fmt: skip
+    return *results, kept if save else []
+
+
+def _bfloat16_definition(cell, input, h_0, c_0, weights, lengths, reverse):
+    return _definition(cell, input, h_0, c_0, weights, lengths, None, None, reverse)
+
+
+def _bfloat16_recorded(cell, input, h_0, c_0, weights, lengths, reverse):
+    """In float32, as the public function trains."""
+    input, h_0, c_0, *weights = (None if t is None else t.float() for t in (input, h_0, c_0, *weights))
+    results = _recorded("cpp", cell, input, h_0, c_0, weights, lengths, None, None, reverse, False)
+    return tuple(t.bfloat16() for t in results[:3])
+
+
+def _forward_flops(cell, input, h_0, c_0, weights, *_) -> int:
+    """Those of the products."""
+    rows = math.prod(input[:-1])
+    return 2 * rows * sum(math.prod(weight) for weight in weights if weight is not None and len(weight) == 2)
+
+
+def _backward_flops(cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, *rest) -> int:
+    forward, needs = _forward_flops(cell, input, h_0, c_0, weights), rest[-1]
+    of_weights = _forward_flops(
+        cell, input, h_0, c_0, [weight if need else None for weight, need in zip(weights, needs[1:], strict=True)]
+    )
+    return forward + of_weights - (0 if needs[0] else 2 * math.prod(input[:-1]) * math.prod(weights[0]))
+
+
+def _register(backend: str) -> None:
+    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    named: dict[str | int, int] = {"input": 1, "h_0": 0, "c_0": 0, "lengths": 0, "zoneout_h": 1, "zoneout_c": 1}
+    register(
+        Operator(
+            "rnn_forward" + suffix,
+            _forward_fake,
+            _forward_flops,
+            definition=_definition,
+            recorded=functools.partial(_recorded, backend),
+            batch=named | {0: 1, 1: 0, 2: 0, 3: 1},
+            autocast=autocast,
+        )
+    )
+    of_grads: dict[str | int, int] = {"grad_output": 1, "grad_h_n": 0, "grad_c_n": 0, "output": 1, "saved": 1}
+    register(
+        Operator(
+            "rnn_backward" + suffix,
+            _backward_fake,
+            _backward_flops,
+            batch=named | of_grads | {0: 1, 1: 0, 2: 0},
+            summed=(3,),
+            autocast=autocast,
+        )
+    )
+
+
+_register("cpp")
+register(
+    Operator(
+        "rnn_forward_bfloat16",
+        _bfloat16_fake,
+        _forward_flops,
+        definition=_bfloat16_definition,
+        recorded=_bfloat16_recorded,
+        batch={"input": 1, "h_0": 0, "c_0": 0, "lengths": 0, 0: 1, 1: 0, 2: 0},
+        autocast=torch.bfloat16,
+    )
+)
 
 
 def _on_padded(function, batch_sizes, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse):
@@ -192,10 +297,10 @@ def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
             f"{name}: expected lengths to be torch.int64 of shape ({batch},), "
             f"but got {lengths.dtype} of {tuple(lengths.shape)}"
         )
-    if torch.compiler.is_compiling() or _common.transforms_active() or not batch:
+    if _common.transforms_active() or _onnx.exporting() or not batch:
         return
-    if lengths.device.type != "cpu":  # which nothing waits for: the error is the device's
-        message = f"{name}: expected lengths to be between 1 and {steps}"
+    if torch.compiler.is_compiling() or lengths.device.type != "cpu":  # which nothing waits for
+        message = f"{name}: expected lengths to be between 1 and the number of steps"
         torch._assert_async(((lengths >= 1) & (lengths <= steps)).all(), message)
     else:
         shortest, longest = (int(bound) for bound in lengths.aminmax())
@@ -230,14 +335,6 @@ def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, d
 def _supported(spec: CellSpec, projected: bool, zoneout: bool) -> tuple[str, ...]:
     left_out = (spec.without_projection if projected else ()) + (spec.without_zoneout if zoneout else ())
     return tuple(backend for backend in spec.backends if backend not in left_out)
-
-
-def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Dynamo takes no autograd.Function that is given one tensor twice, as tied weights are."""
-    return [
-        t if t is None or all(t is not earlier for earlier in tensors[:i]) else t.view_as(t)
-        for i, t in enumerate(tensors)
-    ]
 
 
 # ---- the call ----
@@ -294,11 +391,10 @@ def plain_layer(
             h_0 = input.new_zeros(batch, weight_hh.shape[1])
             c_0 = input.new_zeros(batch, weight_hh.shape[0] // spec.gates) if has_c else None
         if torch.is_grad_enabled() and (weight_hh.requires_grad or _common.needs_grad(input, h_0, c_0, *weights)):
-            found = _apply_plainly(cell, "cpp", reverse, None, None, None, None, input, h_0, c_0, *weights)
+            found = _apply_plainly(None, cell, "cpp", reverse, None, None, None, None, input, h_0, c_0, *weights)
         else:
-            found = torch.ops.seqaccel.rnn_forward.default(
-                cell, input, h_0, c_0, weights, None, None, None, reverse, False
-            )
+            arguments = (input, h_0, c_0, weights, None, None, None, reverse, False)
+            found = _called(cell, "forward", torch.ops.seqaccel.rnn_forward.default, *arguments)
     except (RuntimeError, AttributeError, IndexError, TypeError):
         return None
     # Not views, which may not be detached in place.
@@ -368,6 +464,8 @@ def _is_one_call_of_torch(problem: Problem) -> bool:
     """Whether torch's operator, if it is chosen, stays one call: what compiles may unroll its steps."""
     if not torch.compiler.is_compiling():
         return True
+    if problem.device.type == "cpu":  # oneDNN's backward pass cannot be traced
+        return False
     return not problem.ragged and _torch.is_opaque(problem.device, problem.dtype)
 
 
@@ -459,22 +557,27 @@ def _run(
         definition = _onnx.scanned_layer if exporting else reference.layer
         return definition(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
     if narrow and factors_h is None and factors_c is None:
-        output, h_n, c_n = torch.ops.seqaccel.rnn_forward_bfloat16.default(
-            cell, input, h_0, c_0, list(weights), lengths, reverse
-        )
+        narrow_forward = torch.ops.seqaccel.rnn_forward_bfloat16.default
+        narrow_operands = (input, h_0, c_0, list(weights), lengths, reverse)
+        # While compiling autograd records the operator itself.
+        if torch.compiler.is_compiling():
+            output, h_n, c_n = narrow_forward(cell, *narrow_operands)
+        else:
+            output, h_n, c_n = _called(cell, "forward", narrow_forward, *narrow_operands)
         return output, h_n, c_n if spec.has_cell_state else None
     tensors = [input, h_0, c_0, *weights]
     if dtype != compute:
         tensors = [None if t is None else t.to(compute) for t in tensors]
-    if recorded:
-        if torch.compiler.is_compiling():
-            tensors = _distinct(tensors)
-        output, h_n, c_n = _Layer.apply(cell, backend, reverse, batch_sizes, lengths, factors_h, factors_c, *tensors)
+    input, h_0, c_0, *weights = tensors  # type: ignore[assignment]
+    operands = (input, h_0, c_0, list(weights), lengths, factors_h, factors_c, reverse, False)
+    if torch.compiler.is_compiling():
+        output, h_n, c_n, _ = _operators(backend)[0](cell, *operands)
+    elif recorded:
+        output, h_n, c_n = _Layer.apply(
+            None, cell, backend, reverse, batch_sizes, lengths, factors_h, factors_c, *tensors
+        )  # fmt: skip
     else:
-        input, h_0, c_0, *weights = tensors  # type: ignore[assignment]
-        output, h_n, c_n, _ = _operators(backend)[0](
-            cell, input, h_0, c_0, list(weights), lengths, factors_h, factors_c, reverse, False
-        )
+        output, h_n, c_n, _ = _called(cell, "forward", _operators(backend)[0], *operands)
     if dtype != compute:
         output, h_n, c_n = output.to(dtype), h_n.to(dtype), c_n.to(dtype)
     return output, h_n, c_n if spec.has_cell_state else None
@@ -488,6 +591,7 @@ def torch_step_is_faster(cell: str, input: Tensor, hidden_size: int) -> bool:
         not torch.compiler.is_compiling()  # first: a graph must not depend on the batch
         and 0 < input.shape[0] * hidden_size <= CELLS[cell].torch_steps
         and not torch.is_grad_enabled()
+        and not _common.transforms_active()
         and input.device.type == "cpu"
         and backends.current() == "auto"
     )

@@ -49,6 +49,12 @@ def lengths_of(batch_sizes: Tensor) -> Tensor:
     return (batch_sizes.unsqueeze(1) > rows).sum(0)
 
 
+def batch_sizes_of(lengths: Tensor) -> Tensor:
+    """The inverse, of lengths longest first; on the CPU, where torch wants it."""
+    steps = torch.arange(int(lengths[0]), device=lengths.device)
+    return (lengths.unsqueeze(0) > steps.unsqueeze(1)).sum(1).cpu()
+
+
 def pad(data: Tensor, batch_sizes: Tensor, lengths: Tensor) -> Tensor:
     """(T, B, ·), zero past each sequence's end, from packed rows (N, ·)."""
     return _Pad.apply(data, batch_sizes, lengths) if _recorded(data) else _pad(data, batch_sizes)
