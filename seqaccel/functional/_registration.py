@@ -1,8 +1,8 @@
 """What torch asks of an operator beside its kernels, registered in one place.
 
 A family states the facts of each of its operators (:class:`Operator`). From them :func:`register` gives torch the
-shapes of the results, gradients of any order, forward-mode AD, autocast, vmap, counts for ``FlopCounterMode``, sharding
-by batch for DTensor, and the tag ``pt2_compliant_tag``: a call of ``torch.ops.seqaccel.*``, as an exported graph holds
+shapes of the results, gradients of any order, forward-mode AD, autocast, vmap, counts for ``FlopCounterMode`` and
+the tag ``pt2_compliant_tag``: a call of ``torch.ops.seqaccel.*``, as an exported graph holds
 it, does what the public function does. Public functions run their operators by :func:`call`, below all of this: 0.5 us
 a call, where the kernels registered here take 10.
 """
