@@ -232,11 +232,14 @@ class StreamOf(torch.nn.Module):
 
 
 def test_attention_is_exported_as_a_stream():
-    model = nn.HierarchicalAttention(8, 2, batch_first=True, block_size=4, pool_query=1).eval()
+    model = nn.HierarchicalAttention(8, 2, batch_first=True, block_size=4, pool_query=1).eval().requires_grad_(False)
     torch.nn.init.normal_(model.pool_query)
     state = model.init_state(3, max_length=60)
-    shapes = ({0: "B", 1: "T"}, torch.utils._pytree.tree_map(lambda _: {0: "B"}, state))
-    _, run = exported(StreamOf(model), (torch.randn(3, 11, 8), state), shapes)
+    B, T = torch.export.Dim("B"), torch.export.Dim("T")
+    shapes = ({0: B, 1: T}, torch.utils._pytree.tree_map(lambda _: {0: B}, state))
+    # In two steps: torch.onnx.export itself takes no dynamic shapes of an empty tuple, in which the state ends.
+    program = torch.export.export(StreamOf(model), (torch.randn(3, 11, 8), state), dynamic_shapes=shapes)
+    _, run = exported(program, (), None)
     state = model.init_state(2, max_length=60)
     for steps in (1, 5, 30, 2):
         x = torch.randn(2, steps, 8)
