@@ -36,7 +36,7 @@ VERIFIED: dict[str, tuple[str, ...]] = {
     "linear_scan": ("cuda", "triton"),
     "sru": ("cuda", "triton"),
     "causal_conv1d": ("triton",),
-    "hierarchical_attention": ("triton",),
+    "hierarchical_attention": (),  # its Triton kernels have changed since a GPU ran them
     "rnn_tanh": ("triton",),
     "rnn_relu": ("triton",),
     "lstm": ("triton",),
