@@ -2,13 +2,14 @@
 
 import warnings
 
+__version__ = "0.1.0"
+
 from seqaccel import _extension, functional, nn
 from seqaccel.backends import backend
 from seqaccel.convert import convert, from_haste, from_mlstm
 from seqaccel.session import Session
 
 __all__ = ["Session", "backend", "convert", "from_haste", "from_mlstm", "functional", "nn"]
-__version__ = "0.1.0"
 
 if _extension.cpp_error is not None:
     warnings.warn(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqaccel import _extension
+from seqaccel import __version__, _extension, backends
 from seqaccel.convert import REPLACEMENTS
 from seqaccel.functional import _arguments
 from seqaccel.functional.rnn._cells import CELLS
@@ -31,6 +32,7 @@ _ACTIVATIONS = {
     torch.nn.Tanh: "tanh",
     torch.nn.Sigmoid: "sigmoid",
     torch.nn.SiLU: "silu",
+    torch.nn.Hardswish: "hardswish",
 }
 
 # Kind; inputs, hidden, outputs; weights; zoneout of h and c, parameter.
@@ -42,14 +44,19 @@ class Session:
 
     The weights are copied when the session is made: later changes of the module do not reach it. The module runs as in
     eval mode: no dropout, zoneout's expectation. Threads that share a session take turns: each call runs alone.
+    :meth:`fork` makes another session that starts anew; ``copy.copy`` and ``copy.deepcopy`` make one that goes on from
+    the same state. They share the packed weights, and threads may run them at the same time. ``pickle`` and
+    ``torch.save`` keep the packed weights and the state: loading takes the same version of seqaccel and a processor
+    with the instruction set that they were packed for.
 
     Args:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
             :class:`~seqaccel.nn.LSTMCell`, …) or of :mod:`torch.nn`, in float32 on the CPU, any number of layers, one
             direction (the output of a cell is h); or a :class:`torch.nn.Sequential` of those with
-            ``Linear``, ``BatchNorm1d`` (after a Linear, by its running statistics), ``Embedding`` (first),
-            ``LayerNorm`` (of the last dimension), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``GELU``, ``LeakyReLU``,
-            ``ELU``, ``Identity`` and ``Dropout`` between.
+            ``Linear``, ``Embedding`` (first), ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d``
+            (of the features of a step, by its running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``,
+            ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and
+            ``Dropout`` do nothing.
         batch_size: number of independent streams B. Default: 1
         weights: what the packed matrices are held in. ``"float32"``; ``"bfloat16"``: half the memory, the weights and
             what they multiply rounded to 8 bits; ``"int8"``: a quarter, each row of a weight rounded to 255 values with
@@ -76,8 +83,7 @@ class Session:
     """
 
     def __init__(self, module: torch.nn.Module, batch_size: int = 1, weights: str = "float32") -> None:
-        if _extension.cpp_error is not None:
-            raise RuntimeError(f"a Session needs the C++ kernels: {_extension.cpp_error}")
+        _check_kernels()
         if weights not in _PRECISIONS:
             raise ValueError(f"weights: expected 'float32', 'bfloat16' or 'int8', but got {weights!r}")
         _check_batch_size(batch_size)
@@ -114,6 +120,11 @@ class Session:
         for kind, _, tensors, _ in layers:
             if any(t is not None and t.numel() > 0 and t.data_ptr() == 0 for t in tensors):
                 raise ValueError(f"module: expected parameters with memory, but {kind} has a fake or a freed one")
+        self._weights = weights
+        self._shapes = [
+            (kind, sizes, [None if t is None else tuple(t.shape) for t in tensors], numbers)
+            for kind, sizes, tensors, numbers in layers
+        ]
         self._hold(_made(batch_size, weights, layers), batch_size)
 
     def _hold(self, session: Any, batch_size: int) -> None:
@@ -124,11 +135,48 @@ class Session:
         self._session = session
         self._extend = session.extend
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "a Session is neither copied nor pickled: make another of its module, and give that one the state: "
-            "load_state_dict(session.state_dict())"
-        )
+    def fork(self, batch_size: int = 1) -> Session:
+        """Another session of the same packed weights, which both hold, with ``batch_size`` streams that start anew."""
+        _check_batch_size(batch_size)
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made._hold(self._session.fork(batch_size), batch_size)
+        return made
+
+    def __copy__(self) -> Session:
+        made = self.fork(self.batch_size)
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self.__copy__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = torch.empty(self._session.weights_size(), dtype=torch.uint8, device="cpu")
+        self._session.read_weights(packed.data_ptr())
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("_session", "_extend")}
+        about = {"version": __version__, "isa": self._session.isa(), "packed": packed, "state": self.state_dict()}
+        return kept | about
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        _check_kernels()
+        version, isa, packed, state = (kept.pop(name) for name in ("version", "isa", "packed", "state"))
+        if version != __version__:
+            raise RuntimeError(f"this Session was pickled by seqaccel {version}, not {__version__}: make it anew")
+        self.__dict__.update(kept)
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
+        layers: list[_Layer] = [
+            (kind, sizes, [None if shape is None else zeros(shape) for shape in shapes], numbers)
+            for kind, sizes, shapes, numbers in self._shapes
+        ]
+        with backends.isa(isa):
+            self._hold(_made(self.batch_size, self._weights, layers), self.batch_size)
+        if self._session.isa() != isa or self._session.weights_size() != packed.numel():
+            raise RuntimeError(
+                f"this Session was pickled for {isa}, but another thread has changed the instruction set"
+            )
+        self._session.write_weights(packed.data_ptr())
+        self.load_state_dict(state)
 
     def _checked(self, x: Tensor, shape: tuple[int | None, ...]) -> Tensor:
         _arguments.tensor("Session", "x", x)
@@ -243,6 +291,11 @@ class Session:
         self._session.write_state(parts)
 
 
+def _check_kernels() -> None:
+    if _extension.cpp_error is not None:
+        raise RuntimeError(f"a Session needs the C++ kernels: {_extension.cpp_error}")
+
+
 def _check_batch_size(batch_size: int) -> None:
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or not 1 <= batch_size <= _MOST_STREAMS:
         raise ValueError(f"batch_size: expected an integer from 1 to {_MOST_STREAMS}, but got {batch_size!r}")
@@ -285,15 +338,18 @@ def _describe(
         if module.max_norm is not None:
             raise ValueError("module: a Session does not run an Embedding with max_norm")
         layers.append(("embedding", sizes, [module.weight], _NO_NUMBERS))
-    elif isinstance(module, torch.nn.LayerNorm):
+    elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
         if len(module.normalized_shape) != 1:
-            raise ValueError(
-                f"module: a Session runs a LayerNorm of the last dimension, but got {tuple(module.normalized_shape)}"
-            )
+            title, shape = type(module).__name__, tuple(module.normalized_shape)
+            raise ValueError(f"module: a Session runs a {title} of the last dimension, but got {shape}")
         width = module.normalized_shape[0]
-        layers.append(("layer_norm", (width, 0, width), [module.weight, module.bias], (0.0, 0.0, module.eps)))
+        if isinstance(module, torch.nn.LayerNorm):
+            layers.append(("layer_norm", (width, 0, width), [module.weight, module.bias], (0.0, 0.0, module.eps)))
+        else:
+            eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+            layers.append(("rms_norm", (width, 0, width), [module.weight, None], (0.0, 0.0, eps)))
     elif isinstance(module, torch.nn.BatchNorm1d):
-        _fold_batch_norm(module, layers)
+        _describe_batch_norm(module, layers)
     elif isinstance(module, _CELLS) or type(module) in REPLACEMENTS:
         _describe_recurrent(module, layers, states, session, name)
     elif not isinstance(module, (torch.nn.Identity, torch.nn.Dropout)):
@@ -304,27 +360,33 @@ def _describe(
         layers.append((kind, (width, 0, width), [], (0.0, 0.0, parameter)))
 
 
-def _fold_batch_norm(module: torch.nn.BatchNorm1d, layers: list[_Layer]) -> None:
-    """In eval mode it is a gain and a bias a feature: those of the Linear before it."""
+def _describe_batch_norm(module: torch.nn.BatchNorm1d, layers: list[_Layer]) -> None:
+    """In eval mode it is a gain and a bias a feature: those of the Linear before it, or a layer."""
     if module.running_mean is None or module.running_var is None:
         raise ValueError("module: a Session runs a BatchNorm1d with running statistics only")
-    if not layers or layers[-1][0] != "linear" or layers[-1][1][2] != module.num_features:
-        raise ValueError(f"module: a Session runs a BatchNorm1d after a Linear of {module.num_features} features only")
-    scale = (module.running_var.detach() + module.eps).rsqrt()
-    shift = -module.running_mean.detach() * scale
+    gain = (module.running_var.detach() + module.eps).rsqrt()
     if module.weight is not None:
-        scale, shift = scale * module.weight.detach(), shift * module.weight.detach()
+        gain = gain * module.weight.detach()
+    shift = -module.running_mean.detach() * gain
     if module.bias is not None:
         shift = shift + module.bias.detach()
+    width = module.num_features
+    if not layers or layers[-1][0] != "linear" or layers[-1][1][2] != width:
+        layers.append(("batch_norm", (width, 0, width), [gain, shift], _NO_NUMBERS))
+        return
     kind, sizes, (weight, bias), numbers = layers[-1]
     assert weight is not None
-    shift = shift if bias is None else shift + bias.detach() * scale
-    layers[-1] = (kind, sizes, [weight.detach() * scale.unsqueeze(1), shift], numbers)
+    shift = shift if bias is None else shift + bias.detach() * gain
+    layers[-1] = (kind, sizes, [weight.detach() * gain.unsqueeze(1), shift], numbers)
 
 
 def _activation(module: torch.nn.Module) -> tuple[str, float]:
     if type(module) in _ACTIVATIONS:
         return _ACTIVATIONS[type(module)], 0.0
+    if isinstance(module, torch.nn.Softmax):
+        if module.dim != -1:
+            raise ValueError(f"module: a Session runs a Softmax of dim=-1, but got dim={module.dim}")
+        return "softmax", 0.0
     if isinstance(module, torch.nn.GELU):
         return ("gelu" if module.approximate == "none" else "gelu_tanh"), 0.0
     if isinstance(module, torch.nn.LeakyReLU):
@@ -333,7 +395,7 @@ def _activation(module: torch.nn.Module) -> tuple[str, float]:
         return "elu", module.alpha
     raise TypeError(
         "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, or a Sequential of them and of Linear, "
-        f"Embedding, LayerNorm, BatchNorm1d and activations, but got {type(module).__name__}"
+        f"Embedding, LayerNorm, RMSNorm, BatchNorm1d, Softmax and activations, but got {type(module).__name__}"
     )
 
 

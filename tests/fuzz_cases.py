@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import random
 import sys
 from collections.abc import Callable
@@ -327,6 +329,8 @@ def session(
     streamed.select(indices)
     found += streamed.state_dict().values()
     streamed.load_state_dict(dict(zip(streamed.state_dict(), state, strict=True)))
+    others = [streamed.fork(batch_size), copy.copy(streamed), pickle.loads(pickle.dumps(streamed))]
+    found += [other.extend(x) for other in others]
     return [*found, streamed.extend(x), *streamed.state_dict().values()]
 
 

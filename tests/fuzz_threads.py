@@ -8,6 +8,8 @@ Made for the thread sanitizer ("make sanitize"), under which it also reports wha
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import random
 import sys
 import threading
@@ -41,17 +43,21 @@ def operator_jobs(count: int, seed: int) -> list[Job]:
 
 
 def session_jobs(shared: dict[str, seqaccel.Session], module: torch.nn.Module) -> list[Job]:
-    """Sessions of each thread's own over the same module."""
+    """Sessions of each thread's own over the same module, and over the same packed weights."""
     xs = torch.randn(4, 3, 2, 5)
 
-    def steps(weights: str) -> list[Tensor]:
-        session = seqaccel.Session(module, 2, weights)
+    def steps(weights: str, forked: bool) -> list[Tensor]:
+        session = shared[weights].fork(2) if forked else seqaccel.Session(module, 2, weights)
         found = [session.extend(x) for x in xs]
         session.reset(torch.tensor([True, False]))
         session.load_state_dict(session.state_dict())
-        return [*found, session.step(xs[0, 0])]
+        return [*found, copy.copy(session).step(xs[0, 0]), session.step(xs[0, 0])]
 
-    return [(f"a session of its own, {weights}", lambda weights=weights: steps(weights)) for weights in shared]
+    return [
+        (f"a session of its own, {weights}, forked: {forked}", functools.partial(steps, weights, forked))
+        for weights in shared
+        for forked in (False, True)
+    ]
 
 
 def differs(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -466,6 +466,8 @@ def test_bad_session_calls():
         refused(lambda bad=bad: session.reset(bad), "mask")
     for bad in (None, [0, 1, 2], 3, torch.ones(B), torch.tensor([0, B, 0]), torch.tensor([0])):
         refused(lambda bad=bad: session.select(bad), "indices")
+    for bad in (*NOT_INTS, 0, -1, True):
+        refused(lambda bad=bad: session.fork(bad), "batch_size")
     before = session.state_dict()
     good = {key: torch.ones_like(value) for key, value in before.items()}
     for bad in (

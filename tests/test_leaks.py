@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
+import pickle
 import random
 from collections.abc import Callable
 
@@ -119,3 +121,5 @@ def test_sessions_lose_no_memory(weights):
     session, x = seqaccel.Session(module, 2, weights), torch.randn(2, 4)
     assert lost(lambda: session.step(x)) <= ALLOWED
     assert lost(lambda: seqaccel.Session(module, 2, weights)) <= ALLOWED
+    assert lost(lambda: copy.copy(session.fork(3))) <= ALLOWED
+    assert lost(lambda: pickle.loads(pickle.dumps(session))) <= ALLOWED

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import math
 import pathlib
 import pickle
@@ -61,7 +62,7 @@ def expected(module, x, dtype=torch.float64):
     with torch.no_grad(), seqaccel.backend("reference"):
         x = x.to(dtype) if x.is_floating_point() else x
         for part in module if isinstance(module, torch.nn.Sequential) else [module]:
-            x = part(x)
+            x = part(x.flatten(0, -2)).view_as(x) if isinstance(part, torch.nn.BatchNorm1d) else part(x)
             x = x[0] if isinstance(x, tuple) else x
     return x
 
@@ -156,6 +157,8 @@ ACTIVATIONS = [
     torch.nn.GELU(approximate="tanh"),
     torch.nn.LeakyReLU(0.2),
     torch.nn.ELU(0.7),
+    torch.nn.Hardswish(),
+    torch.nn.Softmax(-1),
 ]
 
 
@@ -313,6 +316,11 @@ def test_bad_arguments_are_named():
             seqaccel.Session(module, size)
     with pytest.raises(RuntimeError, match="not enough memory for a Session of this batch_size"):
         seqaccel.Session(seqaccel.nn.LSTM(5, 2000), 2**31 - 1)
+    with pytest.raises(RuntimeError, match="not enough memory for a Session of this batch_size"):
+        seqaccel.Session(seqaccel.nn.LSTM(5, 2000)).fork(2**31 - 1)
+    for size in (0, 2**31, True, None):
+        with pytest.raises(ValueError, match=f"batch_size: expected an integer from 1 to 2147483647, but got {size}"):
+            session.fork(size)
     with pytest.raises(ValueError, match=r"x: expected shape \(3, 5\), but got \(3, 4\)"):
         session.step(torch.randn(3, 4))
     with pytest.raises(TypeError, match="x: expected float32"):
@@ -357,7 +365,7 @@ def test_saturated_gates(isa, cell, weights):
     torch.testing.assert_close(found.double(), expected(module, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Sigmoid", "Tanh", "SiLU", "GELU", "ELU", "LeakyReLU", "ReLU"])
+@pytest.mark.parametrize("kind", ["Sigmoid", "Tanh", "SiLU", "GELU", "ELU", "LeakyReLU", "ReLU", "Hardswish"])
 def test_activations_of_every_magnitude(isa, kind):
     activation = getattr(torch.nn, kind)()
     x = torch.cat([near_overflow(500), torch.linspace(-20, 20, 500), torch.tensor([1e30, -1e30, float("nan")])])
@@ -452,22 +460,122 @@ def test_torch_s_own_layers_and_cells():
         seqaccel.Session(type("Other", (torch.nn.LSTM,), {})(5, 7))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_batch_norm_after_a_linear(bias):
-    norm, x = torch.nn.BatchNorm1d(7), torch.randn(9, 3, 5)
+@pytest.mark.parametrize("width", [1, 7, 70])
+def test_normalisations_and_softmax(isa, width):
+    norm, bare = torch.nn.BatchNorm1d(width), torch.nn.BatchNorm1d(width, affine=False)
+    # Of one feature x near 0, RMSNorm multiplies an error by 1 / sqrt(eps): by 2,900 with float32's eps, the default.
+    gained = torch.nn.RMSNorm(width, eps=1e-2)
+    default = torch.nn.RMSNorm(width, elementwise_affine=False)
     with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var, gained.weight):
             tensor.copy_(torch.rand_like(tensor) + 0.5)
-    for last in (norm, torch.nn.BatchNorm1d(7, affine=False)):
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7, bias), last, torch.nn.ReLU()).eval()
-        wanted = torch.stack([model(x_t) for x_t in x])
-        torch.testing.assert_close(seqaccel.Session(model, 3).extend(x), wanted, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="module: a Session runs a BatchNorm1d after a Linear of 7 features only"):
-        seqaccel.Session(torch.nn.Sequential(seqaccel.nn.GRU(5, 7), norm))
+    x = 5 * torch.randn(9, 3, width)
+    x[0, 0] = torch.linspace(-60, 60, width)
+    linear, bias_free = torch.nn.Linear(width, width), torch.nn.Linear(width, width, bias=False)
+    for layers in (
+        [gained], [norm], [linear, norm, bare], [bias_free, norm], [seqaccel.nn.GRU(width, width), norm],
+        [linear, torch.nn.Softmax(-1)], [linear, torch.nn.Tanh(), bare, gained, torch.nn.Softmax(-1)],
+    ):  # fmt: skip
+        model = torch.nn.Sequential(*layers)
+        assert_same(seqaccel.Session(model, 3).extend(x), expected(model, x))
+    found = seqaccel.Session(torch.nn.Sequential(default), 3).extend(x)
+    assert_same(found, expected(torch.nn.RMSNorm(width, torch.finfo(torch.float32).eps, elementwise_affine=False), x))
+    assert_same(found, default(x))
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_session_is_not_copied(copied):
-    """Two objects would move one state."""
-    with pytest.raises(TypeError, match="neither copied nor pickled: make another of its module"):
-        copied(seqaccel.Session(seqaccel.nn.LSTM(5, 7)))
+def test_softmax_of_every_magnitude():
+    inf, nan, x = float("inf"), float("nan"), torch.randn(9, 20)
+    x[0], x[1, 3], x[2, 3], x[3, 7], x[4], x[5], x[6, 0] = -inf, -inf, inf, nan, 1e38, nan, nan
+    unchanged = torch.nn.BatchNorm1d(20, eps=0.0, affine=False)
+    model = torch.nn.Sequential(unchanged, torch.nn.Softmax(-1))
+    torch.testing.assert_close(seqaccel.Session(model, 9).step(x), x.softmax(-1), equal_nan=True)
+
+
+def test_layers_that_a_session_refuses():
+    with pytest.raises(ValueError, match="a Softmax of dim=-1"):
+        seqaccel.Session(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Softmax(0)))
+    with pytest.raises(ValueError, match="running statistics"):
+        seqaccel.Session(torch.nn.BatchNorm1d(3, track_running_stats=False))
+
+
+@pytest.mark.parametrize("weights", PRECISIONS)
+def test_copies_and_forks(weights):
+    """They give the same bits, from the same state or from none, and go their own ways."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(20, 9), seqaccel.nn.LayerNormLSTM(9, 13, 2), torch.nn.LayerNorm(13), torch.nn.Linear(13, 4)
+    )
+    session = seqaccel.Session(model, 3, weights)
+    x, rest = torch.randint(20, (5, 3)), torch.randint(20, (4, 3))
+    fresh = session.fork(3)
+    from_start = session.extend(x)
+    saved = io.BytesIO()
+    torch.save(session, saved)
+    saved.seek(0)
+    others = [copy.copy(session), copy.deepcopy(session), pickle.loads(pickle.dumps(session))]
+    others.append(torch.load(saved, weights_only=False))
+    wanted = session.extend(rest)
+    for other in others:
+        assert torch.equal(other.extend(rest), wanted) and other.batch_size == 3
+    assert torch.equal(fresh.extend(x), from_start)
+    one = session.fork()
+    del session, fresh
+    torch.testing.assert_close(one.extend(x[:, :1]), from_start[:, :1])
+    assert torch.equal(one.fork(3).extend(x), from_start)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_is_forked_and_pickled(cell, isa):
+    """Also where the instruction set at hand, torch's default dtype and its default device are others by then."""
+    session = seqaccel.Session(CELLS[cell](5, 19), 2)
+    x = torch.randn(7, 2, 5)
+    pickled = pickle.dumps(session)
+    wanted = session.extend(x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with backends.isa("portable"), torch.device("meta"):
+            loaded, fork = pickle.loads(pickled), session.fork(2)
+            copied = copy.copy(session)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loaded.extend(x), wanted) and torch.equal(fork.extend(x), wanted)
+    assert torch.equal(copied.extend(x), session.extend(x))
+
+
+def test_a_pickle_of_another_version_is_refused(monkeypatch):
+    pickled = pickle.dumps(make()[1])
+    monkeypatch.setattr(seqaccel.session, "__version__", "9.9.9")
+    with pytest.raises(RuntimeError, match="this Session was pickled by seqaccel .*, not 9.9.9: make it anew"):
+        pickle.loads(pickled)
+
+
+def test_forks_run_at_the_same_time():
+    """Threads that make forks of one session, run them and let go of them; the session goes before its forks do."""
+    module = torch.nn.Sequential(torch.nn.RMSNorm(9), seqaccel.nn.GRU(9, 64), torch.nn.Linear(64, 4))
+    x = torch.randn(30, 2, 9)
+    session, found = seqaccel.Session(module, 2), []
+    wanted = session.fork(2).extend(x)
+
+    def work(session):
+        for _ in range(30):
+            session = session.fork(2)
+            found.append(torch.equal(session.extend(x), wanted))
+
+    threads = [threading.Thread(target=work, args=(session,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    del session
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 120
+
+
+def test_forks_hold_the_weights_once():
+    """A session of 8 MB of weights, and fifty more of it."""
+
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    session = seqaccel.Session(seqaccel.nn.LSTM(512, 512))
+    before = resident()
+    forks = [session.fork() for _ in range(50)]
+    assert resident() - before < 20 << 20 and len(forks) == 50

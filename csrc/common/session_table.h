@@ -9,8 +9,10 @@ extern "C" {
 // A layer of a session. Kinds and their weights, in order (float32, contiguous, null: not there):
 //   linear                   weight [outputs, inputs], bias [outputs]
 //   embedding                weight [inputs, outputs]
-//   layer_norm               weight [outputs], bias [outputs]; parameter: epsilon
-//   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu     none; parameter: slope or alpha
+//   layer_norm, rms_norm     weight [outputs], bias [outputs]; parameter: epsilon
+//   batch_norm               gain [outputs], bias [outputs]: by its running statistics
+//   softmax                  none
+//   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish     none; parameter: slope or alpha
 //   the recurrent cells      as the operator rnn_forward has them
 struct SeqaccelSessionLayer {
   const char* kind;
@@ -37,6 +39,13 @@ struct SeqaccelSessionTable {
   // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero. precision: float32, bfloat16
   // or int8. Null: see error.
   void* (*create)(int64_t batch, const char* precision, int64_t count, const struct SeqaccelSessionLayer* layers);
+  // Another session of the same weights, which both hold, with streams of its own. Null: see error.
+  void* (*fork)(void* session, int64_t batch);
+  // The packed weights, which another session of the same layers, precision and instruction set can take over before it
+  // has forks: how many bytes; to `out`, or from `from`, if there is one.
+  int64_t (*weights)(void* session, char* out, const char* from);
+  // The instruction set that the weights are packed for, and run on.
+  const char* (*isa)(void* session);
   void (*destroy)(void* session);
   // x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], the state
   // moving on. Of one that is not OK see error; nothing has moved then.
@@ -49,7 +58,7 @@ struct SeqaccelSessionTable {
 };
 
 // The version counts changes of these structs: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 3
+#define SEQACCEL_SESSION_TABLE_VERSION 4
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

@@ -53,6 +53,16 @@ void* create(int64_t batch, const char* precision, int64_t count, const Seqaccel
   return failed ? nullptr : made.release();
 }
 
+void* fork(void* session, int64_t batch) {
+  std::unique_ptr<SessionProgram> made;
+  const int failed = guarded([&] { made = Program(session)->fork(batch); });
+  return failed ? nullptr : made.release();
+}
+
+int64_t weights(void* session, char* out, const char* from) { return int64_t(Program(session)->weights(out, from)); }
+
+const char* isa(void* session) { return Program(session)->isa(); }
+
 void destroy(void* session) { delete static_cast<SessionProgram*>(session); }
 
 int extend(void* session, const void* x, int64_t steps, float* y) {
@@ -125,7 +135,7 @@ int select(void* session, const int64_t* indices) {
 const char* error() { return last_error.c_str(); }
 
 const SeqaccelSessionTable kTable = {
-    SEQACCEL_SESSION_TABLE_VERSION, create, destroy, extend, state, select, error,
+    SEQACCEL_SESSION_TABLE_VERSION, create, fork, weights, isa, destroy, extend, state, select, error,
 };
 
 }  // namespace

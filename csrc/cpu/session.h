@@ -20,6 +20,9 @@ enum class LayerKind : int32_t {
   linear,
   embedding,
   layer_norm,
+  rms_norm,
+  batch_norm,
+  softmax,
   activation,
   rnn_tanh,
   rnn_relu,
@@ -33,7 +36,7 @@ enum class LayerKind : int32_t {
   multiplicative_lstm,
 };
 
-enum class Activation : int32_t { relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu };
+enum class Activation : int32_t { relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish };
 
 // [W_0 | W_1], one product a block of units: columns of segment 0 multiply one vector, of segment 1 another, and the
 // two sums stay apart. Vector v, lane q of block u is row v * vector_rows + u * block_rows + q, if it is one of the
@@ -99,6 +102,7 @@ struct SessionRun {
 };
 
 struct SessionKernels {
+  const char* isa;
   int lanes;
   // Words of a row of K values.
   int64_t (*words)(Precision, int64_t K);

@@ -13,6 +13,9 @@
 #include "session_cells.h"
 #include "session_products.h"
 
+#define SEQACCEL_QUOTED(name) #name
+#define SEQACCEL_NAME_OF(name) SEQACCEL_QUOTED(name)
+
 namespace seqaccel {
 namespace SEQACCEL_ISA {
 
@@ -400,18 +403,51 @@ inline void embedding_layer(const SessionThread& t, const SessionLayer& l) {
   t.wait();
 }
 
-inline void layer_norm_layer(const SessionThread& t, const SessionLayer& l) {
+// y = (x - shift) * scale * weight + bias.
+inline void scale_row(const SessionLayer& l, const float* x, float* y, float shift, float scale) {
+  for (ptrdiff_t k = 0; k < l.outputs; k += kWordLanes) {
+    const int count = int(min_of(kWordLanes, l.outputs - k));
+    Vec<float> value = (load_some(x + k, count) - shift) * scale;
+    if (l.weights) value *= load_some(l.weights + k, count);
+    if (l.bias) value += load_some(l.bias + k, count);
+    store_some(y + k, value, count);
+  }
+}
+
+inline float mean_of_squares(const float* x, ptrdiff_t count) {
+  Vec<float> sum = {};
+  for (ptrdiff_t k = 0; k < count; k += kWordLanes) {
+    const Vec<float> value = load_some(x + k, int(min_of(kWordLanes, count - k)));
+    sum += value * value;
+  }
+  return horizontal_sum<float>(sum) / float(count);
+}
+
+inline void softmax_row(const float* x, float* y, ptrdiff_t count) {
+  float most = -INFINITY, total = 0.0f;
+  for (ptrdiff_t k = 0; k < count; ++k) most = x[k] > most ? x[k] : most;
+  for (ptrdiff_t k = 0; k < count; k += kWordLanes) {
+    const int n = int(min_of(kWordLanes, count - k));
+    store_some(y + k, exp_vec<float>(load_some(x + k, n) - most), n);
+  }
+  for (ptrdiff_t k = 0; k < count; ++k) total += y[k];
+  for (ptrdiff_t k = 0; k < count; ++k) y[k] /= total;
+}
+
+inline void row_layer(const SessionThread& t, const SessionLayer& l) {
   const ptrdiff_t N = l.outputs;
   for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
     const float* const x = static_cast<const float*>(t.x) + i * N;
     float* const y = static_cast<float*>(t.y) + i * N;
-    const Moments moments = moments_of(x, N, l.parameter);
-    for (ptrdiff_t k = 0; k < N; k += kWordLanes) {
-      const int count = int(min_of(kWordLanes, N - k));
-      Vec<float> value = (load_some(x + k, count) - moments.mean) * moments.scale;
-      if (l.weights) value *= load_some(l.weights + k, count);
-      if (l.bias) value += load_some(l.bias + k, count);
-      store_some(y + k, value, count);
+    if (l.kind == LayerKind::layer_norm) {
+      const Moments moments = moments_of(x, N, l.parameter);
+      scale_row(l, x, y, moments.mean, moments.scale);
+    } else if (l.kind == LayerKind::rms_norm) {
+      scale_row(l, x, y, 0.0f, 1.0f / sqrtf(mean_of_squares(x, N) + l.parameter));
+    } else if (l.kind == LayerKind::batch_norm) {
+      scale_row(l, x, y, 0.0f, 1.0f);
+    } else {
+      softmax_row(x, y, N);
     }
   }
   t.wait();
@@ -429,6 +465,10 @@ inline Vec<float> activate(Activation which, Vec<float> x, float parameter) {
       return x * sigmoid_vec<float>(x);
     case Activation::gelu_tanh:
       return 0.5f * x * (1.0f + tanh_vec<float>(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case Activation::hardswish: {
+      const Vec<float> gate = x + 3.0f;
+      return x * (gate < 0.0f ? Vec<float>{} : gate > 6.0f ? Vec<float>{} + 6.0f : gate) * (1.0f / 6.0f);
+    }
     case Activation::leaky_relu:
       return x < 0.0f ? x * parameter : x;
     case Activation::elu: {
@@ -465,7 +505,10 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
     case LayerKind::embedding:
       return embedding_layer(t, l);
     case LayerKind::layer_norm:
-      return layer_norm_layer(t, l);
+    case LayerKind::rms_norm:
+    case LayerKind::batch_norm:
+    case LayerKind::softmax:
+      return row_layer(t, l);
     case LayerKind::activation:
       return activation_layer(t, l);
     case LayerKind::rnn_tanh:
@@ -521,7 +564,8 @@ inline void session_run(const SessionRun* pointer) {
 }
 
 extern const SessionKernels session_kernels;
-const SessionKernels session_kernels = {kWordLanes, words_of, session_pack, session_run};
+const SessionKernels session_kernels = {SEQACCEL_NAME_OF(SEQACCEL_ISA), kWordLanes, words_of, session_pack,
+                                        session_run};
 
 }  // namespace SEQACCEL_ISA
 }  // namespace seqaccel

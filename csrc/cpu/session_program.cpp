@@ -29,7 +29,16 @@ const std::map<std::string, SessionCell> kCells = {
     {"multiplicative_lstm", {LayerKind::multiplicative_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "HI", "HH"}}},
 };
 
-const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu"};
+const char* const kActivations[] = {"relu",      "tanh",       "sigmoid", "silu",     "gelu",
+                                    "gelu_tanh", "leaky_relu", "elu",     "hardswish"};
+
+// Layers of a row at a time, with a gain and a bias an element.
+const std::map<std::string, LayerKind> kRowLayers = {
+    {"layer_norm", LayerKind::layer_norm},
+    {"rms_norm", LayerKind::rms_norm},
+    {"batch_norm", LayerKind::batch_norm},
+    {"softmax", LayerKind::softmax},
+};
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -82,8 +91,8 @@ AlignedMemory::AlignedMemory(size_t bytes, bool zero) {
   if (zero) std::memset(block.data, 0, block.size);
 }
 
-SessionProgram::SessionProgram(int64_t batch, Precision precision)
-    : kernels_(active_session_kernels()), batch_(batch), precision_(precision) {}
+SessionProgram::SessionProgram(int64_t batch, Precision precision, const SessionKernels& kernels)
+    : kernels_(kernels), batch_(batch), precision_(precision) {}
 
 SessionMatrix& SessionProgram::add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units,
                                           int64_t columns_0, const void* source_0, int64_t columns_1,
@@ -106,8 +115,8 @@ SessionMatrix& SessionProgram::add_matrix(SessionLayer& layer, int index, int64_
 
 const float* SessionProgram::keep(const float* values, int64_t count) {
   if (values == nullptr) return nullptr;
-  kept_.emplace_back(values, values + count);
-  return kept_.back().data();
+  weights_->kept.emplace_back(values, values + count);
+  return weights_->kept.back().data();
 }
 
 void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
@@ -135,8 +144,8 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   } else if (name == "embedding") {
     layer.kind = LayerKind::embedding;
     layer.weights = keep(w[0], I * P);
-  } else if (name == "layer_norm") {
-    layer.kind = LayerKind::layer_norm;
+  } else if (const auto row = kRowLayers.find(name); row != kRowLayers.end()) {
+    layer.kind = row->second;
     layer.weights = keep(w[0], P);
     layer.bias = keep(w[1], P);
   } else {
@@ -196,8 +205,8 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell,
 }
 
 void SessionProgram::finish() {
-  Layout panels, state;
-  std::vector<size_t> at, state_at;
+  Layout panels;
+  std::vector<size_t> at;
   for (const Source& source : sources_) {
     const SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
     const int64_t rows = m.precision == Precision::int8 ? m.blocks : 0;
@@ -205,31 +214,40 @@ void SessionProgram::finish() {
     at.push_back(panels.add({rows, 2, m.vectors, kernels_.lanes}));
     at.push_back(panels.add({rows, 2, m.vectors, kernels_.lanes}));
   }
-  for (const SessionLayer& l : layers_) {
-    for (int i = 0; i < 3; ++i) state_at.push_back(state.add({batch_, l.stride}));
-    state_at.push_back(state.add({l.buffers, batch_, l.stride}));
-    const SessionMatrix& m = l.matrices[0];
-    state_at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
-  }
-  panels_ = AlignedMemory(panels.bytes(), false);
-  state_ = AlignedMemory(state.bytes());
+  weights_->panel_bytes = panels.bytes();
+  weights_->panels = AlignedMemory(panels.bytes(), false);
+  char* const memory = weights_->panels.get();
   std::vector<SessionPack> packs;
   for (size_t i = 0; i < sources_.size(); ++i) {
     const Source& source = sources_[i];
     SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
-    m.panels = reinterpret_cast<uint32_t*>(panels_.get() + at[3 * i]);
-    m.scales = reinterpret_cast<float*>(panels_.get() + at[3 * i + 1]);
-    m.offsets = reinterpret_cast<int32_t*>(panels_.get() + at[3 * i + 2]);
+    m.panels = reinterpret_cast<uint32_t*>(memory + at[3 * i]);
+    m.scales = reinterpret_cast<float*>(memory + at[3 * i + 1]);
+    m.offsets = reinterpret_cast<int32_t*>(memory + at[3 * i + 2]);
     packs.push_back({&m, {source.sources[0], source.sources[1]}, source.bfloat16});
-  }
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    SessionLayer& l = layers_[i];
-    float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums};
-    for (size_t j = 0; j < 5; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + state_at[5 * i + j]);
   }
   if (!kernels_.pack(packs.data(), int64_t(packs.size()))) throw std::bad_alloc();
   sources_.clear();
+  start();
+}
 
+// Streams at zero.
+void SessionProgram::start() {
+  Layout state;
+  std::vector<size_t> at;
+  for (const SessionLayer& l : layers_) {
+    for (int i = 0; i < 3; ++i) at.push_back(state.add({batch_, l.stride}));
+    at.push_back(state.add({l.buffers, batch_, l.stride}));
+    const SessionMatrix& m = l.matrices[0];
+    at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
+  }
+  state_ = AlignedMemory(state.bytes());
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    SessionLayer& l = layers_[i];
+    l.parity = 0;
+    float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums};
+    for (size_t j = 0; j < 5; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + at[5 * i + j]);
+  }
   run_.layers = layers_.data();
   run_.count = int64_t(layers_.size());
   run_.batch = batch_;
@@ -238,6 +256,26 @@ void SessionProgram::finish() {
       run_.work += double(m.columns[0] + m.columns[1]) * double(m.units * (m.interleaved ? m.vectors : 1));
     }
   }
+}
+
+std::unique_ptr<SessionProgram> SessionProgram::fork(int64_t batch) const {
+  auto made = std::make_unique<SessionProgram>(batch, precision_, kernels_);
+  made->layers_ = layers_;
+  made->weights_ = weights_;
+  made->start();
+  return made;
+}
+
+size_t SessionProgram::weights(char* out, const char* from) {
+  size_t bytes = 0;
+  const auto move = [&](void* values, size_t count) {
+    if (out) std::memcpy(out + bytes, values, count);
+    if (from) std::memcpy(values, from + bytes, count);
+    bytes += count;
+  };
+  move(weights_->panels.get(), weights_->panel_bytes);
+  for (std::vector<float>& values : weights_->kept) move(values.data(), values.size() * sizeof(float));
+  return bytes;
 }
 
 void SessionProgram::grow(int64_t chunk, int threads) {

@@ -46,13 +46,19 @@ const SessionCell* session_cell(const std::string& name);
 class SessionProgram {
  public:
   // The kernels are those of the instruction set at hand, and stay.
-  SessionProgram(int64_t batch, Precision precision);
+  SessionProgram(int64_t batch, Precision precision, const SessionKernels& kernels = active_session_kernels());
   SessionProgram(const SessionProgram&) = delete;
   SessionProgram& operator=(const SessionProgram&) = delete;
 
   // Layers one after the other, then finish. `bfloat16`: the weights of products are bfloat16, everything else float32.
   void add(const SeqaccelSessionLayer& described, bool bfloat16 = false);
   void finish();
+  // Another one of the same weights, which both hold, with streams of its own.
+  std::unique_ptr<SessionProgram> fork(int64_t batch) const;
+  // The packed weights, for the same kernels: how many bytes; to `out`, or from `from` if there is one, while no other
+  // program holds them.
+  size_t weights(char* out, const char* from);
+  const char* isa() const { return kernels_.isa; }
 
   void run(const void* x, int64_t steps, void* y, bool bfloat16 = false, bool reverse = false,
            const int64_t* lengths = nullptr);
@@ -71,6 +77,7 @@ class SessionProgram {
                             bool bfloat16 = false);
   void add_recurrent(SessionLayer& layer, const SessionCell& cell, const float* const* weights, bool bfloat16);
   const float* keep(const float* values, int64_t count);
+  void start();
   void grow(int64_t chunk, int threads);
 
   struct Source {
@@ -80,13 +87,20 @@ class SessionProgram {
     int matrix;
   };
 
+  // What programs share, and only read.
+  struct Weights {
+    std::vector<std::vector<float>> kept;
+    AlignedMemory panels;
+    size_t panel_bytes = 0;
+  };
+
   const SessionKernels& kernels_;
   int64_t batch_;
   Precision precision_;
   std::vector<SessionLayer> layers_;
   std::vector<Source> sources_;
-  std::vector<std::vector<float>> kept_;
-  AlignedMemory panels_, state_, buffers_;
+  std::shared_ptr<Weights> weights_ = std::make_shared<Weights>();
+  AlignedMemory state_, buffers_;
   int64_t chunk_ = 0;
   int threads_ = 0;
   SessionRun run_{};

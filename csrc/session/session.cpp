@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -42,6 +43,15 @@ class Session {
     session_ = table_->create(batch, precision.c_str(), int64_t(described.size()), described.data());
     if (session_ == nullptr) throw std::runtime_error(table_->error());
   }
+  std::unique_ptr<Session> fork(int64_t batch) const {
+    void* const made = table_->fork(session_, batch);
+    if (made == nullptr) throw std::runtime_error(table_->error());
+    return std::unique_ptr<Session>(new Session(table_, batch, made));
+  }
+  int64_t weights_size() const { return table_->weights(session_, nullptr, nullptr); }
+  void read_weights(uintptr_t to) const { table_->weights(session_, reinterpret_cast<char*>(to), nullptr); }
+  void write_weights(uintptr_t from) { table_->weights(session_, nullptr, reinterpret_cast<const char*>(from)); }
+  std::string isa() const { return table_->isa(session_); }
   ~Session() { table_->destroy(session_); }
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
@@ -70,6 +80,8 @@ class Session {
   }
 
  private:
+  Session(const SeqaccelSessionTable* table, int64_t batch, void* session)
+      : table_(table), batch_(batch), session_(session) {}
   void check(int status) const {
     if (status == SEQACCEL_SESSION_OUT_OF_RANGE) throw py::index_error(table_->error());
     if (status != SEQACCEL_SESSION_OK) throw std::runtime_error(table_->error());
@@ -86,6 +98,11 @@ PYBIND11_MODULE(_session, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<Session>(m, "Session")
       .def(py::init<uintptr_t, int64_t, const std::string&, const std::vector<Layer>&>())
+      .def("fork", &Session::fork, Unlocked())
+      .def("weights_size", &Session::weights_size, Unlocked())
+      .def("read_weights", &Session::read_weights, Unlocked())
+      .def("write_weights", &Session::write_weights, Unlocked())
+      .def("isa", &Session::isa, Unlocked())
       .def("extend", &Session::extend, Unlocked())
       .def("read_state", &Session::read_state, Unlocked())
       .def("write_state", &Session::write_state, Unlocked())
