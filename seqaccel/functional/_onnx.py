@@ -3,6 +3,7 @@
 Recurrent layers that ONNX has operators for are in ``seqaccel.functional.rnn._onnx``.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,19 @@ from seqaccel.reference import scan as reference
 def exporting() -> bool:
     """Whether ``torch.onnx.export`` is recording; the second question alone would take 2 us a call."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def refuse_any_length(operator: str, steps: int) -> None:
+    """Raises where ``steps`` is to vary: ONNX has no guards, and would compute wrong values at other lengths."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    if not has_static_value(steps):
+        message = (
+            f"{operator}: torch.onnx.export needs a fixed length here, as the levels depend on it; export "
+            "HierarchicalAttention.extend with a state of init_state(..., max_length=...) for any length"
+        )
+        warnings.warn(message, stacklevel=2)  # torch.onnx.export shows the error of its last attempt only
+        raise ValueError(message)
 
 
 def detached(*tensors: Tensor | None) -> list[Any]:

@@ -308,7 +308,10 @@ def hierarchical_attention(
     )
     tensors: tuple[Any, ...] = _common.autocast(query, key, value, pool_query)
     query, key, value, pool_query = tensors
-    if _common.transforms_active() or _onnx.exporting():
+    if _onnx.exporting():
+        _onnx.refuse_any_length("hierarchical_attention", query.shape[2])
+        return _reference(query, key, value, pool_query, options)
+    if _common.transforms_active():
         return _reference(query, key, value, pool_query, options)
     prefer = "reference" if query.device.type == "cuda" and not _triton_takes(query) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
