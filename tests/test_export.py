@@ -2,8 +2,8 @@
 
 ``python tests/test_export.py [column ...]`` runs the matrix, or some columns of it, and writes the table of
 docs/support.md; the test of a cell checks that the committed table says what it found. SEQACCEL_EXPORT_ALL=1 runs all
-cells. Without it AOTInductor, ONNX and strict exports of ``extend`` run one module of each family, and cells that do not
-work are not tried. The column ExecuTorch needs the package executorch.
+cells. Without it AOTInductor, ONNX and strict exports of ``extend`` run one module of each family, and cells that do
+not work are not tried. The column ExecuTorch needs the package executorch.
 """
 
 from __future__ import annotations
