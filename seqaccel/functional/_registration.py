@@ -29,7 +29,7 @@ class Operator:
 
     Attributes:
         name: without the namespace.
-        fake: its results without their values.
+        fake: its results without their values. A Triton operator keeps the one that torch has of it, its own code.
         flops: operations, from its arguments with shapes for tensors.
         definition: its differentiable results, which come first, from its arguments, by torch's operators; for one that
             writes to its first argument, the same in place. Default: it is not differentiable, as an operator that
@@ -274,7 +274,8 @@ def register(operator: Operator) -> None:
         return
     OPERATORS[operator.name] = operator
     name, overload = f"seqaccel::{operator.name}", operator.overload
-    torch.library.register_fake(name, operator.fake, lib=_LIBRARY, allow_override=True)
+    if not name.endswith("_triton"):
+        torch.library.register_fake(name, operator.fake, lib=_LIBRARY, allow_override=True)
     _LIBRARY.impl(operator.name, _autograd_kernel(operator), "Autograd", allow_override=True)
     for key, device_type in _AUTOCAST.items():
         _LIBRARY.impl(operator.name, _autocast_kernel(operator, device_type), key)
