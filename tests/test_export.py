@@ -25,6 +25,7 @@ import rnn_cases
 import torch
 from torch import Tensor
 from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import seqaccel
@@ -341,6 +342,35 @@ def test_optional_arguments_are_exported(name):
     """
     module, program = exported(OPTIONAL[name], False)
     agrees(program.module(), module, OPTIONAL[name])
+
+
+class Packed(torch.nn.Module):
+    """A recurrent layer of a packed sequence, given as tensors: torch.export takes no ``pack_padded_sequence``."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Any]:
+        output, last = self.layer(PackedSequence(data, batch_sizes))
+        return output.data, last
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("name", [n for n in CASES if isinstance(CASES[n].make(), torch.nn.RNNBase)])
+def test_packed_sequences_are_exported(name, strict):
+    torch._dynamo.reset()
+    module = Packed(made(CASES[name]))
+
+    def arguments(*lengths: int) -> tuple[Tensor, Tensor]:
+        padded = torch.randn(max(lengths), len(lengths), 5)
+        return pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted=False)[:2]
+
+    shapes = ({0: Dim("N")}, {0: Dim("T")})
+    program = torch.export.export(module, arguments(6, 2, 4), dynamic_shapes=shapes, strict=strict).module()
+    for lengths in ((6, 2, 4), (3, 3), (5,), (1, 9, 9, 2)):
+        given = arguments(*lengths)
+        close(program(*given), module(*given))
 
 
 # ---- streams ----

@@ -45,7 +45,8 @@ def lengths_of(batch_sizes: Tensor) -> Tensor:
     """Lengths (B,), longest first, of sequences of which ``batch_sizes`` (T,) run at each step."""
     if not torch.compiler.is_compiling() and (int(batch_sizes[-1]) < 1 or bool((batch_sizes.diff() > 0).any())):
         raise ValueError(f"expected batch_sizes not to increase and to be positive, but got {batch_sizes.tolist()}")
-    rows = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+    # Not int(), which torch.export cannot record.
+    rows = torch.arange(batch_sizes[0].item(), device=batch_sizes.device)
     return (batch_sizes.unsqueeze(1) > rows).sum(0)
 
 
