@@ -48,7 +48,8 @@ def _empty_heads(t: Tensor) -> Tensor:
 def _forward_fake(query, key, value, pool_query, block_size, fanout, levels, *_):
     B, H, T, D = query.shape
     # At least two, as the operator has it: sizes that may be 0 or 1 would tie an exported graph to its example's T.
-    nodes = torch.sym_max(node_count(T, block_size, fanout, levels), 2)
+    empty = isinstance(T, int) and T == 0
+    nodes = 0 if empty else torch.sym_max(node_count(T, block_size, fanout, levels), 2)
     pooled = [query.new_empty(B, key.shape[1], nodes, D) for _ in range(2)]
     return _empty_heads(query), query.new_empty(B, H, T), *pooled
 

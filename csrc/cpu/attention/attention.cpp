@@ -106,10 +106,10 @@ Attention<T> arguments(const Call& c, const Tensor& pooled_key, const Tensor& po
 
 // Rows a head in the arrays of pooled keys and values: at least two, since a graph exported for any T would be tied to
 // its own T by a size that may be 0 or 1.
-int64_t pooled_rows(const Pyramid& pyramid) { return std::max<int64_t>(pyramid.nodes, 2); }
+int64_t pooled_rows(const Call& c) { return c.T == 0 ? 0 : std::max<int64_t>(c.pyramid.nodes, 2); }
 
 Tensor new_pooled(const Call& c) {
-  Tensor pooled = new_tensor(c.query, {c.B, c.G, pooled_rows(c.pyramid), c.D});
+  Tensor pooled = new_tensor(c.query, {c.B, c.G, pooled_rows(c), c.D});
   if (c.pyramid.nodes < 2) torch::stable::zero_(pooled);
   return pooled;
 }
@@ -178,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.T, c.D}, dtype);
   check_tensor(out, "out", {c.B, c.H, c.T, c.D}, dtype);
   check_tensor(lse, "lse", {c.B, c.H, c.T}, dtype);
-  check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c.pyramid), c.D}, dtype);
-  check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c.pyramid), c.D}, dtype);
+  check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c), c.D}, dtype);
+  check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c), c.D}, dtype);
   const Tensor grad_rows = rows_contiguous(grad_out), out_rows = rows_contiguous(out);
   const Tensor lse_rows = to_contiguous(lse);
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
