@@ -241,6 +241,9 @@ def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, pre
         if reason:
             raise RuntimeError(f"{operator}: backend {name!r} is not available: {reason}")
         return name
+    plain = device_type == "cpu" and prefer is None and "cpp" in supported and _extension.cpp_error is None
+    if plain and not torch.jit.is_tracing():
+        return "cpp"  # the loop's answer, sooner
     verified = ("cpp",) if device_type == "cpu" else VERIFIED.get(operator, ()) if device_type == "cuda" else ()
     if prefer is not None and (prefer in ("reference", "torch") or prefer in verified):
         verified = (prefer, *verified)

@@ -26,13 +26,15 @@ def tensor(where: str, name: str, value: Any, *, optional: bool = False) -> None
 def tensors(where: str, **values: Any) -> None:
     """Tensors that may not be left out."""
     for name, value in values.items():
-        tensor(where, name, value)
+        if not isinstance(value, Tensor):
+            tensor(where, name, value)
 
 
 def optional_tensors(where: str, **values: Any) -> None:
     """Tensors, or None."""
     for name, value in values.items():
-        tensor(where, name, value, optional=True)
+        if value is not None and not isinstance(value, Tensor):
+            tensor(where, name, value, optional=True)
 
 
 def integer(where: str, name: str, value: Any, least: int | None = None) -> None:

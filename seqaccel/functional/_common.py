@@ -15,7 +15,7 @@ def unrecorded(check: Check) -> Check:
 
     @functools.wraps(check)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or not torch.jit.is_tracing():
+        if torch.compiler.is_dynamo_compiling() or not torch._C._is_tracing():
             return check(*args, **kwargs)
         jit: Any = torch._C
         state = jit._get_tracing_state()

@@ -71,12 +71,16 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 )
 
 
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
 def call(operator: Callable[..., Any], *arguments: Any) -> Any:
     """Calls an operator below autograd and autocast: for code that does their work itself."""
-    with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._is_any_autocast_enabled():
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                return operator(*arguments)
+    if _autocast_enabled():
+        with _BelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return operator(*arguments)
+    with _BelowAutograd():
         return operator(*arguments)
 
 

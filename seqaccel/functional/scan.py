@@ -415,6 +415,14 @@ def sru(
     """
     _arguments.tensor("sru", "u", u)
     _check_sru_types("sru", weight_c, bias, x, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
+    return _sru(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
+
+
+def _sru(
+    u: Tensor, x: Tensor | None, weight_c: Tensor, bias: Tensor, c_0: Tensor | None, mask_c: Tensor | None,
+    mask_pad: Tensor | None, scale_x: Tensor | float | None, directions: int, use_tanh: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``sru`` with arguments of the right types."""
     u, x, weight_c, bias, c_0, mask_c = _in_float32_under_autocast(u, x, weight_c, bias, c_0, mask_c)
     if isinstance(scale_x, Tensor):
         (scale_x,) = _in_float32_under_autocast(scale_x)
@@ -506,18 +514,8 @@ def sru_layer(
             product = _mm(flat, weight, backend)
         else:
             product = call(_mm, flat, weight, backend)
-        return sru(
-            product.view(shape),
-            x,
-            weight_c,
-            bias,
-            c_0,
-            mask_c=mask_c,
-            mask_pad=mask_pad,
-            scale_x=scale_x,
-            directions=directions,
-            use_tanh=use_tanh,
-        )
+        u = product.view(shape)
+        return _sru(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
     operands = _sru_operands(shape, input, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions)
     same = x is input
     if same:
