@@ -362,7 +362,7 @@ void segment_backward(const AttentionBackward<T>& p, int64_t b, int64_t g, int64
   const Attention<T>& f = p.forward;
   const Pyramid& pyramid = f.pyramid;
   const SegmentGrads<T> s = segment_grads(p, b, g, segment);
-  memset(s.partial_key, 0, size_t(s.rows * 2 * f.D) * sizeof(T));
+  if (s.rows > 0) memset(s.partial_key, 0, size_t(s.rows * 2 * f.D) * sizeof(T));
   for (int64_t n = s.outside.first; n < s.outside.last; ++n) {
     memset(s.key + n * s.key_row, 0, size_t(f.D) * sizeof(T));
     memset(s.value + n * s.value_row, 0, size_t(f.D) * sizeof(T));
