@@ -211,7 +211,7 @@ def _recorded(backend, *arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
     y = _CausalConv1d.apply(*operands[:6], backend, *operands[6:], kept)
-    return y, kept[0] if save else kept[0].new_empty(0)
+    return y, kept[0] if save else y.new_empty(0)
 
 
 def _forward_flops(x, weight, *_) -> int:
