@@ -13,11 +13,12 @@ SOURCES := setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 TODAY := $(shell date -u +%Y-%m-%d)
 
-.PHONY: help setup build demo test lint format bench gpu new-cell fuzz sanitize sanitize-memory sanitize-threads clean
+.PHONY: help setup build demo test docs lint format bench gpu new-cell fuzz sanitize sanitize-memory sanitize-threads clean
 
 help:
 	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
 	@echo "make test    run the tests (ARGS='-k scan')"
+	@echo "make docs    build the documentation site in build/docs"
 	@echo "make lint    ruff, mypy, clang-format; 'make format' mends what can be mended"
 	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
 	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
@@ -33,6 +34,9 @@ demo: build
 
 test: build
 	$(BIN)/pytest $(ARGS)
+
+docs: build $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/docs
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -94,6 +98,10 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml
 	SEQACCEL_NO_EXTENSIONS=1 $(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.requirements docs/requirements.txt
+	$(PIP) install -r docs/requirements.txt
+	@touch $@
+
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
@@ -112,5 +120,5 @@ gpu:
 
 clean:
 	rm -rf build dist *.egg-info runs seqaccel/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	rm -f $(VENV)/.built $(VENV)/.installed
+	rm -f $(VENV)/.built $(VENV)/.docs $(VENV)/.installed
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -472,15 +472,6 @@ def test_backend_torch_is_refused():
         hierarchical_attention(Q, Q, Q)
 
 
-def test_doctest():
-    import doctest
-
-    import seqaccel.functional.attention as module
-
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
-
-
 # Triton, in the interpreter where there is no GPU
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

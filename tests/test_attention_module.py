@@ -424,15 +424,6 @@ def test_streaming_errors():
         attention.reset(state, torch.zeros(3))
 
 
-def test_doctest():
-    import doctest
-
-    import seqaccel.nn.attention as tested
-
-    result = doctest.testmod(tested)
-    assert result.attempted and not result.failed
-
-
 def test_backend_is_forced_through_the_module():
     attention, x = module().float(), torch.randn(1, 30, 8)
     with seqaccel.backend("reference"):

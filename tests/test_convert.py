@@ -1,8 +1,5 @@
 """Swapping the layers of an existing model, and weights of other packages: their layouts are written out as loops."""
 
-import doctest
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -204,8 +201,3 @@ def test_from_mlstm_names_what_does_not_fit():
         seqaccel.from_mlstm({k: v for k, v in weights.items() if k != "gx"})
     with pytest.raises(ValueError, match=r"expected wmh to have shape \(6, 6\)"):
         seqaccel.from_mlstm(weights | {"wmh": torch.zeros(3, 6)})
-
-
-def test_docstring_examples():
-    result = doctest.testmod(sys.modules["seqaccel.convert"])
-    assert result.attempted and not result.failed

@@ -1,7 +1,5 @@
 """The references of the recurrent cells against other implementations: torch.nn, ONNX Runtime, loops over scalars."""
 
-import doctest
-import importlib
 import math
 
 import numpy as np
@@ -225,9 +223,3 @@ def test_expected_zoneout_is_a_blend():
     plain = call("gru", tensors, "reference")[1]
     blended = call("gru", tensors, "reference", zoneout_h=0.25)[1]
     torch.testing.assert_close(blended, 0.25 * tensors["h_0"] + 0.75 * plain)
-
-
-def test_examples():
-    for module in ("seqaccel.functional.rnn._functions", "seqaccel.nn.rnn"):
-        found = doctest.testmod(importlib.import_module(module))
-        assert found.attempted and not found.failed

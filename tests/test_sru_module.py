@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import io
 import pathlib
 import pickle
@@ -312,12 +311,3 @@ def test_empty_sequences_and_batches():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(SRU(3, 4))
-
-
-def test_examples_in_docstrings():
-    import seqaccel.functional.scan
-    import seqaccel.nn.scan
-
-    for module in (seqaccel.functional.scan, seqaccel.nn.scan):
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed
