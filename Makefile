@@ -32,8 +32,9 @@ setup: build
 demo: build
 	$(BIN)/python examples/train_language_model.py $(ARGS)
 
+# A thread that waits sleeps, and leaves its core to the other worker.
 test: build
-	$(BIN)/pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 docs: build $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/docs

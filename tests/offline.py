@@ -9,15 +9,19 @@ In a test::
 
 By hand, as a table: ``python tests/offline.py seqaccel.kernels.scan [80 90 100]``.
 
-The compilation runs in a process of its own: under ``TRITON_INTERPRET=1``, which the tests set on a machine without a
-GPU, ``@triton.jit`` makes interpreted functions, and those cannot be compiled.
+The compilation runs in processes of its own, one for each core: under ``TRITON_INTERPRET=1``, which the tests set on a
+machine without a GPU, ``@triton.jit`` makes interpreted functions, and those cannot be compiled. Triton's cache
+(``TRITON_CACHE_DIR``, ``~/.triton/cache``) holds what was compiled under a hash of the kernel's source, the
+configuration and Triton itself, so only what changed is compiled again.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -125,7 +129,7 @@ def compile_configuration(configuration, arch: int) -> Usage:
 
 
 def usages(module: str, archs: tuple[int, ...] = (80, 90, 100), timeout: float = 600) -> list[Usage]:
-    """Compiles every row of ``module.CONFIGURATIONS`` for every architecture, in one process of its own."""
+    """Compiles every row of ``module.CONFIGURATIONS`` for every architecture, in processes of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, "--json", module, *map(str, archs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -143,15 +147,22 @@ def check_configurations(module: str, archs: tuple[int, ...] = (80, 90, 100)) ->
     return found
 
 
+def compile_row(module: str, row: int, arch: int) -> Usage:
+    return compile_configuration(importlib.import_module(module).CONFIGURATIONS[row], arch)
+
+
 def main(arguments: list[str]) -> int:
     as_json = arguments[:1] == ["--json"]
     module, *archs = arguments[1:] if as_json else arguments
-    rows = [
-        compile_configuration(configuration, int(arch))
-        for configuration in importlib.import_module(module).CONFIGURATIONS
+    jobs = [
+        (module, row, int(arch))
+        for row, configuration in enumerate(importlib.import_module(module).CONFIGURATIONS)
         for arch in (archs or ["80", "90", "100"])
         if configuration.least_arch <= int(arch) <= configuration.most_arch
     ]
+    fork = multiprocessing.get_context("fork")  # what was imported is there
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), fork) as processes:
+        rows = list(processes.map(compile_row, *zip(*jobs, strict=True)))
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
     else:
