@@ -179,6 +179,25 @@ def bench_lstm_session_step(B, H):
     return Case(contenders | peers(stock, x, ("onnxruntime",)), **costs)
 
 
+@suite(
+    [dict(cell=cell, B=1, H=H) for cell in GATES for H in (128, 256, 512)],
+    ["seqaccel[cpp]", "torch", "torch cell", "onnxruntime"],
+)
+def bench_session_step(cell, B, H):
+    """One step of one stream: a Session beside torch's layer, torch's module of one step, and ONNX Runtime."""
+    ours, stock, x, _ = layers(cell, B, 1, H)
+    single = getattr(torch.nn, f"{cell}Cell")(H, H)
+    state = (torch.zeros(B, H), torch.zeros(B, H)) if cell == "LSTM" else torch.zeros(B, H)
+    layer_state = tuple(part[None] for part in state) if cell == "LSTM" else state[None]
+    contenders = {
+        "seqaccel[cpp]": functools.partial(seqaccel.Session(ours, B).step, x[0]),
+        "torch": torch.inference_mode()(functools.partial(stock, x, layer_state)),
+        "torch cell": torch.inference_mode()(functools.partial(single, x[0], state)),
+    }
+    weight = GATES[cell] * 2 * H * H
+    return Case(contenders | peers(stock, x, ("onnxruntime",)), flops=2.0 * B * weight, bytes=4.0 * weight)
+
+
 def _spin(busy) -> None:
     while True:
         if busy.wait(1.0):

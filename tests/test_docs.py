@@ -49,3 +49,20 @@ def test_examples_of_pages(page, tmp_path, monkeypatch):
     scope: dict[str, object] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         exec(compile(block, str(page), "exec"), scope)
+
+
+def test_variables_are_listed():
+    """Every environment variable of the package, its build and its tests has a row in docs/environment.md."""
+    sources = [ROOT / "setup.py", ROOT / "Makefile", ROOT / ".ci" / "run", *(ROOT / "seqaccel").rglob("*.py")]
+    sources += [*(ROOT / "tests").glob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
+    pattern = r"""(?:environ(?:\.get)?[\[(]|getenv\()\s*"(\w+)"|\$\{(SEQACCEL_\w+)"""
+    used = {name for path in sources for pair in re.findall(pattern, path.read_text()) for name in pair if name}
+    listed = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "environment.md").read_text()))
+    assert used - listed <= {"ASAN_OPTIONS", "TSAN_OPTIONS", "PATH"}, used - listed
+
+
+def test_named_tests_are_there():
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+\.py::\w+)`", page.read_text())}
+    assert named
+    for file, test in (name.split("::") for name in sorted(named)):
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.M), f"{file} has no {test}"
