@@ -9,9 +9,9 @@ Backends:
     ``auto``       the fastest verified one for the tensor at hand
 
 ``auto`` takes ``cpp`` on a CPU and, on a GPU, a backend that :data:`VERIFIED` lists; else ``torch`` where the operator
-has it, else ``reference``. While ``torch.jit.trace`` records (``torch.onnx.export(dynamo=False)`` too), whose graphs
-hold torch's own operators only, it takes one of the latter two. A backend asked for by name runs or raises; nothing is
-put in its place.
+has it, else ``reference``. Under ``torch.jit.trace`` (and ``torch.onnx.export(dynamo=False)``) it takes one of the
+latter two, because such graphs hold torch's own operators only. A backend asked for by name runs or raises; nothing
+replaces it.
 """
 
 import contextlib
@@ -113,8 +113,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``, ``"torch"`` or ``"auto"``. The environment
-            variable ``SEQACCEL_BACKEND`` sets it for a whole process; the block sets it for its thread (or task of
-            asyncio) and for the backward passes that it starts. A thread that it starts begins with the process's.
+            variable ``SEQACCEL_BACKEND`` sets it for a whole process; the block sets it for its thread (or asyncio
+            task) and for the backward passes that it starts. A new thread starts with the setting of the process.
 
     Raises:
         ValueError: the name is unknown. An operator that does not have the backend raises ``RuntimeError`` when called.
@@ -158,8 +158,8 @@ def isa(name: str) -> Iterator[None]:
 
     Args:
         name: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512_bf16"`` (AVX-512 with BF16 and VNNI; where a kernel
-            has no use for them, AVX-512) or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process. The setting is
-            the process's: of blocks that overlap in time, the last that began holds.
+            has no use for them, AVX-512) or ``"auto"``. ``SEQACCEL_ISA`` sets it for a whole process. The setting
+            holds for the process: if blocks overlap in time, the one that began last wins.
 
     Raises:
         RuntimeError: unknown, or this processor does not have it.

@@ -43,11 +43,12 @@ class Session:
     r"""Runs recurrent layers on a batch of streams, step by step, with their weights packed once.
 
     The weights are copied when the session is made: later changes of the module do not reach it. The module runs as in
-    eval mode: no dropout, zoneout's expectation. Threads that share a session take turns: each call runs alone.
-    :meth:`fork` makes another session that starts anew; ``copy.copy`` and ``copy.deepcopy`` make one that goes on from
-    the same state. They share the packed weights, and threads may run them at the same time. ``pickle`` and
-    ``torch.save`` keep the packed weights and the state: loading takes the same version of seqaccel and a processor
-    with the instruction set that they were packed for.
+    eval mode: no dropout, zoneout's expectation. Threads that share a session take turns.
+
+    :meth:`fork` makes a session with streams at their initial state; ``copy.copy`` and ``copy.deepcopy`` make one that
+    continues from the same state. All of them share the packed weights, and threads may run them at the same time.
+    ``pickle`` and ``torch.save`` keep the packed weights and the state. Loading needs the same version of seqaccel and
+    a processor with the instruction set that the weights were packed for.
 
     Args:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
@@ -58,13 +59,13 @@ class Session:
             ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and
             ``Dropout`` do nothing.
         batch_size: number of independent streams B. Default: 1
-        weights: what the packed matrices are held in. ``"float32"``; ``"bfloat16"``: half the memory, the weights and
-            what they multiply rounded to 8 bits; ``"int8"``: a quarter, each row of a weight rounded to 255 values with
-            a scale, and so is each vector they multiply, at every step. Sums, biases, embeddings, the cell's functions
-            and the state stay float32 (int8: sums are exact). Default: ``"float32"``
+        weights: precision of the packed matrices. ``"float32"``; ``"bfloat16"``: half the memory, weights and the
+            values they multiply are rounded to 8 bits; ``"int8"``: a quarter of the memory, each row of a weight, and
+            at each step each vector it multiplies, is rounded to 255 values with a scale. Sums, biases, embeddings, the
+            cell's functions and the state stay float32 (int8: sums are exact). Default: ``"float32"``
 
     Raises:
-        TypeError: ``module`` is, or holds, none that a session runs.
+        TypeError: a session cannot run ``module``, or a module in it.
         ValueError: ``batch_size`` or ``weights`` is out of range, or the module is bidirectional, or not float32 on the
             CPU.
         RuntimeError: the C++ kernels are missing.
@@ -136,7 +137,7 @@ class Session:
         self._extend = session.extend
 
     def fork(self, batch_size: int = 1) -> Session:
-        """Another session of the same packed weights, which both hold, with ``batch_size`` streams that start anew."""
+        """A session that shares the packed weights, with ``batch_size`` streams at their initial state."""
         _check_batch_size(batch_size)
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
@@ -222,14 +223,14 @@ class Session:
         return y.transpose(0, 1) if self.batch_first else y
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Starts the streams where ``mask`` (B,) is true anew; all of them by default."""
+        """Resets the streams where ``mask`` (B,) is true; by default all."""
         if mask is None:
             mask = torch.ones(self.batch_size, dtype=torch.bool, device="cpu")
         _arguments.mask("Session.reset", "mask", mask, (self.batch_size,))
         self._session.select([-1 if new else b for b, new in enumerate(mask.tolist())])
 
     def select(self, indices: Tensor) -> None:
-        """Stream b goes on from what stream ``indices[b]`` was; an index may come more than once (beam search)."""
+        """Stream b continues from the state of stream ``indices[b]``; an index may repeat (beam search)."""
         _arguments.tensor("Session.select", "indices", indices)
         integral = indices.dim() == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
         chosen = indices.tolist() if integral else []
@@ -258,10 +259,10 @@ class Session:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Goes on from a state that :meth:`state_dict` gave.
+        """Continues from a state that :meth:`state_dict` returned.
 
         Raises:
-            TypeError, ValueError: names, values or shapes that are not this session's; nothing has changed then.
+            TypeError, ValueError: names, values or shapes do not fit this session; then nothing is changed.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of tensors, but got {type(state_dict).__name__}")

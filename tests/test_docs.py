@@ -37,7 +37,7 @@ def test_every_public_name_has_an_example():
     public += [getattr(seqaccel.functional, name) for name in seqaccel.functional.__all__]
     public += [seqaccel.Session, seqaccel.backend, seqaccel.convert, seqaccel.from_haste, seqaccel.from_mlstm]
     names = {name.rpartition(".")[2] for name in EXAMPLES}
-    assert {item.__name__ for item in public} - names == {"SRUCell", "Streaming"}  # SRU's and the modules' show them
+    assert {item.__name__ for item in public} - names == {"Streaming"}  # the modules' show it
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,7 @@ def sru(
             else 3.
         x: (T, B, directions * H), the skip term's input; ``None`` for k = 4, and for k = 3 without a skip term.
         weight_c: (2 * directions * H,), :math:`w_f` then :math:`w_r`; or weights of each step,
-            (T, B, 2 * directions * H), one pair :math:`(w_f, w_r)` after the other, which only the reference takes.
+            (T, B, 2 * directions * H), one pair :math:`(w_f, w_r)` after the other, on the reference only.
         bias: (2 * directions * H,), :math:`b_f` then :math:`b_r`.
         c_0: (B, directions * H), the state before the first step. Default: zero.
         mask_c: (B, directions * H), the dropout mask, not differentiated. Default: one.

@@ -42,7 +42,7 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
         device, dtype: of the parameters.
         pool_query: rows P of a learned ``pool_query`` (P, num_heads, E / num_heads), zero at first: level l pools with
             row min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
-        block_size, fanout, levels, local_blocks, causal, mass_bias: of
+        block_size, fanout, levels, local_blocks, causal, mass_bias: see
             :func:`seqaccel.functional.hierarchical_attention`.
 
     Raises:
@@ -339,7 +339,7 @@ class HierarchicalAttention(Leaf, Streaming, nn.MultiheadAttention):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
-        """The state of ``batch_size`` streams that have seen nothing.
+        """The initial state of ``batch_size`` streams.
 
         Args:
             batch_size: number of streams.

@@ -33,7 +33,7 @@ class SRUCell(Leaf, nn.Module):
         dropout: probability that a channel of ``r`` is dropped, the same for all steps. Default: 0.
         rnn_dropout: probability that a feature of the input is dropped, the same for all steps. Default: 0.
         bidirectional: also run against time. Default: ``False``.
-        n_proj: factorise the weight through this many features, where that is fewer than it joins. Default: 0, do not.
+        n_proj: factorise the weight through this many features, where both of its sides have more. Default: 0, do not.
         use_tanh: apply tanh to the state. Default: ``False``.
         highway_bias: initial bias of the gate r. Default: 0.
         has_skip_term: add the (projected) input to the output through the highway connection. Default: ``True``.
@@ -46,6 +46,13 @@ class SRUCell(Leaf, nn.Module):
         normalize_after: with ``layer_norm``, normalise the output and not the input. Default: ``False``.
         weight_c_init: recurrent weights start uniform in [-weight_c_init, weight_c_init]. Default: variance 1/2.
         device, dtype: of the parameters.
+
+    Example:
+        >>> import torch, seqaccel.nn
+        >>> layer = seqaccel.nn.SRUCell(8, 16, bidirectional=True)
+        >>> output, c_n = layer(torch.randn(5, 3, 8))
+        >>> output.shape, c_n.shape
+        (torch.Size([5, 3, 32]), torch.Size([3, 32]))
     """
 
     layer_norm: nn.LayerNorm | None
@@ -125,7 +132,7 @@ class SRUCell(Leaf, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts anew, as the package does: unit variance of u, smaller gates, recurrent weights of variance 1/2."""
+        """Draws the parameters as the package does: unit variance of u, smaller gates, variance 1/2 of ``weight_c``."""
         scale = math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale and self.has_skip_term else 1.0
         with torch.no_grad():
             self.bias.zero_()
@@ -279,16 +286,16 @@ class SRU(Leaf, Streaming, nn.Module):
             Default: 0.
         rnn_dropout: probability that a feature of a layer's input is dropped, the same for all steps. Default: 0.
         bidirectional: also run against time. Default: ``False``.
-        projection_size: factorise each weight through this many features, where that is fewer than it joins.
+        projection_size: factorise each weight through this many features, where both of its sides have more.
             Default: 0, do not.
         use_tanh: g is tanh. Default: ``False``, the identity.
         layer_norm: normalise each layer's input. Default: ``False``.
         highway_bias: initial bias of the gate r. Default: 0.
-        has_skip_term: ``False``: s = 0. Default: ``True``.
+        has_skip_term: use the skip term; ``False``: s = 0. Default: ``True``.
         rescale: :math:`\alpha = \sqrt{1 + 2 e^b}`, b the ``highway_bias``. Default: ``False``, 1.
         v1: :math:`w_f = w_r = 0`. Default: ``False``.
         nn_rnn_compatible_return: return the state as (num_layers * directions, B, hidden_size). Default: ``False``.
-        custom_m: module, or one a layer, that computes u in place of the matrix product; see :class:`SRUCell`.
+        custom_m: module, or one per layer, that computes u in place of the matrix product; see :class:`SRUCell`.
         proj_input_to_hidden_first: first project the input to the size of the output. Default: ``False``.
         amp_recurrence_fp16: under autocast to float16, return float16 and not float32. Default: ``False``.
         normalize_after: with ``layer_norm``, normalise each layer's output and not its input. Default: ``False``.
@@ -394,7 +401,7 @@ class SRU(Leaf, Streaming, nn.Module):
         self.rnn_lst = nn.ModuleList(layers)
 
     def reset_parameters(self) -> None:
-        """Starts anew."""
+        """Draws all parameters anew."""
         for layer in self.rnn_lst:
             if isinstance(layer, SRUCell):
                 layer.reset_parameters()

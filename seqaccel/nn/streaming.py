@@ -44,7 +44,7 @@ class Streaming:
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """The state of ``batch_size`` streams that have seen nothing.
+        """The initial state of ``batch_size`` streams.
 
         Args:
             batch_size: number of streams.
@@ -61,7 +61,7 @@ class Streaming:
         raise NotImplementedError
 
     def reset(self, state: State, mask: Tensor) -> State:
-        """The state with the streams where ``mask`` (B,) is true starting anew."""
+        """The state with the streams where ``mask`` (B,) is true set to their initial state."""
         first = _check("reset", state)
         _arguments.mask("reset", "mask", mask, first.shape[:1])
         fresh = self._matching_state(state, first)
@@ -72,7 +72,7 @@ class Streaming:
         return self.init_state(first.shape[0], device=first.device, dtype=first.dtype)
 
     def select(self, state: State, indices: Tensor) -> State:
-        """The states of the streams ``indices`` (N,), in that order; an index may come more than once (beam search)."""
+        """The states of the streams ``indices`` (N,), in that order; an index may repeat (beam search)."""
         first = _check("select", state)
         _arguments.tensor("select", "indices", indices)
         if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):

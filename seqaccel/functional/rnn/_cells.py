@@ -32,12 +32,12 @@ class CellSpec:
     Attributes:
         gates: G; weight_ih, weight_hh and the biases have G * H rows.
         has_cell_state: has c beside h.
-        extra: names and shapes of its weights behind weight_ih, weight_hh, bias_ih and bias_hh; a letter a dimension:
-            G for G * H, H, P, I, or a number.
+        extra: names and shapes of its weights after weight_ih, weight_hh, bias_ih and bias_hh; one letter per
+            dimension: G for G * H, H, P, I, or a number.
         optional: the weights that may be missing.
         zoneout: takes zoneout.
-        backends: those it has.
-        without_projection: those of them that do not project.
+        backends: the backends that have it.
+        without_projection: those of them that do not take weight_hr.
         without_zoneout: those of them that take no zoneout.
         torch_is_faster: whether torch's operator, where it has this cell, was measured faster: then ``auto`` takes it.
             Default: it never is.
@@ -67,14 +67,15 @@ class CellSpec:
 
 
 def _cudnn_persists(gates: int, problem: Problem) -> bool:
-    """Where cuDNN keeps the weights on the multiprocessors too. bfloat16 torch 2.11 does not give it."""
+    """Whether cuDNN has a persistent kernel for it, too. torch 2.11 does not use it in bfloat16."""
     if problem.dtype == torch.bfloat16 or gates == 3:
         return False
     return (gates == 1 and problem.hidden <= 256) or (problem.dtype == torch.float16 and problem.batch <= 32)
 
 
 def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
-    """By an H100: torch's is faster than a launch a step, than many launches, and often where it persists."""
+    """As measured on an H100: torch's operator is faster than one launch per step or several launches of ours, and
+    often where its kernel is persistent."""
 
     def torch_is_faster(problem: Problem) -> bool:
         if problem.device.type != "cuda" or _extension.triton_error:
@@ -95,7 +96,7 @@ def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
 
 
 def _for_lstm(problem: Problem) -> bool:
-    """On a CPU oneDNN trains in bfloat16, where our kernels do in float32; ragged batches it does not take."""
+    """On a CPU torch's LSTM trains in bfloat16 (oneDNN), ours in float32. oneDNN takes no ragged batches."""
     if problem.device.type != "cpu":
         return _on_a_gpu(4)(problem)
     return problem.dtype == torch.bfloat16 and problem.training and not problem.ragged

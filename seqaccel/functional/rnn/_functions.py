@@ -26,9 +26,9 @@ def rnn(
     .. math::
         h_t = \phi(W x_t + b + U h_{t-1} + b'), \qquad \phi = \tanh \text{ or } \mathrm{relu}
 
-    The backend ``cpp`` computes float16 and bfloat16 in float32, but multiplies bfloat16 as it is where nothing is kept
-    for a backward pass. Training keeps the input and the output for the
-    backward pass. Gradients of gradients go through the reference.
+    The backend ``cpp`` computes float16 and bfloat16 in float32. Without gradients it multiplies bfloat16 values
+    directly and sums in float32. Training keeps the input and the output for the backward pass. Double backward runs on
+    the reference.
 
     Args:
         input: (T, B, I).
@@ -92,10 +92,9 @@ def gru(
     With ``reset_after=False`` the reset gate comes before the product:
     :math:`n_t = \tanh(W_n x_t + b_n + U_n (r_t \odot h_{t-1}) + b'_n)`.
 
-    The backend ``cpp`` computes float16 and bfloat16 in float32, but multiplies bfloat16 as it is where nothing is kept
-    for a backward pass. Training keeps the input and, with H hidden
-    units, 5 H values a step and row for the backward pass (4 H without ``reset_after``), the output among them.
-    Gradients of gradients go through the reference.
+    The backend ``cpp`` computes float16 and bfloat16 in float32. Without gradients it multiplies bfloat16 values
+    directly and sums in float32. Training keeps the input and 5 H values per step and row for the backward pass, the
+    output among them (4 H without ``reset_after``). Double backward runs on the reference.
 
     Args:
         input: (T, B, I).
@@ -182,10 +181,9 @@ def lstm(
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t) \qquad \text{or} \quad W_{hr} (o_t \odot \tanh(c_t))
 
-    The backend ``cpp`` computes float16 and bfloat16 in float32, but multiplies bfloat16 as it is where nothing is kept
-    for a backward pass. Training keeps the input and, with H hidden
-    units, 6 H values a step and row for the backward pass, the output among them: 24 H bytes in float32. Gradients of
-    gradients go through the reference.
+    The backend ``cpp`` computes float16 and bfloat16 in float32. Without gradients it multiplies bfloat16 values
+    directly and sums in float32. Training keeps the input and 6 H values per step and row for the backward pass, the
+    output among them: 24 H bytes in float32. Double backward runs on the reference.
 
     Args:
         input: (T, B, I).
@@ -239,7 +237,7 @@ def peephole_lstm(
     lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Pair]:
-    r"""One layer and direction of a long short-term memory whose gates see the cell.
+    r"""One layer and direction of a long short-term memory whose gates see the cell state.
 
     .. math::
         i_t, f_t &= \sigma(W_{i,f} x_t + b_{i,f} + U_{i,f} h_{t-1} + b'_{i,f} + p_{i,f} \odot c_{t-1}) \\
@@ -248,7 +246,7 @@ def peephole_lstm(
         o_t &= \sigma(W_o x_t + b_o + U_o h_{t-1} + b'_o + p_o \odot c_t) \\
         h_t &= o_t \odot \tanh(c_t) \qquad \text{or} \quad W_{hr} (o_t \odot \tanh(c_t))
 
-    Dtypes and gradients of gradients: as :func:`lstm`.
+    Dtypes and double backward: as in :func:`lstm`.
 
     Args:
         input: (T, B, I).
@@ -314,7 +312,7 @@ def layer_norm_lstm(
     The first two layer norms are each over all 4 H values together and have no bias; :math:`\epsilon` is 1e-5. The c
     that is carried on is not normalised; with ``normalize_cell`` it is:
     :math:`c_t = \mathrm{LN}(\ldots; \gamma_3, \beta_3)`.
-    Dtypes and gradients of gradients: as :func:`lstm`.
+    Dtypes and double backward: as in :func:`lstm`.
 
     Args:
         input: (T, B, I).
@@ -327,7 +325,7 @@ def layer_norm_lstm(
         ln_hh_weight: :math:`\gamma_2`, (4 * H,).
         ln_c_weight: :math:`\gamma_3`, (H,).
         ln_c_bias: :math:`\beta_3`, (H,).
-        normalize_cell: carry the normalised c on. Default: ``False``.
+        normalize_cell: carry the normalised c to the next step. Default: ``False``.
         zoneout: for h and for c, as in :func:`lstm`. Default: none.
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
@@ -452,7 +450,7 @@ def multiplicative_lstm(
         c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
         h_t &= o_t \odot \tanh(c_t)
 
-    Dtypes and gradients of gradients: as :func:`lstm`.
+    Dtypes and double backward: as in :func:`lstm`.
 
     Args:
         input: (T, B, I).

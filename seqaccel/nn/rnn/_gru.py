@@ -39,7 +39,7 @@ class RNN(Recurrent):
             ``False``.
         device, dtype: of the parameters.
         recurrent_dropout: probability of zeroing an element of ``weight_hh``, in training, for the whole sequence; the
-            others are scaled by 1 / (1 - p). One mask a forward, layer and direction. Default: 0. By keyword only.
+            others are scaled by 1 / (1 - p). One mask per call, layer and direction. Default: 0. Keyword only.
 
     Shapes, with D directions and L layers:
         - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
@@ -104,12 +104,12 @@ class GRU(Recurrent):
         bidirectional: a second set of weights runs from the last step to the first; outputs are concatenated. Default:
             ``False``.
         device, dtype: of the parameters.
-        reset_after: the reset gate comes after the product, as in torch.nn.GRU. Default: ``True``. By keyword only, as
-            what follows.
+        reset_after: the reset gate comes after the product, as in torch.nn.GRU. Default: ``True``. Keyword only,
+            like the arguments that follow.
         zoneout: probability, in training, that a unit of h keeps its old value at a step; in eval the expectation is
             taken. Default: 0.
         recurrent_dropout: probability of zeroing an element of ``weight_hh``, in training, for the whole sequence; the
-            others are scaled by 1 / (1 - p). One mask a forward, layer and direction. Default: 0.
+            others are scaled by 1 / (1 - p). One mask per call, layer and direction. Default: 0.
 
     Shapes, with D directions and L layers:
         - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a

@@ -67,10 +67,11 @@ class LSTM(_WithCellState):
         proj_size: P > 0: h is projected to P features by ``weight_hr``. Default: 0, no projection.
         device, dtype: of the parameters.
         zoneout: probability, in training, that a unit of h and of c keeps its old value at a step; in eval the
-            expectation is taken. A pair: of h, and of c. h is calculated from the fresh c. Default: 0.
+            expectation is taken. A pair gives h and c their own probabilities. h is calculated from c before zoneout.
+            Default: 0.
         recurrent_dropout: probability of zeroing an element of ``weight_hh``, in training, for the whole sequence; the
-            others are scaled by 1 / (1 - p). One mask a forward, layer and direction. Default: 0.
-        forget_bias: at initialisation the forget gate's slice of ``bias_ih`` is this, and that of ``bias_hh`` 0.
+            others are scaled by 1 / (1 - p). One mask per call, layer and direction. Default: 0.
+        forget_bias: initial value of the forget gate's slice of ``bias_ih``; that slice of ``bias_hh`` starts at 0.
             Default: ``None``, torch's initialisation.
 
     Shapes, with D directions and L layers:
@@ -101,7 +102,7 @@ class LSTM(_WithCellState):
 
 
 class PeepholeLSTM(_WithCellState):
-    r"""Multi-layer long short-term memory whose gates see the cell.
+    r"""Multi-layer long short-term memory whose gates see the cell state.
 
     .. math::
         i_t, f_t &= \sigma(W_{i,f} x_t + b_{i,f} + U_{i,f} h_{t-1} + b'_{i,f} + p_{i,f} \odot c_{t-1}) \\
@@ -141,7 +142,7 @@ class LayerNormLSTM(_WithCellState):
     :math:`\gamma_2`, :math:`\gamma_3`, :math:`\beta_3`, at first 1, 1, 1 and 0.
 
     Args:
-        normalize_cell: carry the normalised c on to the next step, not the c it is made of. Default: ``False``.
+        normalize_cell: carry the normalised c to the next step, instead of c before the norm. Default: ``False``.
 
     Raises:
         ValueError: ``proj_size`` is given.
