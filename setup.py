@@ -29,12 +29,12 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
-# Of a build with sanitizers, of every extension; SEQACCEL_SANITIZE also stops the reuse of memory (csrc/cpu/pool.h).
+# Of a build with sanitizers, of every extension. SEQACCEL_SANITIZE also stops the reuse of memory: csrc/common/reuse.h.
 SANITIZE = os.environ.get("SEQACCEL_SANITIZE")
 SANITIZE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DSEQACCEL_SANITIZE"] if SANITIZE else []
 SANITIZERS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 INSTRUCTION_SETS = ["portable", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
-BF16_KERNELS = {"session_kernels"}  # compiled for AVX-512 with BF16 and VNNI too
+BF16_KERNELS = {"cpu/packed/kernels.h"}  # compiled for AVX-512 with BF16 and VNNI too
 
 
 def kernel_sources():
@@ -42,12 +42,12 @@ def kernel_sources():
     folder = ROOT / "build" / "isa"
     folder.mkdir(parents=True, exist_ok=True)
     sources = []
-    for kernels in sorted(ROOT.glob("csrc/cpu/**/*_kernels.h")):
+    for kernels in sorted(ROOT.glob("csrc/cpu/**/*kernels.h")):
         include = kernels.relative_to(ROOT / "csrc").as_posix()
-        wide = ["avx512_bf16"] if kernels.stem in BF16_KERNELS and len(INSTRUCTION_SETS) > 1 else []
+        wide = ["avx512_bf16"] if include in BF16_KERNELS and len(INSTRUCTION_SETS) > 1 else []
         for isa in INSTRUCTION_SETS + wide:
-            text = f'#define SEQACCEL_ISA_{isa.upper()}\n#include "cpu/isa.h"\n#include "{include}"\n'
-            source = folder / f"{kernels.stem}_{isa}.cpp"
+            text = f'#define SEQACCEL_ISA_{isa.upper()}\n#include "cpu/base/isa.h"\n#include "{include}"\n'
+            source = folder / f"{include[4:-2].replace('/', '_')}_{isa}.cpp"
             if not source.exists() or source.read_text() != text:
                 source.write_text(text)
             sources.append(source.relative_to(ROOT).as_posix())

@@ -40,15 +40,15 @@ def edits():
     yield "tests/test_rnn_reference.py", "STEPS = {", block("def coupled_lstm_step") + "\n\n"
     yield "tests/test_rnn_reference.py", '    "layer_norm_lstm":', '    "coupled_lstm": coupled_lstm_step,\n'
     yield "seqaccel/functional/rnn/_cells.py", '    "rnn_tanh":', "    " + block('"coupled_lstm": CellSpec')
-    yield "csrc/common/cells.h", "// The GRU of normalised products", struct + "\n"
+    yield "csrc/common/product_cells.h", "// The GRU of normalised products", struct + "\n"
     entry = on_the_page("kEntry<CoupledLstmCell>")
-    yield "csrc/cpu/rnn_kernels.h", "extern const RnnKernels", "", ("kEntry<LstmCell>", f"{entry}, kEntry<LstmCell>")
-    yield "csrc/cpu/session.h", "  rnn_tanh,", "  coupled_lstm,\n"
+    yield "csrc/cpu/rnn/kernels.h", "extern const RnnKernels", "", ("kEntry<LstmCell>", f"{entry}, kEntry<LstmCell>")
+    yield "csrc/cpu/packed/session.h", "  rnn_tanh,", "  coupled_lstm,\n"
     spec = on_the_page('{LayerKind::coupled_lstm, 3, true, 3, 0, {"GI", "GP", "G", "G"}}')
-    yield "csrc/cpu/session_program.cpp", '    {"rnn_tanh"', f'    {{"coupled_lstm", {spec}}},\n'
+    yield "csrc/cpu/packed/program.cpp", '    {"rnn_tanh"', f'    {{"coupled_lstm", {spec}}},\n'
     step = on_the_page("recurrent_step<CoupledLstmCell>")
     case = f"    case LayerKind::coupled_lstm:\n      return recurrent_layer(t, l, {step});\n"
-    yield "csrc/cpu/session_kernels.h", "    case LayerKind::rnn_tanh:", case
+    yield "csrc/cpu/packed/kernels.h", "    case LayerKind::rnn_tanh:", case
     yield "kernels/rnn/cells.py", "# ---- traits ----", functions + "\n\n\n"
     yield "kernels/rnn/cells.py", '    "rnn_tanh":', f"    {kernel}"
     yield "kernels/rnn/checks.py", '    "rnn_tanh":', '    "coupled_lstm": _COMMON,\n'

@@ -1,7 +1,8 @@
-"""An import goes down only: nn -> functional -> backends, reference, kernels."""
+"""An import goes down only: nn -> functional -> backends, reference, kernels; and so does an include of csrc."""
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -18,6 +19,23 @@ BELOW = {
 }
 # Names that a layer knows nothing of.
 UNKNOWN = {"reference": {"Function", "Module"}, "kernels": {"Function", "Module"}}
+# What each folder of csrc may include, itself besides.
+_BASE = {"common", "cpu/base"}
+ROOMS: dict[str, set[str]] = {
+    "common": set(),
+    "cpu/base": {"common"},
+    "cpu/matmul": _BASE,
+    "cpu/rnn": _BASE | {"cpu/matmul"},
+    "cpu/packed": _BASE | {"cpu/matmul", "cpu/rnn"},
+    "cpu/scan": _BASE,
+    "cpu/conv": _BASE | {"cpu/matmul"},
+    "cpu/attention/hierarchical": _BASE,
+    "cpu/testing": _BASE,
+    "cuda": {"common"},
+    "cuda/scan": {"common", "cuda"},
+    "session": {"common"},
+    "autograd": set(),
+}
 
 
 def layer_files() -> list[tuple[str, pathlib.Path]]:
@@ -55,3 +73,20 @@ def test_imports_go_down(layer: str, path: pathlib.Path) -> None:
             assert target in BELOW[layer], f"{path.name} (layer {layer}) imports {name}"
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & UNKNOWN.get(layer, set()), f"{path.name} (layer {layer}) uses autograd functions or modules"
+
+
+NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.relative_to(ROOT / "csrc").as_posix())
+def test_includes_go_down(path: pathlib.Path) -> None:
+    room, text = path.parent.relative_to(ROOT / "csrc").as_posix(), path.read_text()
+    for name in re.findall(r'#\s*include "([^"]+)"', text):
+        assert (ROOT / "csrc" / name).is_file(), f"{path.name} includes {name}: not a path from csrc's root"
+        target = pathlib.PurePosixPath(name).parent.as_posix()
+        assert target in ROOMS[room] | {room}, f"{path.name} (in {room}) includes {name}"
+    if room.startswith("cpu/"):  # each folder is a namespace
+        inner = room.removeprefix("cpu/").replace("/", "::")
+        for name in re.findall(r"^namespace seqaccel(.*) {$", text, re.MULTILINE):
+            opened = name.removeprefix("::SEQACCEL_ISA").replace("inline ", "")
+            assert opened == f"::{inner}", f"{path.name} opens namespace seqaccel{name}"

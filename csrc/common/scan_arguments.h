@@ -2,10 +2,10 @@
 // so that no call can make a kernel read or write out of bounds.
 #pragma once
 
-#include "cpu/scan.h"
-#include "cpu/tensor.h"
+#include "common/scan.h"
+#include "common/tensor.h"
 
-namespace seqaccel {
+namespace seqaccel::scan {
 
 // Shape as given, dtype and device as the first tensor's.
 inline void check_operand(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, const Tensor& first,
@@ -70,4 +70,4 @@ inline SruShape check_sru(const Tensor& u, const OptionalTensor& x, const Tensor
           use_tanh};
 }
 
-}  // namespace seqaccel
+}  // namespace seqaccel::scan

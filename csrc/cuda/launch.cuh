@@ -6,9 +6,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "cpu/tensor.h"
+#include "common/tensor.h"
 
-namespace seqaccel {
+namespace seqaccel::cuda {
 
 constexpr int kThreads = 256;  // of a block
 
@@ -29,4 +29,4 @@ inline unsigned grid_size(int64_t blocks) {
   return unsigned(blocks);
 }
 
-}  // namespace seqaccel
+}  // namespace seqaccel::cuda

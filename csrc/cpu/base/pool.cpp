@@ -1,0 +1,100 @@
+#include "cpu/base/pool.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+
+#include "common/reuse.h"
+
+namespace seqaccel::inline base {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kSmallest = size_t(128) << 10;  // from here on malloc may give pages back to the system
+constexpr size_t kUnused = size_t(256) << 20;    // bytes of all blocks that no tensor uses
+
+// Never destroyed: tensors and sessions may die after it would be.
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> blocks;  // unused, the one given back last at the end
+  size_t unused = 0;
+
+  static Pool& instance() {
+    static Pool* const pool = new Pool;
+    return *pool;
+  }
+};
+
+void give_back(void* data, void* size) { give_block({data, reinterpret_cast<size_t>(size)}); }
+
+// torch_from_blob of torch 2.11's stable ABI; null before.
+using FromBlob = AOTITorchError (*)(void* data, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                    int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                                    AtenTensorHandle* tensor, int32_t layout, const uint8_t* metadata,
+                                    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+
+FromBlob from_blob() {
+  static const FromBlob function = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return function;
+}
+
+}  // namespace
+
+// The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one.
+Block take_block(size_t bytes) {
+  const size_t align = bytes >= 2 * kHugePage ? kHugePage : 64;
+  const size_t size = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
+  Pool& pool = Pool::instance();
+  {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    auto found = pool.blocks.end();
+    for (auto block = pool.blocks.begin(); block != pool.blocks.end(); ++block) {
+      const bool fits = block->size >= size && block->size <= size + size / 4;
+      if (fits && (found == pool.blocks.end() || block->size <= found->size)) found = block;
+    }
+    if (found != pool.blocks.end()) {
+      const Block block = *found;
+      pool.blocks.erase(found);
+      pool.unused -= block.size;
+      return block;
+    }
+  }
+  void* const data = std::aligned_alloc(align, size);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (data && align == kHugePage) madvise(data, size, MADV_HUGEPAGE);
+#endif
+  fill_fresh(data, size);
+  return {data, size};
+}
+
+void give_block(Block block) noexcept {
+  if (!kReuse || block.size > kUnused) return std::free(block.data);
+  Pool& pool = Pool::instance();
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  while (pool.unused + block.size > kUnused) {  // the oldest first
+    pool.unused -= pool.blocks.front().size;
+    std::free(pool.blocks.front().data);
+    pool.blocks.erase(pool.blocks.begin());
+  }
+  pool.blocks.push_back(block);
+  pool.unused += block.size;
+}
+
+Tensor new_pooled(const Tensor& like, const Extents& sizes) {
+  const bool single = like.scalar_type() == ScalarType::Float;
+  size_t bytes = single ? 4 : 8;
+  for (const int64_t size : sizes) bytes *= size_t(size);
+  if (bytes < kSmallest || from_blob() == nullptr) return new_tensor(like, sizes);
+  const Block block = take_block(bytes);
+  if (block.data == nullptr) return new_tensor(like, sizes);  // which says what torch says
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), 0,
+                                     single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+                                     aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
+                                     give_back, reinterpret_cast<void*>(block.size)));
+  return Tensor(tensor);
+}
+
+}  // namespace seqaccel::inline base

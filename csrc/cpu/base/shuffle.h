@@ -1,0 +1,151 @@
+// Fixed permutations of the lanes of vectors, for any vector length.
+#pragma once
+
+#include "cpu/base/vec.h"
+
+namespace seqaccel::SEQACCEL_ISA::inline base {
+
+template <int... I>
+struct LaneList {};
+
+#if defined(__clang__)
+template <typename, int... I>
+using LaneSequence = LaneList<I...>;
+template <int N>
+using LaneIndices = __make_integer_seq<LaneSequence, int, N>;
+#else
+template <int N>
+using LaneIndices = LaneList<__integer_pack(N)...>;
+#endif
+
+// Source lane for lane i of a two-operand shuffle: 0 .. L-1 from the first operand, L .. 2L-1 from the second.
+// Three interleaved sequences are taken apart (and put together) by a shuffle of two operands followed by one with the
+// third.
+template <int L>
+struct Shuffles {
+  static constexpr int unzip3_first(int k, int i) { return 3 * i + k < 2 * L ? 3 * i + k : 0; }
+  static constexpr int unzip3_second(int k, int i) { return 3 * i + k < 2 * L ? i : 3 * i + k - L; }
+  static constexpr int zip3_first(int part, int i) {
+    const int at = part * L + i;
+    return at % 3 == 0 ? at / 3 : at % 3 == 1 ? L + at / 3 : 0;
+  }
+  static constexpr int zip3_second(int part, int i) {
+    const int at = part * L + i;
+    return at % 3 == 2 ? L + at / 3 : i;
+  }
+  static constexpr int zip2(int part, int i) {
+    const int at = part * L + i;
+    return at % 2 * L + at / 2;
+  }
+  // Lane i takes the lane `distance` before it (after it, reversed); past the edge, its own lane of the second operand.
+  static constexpr int shift(int distance, bool reverse, int i) {
+    const int from = reverse ? i + distance : i - distance;
+    return from >= 0 && from < L ? from : L + i;
+  }
+};
+
+template <typename T, int K, int... I>
+SEQACCEL_INLINE Vec<T> unzip3(Vec<T> a, Vec<T> b, Vec<T> c, LaneList<I...>) {
+  using S = Shuffles<Lanes<T>>;
+  const Vec<T> ab = __builtin_shufflevector(a, b, S::unzip3_first(K, I)...);
+  return __builtin_shufflevector(ab, c, S::unzip3_second(K, I)...);
+}
+
+template <typename T, int PART, int... I>
+SEQACCEL_INLINE Vec<T> zip3(Vec<T> a, Vec<T> b, Vec<T> c, LaneList<I...>) {
+  using S = Shuffles<Lanes<T>>;
+  const Vec<T> ab = __builtin_shufflevector(a, b, S::zip3_first(PART, I)...);
+  return __builtin_shufflevector(ab, c, S::zip3_second(PART, I)...);
+}
+
+template <typename T, int ODD, int... I>
+SEQACCEL_INLINE Vec<T> unzip2(Vec<T> a, Vec<T> b, LaneList<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + ODD)...);
+}
+
+template <typename T, int PART, int... I>
+SEQACCEL_INLINE Vec<T> zip2(Vec<T> a, Vec<T> b, LaneList<I...>) {
+  return __builtin_shufflevector(a, b, Shuffles<Lanes<T>>::zip2(PART, I)...);
+}
+
+// out[k][i] = p[K * i + k]
+template <typename T>
+SEQACCEL_INLINE void load_interleaved(const T* p, Vec<T> (&out)[3]) {
+  const Vec<T> a = load(p), b = load(p + Lanes<T>), c = load(p + 2 * Lanes<T>);
+  const LaneIndices<Lanes<T>> lanes;
+  out[0] = unzip3<T, 0>(a, b, c, lanes);
+  out[1] = unzip3<T, 1>(a, b, c, lanes);
+  out[2] = unzip3<T, 2>(a, b, c, lanes);
+}
+
+template <typename T>
+SEQACCEL_INLINE void load_interleaved(const T* p, Vec<T> (&out)[4]) {
+  const Vec<T> a = load(p), b = load(p + Lanes<T>), c = load(p + 2 * Lanes<T>), d = load(p + 3 * Lanes<T>);
+  const LaneIndices<Lanes<T>> lanes;
+  const Vec<T> even_low = unzip2<T, 0>(a, b, lanes), even_high = unzip2<T, 0>(c, d, lanes);
+  const Vec<T> odd_low = unzip2<T, 1>(a, b, lanes), odd_high = unzip2<T, 1>(c, d, lanes);
+  out[0] = unzip2<T, 0>(even_low, even_high, lanes);
+  out[1] = unzip2<T, 0>(odd_low, odd_high, lanes);
+  out[2] = unzip2<T, 1>(even_low, even_high, lanes);
+  out[3] = unzip2<T, 1>(odd_low, odd_high, lanes);
+}
+
+// p[K * i + k] = v[k][i]
+template <typename T>
+SEQACCEL_INLINE void store_interleaved(T* p, const Vec<T> (&v)[3]) {
+  const LaneIndices<Lanes<T>> lanes;
+  store(p, zip3<T, 0>(v[0], v[1], v[2], lanes));
+  store(p + Lanes<T>, zip3<T, 1>(v[0], v[1], v[2], lanes));
+  store(p + 2 * Lanes<T>, zip3<T, 2>(v[0], v[1], v[2], lanes));
+}
+
+template <typename T>
+SEQACCEL_INLINE void store_interleaved(T* p, const Vec<T> (&v)[4]) {
+  const LaneIndices<Lanes<T>> lanes;
+  const Vec<T> even_low = zip2<T, 0>(v[0], v[2], lanes), even_high = zip2<T, 1>(v[0], v[2], lanes);
+  const Vec<T> odd_low = zip2<T, 0>(v[1], v[3], lanes), odd_high = zip2<T, 1>(v[1], v[3], lanes);
+  store(p, zip2<T, 0>(even_low, odd_low, lanes));
+  store(p + Lanes<T>, zip2<T, 1>(even_low, odd_low, lanes));
+  store(p + 2 * Lanes<T>, zip2<T, 0>(even_high, odd_high, lanes));
+  store(p + 3 * Lanes<T>, zip2<T, 1>(even_high, odd_high, lanes));
+}
+
+template <typename T, int DISTANCE, bool kReverse, int... I>
+SEQACCEL_INLINE Vec<T> shift_lanes(Vec<T> v, Vec<T> fill, LaneList<I...>) {
+  return __builtin_shufflevector(v, fill, Shuffles<Lanes<T>>::shift(DISTANCE, kReverse, I)...);
+}
+
+// Inclusive scan over the lanes of the affine maps y = a * x + b: lane i becomes the composition of lanes 0 .. i (i ..
+// L-1, reversed).
+template <typename T, bool kReverse, int DISTANCE = 1>
+SEQACCEL_INLINE void compose_lanes(Vec<T>& a, Vec<T>& b) {
+  if constexpr (DISTANCE < Lanes<T>) {
+    const LaneIndices<Lanes<T>> lanes;
+    b += a * shift_lanes<T, DISTANCE, kReverse>(b, Vec<T>{}, lanes);
+    a *= shift_lanes<T, DISTANCE, kReverse>(a, broadcast(T(1)), lanes);
+    compose_lanes<T, kReverse, 2 * DISTANCE>(a, b);
+  }
+}
+
+// Transposes the square v[Lanes][Lanes]: log2 rounds of interleaving its halves.
+template <typename T, int Rounds = Lanes<T>>
+SEQACCEL_INLINE void transpose(Vec<T>* v) {
+  constexpr int L = Lanes<T>;
+  typename VecTypes<T>::Int low = {}, high = {};
+#pragma GCC unroll 16
+  for (int lane = 0; lane < L; ++lane) {
+    low[lane] = lane / 2 + (lane % 2) * L;
+    high[lane] = low[lane] + L / 2;
+  }
+  Vec<T> next[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L / 2; ++i) {
+    next[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
+    next[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) v[i] = next[i];
+  if constexpr (Rounds > 2) transpose<T, Rounds / 2>(v);
+}
+
+}  // namespace seqaccel::SEQACCEL_ISA::inline base

@@ -1,0 +1,155 @@
+// Depthwise causal convolution (one input channel a group): every tap is a shifted row, K multiply-adds an element,
+// bound by the loads from the first-level cache. Outputs whose taps reach before the start (the head) read a small
+// padded copy instead.
+#pragma once
+
+#include "cpu/conv/epilogue.h"
+
+namespace seqaccel::SEQACCEL_ISA::conv {
+
+constexpr ptrdiff_t kDepthwiseStrip = 512;  // outputs between two epilogues
+
+// out[i] = sum_k w[k] * x[i + k * step], i < n. out has room for whole vectors.
+template <typename T>
+inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, T* out) {
+  constexpr int NV = 4;
+  constexpr ptrdiff_t L = Lanes<T>;
+  ptrdiff_t i = 0;
+  for (; i + NV * L <= n; i += NV * L) {
+    Vec<T> acc[NV] = {};
+    for (ptrdiff_t k = 0; k < K; ++k) {
+      const Vec<T> wk = broadcast(w[k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[v] += wk * load(x + i + k * step + v * L);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(out + i + v * L, acc[v]);
+  }
+  for (; i < n; i += L) {
+    const int m = n - i < L ? int(n - i) : int(L);
+    Vec<T> acc = {};
+    for (ptrdiff_t k = 0; k < K; ++k) {
+      const T* from = x + i + k * step;
+      acc += broadcast(w[k]) * (m == L ? load(from) : load(from, m));
+    }
+    store(out + i, acc);
+  }
+}
+
+template <typename T>
+inline T dot(const T* a, const T* b, ptrdiff_t n) {
+  Vec<T> acc[4] = {};
+  constexpr ptrdiff_t L = Lanes<T>;
+  ptrdiff_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) acc[v] += load(a + i + v * L) * load(b + i + v * L);
+  }
+  for (; i + L <= n; i += L) acc[0] += load(a + i) * load(b + i);
+  if (i < n) acc[0] += load(a + i, int(n - i)) * load(b + i, int(n - i));
+  return horizontal_sum<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// Elements of scratch a thread needs: the padded head, and a strip.
+inline ptrdiff_t depthwise_scratch(const ConvShape& s) {
+  const ptrdiff_t context = s.context(), head = context < s.length ? context : s.length;
+  return context + head + kDepthwiseStrip + 64;
+}
+
+// y[t] = sum_k w[k] x[t - (K-1-k) d], emit(t, n, values) for every strip. `before` ends where x begins (null: zeros).
+template <typename T, typename Emit>
+inline void depthwise_row(const ConvShape& s, const T* x, const T* before, const T* w, T* scratch, const Emit& emit) {
+  const ptrdiff_t context = s.context(), head = context < s.length ? context : s.length;
+  T* padded = scratch;
+  T* strip = scratch + context + head;
+  if (before) {
+    memcpy(padded, before - context, context * sizeof(T));
+  } else {
+    memset(padded, 0, context * sizeof(T));
+  }
+  memcpy(padded + context, x, head * sizeof(T));
+  for (ptrdiff_t t = 0; t < s.length;) {
+    const ptrdiff_t end = t < head ? head : s.length;
+    const ptrdiff_t n = end - t < kDepthwiseStrip ? end - t : kDepthwiseStrip;
+    correlate(t < head ? padded + t : x + t - context, w, s.kernel_size, s.dilation, n, strip);
+    emit(t, n, strip);
+    t += n;
+  }
+}
+
+template <typename T>
+inline void depthwise_forward(const ConvForward<T>& p, T* scratch) {
+  const ConvShape& s = p.shape;
+  const ptrdiff_t context = s.context(), size = depthwise_scratch(s);
+#pragma omp parallel num_threads(p.threads)
+  {
+    T* mine = scratch + omp_get_thread_num() * size;
+#pragma omp for schedule(static)
+    for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
+      const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = b * s.in_channels + o / s.group_out();
+      depthwise_row(s, p.x + c * s.length, p.history ? p.history + (c + 1) * context : nullptr,
+                    p.weight + o * s.kernel_size, mine,
+                    [&](ptrdiff_t t, ptrdiff_t n, const T* acc) { finish_row(p, o, b, t, n, acc); });
+    }
+  }
+}
+
+// grad_x[u] = sum over the channel's outputs and taps of w[k] g[u + (K-1-k) d], u from -P when grad_history is wanted;
+// grad_weight[k] = sum over b, t of g[t] x[t - (K-1-k) d]. g [B, O, T]. A thread owns its channels over the whole
+// batch.
+template <typename T>
+inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
+  const ConvShape& s = p.shape;
+  const ptrdiff_t context = s.context(), multiplier = s.group_out(), K = s.kernel_size;
+  constexpr ptrdiff_t L = Lanes<T>;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (ptrdiff_t c = 0; c < s.in_channels; ++c) {
+    for (ptrdiff_t b = 0; b < s.batch; ++b) {
+      const ptrdiff_t row = b * s.in_channels + c;
+      const T* first_g = g + (b * s.out_channels + c * multiplier) * s.length;
+      const auto gather = [&](ptrdiff_t begin, ptrdiff_t end, T* out, const T* add) {  // time steps begin ... end
+        ptrdiff_t u = begin;
+        while (u < end) {
+          const int m = end - u < L ? int(end - u) : int(L);
+          Vec<T> acc = {};
+          if (add) acc = m == L ? load(add + u - begin) : load(add + u - begin, m);
+          for (ptrdiff_t j = 0; j < multiplier; ++j) {
+            for (ptrdiff_t k = 0; k < K; ++k) {
+              const ptrdiff_t at = u + (K - 1 - k) * s.dilation;  // [at, at + m) clipped to [0, length)
+              const T* from = first_g + j * s.length;
+              Vec<T> value;
+              if (at >= 0 && at + L <= s.length) {
+                value = load(from + at);
+              } else if (at + m <= 0 || at >= s.length) {
+                continue;
+              } else {
+                value = Vec<T>{};
+                for (int i = 0; i < m; ++i) {
+                  if (at + i >= 0 && at + i < s.length) value[i] = from[at + i];
+                }
+              }
+              acc += broadcast(p.weight[(c * multiplier + j) * K + k]) * value;
+            }
+          }
+          m == L ? store(out + u - begin, acc) : store(out + u - begin, acc, m);
+          u += m;
+        }
+      };
+      if (p.grad_x) gather(0, s.length, p.grad_x + row * s.length, p.addend ? p.addend + row * s.length : nullptr);
+      if (p.grad_history) gather(-context, 0, p.grad_history + row * context, nullptr);
+      if (!p.grad_weight) continue;
+      for (ptrdiff_t j = 0; j < multiplier; ++j) {
+        const T* gr = first_g + j * s.length;
+        for (ptrdiff_t k = 0; k < K; ++k) {
+          const ptrdiff_t shift = (K - 1 - k) * s.dilation, head = shift < s.length ? shift : s.length;
+          T sum = dot(gr + head, p.x + row * s.length + head - shift, s.length - head);
+          if (p.history) sum += dot(gr, p.history + (row + 1) * context - shift, head);
+          T& total = p.grad_weight[(c * multiplier + j) * K + k];
+          total = b ? total + sum : sum;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace seqaccel::SEQACCEL_ISA::conv

@@ -1,0 +1,391 @@
+// Dilated causal convolution as an implicit matrix product.
+//
+//   forward    y[o, t]     = sum_{c,k} W[o, c, k] x[c, t - s_k]        s_k = (K - 1 - k) * dilation
+//   data       dx[c, t]    = sum_{o,k} W[o, c, k] g[o, t + s_k]        g = the gradient of conv + bias
+//   weight     dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]
+//
+// All three run on one register tile, kRows x kVectors vectors: rows are broadcast, columns are vectors.
+// forward and data: rows are output channels (W in its own layout; for data, transposed once a call), columns are time
+// steps of the flattened batch. The columns' operand is copied into a panel [taps of channels, columns] that stays in
+// the caches; the copy shifts, pads, takes the history in, and is used by every output channel (it costs 1 / (4
+// channels) of the product). weight: rows are (c, k), read from x where it lies; columns are output channels, the
+// operand is g transposed by blocks. Partial sums are kept a thread and added in the order of the threads: the result
+// depends on the number of threads, not on timing. The backward runs through all of it item by item (BackwardItems).
+//
+// 6 x 4 of 32 registers (6 x 2 of 16) keeps 24 (12) independent sums, more than latency times throughput needs, and
+// divides the usual lengths and channel counts: four vectors are 64 columns.
+#pragma once
+
+#include "cpu/base/vec.h"
+#include "cpu/conv/conv.h"
+#include "cpu/conv/depthwise.h"
+#include "cpu/conv/epilogue.h"
+#include "cpu/conv/product.h"
+
+namespace seqaccel::SEQACCEL_ISA::conv {
+
+constexpr ptrdiff_t kWeightSteps = 96;  // time steps a weight-gradient tile runs over
+
+// In-register transposition of a square of vectors: after the stage of distance h, lane l of r[i] is what lane l ^ h of
+// r[i ^ h] was where bit h of i and l differ.
+template <typename T>
+SEQACCEL_INLINE void transpose_square(Vec<T> (&r)[Lanes<T>]) {
+  constexpr int L = Lanes<T>;
+#pragma GCC unroll 8
+  for (int h = 1; h < L; h *= 2) {
+    Mask<T> low, high;
+    for (int l = 0; l < L; ++l) {
+      low[l] = l & h ? L + l - h : l;
+      high[l] = l & h ? L + l : l + h;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & h) continue;
+      const Vec<T> a = r[i], b = r[i + h];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + h] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// out[t, j] = rows[j * stride + t], t < steps, j < width; rows past `count` repeat the last (their sums are not used).
+template <typename T>
+inline void transpose_panel(const T* rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t width,
+                            T* out) {
+  constexpr ptrdiff_t L = Lanes<T>;
+  for (ptrdiff_t t = 0; t < steps; t += L) {
+    const int m = int(smaller(L, steps - t));
+    for (ptrdiff_t j = 0; j < width; j += L) {
+      Vec<T> square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        const T* from = rows + smaller(j + i, count - 1) * stride + t;
+        square[i] = m == L ? load(from) : load(from, m);
+      }
+      transpose_square<T>(square);
+      if (m == L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(out + (t + i) * width + j, square[i]);
+      } else {
+        for (int i = 0; i < m; ++i) store(out + (t + i) * width + j, square[i]);
+      }
+    }
+  }
+}
+
+// Layout of a thread's partial weight gradient: group, panel of output channels, tap, input channel, output channel.
+template <typename T>
+struct WeightPanels {
+  ptrdiff_t outputs, count, padded;
+  explicit WeightPanels(ptrdiff_t group_out)
+      : outputs(group_out), count(ceil_div(group_out, kColumns<T>)), padded(ceil_div(group_out, Lanes<T>) * Lanes<T>) {}
+  ptrdiff_t width(ptrdiff_t panel) const { return smaller(kColumns<T>, padded - panel * kColumns<T>); }
+  ptrdiff_t size(const ConvShape& s) const { return s.groups * s.kernel_size * s.group_in() * padded; }
+};
+
+// The gradient of conv + bias of some sequences over a range of time: element (sequence b, channel, t) is
+// values[(b * channels + channel) * stride + t].
+template <typename T>
+struct GradientTile {
+  const T* values;
+  ptrdiff_t stride;
+};
+
+// Adds what time steps [begin, end) of sequence b, which g numbers `own`, give to the weight gradient.
+template <typename T>
+inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const GradientTile<T>& g,
+                                ptrdiff_t own, ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, T* panel, T* partial) {
+  const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
+  const WeightPanels<T> panels(O);
+  const RowBlocks blocks(C);
+  for (ptrdiff_t group = 0; group < s.groups; ++group) {
+    const T* xg = x + (b * s.in_channels + group * C) * s.length;
+    const T* hg = history ? history + (b * s.in_channels + group * C) * context : nullptr;
+    for (ptrdiff_t j = 0; j < panels.count; ++j) {
+      const ptrdiff_t width = panels.width(j), first = j * kColumns<T>;
+      transpose_panel<T>(g.values + (own * s.out_channels + group * O + first) * g.stride + begin, g.stride, O - first,
+                         end - begin, width, panel);
+      T* sums = partial + (group * panels.padded + first) * K * C;
+      for (ptrdiff_t block = 0; block < blocks.count; ++block) {
+        const ptrdiff_t c = blocks.begin(block), rows = blocks.begin(block + 1) - c;
+        const ptrdiff_t next = block + 1 < blocks.count ? blocks.begin(block + 2) : c + rows;
+        for (ptrdiff_t i = c + rows; i < next; ++i) prefetch_row<false>(xg + i * s.length + begin, end - begin);
+        const Multiply<T> multiply = multiply_tile<T>(rows, width / Lanes<T>);
+        for (ptrdiff_t k = 0; k < K; ++k) {
+          const ptrdiff_t shift = (K - 1 - k) * s.dilation;
+          const ptrdiff_t middle = smaller(larger(begin, shift), end);  // x from here on, the history before
+          T* to = sums + (k * C + c) * width;
+          if (middle < end) {
+            multiply(xg + c * s.length + middle - shift, s.length, panel + (middle - begin) * width, end - middle, to,
+                     width, true);
+          }
+          if (hg && begin < middle) {
+            multiply(hg + c * context + context + begin - shift, context, panel, middle - begin, to, width, true);
+          }
+        }
+      }
+    }
+  }
+}
+
+// How the backward is cut: an item is the time steps [begin, end) of sequences [first, last), and its gradient of conv
+// + bias, with the context after it that its data gradient sees, stays in the second-level cache from the epilogue's
+// derivative through both products. Each thread takes as many items.
+struct BackwardItems {
+  static constexpr ptrdiff_t kElements = 64 << 10;  // of that gradient: 256 KB of floats
+  static constexpr ptrdiff_t kUnit = 16;
+  ptrdiff_t batch, length, context, sequences, cuts;  // an item: one of `cuts` parts of some of `sequences` sequences
+  BackwardItems(const ConvShape& s, ptrdiff_t threads)
+      : batch(s.batch), length(s.length), context(s.context()), sequences(1), cuts(1) {
+    const ptrdiff_t columns = larger(kElements / s.out_channels, 4 * kUnit);
+    if (length < columns / 2) {
+      sequences = smaller(columns / length, larger(1, batch / (4 * threads)));
+    }
+    const ptrdiff_t shortest = larger(4 * kUnit, smaller(context, columns));
+    const ptrdiff_t most = larger(1, length / shortest);
+    cuts = smaller(most, ceil_div(length, columns));
+    while (cuts < most && groups() * cuts < 8 * threads && groups() * cuts % threads) ++cuts;
+  }
+  ptrdiff_t groups() const { return ceil_div(batch, sequences); }
+  ptrdiff_t count() const { return groups() * cuts; }
+  ptrdiff_t first(ptrdiff_t item) const { return batch * (item / cuts) / groups(); }
+  ptrdiff_t last(ptrdiff_t item) const { return batch * (item / cuts + 1) / groups(); }
+  ptrdiff_t begin(ptrdiff_t item) const {
+    return smaller(length, ceil_div(length, kUnit) * (item % cuts) / cuts * kUnit);
+  }
+  ptrdiff_t end(ptrdiff_t item) const {
+    return smaller(length, ceil_div(length, kUnit) * (item % cuts + 1) / cuts * kUnit);
+  }
+  // Row stride of the gradient: rows an odd number of cache lines apart fall into different sets.
+  ptrdiff_t stride() const {
+    const ptrdiff_t n = smaller(length, ceil_div(ceil_div(length, kUnit), cuts) * kUnit + context);
+    return (ceil_div(n, kUnit) | 1) * kUnit;
+  }
+};
+
+struct Workspace {
+  char* next;
+  template <typename T>
+  T* take(ptrdiff_t n) {
+    char* here = next;
+    next += ceil_div(n * ptrdiff_t(sizeof(T)), 64) * 64;
+    return reinterpret_cast<T*>(here);
+  }
+};
+
+template <typename T>
+size_t forward_workspace_of(const ConvShape& s, int threads) {
+  const ptrdiff_t each =
+      s.depthwise() ? depthwise_scratch(s) : product_scratch<T>(s.group_out(), s.group_in() * s.kernel_size);
+  return size_t(threads) * ceil_div(each * sizeof(T), 64) * 64;
+}
+
+template <typename T>
+struct BackwardSizes {
+  ptrdiff_t g, row_sums, weight, scratch, partial, bias;  // the last three, and g where it is cut, for each thread
+  BackwardSizes(const ConvShape& s, const BackwardItems& items, ptrdiff_t threads)
+      : g(s.batch * s.out_channels * s.length),
+        row_sums(s.batch * s.out_channels),
+        weight(s.out_channels * s.group_in() * s.kernel_size),
+        scratch(larger(product_scratch<T>(s.group_in(), s.group_out() * s.kernel_size), kWeightSteps * kColumns<T>)),
+        partial(WeightPanels<T>(s.group_out()).size(s)),
+        bias(s.out_channels) {
+    if (s.depthwise()) {
+      weight = scratch = partial = bias = 0;
+    } else {
+      row_sums = 0;
+      g = items.sequences * s.out_channels * items.stride() + Lanes<T>;
+    }
+  }
+  ptrdiff_t each() const {
+    ptrdiff_t sum = 0;
+    const ptrdiff_t parts[] = {g, scratch, partial, bias};
+    for (const ptrdiff_t n : parts) sum += ceil_div(n, 16) * 16;
+    return sum;
+  }
+};
+
+template <typename T>
+size_t backward_workspace_of(const ConvShape& s, int threads) {
+  const BackwardItems items(s, threads);
+  const BackwardSizes<T> sizes(s, items, threads);
+  if (s.depthwise()) return (sizes.g + sizes.row_sums + 32) * sizeof(T) + 512;
+  return (sizes.weight + threads * sizes.each()) * sizeof(T) + 512;
+}
+
+template <typename T>
+void forward(const ConvForward<T>& p) {
+  const ConvShape& s = p.shape;
+  if (s.depthwise()) return depthwise_forward(p, static_cast<T*>(p.workspace));
+  const Product<T> product = {p.weight,        {p.x, p.history, s.in_channels, s.length, s.length, s.context()},
+                              s.batch,         s.groups,
+                              s.group_out(),   s.group_in(),
+                              s.kernel_size,   s.dilation,
+                              /*first=*/0,     s.length,
+                              /*direction=*/-1};
+  const ptrdiff_t size = ceil_div(product_scratch<T>(product.rows, product.depth()) * ptrdiff_t(sizeof(T)), 64) * 64;
+#pragma omp parallel num_threads(p.threads)
+  {
+    T* scratch = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + omp_get_thread_num() * size);
+    run_product(
+        product, scratch,
+        [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) { prefetch_finish(p, channel, b, t, n); },
+        [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+          finish_row(p, channel, b, t, n, acc);
+        });
+  }
+}
+
+template <typename T>
+void backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_product) {
+  const ConvShape& s = p.shape;
+  Workspace workspace = {static_cast<char*>(p.workspace)};
+  T* const g = workspace.take<T>(s.batch * s.out_channels * s.length);
+  T* const row_sums = workspace.take<T>(s.batch * s.out_channels);
+  if (!identity || p.grad_bias || p.grad_residual) {
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+    for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
+      row_sums[row] =
+          differentiate_row<T>(p, row, 0, s.length, true, identity || !wants_product ? nullptr : g + row * s.length);
+    }
+  }
+  for (ptrdiff_t o = 0; p.grad_bias && o < s.out_channels; ++o) {
+    T sum = 0;
+    for (ptrdiff_t b = 0; b < s.batch; ++b) sum += row_sums[b * s.out_channels + o];
+    p.grad_bias[o] = sum;
+  }
+  if (wants_product) depthwise_backward(p, identity ? p.grad_y : g);
+}
+
+template <typename T>
+void backward(const ConvBackward<T>& p) {
+  const ConvShape& s = p.shape;
+  const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
+  const bool identity = p.epilogue.activation == Activation::none && !p.epilogue.relu && p.epilogue.dropout == 0;
+  const bool wants_data = p.grad_x || p.grad_history, wants_product = wants_data || p.grad_weight;
+  if (s.depthwise()) return backward_depthwise(p, identity, wants_product);
+  const BackwardItems items(s, p.threads);
+  const BackwardSizes<T> sizes(s, items, p.threads);
+  Workspace workspace = {static_cast<char*>(p.workspace)};
+  T* const transposed = workspace.take<T>(sizes.weight);
+  T* const own = workspace.take<T>(p.threads * sizes.each());
+  const ptrdiff_t stride = items.stride();
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    const ptrdiff_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    Workspace mine = {reinterpret_cast<char*>(own + me * sizes.each())};
+    T* const partial = mine.take<T>(sizes.partial);
+    T* const bias_sums = mine.take<T>(sizes.bias);
+    T* const scratch = mine.take<T>(sizes.scratch);
+    T* const own_g = mine.take<T>(sizes.g);
+    if (wants_data) {
+#pragma omp for schedule(static)
+      for (ptrdiff_t row = 0; row < s.in_channels; ++row) {  // [C, K, O] of the forward's [O, C, K], group by group
+        const T* from = p.weight + row / C * O * C * K + row % C * K;
+        T* to = transposed + row * O * K;
+        for (ptrdiff_t o = 0; o < O; ++o) {
+          for (ptrdiff_t k = 0; k < K; ++k) to[o * K + k] = from[o * C * K + k];
+        }
+      }
+    }
+    memset(partial, 0, sizes.partial * sizeof(T));
+    memset(bias_sums, 0, sizes.bias * sizeof(T));
+    for (ptrdiff_t item = items.count() * me / team; item < items.count() * (me + 1) / team; ++item) {
+      const ptrdiff_t first = items.first(item), last = items.last(item);
+      const ptrdiff_t begin = items.begin(item), end = items.end(item), after = smaller(s.length, end + context);
+      const GradientTile<T> g = identity ? GradientTile<T>{p.grad_y + first * s.out_channels * s.length, s.length}
+                                         : GradientTile<T>{own_g - begin, stride};
+      if (!identity || p.grad_bias || p.grad_residual) {
+        for (ptrdiff_t row = first * s.out_channels; row < last * s.out_channels; ++row) {
+          const bool keeps = !identity && wants_product;
+          T* to = own_g + (row - first * s.out_channels) * stride;
+          bias_sums[row % s.out_channels] += differentiate_row<T>(p, row, begin, end, true, keeps ? to : nullptr);
+          if (keeps && wants_data) differentiate_row<T>(p, row, end, after, false, to + end - begin);
+        }
+      }
+      if (wants_data) {
+        const Product<T> product = {transposed,
+                                    {g.values, nullptr, s.out_channels, s.length, g.stride, 0},
+                                    last - first,
+                                    s.groups,
+                                    C,
+                                    O,
+                                    K,
+                                    s.dilation,
+                                    /*first=*/p.grad_history && begin == 0 ? -context : begin,
+                                    /*steps=*/end - (p.grad_history && begin == 0 ? -context : begin),
+                                    /*direction=*/1};
+        const auto prepare = [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) {
+          if (!p.grad_x || t < 0) return;
+          const ptrdiff_t offset = ((first + b) * s.in_channels + channel) * s.length + t;
+          prefetch_row<true>(p.grad_x + offset, n);
+          if (p.addend) prefetch_row<false>(p.addend + offset, n);
+        };
+        const auto emit = [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+          const ptrdiff_t row = (first + b) * s.in_channels + channel, before = t < 0 ? smaller(n, -t) : 0;
+          if (before) memcpy(p.grad_history + (row + 1) * context + t, acc, before * sizeof(T));
+          if (!p.grad_x || before == n) return;
+          T* to = p.grad_x + row * s.length + t;
+          if (p.addend) {
+            const T* add = p.addend + row * s.length + t;
+            for (ptrdiff_t i = before; i < n; ++i) to[i] = acc[i] + add[i];
+          } else {
+            memcpy(to + before, acc + before, (n - before) * sizeof(T));
+          }
+        };
+        const ptrdiff_t columns = product.batch * product.steps, blocks = RowBlocks(C).count;
+        for (ptrdiff_t group = 0; group < s.groups; ++group) {
+          for (ptrdiff_t column = 0; column < columns; column += kColumns<T>) {
+            product_tile(product, group, column, smaller(kColumns<T>, columns - column), 0, blocks, scratch, prepare,
+                         emit);
+          }
+        }
+      }
+      if (p.grad_weight) {
+        for (ptrdiff_t b = first; b < last; ++b) {
+          const ptrdiff_t parts = ceil_div(end - begin, kWeightSteps), n = end - begin;
+          for (ptrdiff_t part = 0; part < parts; ++part) {
+            add_weight_gradient(s, p.x, p.history, g, b - first, b, begin + n * part / parts,
+                                begin + n * (part + 1) / parts, scratch, partial);
+          }
+        }
+      }
+    }
+#pragma omp barrier
+    const auto sum_over_team = [&](const T* of_first) {
+      T sum = 0;
+      for (ptrdiff_t thread = 0; thread < team; ++thread) sum += of_first[thread * sizes.each()];
+      return sum;
+    };
+    const WeightPanels<T> panels(O);
+#pragma omp for schedule(static)
+    for (ptrdiff_t row = 0; row < s.out_channels; ++row) {
+      if (p.grad_bias) p.grad_bias[row] = sum_over_team(bias_sums - me * sizes.each() + row);
+      if (!p.grad_weight) continue;
+      const ptrdiff_t group = row / O, o = row % O, column = o / kColumns<T> * kColumns<T>;
+      const ptrdiff_t width = panels.width(o / kColumns<T>);
+      const T* from = partial - me * sizes.each() + (group * panels.padded + column) * K * C + o - column;
+      for (ptrdiff_t c = 0; c < C; ++c) {
+        for (ptrdiff_t k = 0; k < K; ++k) {
+          p.grad_weight[(row * C + c) * K + k] = sum_over_team(from + (k * C + c) * width);
+        }
+      }
+    }
+  }
+}
+
+inline size_t forward_workspace(const ConvShape& s, size_t element, int threads) {
+  return element == sizeof(float) ? forward_workspace_of<float>(s, threads) : forward_workspace_of<double>(s, threads);
+}
+
+inline size_t backward_workspace(const ConvShape& s, size_t element, int threads) {
+  return element == sizeof(float) ? backward_workspace_of<float>(s, threads)
+                                  : backward_workspace_of<double>(s, threads);
+}
+
+extern const ConvKernels conv_kernels;
+const ConvKernels conv_kernels = {forward_workspace, backward_workspace, forward<float>,
+                                  forward<double>,   backward<float>,    backward<double>};
+
+}  // namespace seqaccel::SEQACCEL_ISA::conv

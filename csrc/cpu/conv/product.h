@@ -1,0 +1,290 @@
+// The product of a dense causal convolution: a matrix times shifted rows of a signal (kernels.h says which).
+#pragma once
+
+#include "cpu/base/vec.h"
+#include "cpu/conv/conv.h"
+#include "cpu/matmul/tile.h"
+
+namespace seqaccel::SEQACCEL_ISA::conv {
+
+constexpr int kRows = 6;
+constexpr int kVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
+template <typename T>
+constexpr ptrdiff_t kColumns = kVectors * Lanes<T>;
+constexpr ptrdiff_t kDepth = 256;  // rows of a panel: 64 KB, a sixteenth of the second-level cache
+constexpr ptrdiff_t kFlush = 64;   // terms summed in a register
+constexpr ptrdiff_t kFewColumns =
+    8;  // up to here columns are dot products with the weight's rows, and nothing is packed
+
+inline ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+// out[MR, NV vectors] (+)= A[MR, depth] * panel[depth, NV vectors]. A sum of n terms in one register is off by about
+// sqrt(n) roundings; flushing it to memory every kFlush terms keeps the error near that of the sums of torch's
+// operator.
+template <typename T, int MR, int NV>
+void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T* out, ptrdiff_t out_stride,
+              bool accumulate) {
+  const ptrdiff_t blocks = larger(1, ceil_div(depth, kFlush));
+  for (ptrdiff_t block = 0; block < blocks; ++block) {
+    const ptrdiff_t k = depth * block / blocks, n = depth * (block + 1) / blocks - k;
+    Vec<T> acc[MR][NV] = {};
+    matmul::tile_multiply<T, MR, NV>(acc, a + k, a_stride, panel + k * NV * Lanes<T>, n);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        T* to = out + m * out_stride + v * Lanes<T>;
+        store(to, accumulate || block ? load(to) + acc[m][v] : acc[m][v]);
+      }
+    }
+  }
+}
+
+template <typename T>
+using Multiply = void (*)(const T*, ptrdiff_t, const T*, ptrdiff_t, T*, ptrdiff_t, bool);
+
+template <typename T, int NV>
+SEQACCEL_INLINE Multiply<T> multiply_rows(ptrdiff_t rows) {
+  constexpr Multiply<T> table[kRows] = {multiply<T, 1, NV>, multiply<T, 2, NV>, multiply<T, 3, NV>,
+                                        multiply<T, 4, NV>, multiply<T, 5, NV>, multiply<T, 6, NV>};
+  return table[rows - 1];
+}
+
+template <typename T>
+SEQACCEL_INLINE Multiply<T> multiply_tile(ptrdiff_t rows, ptrdiff_t vectors) {
+  if (vectors == 1) return multiply_rows<T, 1>(rows);
+  if (vectors == 2) return multiply_rows<T, 2>(rows);
+  if constexpr (kVectors > 2) {
+    if (vectors == 3) return multiply_rows<T, 3>(rows);
+    return multiply_rows<T, 4>(rows);
+  }
+  __builtin_unreachable();
+}
+
+// Rows first ... last of block i when n rows are dealt evenly to blocks of at most kRows.
+struct RowBlocks {
+  ptrdiff_t n, count;
+  explicit RowBlocks(ptrdiff_t rows) : n(rows), count(ceil_div(rows, kRows)) {}
+  ptrdiff_t begin(ptrdiff_t i) const { return n * i / count; }
+};
+
+// The operand whose shifted rows make the columns of a product: value(b, c, t) for channel c of sequence b.
+template <typename T>
+struct Signal {
+  const T* values;   // [batch, channels, length], rows `stride` apart
+  const T* history;  // [batch, channels, context], the time steps before; null: zeros
+  ptrdiff_t channels, length, stride, context;
+
+  // Brings value(b, c, t) ... value(b, c, t + n - 1) into the second-level cache.
+  SEQACCEL_INLINE void prefetch(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n) const {
+    if (t < 0 || t + n > length) return;
+    const T* row = values + (b * channels + c) * stride + t;
+    for (ptrdiff_t i = 0; i < n; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+  }
+
+  // out[i] = value(b, c, t + i), zero outside
+  SEQACCEL_INLINE void copy(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
+    const T* row = values + (b * channels + c) * stride;
+    if (t >= 0 && t + n <= length) {
+      const ptrdiff_t whole = n & ~ptrdiff_t(Lanes<T> - 1);
+      for (ptrdiff_t i = 0; i < whole; i += Lanes<T>) store(out + i, load(row + t + i));
+      for (ptrdiff_t i = whole; i < n; ++i) out[i] = row[t + i];
+      return;
+    }
+    const T* before = history ? history + (b * channels + c + 1) * context : nullptr;
+    ptrdiff_t i = 0;
+    for (; i < n && t + i < 0; ++i) out[i] = before && t + i >= -context ? before[t + i] : T(0);
+    for (; i < n && t + i < length; ++i) out[i] = row[t + i];
+    for (; i < n; ++i) out[i] = T(0);
+  }
+};
+
+// out[m, column] = sum_{c,k} A[m, c * K + k] * signal(c, t + direction * s_k), for every group; a column is a time step
+// of a sequence.
+template <typename T>
+struct Product {
+  const T* a;  // [groups * rows, channels * K]
+  Signal<T> signal;
+  ptrdiff_t batch, groups, rows, channels, taps, dilation;  // rows and channels of one group
+  ptrdiff_t first, steps;                                   // columns of a sequence: time steps [first, first + steps)
+  int direction;
+
+  ptrdiff_t depth() const { return channels * taps; }
+  ptrdiff_t shift(ptrdiff_t k) const { return direction * (taps - 1 - k) * dilation; }
+};
+
+// f(b, t, n, column) for each run of columns [begin, begin + count) that lies in one sequence.
+template <typename F>
+SEQACCEL_INLINE void for_runs(ptrdiff_t begin, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t first, const F& f) {
+  for (ptrdiff_t done = 0; done < count;) {
+    const ptrdiff_t b = (begin + done) / steps, t = (begin + done) % steps, n = smaller(steps - t, count - done);
+    f(b, t + first, n, done);
+    done += n;
+  }
+}
+
+template <typename T>
+inline ptrdiff_t product_scratch(ptrdiff_t rows, ptrdiff_t depth) {
+  const ptrdiff_t tiles = smaller(depth, kDepth) * kColumns<T> + rows * kColumns<T>;
+  const ptrdiff_t dots = kFewColumns * (ceil_div(depth, Lanes<T>) * Lanes<T>)+rows * kColumns<T>;
+  return larger(tiles, dots);
+}
+
+// Dot products of MR rows of A with NC columns, both contiguous along the depth; columns are padded with zeros.
+template <typename T, int MR, int NC>
+inline void dot_tile(const T* a, ptrdiff_t depth, const T* columns, ptrdiff_t column_stride, T* out) {
+  constexpr ptrdiff_t L = Lanes<T>;
+  Vec<T> acc[MR][NC] = {};
+  ptrdiff_t i = 0;
+  for (; i + L <= depth; i += L) {
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> w = load(a + m * depth + i);
+#pragma GCC unroll 4
+      for (int c = 0; c < NC; ++c) acc[m][c] += w * load(columns + c * column_stride + i);
+    }
+  }
+  if (i < depth) {
+    for (int m = 0; m < MR; ++m) {
+      const Vec<T> w = load(a + m * depth + i, int(depth - i));
+      for (int c = 0; c < NC; ++c) acc[m][c] += w * load(columns + c * column_stride + i);
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int c = 0; c < NC; ++c) out[m * kColumns<T> + c] = horizontal_sum<T>(acc[m][c]);
+  }
+}
+
+template <typename T, int NC>
+inline void dot_rows(const T* a, ptrdiff_t rows, ptrdiff_t depth, const T* columns, ptrdiff_t column_stride, T* out) {
+  ptrdiff_t m = 0;
+  for (; m + 4 <= rows; m += 4) {
+    dot_tile<T, 4, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
+  }
+  for (; m < rows; ++m) dot_tile<T, 1, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
+}
+
+// Columns [begin, begin + count) of row blocks [first_block, last_block) of one group. emit(channel, b, t, n, values)
+// for every run of finished columns; prepare(channel, b, t, n) some microseconds before, to fetch what emit will touch:
+// rows are often a page apart, where no hardware prefetcher follows.
+template <typename T, typename Prepare, typename Emit>
+inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, ptrdiff_t count, ptrdiff_t first_block,
+                         ptrdiff_t last_block, T* scratch, const Prepare& prepare, const Emit& emit) {
+  const ptrdiff_t depth = p.depth(), steps = p.steps;
+  const RowBlocks blocks(p.rows);
+  const ptrdiff_t newest = p.direction < 0 ? p.taps - 1 : 0;  // the tap that reads furthest ahead
+  const T* a = p.a + group * p.rows * depth;
+  T* out = scratch;  // [a block's rows, kColumns] once for each block
+  T* panel = scratch + p.rows * kColumns<T>;
+  const ptrdiff_t vectors = ceil_div(count, Lanes<T>), panel_width = vectors * Lanes<T>;
+  // The part of the next tile's signal that block `block` of those that multiply rows [r0, r0 + deep) of A fetches.
+  const auto fetch_next = [&](ptrdiff_t r0, ptrdiff_t deep, ptrdiff_t block) {
+    const ptrdiff_t from = r0 / p.taps, n_channels = deep / p.taps, all = last_block - first_block;
+    const ptrdiff_t first = from + n_channels * (block - first_block) / all;
+    const ptrdiff_t end = from + n_channels * (block - first_block + 1) / all;
+    for (ptrdiff_t c = first; c < end; ++c) {
+      for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t) {
+        p.signal.prefetch(b, group * p.channels + c, t + n + p.shift(newest), n);
+      });
+    }
+  };
+  for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += kDepth) {
+    const ptrdiff_t deep = smaller(kDepth, depth - r0);
+    for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
+      ptrdiff_t c = r0 / p.taps, k = r0 % p.taps;
+      for (ptrdiff_t r = 0; r < deep; ++r) {
+        p.signal.copy(b, group * p.channels + c, t + p.shift(k), n, panel + r * panel_width + column);
+        if (++k == p.taps) k = 0, ++c;
+      }
+    });
+    if (count < panel_width) {
+      for (ptrdiff_t r = 0; r < deep; ++r) {
+        for (ptrdiff_t i = count; i < panel_width; ++i) panel[r * panel_width + i] = T(0);
+      }
+    }
+    const bool last = r0 + deep == depth;
+    for (ptrdiff_t block = first_block; block < last_block; ++block) {
+      const ptrdiff_t row = blocks.begin(block), end = blocks.begin(block + 1);
+      T* to = out + row * kColumns<T>;
+      fetch_next(r0, deep, block);
+      for (ptrdiff_t r = row; last && r < end; ++r) {
+        for_runs(begin, count, steps, p.first,
+                 [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t) { prepare(group * p.rows + r, b, t, n); });
+      }
+      multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<T>, r0 > 0);
+      for (ptrdiff_t r = row; last && r < end; ++r) {
+        for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
+          emit(group * p.rows + r, b, t, n, out + r * kColumns<T> + column);
+        });
+      }
+    }
+  }
+}
+
+// The same for at most kFewColumns columns, as dot products.
+template <typename T, typename Emit>
+inline void product_few(const Product<T>& p, ptrdiff_t group, ptrdiff_t count, ptrdiff_t first_block,
+                        ptrdiff_t last_block, T* scratch, const Emit& emit) {
+  const ptrdiff_t depth = p.depth(), steps = p.steps, stride = ceil_div(depth, Lanes<T>) * Lanes<T>;
+  const RowBlocks blocks(p.rows);
+  const ptrdiff_t first_row = blocks.begin(first_block), last_row = blocks.begin(last_block);
+  const T* a = p.a + (group * p.rows + first_row) * depth;
+  T* out = scratch;  // [rows, kColumns]
+  T* columns = scratch + p.rows * kColumns<T>;
+  for_runs(0, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
+    for (ptrdiff_t i = 0; i < n; ++i) {
+      T* to = columns + (column + i) * stride;
+      for (ptrdiff_t c = 0; c < p.channels; ++c) {
+        for (ptrdiff_t k = 0; k < p.taps; ++k) {
+          p.signal.copy(b, group * p.channels + c, t + i + p.shift(k), 1, to + c * p.taps + k);
+        }
+      }
+      for (ptrdiff_t r = depth; r < stride; ++r) to[r] = T(0);
+    }
+  });
+  const ptrdiff_t rows = last_row - first_row;
+  for (ptrdiff_t c = 0; c < count;) {
+    const T* from = columns + c * stride;
+    if (count - c >= 4) {
+      dot_rows<T, 4>(a, rows, depth, from, stride, out + c);
+      c += 4;
+    } else if (count - c >= 2) {
+      dot_rows<T, 2>(a, rows, depth, from, stride, out + c);
+      c += 2;
+    } else {
+      dot_rows<T, 1>(a, rows, depth, from, stride, out + c);
+      c += 1;
+    }
+  }
+  for (ptrdiff_t row = first_row; row < last_row; ++row) {
+    for_runs(0, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
+      emit(group * p.rows + row, b, t, n, out + (row - first_row) * kColumns<T> + column);
+    });
+  }
+}
+
+// The whole product, by the whole team; scratch is the thread's own.
+template <typename T, typename Prepare, typename Emit>
+inline void run_product(const Product<T>& p, T* scratch, const Prepare& prepare, const Emit& emit) {
+  const ptrdiff_t columns = p.batch * p.steps, team = omp_get_num_threads();
+  if (columns <= 0 || p.rows == 0) return;
+  const bool few = columns <= smaller(kFewColumns, kColumns<T>);
+  const ptrdiff_t width = few ? columns : kColumns<T>;
+  const ptrdiff_t tiles = ceil_div(columns, width);
+  const RowBlocks blocks(p.rows);
+  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * p.groups), blocks.count));
+#pragma omp for schedule(dynamic, 4) nowait
+  for (ptrdiff_t item = 0; item < tiles * p.groups * parts; ++item) {
+    const ptrdiff_t part = item % parts, group = item / parts % p.groups, begin = item / parts / p.groups * width;
+    const ptrdiff_t first_block = blocks.count * part / parts, last_block = blocks.count * (part + 1) / parts;
+    if (few) {
+      product_few(p, group, columns, first_block, last_block, scratch, emit);
+    } else {
+      product_tile(p, group, begin, smaller(width, columns - begin), first_block, last_block, scratch, prepare, emit);
+    }
+  }
+}
+
+}  // namespace seqaccel::SEQACCEL_ISA::conv

@@ -1,0 +1,569 @@
+// The loops of a session: every layer of a program, for a chunk of steps, in one parallel region.
+//
+// A step of a recurrent layer, for a block of L units (4 L with one gate):
+//   sums [rows, G, L] = [x | h'] * panel [words, G, L]    one packed array, x's part and h's part of it kept apart
+//   c, h = update(sums + bias, c')                        right behind the product
+// With more than one step at a time, x's part of all of them comes first. Threads own blocks, a contiguous part of the
+// packed array each, so that what fits stays in a core's L2; every other step runs backwards over it. They meet at a
+// barrier after each part of a step that all units of the next one need: once for most cells. Vectors that a product
+// reads as bfloat16 or int8 are converted by every thread for itself, which is cheaper than one more barrier.
+#include <math.h>
+
+#include "cpu/packed/cells.h"
+#include "cpu/packed/products.h"
+#include "cpu/rnn/team.h"
+
+#define SEQACCEL_QUOTED(name) #name
+#define SEQACCEL_NAME_OF(name) SEQACCEL_QUOTED(name)
+
+namespace seqaccel::SEQACCEL_ISA::packed {
+
+constexpr ptrdiff_t kRowChunk = 24;  // rows between a product and its update: 6 KB of L1 for each segment
+
+// What a thread knows while it runs a layer on a chunk.
+struct SessionThread {
+  const SessionRun& run;
+  int thread, team;
+  Barrier& barrier;
+  uint32_t* scratch;
+  ptrdiff_t done, steps;  // before the chunk, in the chunk
+  const void* x;          // [steps, B, inputs]
+  void* y;                // [steps, B, outputs]
+  bool narrow_x, narrow_y;
+  ptrdiff_t rows() const { return steps * run.batch; }
+  ptrdiff_t begin(ptrdiff_t count) const { return count * thread / team; }
+  ptrdiff_t end(ptrdiff_t count) const { return count * (thread + 1) / team; }
+  void wait() const { wait_for_all(barrier, team); }
+
+  WordRows input_rows(Precision precision, ptrdiff_t K) const {
+    if (narrow_x) return prepare_rows(static_cast<const uint16_t*>(x), K, rows(), scratch);
+    return prepare_rows(precision, static_cast<const float*>(x), K, K, rows(), scratch,
+                        reinterpret_cast<float*>(scratch + run.scales_at));
+  }
+  WordRows state_rows(Precision precision, const float* from, ptrdiff_t stride, ptrdiff_t K) const {
+    return prepare_rows(precision, from, stride, K, run.batch, scratch + run.scratch_rows_at,
+                        reinterpret_cast<float*>(scratch + run.scales_at) + run.chunk * run.batch);
+  }
+  void store_output(ptrdiff_t row, ptrdiff_t width, ptrdiff_t unit, Vec<float> value, int units) const {
+    if (!narrow_y) return store_some(static_cast<float*>(y) + row * width + unit, value, units);
+    if (units == kWordLanes) {
+      const Halves narrow = __builtin_convertvector(bfloat16_bits(value), Halves);
+      memcpy(static_cast<uint16_t*>(y) + row * width + unit, &narrow, sizeof(narrow));
+      return;
+    }
+    alignas(64) uint32_t bits[kWordLanes];
+    store_words(bits, bfloat16_bits(value));
+    for (int i = 0; i < units; ++i) static_cast<uint16_t*>(y)[row * width + unit + i] = uint16_t(bits[i]);
+  }
+};
+
+// ---------------------------------------------------------------- recurrent layers
+
+// One step of a layer: its row block of x and y, and which buffer holds the state before it.
+struct SessionStep {
+  ptrdiff_t row;   // of stream 0 among the rows of the chunk
+  ptrdiff_t time;  // from the beginning of the sequence
+  const float* h;
+  float* next;
+  bool backwards;  // order of the blocks
+};
+
+inline bool running(const SessionThread& t, const SessionStep& step, ptrdiff_t b) {
+  return t.run.lengths == nullptr || step.time < t.run.lengths[b];
+}
+
+// The new h of units of a stream: blended, kept and put out.
+SEQACCEL_INLINE void finish(const SessionThread& t, const SessionLayer& l, const SessionStep& step, ptrdiff_t b,
+                            ptrdiff_t unit, Vec<float> h) {
+  constexpr int L = kWordLanes;
+  const int units = int(min_of(L, l.outputs - unit));
+  const Vec<float> before = load(step.h + b * l.stride + unit);
+  if (l.zoneout_h != 0.0f) h = l.zoneout_h * before + (1.0f - l.zoneout_h) * h;
+  if (!running(t, step, b)) {
+    store(step.next + b * l.stride + unit, before);
+    h = Vec<float>{};
+  } else {
+    store(step.next + b * l.stride + unit, h);
+  }
+  t.store_output(step.row + b, l.outputs, unit, h, units);
+}
+
+SEQACCEL_INLINE void keep_cell(const SessionThread& t, const SessionLayer& l, const SessionStep& step, ptrdiff_t b,
+                               ptrdiff_t unit, Vec<float> c) {
+  float* const at = l.c + b * l.stride + unit;
+  if (l.zoneout_c != 0.0f) c = l.zoneout_c * load(at) + (1.0f - l.zoneout_c) * c;
+  if (running(t, step, b)) store(at, c);
+}
+
+// Calls use(u, b0, rows, sums of segment 0, sums of segment 1) for the thread's blocks; sums are [rows, vectors, L].
+// Segment 0 multiplies x, which may have been done for all steps; segment 1, if it has columns, multiplies `second`.
+template <class Use>
+SEQACCEL_INLINE void for_blocks(const SessionThread& t, const SessionMatrix& m, const SessionStep& step,
+                                const WordRows& first, ptrdiff_t first_row, const float* projected,
+                                const WordRows& second, Use use) {
+  const ptrdiff_t width = m.vectors * kWordLanes, begin = t.begin(m.blocks), end = t.end(m.blocks);
+  alignas(64) float sums[2][kRowChunk * 4 * kWordLanes];
+  for (ptrdiff_t i = begin; i < end; ++i) {
+    const ptrdiff_t u = step.backwards ? begin + end - 1 - i : i;
+    for (ptrdiff_t b = 0; b < t.run.batch; b += kRowChunk) {
+      const ptrdiff_t rows = min_of(kRowChunk, t.run.batch - b);
+      const float* from_first = sums[0];
+      if (projected) {
+        from_first = projected + (u * t.rows() + first_row + b) * width;
+      } else {
+        session_product(m, u, 0, first, first_row + b, rows, sums[0]);
+      }
+      if (m.columns[1]) session_product(m, u, 1, second, b, rows, sums[1]);
+      use(u, b, rows, from_first, sums[1]);
+    }
+  }
+}
+
+template <class Cell>
+void recurrent_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                    ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes, V = kBlockVectors<Cell::kGates>, U = V / Cell::kGates;
+  const SessionMatrix& m = l.matrices[0];
+  const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
+  const bool projects = l.matrices[1].blocks > 0;
+  for_blocks(t, m, step, x, x_row, projected, h,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_h) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 const ptrdiff_t b = b0 + i;
+                 for (int j = 0; j < U; ++j) {
+                   const ptrdiff_t unit = (u * U + j) * L;
+                   if (unit >= l.hidden) break;
+                   auto state = unit_at<Cell>(l, unit, step.h + b * l.stride, l.c + b * l.stride);
+                   add_sums(state, from_x + (i * V + j) * L, from_h + (i * V + j) * L, 0, Cell::kGates);
+                   Cell::template forward<SessionFunctions>(state);
+                   if constexpr (Cell::kHasCell) keep_cell(t, l, step, b, unit, state.c);
+                   if (projects) {
+                     store(l.middle + b * l.stride + unit, state.h);
+                   } else {
+                     finish(t, l, step, b, unit, state.h);
+                   }
+                 }
+               }
+             });
+  t.wait();
+  if (!projects) return;
+  const WordRows full = t.state_rows(m.precision, l.middle, l.stride, l.hidden);
+  for_blocks(t, l.matrices[1], step, full, 0, nullptr, full,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* sums, const float*) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 for (int v = 0; v < 4 && (u * 4 + v) * L < l.outputs; ++v) {
+                   finish(t, l, step, b0 + i, (u * 4 + v) * L, load(sums + (i * 4 + v) * L));
+                 }
+               }
+             });
+  t.wait();
+}
+
+// Cells whose second product needs what comes of the first: `first` puts the vector that takes the place of h' into
+// middle[0], and what else the second half needs into middle[1].
+template <class First>
+SEQACCEL_INLINE WordRows first_half(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                    const WordRows& x, ptrdiff_t x_row, const float* projected, int vectors_of_unit,
+                                    First first) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t V = m.vectors, U = V / vectors_of_unit;
+  const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
+  for_blocks(t, m, step, x, x_row, projected, h,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_h) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 for (ptrdiff_t j = 0; j < U && (u * U + j) * L < l.hidden; ++j) {
+                   const ptrdiff_t at = (i * V + j * vectors_of_unit) * L;
+                   first(b0 + i, (u * U + j) * L, from_x + at, from_h + at);
+                 }
+               }
+             });
+  t.wait();
+  return t.state_rows(m.precision, l.middle, l.stride, l.hidden);
+}
+
+inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                     const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  typedef MultiplicativeLstmCell Cell;
+  constexpr int L = kWordLanes;
+  const WordRows m = first_half(t, l, step, x, x_row, projected, 1,
+                                [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
+                                  Unit<Cell, Vec<float>> state;
+                                  state.pre[Cell::kGates] = load(from_x);
+                                  state.pre[Cell::kFirstPre] = load(from_h);
+                                  Cell::first<SessionFunctions>(state);
+                                  store(l.middle + b * l.stride + unit, state.source);
+                                });
+  for_blocks(t, l.matrices[1], step, x, x_row, nullptr, m,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_m) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 const ptrdiff_t b = b0 + i;
+                 auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
+                 add_sums(state, from_x + i * 4 * L, from_m + i * 4 * L, 0, 4);
+                 Cell::forward<SessionFunctions>(state);
+                 keep_cell(t, l, step, b, u * L, state.c);
+                 finish(t, l, step, b, u * L, state.h);
+               }
+             });
+  t.wait();
+}
+
+// middle: r h', and z.
+inline void gru_reset_before_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                  const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  typedef GruResetBeforeCell Cell;
+  constexpr int L = kWordLanes;
+  float* const update = l.middle + t.run.batch * l.stride;
+  const WordRows reset = first_half(t, l, step, x, x_row, projected, Cell::kFirst,
+                                    [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
+                                      const ptrdiff_t row = b * l.stride;
+                                      auto state = unit_at<Cell>(l, unit, step.h + row, nullptr);
+                                      add_sums(state, from_x, from_h, 0, Cell::kFirst);
+                                      Cell::first<SessionFunctions>(state);
+                                      store(l.middle + row + unit, state.source);
+                                      store(update + row + unit, state.saved[1]);
+                                    });
+  for_blocks(t, l.matrices[1], step, x, x_row, nullptr, reset,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_reset) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 for (int v = 0; v < 4 && (u * 4 + v) * L < l.hidden; ++v) {
+                   const ptrdiff_t unit = (u * 4 + v) * L, row = (b0 + i) * l.stride, sum = (i * 4 + v) * L;
+                   auto state = unit_at<Cell>(l, unit, step.h + row, nullptr);
+                   add_sums(state, from_x + sum, from_reset + sum, Cell::kMainPre, 1);
+                   state.saved[1] = load(update + row + unit);
+                   Cell::forward<SessionFunctions>(state);
+                   finish(t, l, step, b0 + i, unit, state.h);
+                 }
+               }
+             });
+  t.wait();
+}
+
+// ---------------------------------------------------------------- recurrent layers with layer norm
+
+// Of all gates of a stream: segment s of the sums [blocks, B, 2, vectors, L].
+inline Moments moments_of_sums(const SessionThread& t, const SessionLayer& l, ptrdiff_t b, int s) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t V = m.vectors;
+  const float count = float(V * l.hidden);
+  const auto add_up = [&](auto of) {
+    Vec<float> sum = {};
+    for (ptrdiff_t u = 0; u < m.blocks; ++u) {
+      const float* const at = l.sums + ((u * t.run.batch + b) * 2 + s) * V * L;
+      const int units = int(min_of(L, l.hidden - u * L));
+      for (ptrdiff_t v = 0; v < V; ++v) sum += of(at + v * L, units);
+    }
+    return horizontal_sum<float>(sum) / count;
+  };
+  // Past the last unit the sums are zero.
+  const float mean = add_up([](const float* at, int) { return load(at); });
+  const float variance = add_up([&](const float* at, int units) {
+    const Vec<float> d = load(at) - mean;
+    return units == L ? d * d : first_lanes(d * d, units);
+  });
+  return {mean, 1.0f / sqrtf(variance + l.parameter)};
+}
+
+// The normalised pre-activations of a unit: gains of x's part are the first of its weights, of h's the next.
+template <class Cell>
+SEQACCEL_INLINE void add_normalised(Unit<Cell, Vec<float>>& state, const SessionThread& t, const SessionLayer& l,
+                                    ptrdiff_t b, ptrdiff_t u, const Moments (&moments)[2]) {
+  constexpr int L = kWordLanes, V = Cell::kGates;
+  alignas(64) float normal[2][V * L];
+  for (int s = 0; s < 2; ++s) {
+    for (int v = 0; v < V; ++v) {
+      const Vec<float> sum = load(l.sums + (((u * t.run.batch + b) * 2 + s) * V + v) * L);
+      store(normal[s] + v * L, (sum - moments[s].mean) * moments[s].scale * state.weights[s * V + v]);
+    }
+  }
+  add_sums(state, normal[0], normal[1], 0, V);
+}
+
+inline void keep_sums(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                      ptrdiff_t x_row, const float* projected) {
+  const SessionMatrix& m = l.matrices[0];
+  const size_t width = size_t(m.vectors) * kWordLanes;
+  const WordRows h = t.state_rows(m.precision, step.h, l.stride, m.columns[1]);
+  for_blocks(t, m, step, x, x_row, projected, h,
+             [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_h) {
+               for (ptrdiff_t i = 0; i < rows; ++i) {
+                 float* const to = l.sums + (u * t.run.batch + b0 + i) * 2 * ptrdiff_t(width);
+                 memcpy(to, from_x + i * ptrdiff_t(width), width * sizeof(float));
+                 memcpy(to + width, from_h + i * ptrdiff_t(width), width * sizeof(float));
+               }
+             });
+  t.wait();
+}
+
+inline void layer_norm_gru_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes;
+  keep_sums(t, l, step, x, x_row, projected);
+  for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
+    const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
+    for (ptrdiff_t u = t.begin(l.matrices[0].blocks); u < t.end(l.matrices[0].blocks); ++u) {
+      auto state = unit_at<LayerNormGruCell>(l, u * L, step.h + b * l.stride, nullptr);
+      add_normalised(state, t, l, b, u, moments);
+      LayerNormGruCell::forward<SessionFunctions>(state);
+      finish(t, l, step, b, u * L, state.h);
+    }
+  }
+  t.wait();
+}
+
+// middle: o, and the new c.
+inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
+                                 const WordRows& x, ptrdiff_t x_row, const float* projected) {
+  typedef LayerNormLstmCell Cell;
+  constexpr int L = kWordLanes;
+  const bool normalized = l.kind == LayerKind::layer_norm_lstm_normalized_cell;
+  const ptrdiff_t begin = t.begin(l.matrices[0].blocks), end = t.end(l.matrices[0].blocks);
+  float* const new_c = l.middle + t.run.batch * l.stride;
+  keep_sums(t, l, step, x, x_row, projected);
+  for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
+    const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
+    for (ptrdiff_t u = begin; u < end; ++u) {
+      auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
+      add_normalised(state, t, l, b, u, moments);
+      Cell::forward<SessionFunctions>(state);
+      store(l.middle + b * l.stride + u * L, state.saved[3]);
+      store(new_c + b * l.stride + u * L, state.c);
+    }
+  }
+  t.wait();
+  const float* const gain = l.weights + (Cell::kWeights - 2) * l.stride;
+  for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
+    const Moments moments = moments_of(new_c + b * l.stride, l.hidden, l.parameter);
+    for (ptrdiff_t u = begin; u < end; ++u) {
+      const ptrdiff_t at = b * l.stride + u * L;
+      const Vec<float> c = load(new_c + at);
+      Unit<Cell, Vec<float>> state;
+      state.c = (c - moments.mean) * moments.scale * load(gain + u * L) + load(gain + l.stride + u * L);
+      state.saved[3] = load(l.middle + at);
+      Cell::finish<SessionFunctions>(state);
+      keep_cell(t, l, step, b, u * L, normalized ? state.c : c);
+      finish(t, l, step, b, u * L, state.h);
+    }
+  }
+  t.wait();
+}
+
+typedef void StepFunction(const SessionThread&, const SessionLayer&, const SessionStep&, const WordRows&, ptrdiff_t,
+                          const float*);
+
+inline void recurrent_layer(const SessionThread& t, const SessionLayer& l, StepFunction* run_step) {
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t rows = t.rows(), width = m.vectors * kWordLanes;
+  const WordRows x = t.input_rows(m.precision, l.inputs);
+  const bool projects = t.steps > 1;
+  for (ptrdiff_t u = t.begin(m.blocks); u < t.end(m.blocks) && projects; ++u) {
+    session_product(m, u, 0, x, 0, rows, t.run.projected + u * rows * width);
+  }
+  for (ptrdiff_t s = 0; s < t.steps; ++s) {
+    const int parity = l.parity ^ int((t.done + s) & 1);
+    const ptrdiff_t at = t.run.reverse ? t.steps - 1 - s : s;
+    const ptrdiff_t time = t.run.reverse ? t.run.steps - 1 - t.done - s : t.done + s;
+    const SessionStep step = {at * t.run.batch, time, l.h[parity], l.h[parity ^ 1], parity == 1};
+    run_step(t, l, step, x, step.row, projects ? t.run.projected : nullptr);
+  }
+}
+
+// ---------------------------------------------------------------- layers without a state
+
+inline void linear_layer(const SessionThread& t, const SessionLayer& l) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const WordRows x = t.input_rows(m.precision, l.inputs);
+  alignas(64) float sums[kRowChunk * 4 * L];
+  for (ptrdiff_t u = t.begin(m.blocks); u < t.end(m.blocks); ++u) {
+    for (ptrdiff_t r = 0; r < t.rows(); r += kRowChunk) {
+      const ptrdiff_t rows = min_of(kRowChunk, t.rows() - r);
+      session_product(m, u, 0, x, r, rows, sums);
+      for (int v = 0; v < 4 && (u * 4 + v) * L < l.outputs; ++v) {
+        const ptrdiff_t unit = (u * 4 + v) * L;
+        const int units = int(min_of(L, l.outputs - unit));
+        const Vec<float> bias = l.bias ? load_some(l.bias + unit, units) : Vec<float>{};
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+          t.store_output(r + i, l.outputs, unit, load(sums + (i * 4 + v) * L) + bias, units);
+        }
+      }
+    }
+  }
+  t.wait();
+}
+
+inline void embedding_layer(const SessionThread& t, const SessionLayer& l) {
+  const int64_t* const indices = static_cast<const int64_t*>(t.x);
+  for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
+    memcpy(static_cast<float*>(t.y) + i * l.outputs, l.weights + indices[i] * l.outputs,
+           size_t(l.outputs) * sizeof(float));
+  }
+  t.wait();
+}
+
+// y = (x - shift) * scale * weight + bias.
+inline void scale_row(const SessionLayer& l, const float* x, float* y, float shift, float scale) {
+  for (ptrdiff_t k = 0; k < l.outputs; k += kWordLanes) {
+    const int count = int(min_of(kWordLanes, l.outputs - k));
+    Vec<float> value = (load_some(x + k, count) - shift) * scale;
+    if (l.weights) value *= load_some(l.weights + k, count);
+    if (l.bias) value += load_some(l.bias + k, count);
+    store_some(y + k, value, count);
+  }
+}
+
+inline float mean_of_squares(const float* x, ptrdiff_t count) {
+  Vec<float> sum = {};
+  for (ptrdiff_t k = 0; k < count; k += kWordLanes) {
+    const Vec<float> value = load_some(x + k, int(min_of(kWordLanes, count - k)));
+    sum += value * value;
+  }
+  return horizontal_sum<float>(sum) / float(count);
+}
+
+inline void softmax_row(const float* x, float* y, ptrdiff_t count) {
+  float most = -INFINITY, total = 0.0f;
+  for (ptrdiff_t k = 0; k < count; ++k) most = x[k] > most ? x[k] : most;
+  for (ptrdiff_t k = 0; k < count; k += kWordLanes) {
+    const int n = int(min_of(kWordLanes, count - k));
+    store_some(y + k, exp_vec<float>(load_some(x + k, n) - most), n);
+  }
+  for (ptrdiff_t k = 0; k < count; ++k) total += y[k];
+  for (ptrdiff_t k = 0; k < count; ++k) y[k] /= total;
+}
+
+inline void row_layer(const SessionThread& t, const SessionLayer& l) {
+  const ptrdiff_t N = l.outputs;
+  for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
+    const float* const x = static_cast<const float*>(t.x) + i * N;
+    float* const y = static_cast<float*>(t.y) + i * N;
+    if (l.kind == LayerKind::layer_norm) {
+      const Moments moments = moments_of(x, N, l.parameter);
+      scale_row(l, x, y, moments.mean, moments.scale);
+    } else if (l.kind == LayerKind::rms_norm) {
+      scale_row(l, x, y, 0.0f, 1.0f / sqrtf(mean_of_squares(x, N) + l.parameter));
+    } else if (l.kind == LayerKind::batch_norm) {
+      scale_row(l, x, y, 0.0f, 1.0f);
+    } else {
+      softmax_row(x, y, N);
+    }
+  }
+  t.wait();
+}
+
+inline Vec<float> activate(Activation which, Vec<float> x, float parameter) {
+  switch (which) {
+    case Activation::relu:
+      return x < 0.0f ? Vec<float>{} : x;
+    case Activation::tanh:
+      return tanh_vec<float>(x);
+    case Activation::sigmoid:
+      return sigmoid_vec<float>(x);
+    case Activation::silu:
+      return x * sigmoid_vec<float>(x);
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanh_vec<float>(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case Activation::hardswish: {
+      const Vec<float> gate = x + 3.0f;
+      return x * (gate < 0.0f ? Vec<float>{} : gate > 6.0f ? Vec<float>{} + 6.0f : gate) * (1.0f / 6.0f);
+    }
+    case Activation::leaky_relu:
+      return x < 0.0f ? x * parameter : x;
+    case Activation::elu: {
+      Vec<float> scale, p;
+      exp_parts<float>(x, scale, p);
+      return x < 0.0f ? parameter * (scale * p + (scale - 1.0f)) : x;
+    }
+    default: {
+      alignas(64) float lanes[kWordLanes];
+      store(lanes, x);
+      for (float& value : lanes) value *= 0.5f * (1.0f + erff(value * 0.7071067812f));
+      return load(lanes);
+    }
+  }
+}
+
+inline void activation_layer(const SessionThread& t, const SessionLayer& l) {
+  const ptrdiff_t count = t.rows() * l.outputs, vectors = panel_count(count, kWordLanes);
+  for (ptrdiff_t i = t.begin(vectors); i < t.end(vectors); ++i) {
+    const ptrdiff_t at = i * kWordLanes;
+    const int n = int(min_of(kWordLanes, count - at));
+    store_some(static_cast<float*>(t.y) + at,
+               activate(l.activation, load_some(static_cast<const float*>(t.x) + at, n), l.parameter), n);
+  }
+  t.wait();
+}
+
+// ---------------------------------------------------------------- the program
+
+inline void session_layer(const SessionThread& t, const SessionLayer& l) {
+  switch (l.kind) {
+    case LayerKind::linear:
+      return linear_layer(t, l);
+    case LayerKind::embedding:
+      return embedding_layer(t, l);
+    case LayerKind::layer_norm:
+    case LayerKind::rms_norm:
+    case LayerKind::batch_norm:
+    case LayerKind::softmax:
+      return row_layer(t, l);
+    case LayerKind::activation:
+      return activation_layer(t, l);
+    case LayerKind::rnn_tanh:
+      return recurrent_layer(t, l, recurrent_step<RnnTanhCell>);
+    case LayerKind::rnn_relu:
+      return recurrent_layer(t, l, recurrent_step<RnnReluCell>);
+    case LayerKind::gru:
+      return recurrent_layer(t, l, recurrent_step<GruCell>);
+    case LayerKind::gru_reset_before:
+      return recurrent_layer(t, l, gru_reset_before_step);
+    case LayerKind::peephole_lstm:
+      return recurrent_layer(t, l, recurrent_step<PeepholeLstmCell>);
+    case LayerKind::layer_norm_lstm:
+    case LayerKind::layer_norm_lstm_normalized_cell:
+      return recurrent_layer(t, l, layer_norm_lstm_step);
+    case LayerKind::layer_norm_gru:
+      return recurrent_layer(t, l, layer_norm_gru_step);
+    case LayerKind::multiplicative_lstm:
+      return recurrent_layer(t, l, multiplicative_lstm_step);
+    default:
+      return recurrent_layer(t, l, recurrent_step<LstmCell>);
+  }
+}
+
+inline void session_run(const SessionRun* pointer) {
+  const SessionRun& run = *pointer;
+  Barrier barrier;
+  memset(&barrier, 0, sizeof(barrier));
+#pragma omp parallel num_threads(run.threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const SessionLayer& first = run.layers[0];
+    const SessionLayer& last = run.layers[run.count - 1];
+    const bool indices = first.kind == LayerKind::embedding;
+    const ptrdiff_t value = run.bfloat16 ? 2 : 4;
+    const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value),
+                    out_row = run.batch * last.outputs * value;
+    for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
+      const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
+      const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
+      const void* x = static_cast<const char*>(run.x) + at * in_row;
+      for (int64_t i = 0; i < run.count; ++i) {
+        const bool ends = i + 1 == run.count;
+        void* const y = ends ? static_cast<void*>(static_cast<char*>(run.y) + at * out_row) : run.buffers[i % 2];
+        session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps, x, y,
+                       run.bfloat16 && i == 0, run.bfloat16 && ends},
+                      run.layers[i]);
+        x = y;
+      }
+    }
+  }
+  for (int64_t i = 0; i < run.count; ++i) run.layers[i].parity ^= int(run.steps & 1);
+}
+
+extern const SessionKernels session_kernels;
+const SessionKernels session_kernels = {SEQACCEL_NAME_OF(SEQACCEL_ISA), kWordLanes, words_of, session_pack,
+                                        session_run};
+
+}  // namespace seqaccel::SEQACCEL_ISA::packed

@@ -1,0 +1,329 @@
+#include "cpu/packed/program.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <new>
+#include <stdexcept>
+
+#include "cpu/base/pool.h"
+#include "cpu/base/threads.h"
+
+namespace seqaccel::packed {
+namespace {
+
+constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
+constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
+
+const std::map<std::string, SessionCell> kCells = {
+    {"rnn_tanh", {LayerKind::rnn_tanh, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
+    {"rnn_relu", {LayerKind::rnn_relu, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
+    {"lstm", {LayerKind::lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH"}}},
+    {"gru", {LayerKind::gru, 3, false, 4, 0, {"GI", "GP", "G", "G"}}},
+    {"gru_reset_before", {LayerKind::gru_reset_before, 3, false, 3, 2, {"GI", "GP", "G", "G"}}},
+    {"peephole_lstm", {LayerKind::peephole_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH", "3H"}}},
+    {"layer_norm_lstm", {LayerKind::layer_norm_lstm, 4, true, 4, 2, {"GI", "GP", "G", "G", "G", "G", "H", "H"}}},
+    {"layer_norm_lstm_normalized_cell",
+     {LayerKind::layer_norm_lstm_normalized_cell, 4, true, 4, 2, {"GI", "GP", "G", "G", "G", "G", "H", "H"}}},
+    {"layer_norm_gru", {LayerKind::layer_norm_gru, 3, false, 4, 0, {"GI", "GP", "G", "G", "G", "G"}}},
+    {"multiplicative_lstm", {LayerKind::multiplicative_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "HI", "HH"}}},
+};
+
+const char* const kActivations[] = {"relu",      "tanh",       "sigmoid", "silu",     "gelu",
+                                    "gelu_tanh", "leaky_relu", "elu",     "hardswish"};
+
+// Layers of a row at a time, with a gain and a bias an element.
+const std::map<std::string, LayerKind> kRowLayers = {
+    {"layer_norm", LayerKind::layer_norm},
+    {"rms_norm", LayerKind::rms_norm},
+    {"batch_norm", LayerKind::batch_norm},
+    {"softmax", LayerKind::softmax},
+};
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Measures first, hands out afterwards: pieces of so many values of 4 bytes.
+class Layout {
+ public:
+  size_t add(std::initializer_list<int64_t> sizes) {
+    const size_t at = bytes_;
+    size_t bytes = 4;
+    for (const int64_t size : sizes) fits_ = fits_ && !__builtin_mul_overflow(bytes, size_t(size), &bytes);
+    fits_ = fits_ && !__builtin_add_overflow(bytes_, (bytes + 63) / 64 * 64, &bytes_) && bytes_ < SIZE_MAX / 2;
+    return at;
+  }
+  // Throws std::bad_alloc where the product of sizes has no meaning.
+  size_t bytes() const {
+    if (!fits_) throw std::bad_alloc();
+    return bytes_;
+  }
+
+ private:
+  size_t bytes_ = 0;
+  bool fits_ = true;
+};
+
+}  // namespace
+
+const SessionCell* session_cell(const std::string& name) {
+  const auto found = kCells.find(name);
+  return found == kCells.end() ? nullptr : &found->second;
+}
+
+std::vector<int64_t> SessionCell::shape(size_t weight, int64_t inputs, int64_t hidden, int64_t outputs) const {
+  std::vector<int64_t> sizes;
+  for (const char letter : weights[weight]) {
+    sizes.push_back(letter == 'G'   ? gates * hidden
+                    : letter == 'H' ? hidden
+                    : letter == 'P' ? outputs
+                    : letter == 'I' ? inputs
+                                    : 3);
+  }
+  return sizes;
+}
+
+void AlignedMemory::GiveBack::operator()(char* p) const { give_block({p, size}); }
+
+AlignedMemory::AlignedMemory(size_t bytes, bool zero) {
+  const Block block = take_block(bytes);
+  if (!block.data) throw std::bad_alloc();
+  memory_ = std::unique_ptr<char, GiveBack>(static_cast<char*>(block.data), GiveBack{block.size});
+  if (zero) std::memset(block.data, 0, block.size);
+}
+
+SessionProgram::SessionProgram(int64_t batch, Precision precision, const SessionKernels& kernels)
+    : kernels_(kernels), batch_(batch), precision_(precision) {}
+
+SessionMatrix& SessionProgram::add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units,
+                                          int64_t columns_0, const void* source_0, int64_t columns_1,
+                                          const void* source_1, bool bfloat16) {
+  SessionMatrix& m = layer.matrices[index];
+  m.precision = precision_;
+  m.interleaved = gates > 1;
+  m.vectors = gates > 1 ? int32_t(gates) : 4;
+  m.units = units;
+  m.columns[0] = columns_0;
+  m.columns[1] = columns_1;
+  m.words[0] = kernels_.words(precision_, columns_0);
+  m.words[1] = kernels_.words(precision_, columns_1);
+  const int64_t block = m.interleaved ? kernels_.lanes : 4 * kernels_.lanes;
+  m.blocks = (units + block - 1) / block;
+  m.panel_words = (m.words[0] + m.words[1]) * m.vectors * kernels_.lanes;
+  sources_.push_back({{source_0, source_1}, bfloat16, layers_.size(), index});
+  return m;
+}
+
+const float* SessionProgram::keep(const float* values, int64_t count) {
+  if (values == nullptr) return nullptr;
+  weights_->kept.emplace_back(values, values + count);
+  return weights_->kept.back().data();
+}
+
+void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
+  const std::string name = from.kind;
+  SessionLayer layer{};
+  layer.inputs = from.inputs;
+  layer.hidden = from.hidden;
+  layer.outputs = from.outputs;
+  layer.zoneout_h = float(from.zoneout_h);
+  layer.zoneout_c = float(from.zoneout_c);
+  layer.parameter = float(from.parameter);
+  const auto activation = std::find(std::begin(kActivations), std::end(kActivations), name);
+  if (activation != std::end(kActivations)) {
+    layer.kind = LayerKind::activation;
+    layer.activation = Activation(activation - std::begin(kActivations));
+    layers_.push_back(layer);
+    return;
+  }
+  const int64_t I = layer.inputs, P = layer.outputs;
+  const float* const* const w = from.weights;
+  if (name == "linear") {
+    layer.kind = LayerKind::linear;
+    add_matrix(layer, 0, 1, P, I, w[0], 0, nullptr, bfloat16);
+    layer.bias = keep(w[1], P);
+  } else if (name == "embedding") {
+    layer.kind = LayerKind::embedding;
+    layer.weights = keep(w[0], I * P);
+  } else if (const auto row = kRowLayers.find(name); row != kRowLayers.end()) {
+    layer.kind = row->second;
+    layer.weights = keep(w[0], P);
+    layer.bias = keep(w[1], P);
+  } else {
+    const SessionCell* const cell = session_cell(name);
+    if (cell == nullptr) throw std::invalid_argument("unknown layer '" + name + "'");
+    add_recurrent(layer, *cell, w, bfloat16);
+  }
+  layers_.push_back(layer);
+}
+
+void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell, const float* const* w, bool bfloat16) {
+  const int64_t I = layer.inputs, H = layer.hidden, P = layer.outputs, gates = cell.gates;
+  layer.kind = cell.kind;
+  layer.stride = round_up(std::max(H, P), kernels_.lanes) + kernels_.lanes;
+  layer.buffers = cell.buffers;
+  if (cell.kind == LayerKind::gru_reset_before) {
+    // r and z, then n.
+    const int64_t value = bfloat16 ? 2 : 4;
+    const auto rows_from = [&](const float* weight, int64_t columns) {
+      return reinterpret_cast<const char*>(weight) + 2 * H * columns * value;
+    };
+    add_matrix(layer, 0, 2, H, I, w[0], H, w[1], bfloat16);
+    add_matrix(layer, 1, 1, H, I, rows_from(w[0], I), H, rows_from(w[1], H), bfloat16);
+  } else if (cell.kind == LayerKind::multiplicative_lstm) {
+    add_matrix(layer, 0, 1, H, I, w[4], H, w[5], bfloat16);
+    add_matrix(layer, 1, gates, H, I, w[0], H, w[1], bfloat16);
+  } else {
+    add_matrix(layer, 0, gates, H, I, w[0], P, w[1], bfloat16);
+  }
+  layer.normalised = cell.weights.size() > 4 && cell.weights[4] == "G";
+  if (layer.normalised) layer.parameter = 1e-5f;
+  // Where h's part of the last gate is apart, so is its bias; else the two are summed.
+  std::vector<float> bias(size_t(cell.biases * layer.stride), 0.0f);
+  for (int64_t g = 0; g < gates; ++g) {
+    const bool apart = cell.biases > gates && g + 1 == gates;
+    for (int64_t k = 0; k < H; ++k) {
+      bias[size_t(g * layer.stride + k)] += w[2] ? w[2][g * H + k] : 0.0f;
+      bias[size_t((g + apart) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
+    }
+  }
+  layer.bias = keep(bias.data(), int64_t(bias.size()));
+  std::vector<float> rows;
+  for (size_t i = 4; i < cell.weights.size(); ++i) {
+    const std::vector<int64_t> shape = cell.shape(i, I, H, P);
+    if (cell.weights[i] == "PH") {
+      if (w[i]) add_matrix(layer, 1, 1, P, H, w[i], 0, nullptr, bfloat16);
+      continue;
+    }
+    if (shape.size() == 2 && cell.weights[i] != "3H") continue;
+    const int64_t values = shape.size() == 1 ? shape[0] : shape[0] * shape[1];
+    for (int64_t k = 0; k < values; k += H) {
+      rows.insert(rows.end(), w[i] + k, w[i] + k + H);
+      rows.insert(rows.end(), size_t(layer.stride - H), 0.0f);
+    }
+  }
+  if (!rows.empty()) layer.weights = keep(rows.data(), int64_t(rows.size()));
+}
+
+void SessionProgram::finish() {
+  Layout panels;
+  std::vector<size_t> at;
+  for (const Source& source : sources_) {
+    const SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
+    const int64_t rows = m.precision == Precision::int8 ? m.blocks : 0;
+    at.push_back(panels.add({m.blocks, m.panel_words}));
+    at.push_back(panels.add({rows, 2, m.vectors, kernels_.lanes}));
+    at.push_back(panels.add({rows, 2, m.vectors, kernels_.lanes}));
+  }
+  weights_->panel_bytes = panels.bytes();
+  weights_->panels = AlignedMemory(panels.bytes(), false);
+  char* const memory = weights_->panels.get();
+  std::vector<SessionPack> packs;
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    const Source& source = sources_[i];
+    SessionMatrix& m = layers_[source.layer].matrices[source.matrix];
+    m.panels = reinterpret_cast<uint32_t*>(memory + at[3 * i]);
+    m.scales = reinterpret_cast<float*>(memory + at[3 * i + 1]);
+    m.offsets = reinterpret_cast<int32_t*>(memory + at[3 * i + 2]);
+    packs.push_back({&m, {source.sources[0], source.sources[1]}, source.bfloat16});
+  }
+  if (!kernels_.pack(packs.data(), int64_t(packs.size()))) throw std::bad_alloc();
+  sources_.clear();
+  start();
+}
+
+// Streams at zero.
+void SessionProgram::start() {
+  Layout state;
+  std::vector<size_t> at;
+  for (const SessionLayer& l : layers_) {
+    for (int i = 0; i < 3; ++i) at.push_back(state.add({batch_, l.stride}));
+    at.push_back(state.add({l.buffers, batch_, l.stride}));
+    const SessionMatrix& m = l.matrices[0];
+    at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
+  }
+  state_ = AlignedMemory(state.bytes());
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    SessionLayer& l = layers_[i];
+    l.parity = 0;
+    float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums};
+    for (size_t j = 0; j < 5; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + at[5 * i + j]);
+  }
+  run_.layers = layers_.data();
+  run_.count = int64_t(layers_.size());
+  run_.batch = batch_;
+  for (const SessionLayer& l : layers_) {
+    for (const SessionMatrix& m : l.matrices) {
+      run_.work += double(m.columns[0] + m.columns[1]) * double(m.units * (m.interleaved ? m.vectors : 1));
+    }
+  }
+}
+
+std::unique_ptr<SessionProgram> SessionProgram::fork(int64_t batch) const {
+  auto made = std::make_unique<SessionProgram>(batch, precision_, kernels_);
+  made->layers_ = layers_;
+  made->weights_ = weights_;
+  made->start();
+  return made;
+}
+
+size_t SessionProgram::weights(char* out, const char* from) {
+  size_t bytes = 0;
+  const auto move = [&](void* values, size_t count) {
+    if (out) std::memcpy(out + bytes, values, count);
+    if (from) std::memcpy(values, from + bytes, count);
+    bytes += count;
+  };
+  move(weights_->panels.get(), weights_->panel_bytes);
+  for (std::vector<float>& values : weights_->kept) move(values.data(), values.size() * sizeof(float));
+  return bytes;
+}
+
+void SessionProgram::grow(int64_t chunk, int threads) {
+  if (chunk <= chunk_ && threads <= threads_) return;
+  chunk = std::max(chunk, chunk_);
+  threads = std::max(threads, threads_);
+  const int64_t rows = chunk * batch_;
+  int64_t widest = 0, projected = 0, words_of_x = 0, words_of_h = 0;
+  for (const SessionLayer& l : layers_) {
+    widest = std::max(widest, l.outputs);
+    for (const SessionMatrix& m : l.matrices) {
+      words_of_x = std::max(words_of_x, m.words[0]);
+      words_of_h = std::max({words_of_h, m.words[0], m.words[1]});
+      projected = std::max(projected, m.blocks * m.vectors * kernels_.lanes);
+    }
+  }
+  if (precision_ == Precision::float32) words_of_x = words_of_h = 0;
+  run_.scratch_rows_at = round_up(rows * words_of_x, 16);
+  run_.scales_at = run_.scratch_rows_at + round_up(batch_ * words_of_h, 16);
+  run_.scratch_words = run_.scales_at + round_up(rows + batch_, 16) + 16;
+  Layout layout;
+  const int64_t between = layers_.size() > 1 ? rows : 0;
+  const size_t at[] = {layout.add({between, widest}), layout.add({between, widest}),
+                       layout.add({chunk > 1 ? rows : 0, projected}), layout.add({threads, run_.scratch_words})};
+  chunk_ = threads_ = 0;  // should there be no memory
+  buffers_ = AlignedMemory();
+  buffers_ = AlignedMemory(layout.bytes(), false);
+  run_.buffers[0] = reinterpret_cast<float*>(buffers_.get() + at[0]);
+  run_.buffers[1] = reinterpret_cast<float*>(buffers_.get() + at[1]);
+  run_.projected = reinterpret_cast<float*>(buffers_.get() + at[2]);
+  run_.scratch = reinterpret_cast<uint32_t*>(buffers_.get() + at[3]);
+  chunk_ = chunk;
+  threads_ = threads;
+}
+
+void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, bool reverse, const int64_t* lengths) {
+  if (steps == 0) return;
+  const int64_t chunk = std::min(steps, std::max<int64_t>(1, kChunkRows / batch_));
+  run_.threads = run_.work * double(batch_) < kSmall ? 1 : team_size();
+  grow(chunk, run_.threads);
+  run_.chunk = chunk;
+  run_.x = x;
+  run_.y = y;
+  run_.steps = steps;
+  run_.bfloat16 = bfloat16;
+  run_.reverse = reverse;
+  run_.lengths = lengths;
+  kernels_.run(&run_);
+}
+
+}  // namespace seqaccel::packed

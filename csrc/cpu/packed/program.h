@@ -1,0 +1,109 @@
+// Owns a program of session.h: describes its layers, packs their weights, holds their state, runs them.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "common/session_table.h"
+#include "cpu/packed/session.h"
+
+namespace seqaccel::packed {
+
+// Memory from the pool; throws std::bad_alloc.
+class AlignedMemory {
+ public:
+  AlignedMemory() = default;
+  explicit AlignedMemory(size_t bytes, bool zero = true);
+  char* get() const { return memory_.get(); }
+
+ private:
+  struct GiveBack {
+    size_t size;
+    void operator()(char* p) const;
+  };
+  std::unique_ptr<char, GiveBack> memory_{nullptr, GiveBack{0}};
+};
+
+// What a recurrent cell is made of.
+struct SessionCell {
+  LayerKind kind;
+  int gates;                         // G
+  bool has_cell;                     // has c
+  int biases;                        // pre-activations with one
+  int buffers;                       // [B, stride] buffers between the parts of a step
+  std::vector<std::string> weights;  // shapes in the operators' order, a letter a dimension: G is G * H, or H, P, I, 3
+  // The shape's sizes; empty for a weight that is missing here.
+  std::vector<int64_t> shape(size_t weight, int64_t inputs, int64_t hidden, int64_t outputs) const;
+  static bool optional(size_t weight, const std::string& shape) { return weight == 2 || weight == 3 || shape == "PH"; }
+};
+
+// Null: there is no such cell.
+const SessionCell* session_cell(const std::string& name);
+
+class SessionProgram {
+ public:
+  // The kernels are those of the instruction set at hand, and stay.
+  SessionProgram(int64_t batch, Precision precision, const SessionKernels& kernels = active_session_kernels());
+  SessionProgram(const SessionProgram&) = delete;
+  SessionProgram& operator=(const SessionProgram&) = delete;
+
+  // Layers one after the other, then finish. `bfloat16`: the weights of products are bfloat16, everything else float32.
+  void add(const SeqaccelSessionLayer& described, bool bfloat16 = false);
+  void finish();
+  // Another one of the same weights, which both hold, with streams of its own.
+  std::unique_ptr<SessionProgram> fork(int64_t batch) const;
+  // The packed weights, for the same kernels: how many bytes; to `out`, or from `from` if there is one, while no other
+  // program holds them.
+  size_t weights(char* out, const char* from);
+  const char* isa() const { return kernels_.isa; }
+
+  void run(const void* x, int64_t steps, void* y, bool bfloat16 = false, bool reverse = false,
+           const int64_t* lengths = nullptr);
+
+  const std::vector<SessionLayer>& layers() const { return layers_; }
+  int64_t batch() const { return batch_; }
+  // Rows of the state of a layer, [B, stride].
+  float* h(int64_t layer) { return layers_[size_t(layer)].h[layers_[size_t(layer)].parity]; }
+  float* c(int64_t layer) { return layers_[size_t(layer)].c; }
+
+  std::mutex mutex;  // of a session: held by the thread that uses it
+
+ private:
+  SessionMatrix& add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units, int64_t columns_0,
+                            const void* source_0, int64_t columns_1 = 0, const void* source_1 = nullptr,
+                            bool bfloat16 = false);
+  void add_recurrent(SessionLayer& layer, const SessionCell& cell, const float* const* weights, bool bfloat16);
+  const float* keep(const float* values, int64_t count);
+  void start();
+  void grow(int64_t chunk, int threads);
+
+  struct Source {
+    const void* sources[2];
+    bool bfloat16;
+    size_t layer;
+    int matrix;
+  };
+
+  // What programs share, and only read.
+  struct Weights {
+    std::vector<std::vector<float>> kept;
+    AlignedMemory panels;
+    size_t panel_bytes = 0;
+  };
+
+  const SessionKernels& kernels_;
+  int64_t batch_;
+  Precision precision_;
+  std::vector<SessionLayer> layers_;
+  std::vector<Source> sources_;
+  std::shared_ptr<Weights> weights_ = std::make_shared<Weights>();
+  AlignedMemory state_, buffers_;
+  int64_t chunk_ = 0;
+  int threads_ = 0;
+  SessionRun run_{};
+};
+
+}  // namespace seqaccel::packed

@@ -1,0 +1,144 @@
+// The sessions' C functions: a program of layers with its own packed weights and its own state.
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/packed/program.h"
+
+namespace seqaccel::packed {
+namespace {
+
+thread_local std::string last_error;
+
+template <class Function>
+int guarded(Function function) {
+  try {
+    function();
+    return SEQACCEL_SESSION_OK;
+  } catch (const std::bad_alloc&) {
+    last_error = "seqaccel: not enough memory for a Session of this batch_size, module and chunk";
+  } catch (const std::out_of_range& error) {
+    last_error = error.what();
+    return SEQACCEL_SESSION_OUT_OF_RANGE;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  }
+  return SEQACCEL_SESSION_FAILED;
+}
+
+// A session's program, for one thread at a time.
+class Program {
+ public:
+  explicit Program(void* session) : program_(*static_cast<SessionProgram*>(session)), lock_(program_.mutex) {}
+  SessionProgram* operator->() const { return &program_; }
+
+ private:
+  SessionProgram& program_;
+  std::lock_guard<std::mutex> lock_;
+};
+
+void* create(int64_t batch, const char* precision, int64_t count, const SeqaccelSessionLayer* layers) {
+  std::unique_ptr<SessionProgram> made;
+  const int failed = guarded([&] {
+    const std::string name = precision;
+    const Precision held = name == "int8"       ? Precision::int8
+                           : name == "bfloat16" ? Precision::bfloat16
+                                                : Precision::float32;
+    made = std::make_unique<SessionProgram>(batch, held);
+    for (int64_t i = 0; i < count; ++i) made->add(layers[i]);
+    made->finish();
+  });
+  return failed ? nullptr : made.release();
+}
+
+void* fork(void* session, int64_t batch) {
+  std::unique_ptr<SessionProgram> made;
+  const int failed = guarded([&] { made = Program(session)->fork(batch); });
+  return failed ? nullptr : made.release();
+}
+
+int64_t weights(void* session, char* out, const char* from) { return int64_t(Program(session)->weights(out, from)); }
+
+const char* isa(void* session) { return Program(session)->isa(); }
+
+void destroy(void* session) { delete static_cast<SessionProgram*>(session); }
+
+int extend(void* session, const void* x, int64_t steps, float* y) {
+  return guarded([&] {
+    const Program p(session);
+    const SessionLayer& first = p->layers().front();
+    if (steps > 0 && ((first.inputs > 0 && !x) || (p->layers().back().outputs > 0 && !y))) {
+      throw std::invalid_argument(
+          "x: expected a tensor with memory, and outside FakeTensorMode, which gives none to y");
+    }
+    if (first.kind == LayerKind::embedding) {
+      const int64_t* const indices = static_cast<const int64_t*>(x);
+      for (int64_t i = 0; i < steps * p->batch(); ++i) {
+        if (indices[i] < 0 || indices[i] >= first.inputs) {
+          throw std::out_of_range("x: index " + std::to_string(indices[i]) + " is out of range for an embedding of " +
+                                  std::to_string(first.inputs));
+        }
+      }
+    }
+    p->run(x, steps, y);
+  });
+}
+
+int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
+  return guarded([&] {
+    const Program p(session);
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(parts[i].out || parts[i].from)) throw std::invalid_argument("state_dict: a tensor has no memory");
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const auto& [layer, part, out, from] = parts[i];
+      const SessionLayer& l = p->layers()[size_t(layer)];
+      float* const rows = part == 'h' ? p->h(layer) : p->c(layer);
+      const int64_t width = part == 'h' ? l.outputs : l.hidden;
+      for (int64_t b = 0; b < p->batch(); ++b) {
+        float* const row = rows + b * l.stride;
+        if (out) {
+          std::memcpy(out + b * width, row, size_t(width) * sizeof(float));
+        } else {
+          std::memcpy(row, from + b * width, size_t(width) * sizeof(float));
+        }
+      }
+    }
+  });
+}
+
+int select(void* session, const int64_t* indices) {
+  return guarded([&] {
+    const Program p(session);
+    std::vector<float> kept;
+    for (size_t i = 0; i < p->layers().size(); ++i) {
+      const SessionLayer& l = p->layers()[i];
+      if (l.stride == 0) continue;
+      for (float* const rows : {p->h(int64_t(i)), p->c(int64_t(i))}) {
+        kept.assign(rows, rows + p->batch() * l.stride);
+        for (int64_t b = 0; b < p->batch(); ++b) {
+          float* const to = rows + b * l.stride;
+          const size_t bytes = size_t(l.stride) * sizeof(float);
+          if (indices[b] < 0) {
+            std::memset(to, 0, bytes);
+          } else {
+            std::memcpy(to, kept.data() + indices[b] * l.stride, bytes);
+          }
+        }
+      }
+    }
+  });
+}
+
+const char* error() { return last_error.c_str(); }
+
+const SeqaccelSessionTable kTable = {
+    SEQACCEL_SESSION_TABLE_VERSION, create, fork, weights, isa, destroy, extend, state, select, error,
+};
+
+}  // namespace
+}  // namespace seqaccel::packed
+
+const SeqaccelSessionTable* seqaccel_session_table() { return &seqaccel::packed::kTable; }

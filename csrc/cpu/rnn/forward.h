@@ -1,0 +1,350 @@
+// The recurrence of a layer, forward, for every cell of product_cells.h without layer norm.
+//
+// A step, for a block of L = Lanes<T> hidden units (4 L with one gate):
+//   pre [rows, G, L] = h' [rows, P] * panel [P, G, L]     all gates of the block's units lie side by side
+//   saved, c, h = Cell::forward(pre + x[t] + bias, ...)   right behind the product, from L1
+// A cell of two products has such a stage for each: source = Cell::first(h' panel + x[t]), then as above with source
+// for h'. With weight_hr, Cell::forward's h is the source of a last stage. Panels of W_hh and W_ih are packed once a
+// call. The input's part comes from before the pass (x), or is calculated some steps ahead (InputAhead), or with rows
+// enough beside the recurrent part, and then never leaves L1. Up to kDirectRows rows in all a product is bound by
+// reading W_hh, and dot products along its own rows do as well; nothing is packed.
+//
+// Threads share the units, each its half of the weights in its own L2, and meet after every stage at a barrier that
+// yields after a bounded spin; the batch is split only where a part has rows enough (kRowsPerThread; kRowsFromL2 where
+// all weights fit in L2), and its parts never wait for each other. On odd steps the blocks run backwards, so that those
+// read last, still in L2, come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two
+// Zen 4 cores with 1 MB of L2 each.
+#pragma once
+
+#include "cpu/rnn/blocks.h"
+
+namespace seqaccel::SEQACCEL_ISA::rnn {
+
+// State between the steps of a pass; rows are `stride` apart: whole vectors, and never a multiple of a page.
+template <typename T>
+struct ForwardState {
+  T* h[2];     // [B, h_stride], of the step before and of this one
+  T* c;        // [B, stride]
+  T* source;   // [B, stride]: what the second of two products multiplies
+  T* bias;     // [kPre, stride]
+  T* weights;  // [kWeights, stride]
+  ptrdiff_t stride, h_stride;
+  bool past;  // what is kept for a backward pass goes past the caches
+};
+
+// Whether a pass keeps more than the L2 of its threads holds. Its lines would be fetched only to be overwritten, and
+// drive out what the next step needs: LSTM (T, B, H) = (128, 64, 256), forward x1.08, training x1.02. (The output is
+// what the next layer reads first: with it, a stack of RNN (128, 64, 256) took 1.04 of its time. Lines that x was just
+// read from lie in the caches anyway.)
+template <class Cell, typename T>
+bool stores_past(const RnnForward<T>& p, int threads) {
+  const ptrdiff_t last = p.rows.steps - 1, rows = p.rows.packed(last, 0) + p.rows.count(last);
+  const ptrdiff_t values = Cell::kSaved + Cell::kHasCell;
+  const auto aligned = [](const T* at) { return reinterpret_cast<uintptr_t>(at) % SEQACCEL_VECTOR_BYTES == 0; };
+  return kStoresPast && p.saved && p.saved != p.x && p.hidden % Lanes<T> == 0 && aligned(p.saved) && aligned(p.cells) &&
+         beyond_l2(rows * values * p.hidden * ptrdiff_t(sizeof(T)) / threads);
+}
+
+// Products of a block of units and a chunk of rows.
+template <typename T>
+struct Products {
+  const T* pre;    // the main product's, or the first one's; rows `row` apart
+  const T* x_pre;  // the input's part, where it is not added up in `pre`
+  ptrdiff_t row;
+};
+
+// The new h of a row, blended, to the next step and to the output.
+template <typename T>
+SEQACCEL_INLINE void put_h(const RnnForward<T>& p, const ForwardState<T>& state, ptrdiff_t s, ptrdiff_t b,
+                           ptrdiff_t padded, ptrdiff_t unit, int units, bool blend, Vec<T> h) {
+  if (blend) {
+    const Vec<T> z = blend_at(p.zoneout_h, padded * p.outputs + unit, units);
+    h = z * load(state.h[s & 1] + b * state.h_stride + unit) + (1 - z) * h;
+  }
+  store(state.h[(s + 1) & 1] + b * state.h_stride + unit, h);
+  store_some(p.output + padded * p.outputs + unit, h, units);
+}
+
+// `count` rows of a share from i0 on, U vectors of units, at the s-th step, at time t; First: behind the first of two
+// products.
+template <class Cell, typename T, bool First, int U>
+void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const RowShare& share, ptrdiff_t s,
+                    ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t first_unit, const Products<T>& products) {
+  constexpr int L = Lanes<T>, kBegin = Cell::kFirstBegin, kEnd = Cell::kFirstEnd;
+  const ptrdiff_t H = p.hidden;
+  const bool blend_h = Cell::kZoneout && p.zoneout_h.factors, blend_c = Cell::kZoneout && p.zoneout_c.factors;
+  const bool projected = Cell::kProjects && p.weights.hr;
+  Unit<Cell, Vec<T>> common[U];
+#pragma GCC unroll 4
+  for (int v = 0; v < U; ++v) {
+    const ptrdiff_t unit = min_of(first_unit + v * L, H - 1) / L * L;
+#pragma GCC unroll 8
+    for (int g = 0; g < kPre<Cell>; ++g) common[v].pre[g] = load(state.bias + g * state.stride + unit);
+#pragma GCC unroll 16
+    for (int w = 0; w < Cell::kWeights; ++w) common[v].weights[w] = load(state.weights + w * state.stride + unit);
+  }
+  for (ptrdiff_t i = 0; i < count; ++i) {
+    const ptrdiff_t b = share.at(i0 + i), packed = p.rows.packed(t, b), padded = p.rows.padded(t, b);
+#pragma GCC unroll 4
+    for (int v = 0; v < U; ++v) {
+      const ptrdiff_t unit = first_unit + v * L;
+      if (U > 1 && unit >= H) break;
+      const int units = int(min_of(L, H - unit));
+      const T* const h_prev = state.h[s & 1] + unit;
+      T* const saved = p.saved + packed * Cell::kSaved * H + unit;
+      const T* const product = products.pre + i * products.row + v * L;
+      Unit<Cell, Vec<T>> u = common[v];
+#pragma GCC unroll 8
+      for (int g = 0; g < kInputs<Cell>; ++g) {
+        if ((g >= kBegin && g < kEnd) != First) continue;
+        if (p.x) {
+          u.pre[g] = load_some(p.x + packed * p.x_row + g * H + unit, units) + u.pre[g];
+        } else if (Cell::kApart) {
+          u.pre[g] = load(products.x_pre + i * products.row + v * L + g * L) + u.pre[g];
+        }
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < (First ? Cell::kFirst : kMain<Cell>); ++g) {
+        const int at = First ? Cell::kFirstPre + g : Cell::kApart && g == kMain<Cell> - 1 ? g + 1 : Cell::kMainPre + g;
+        u.pre[at] = load(product + g * L) + u.pre[at];
+      }
+      if (Cell::kUsesPrev) u.h_prev = load(h_prev + b * state.h_stride);
+      if constexpr (First) {
+        Cell::template first<Functions<T>>(u);
+        store(state.source + b * state.stride + unit, u.source);
+      } else {
+#pragma GCC unroll 8
+        for (int g = kBegin; g < kEnd; ++g) u.saved[g] = load_some(saved + g * H, units);
+        if constexpr (Cell::kHasCell) u.c_prev = load(state.c + b * state.stride + unit);
+        Cell::template forward<Functions<T>>(u);
+        if (projected) {
+          store(state.source + b * state.stride + unit, u.h);
+        } else {
+          put_h(p, state, s, b, padded, unit, units, blend_h, u.h);
+        }
+        if constexpr (Cell::kHasCell) {
+          if (blend_c) {
+            const Vec<T> z = blend_at(p.zoneout_c, padded * H + unit, units);
+            u.c = z * u.c_prev + (1 - z) * u.c;
+          }
+          store(state.c + b * state.stride + unit, u.c);
+          if (p.cells) store_some(p.cells + packed * H + unit, u.c, units, state.past);
+        }
+      }
+      if (Cell::kSaved > 0 && p.saved) {
+#pragma GCC unroll 8
+        for (int g = 0; g < Cell::kSaved; ++g) {
+          if ((g >= kBegin && g < kEnd) == First) store_some(saved + g * H, u.saved[g], units, !First && state.past);
+        }
+      }
+    }
+  }
+}
+
+// The input of the rows [i0, i0 + count) at time t: without it, (128, 64, 256) takes 1.02 of its time.
+template <typename T>
+void list_input(const RnnForward<T>& p, const RowShare& share, ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count,
+                LineList& lines) {
+  constexpr ptrdiff_t kBytes = 2 * kLine, kValues = kBytes / ptrdiff_t(sizeof(T));
+  const ptrdiff_t end = min_of(i0 + count, share.among(p.rows.count(t)));
+  lines.begin<kBytes>(max_of(0, end - i0) * panel_count(p.inputs, kValues));
+  for (ptrdiff_t i = i0; i < end; ++i) {
+    const T* const row = p.input + p.rows.packed(t, share.at(i)) * p.inputs;
+    for (ptrdiff_t k = 0; k < p.inputs; k += kValues) lines.add<kBytes>(row + k);
+  }
+}
+
+// The buffer of state.h that holds a row's state after the last step.
+inline int last_buffer(const RnnRows& rows, bool reverse, ptrdiff_t b) {
+  if (reverse || !rows.running) return rows.steps & 1;
+  ptrdiff_t steps = 0;
+  while (steps < rows.steps && b < rows.running[steps]) ++steps;
+  return steps & 1;
+}
+
+// h_0 and c_0 of a thread's rows and units to the state, and back to h_n and c_n.
+template <class Cell, typename T>
+void take_state(const RnnForward<T>& p, const ForwardState<T>& state, const Member& me) {
+  for_units<T>(me, p.outputs, [&](ptrdiff_t unit, int units) {
+    for (ptrdiff_t i = 0; i < me.rows.size; ++i) {
+      const ptrdiff_t b = me.rows.at(i);
+      const Vec<T> h = load_some(p.h_0 + p.rows.row(b) * p.outputs + unit, units);
+      store(state.h[0] + b * state.h_stride + unit, h);
+      if (p.rows.running) store(state.h[1] + b * state.h_stride + unit, h);
+    }
+  });
+  if (!Cell::kHasCell) return;
+  for_units<T>(me, p.hidden, [&](ptrdiff_t unit, int units) {
+    for (ptrdiff_t i = 0; i < me.rows.size; ++i) {
+      const ptrdiff_t b = me.rows.at(i);
+      store(state.c + b * state.stride + unit, load_some(p.c_0 + p.rows.row(b) * p.hidden + unit, units));
+    }
+  });
+}
+
+template <class Cell, typename T>
+void give_state(const RnnForward<T>& p, const ForwardState<T>& state, const Member& me) {
+  for (ptrdiff_t i = 0; i < me.rows.size; ++i) {
+    const ptrdiff_t b = me.rows.at(i), row = p.rows.row(b);
+    const T* const h = state.h[last_buffer(p.rows, p.reverse, b)] + b * state.h_stride;
+    for_units<T>(me, p.outputs,
+                 [&](ptrdiff_t unit, int units) { store_some(p.h_n + row * p.outputs + unit, load(h + unit), units); });
+    if (!Cell::kHasCell) continue;
+    for_units<T>(me, p.hidden, [&](ptrdiff_t unit, int units) {
+      store_some(p.c_n + row * p.hidden + unit, load(state.c + b * state.stride + unit), units);
+    });
+  }
+}
+
+template <class Cell, typename T>
+bool rnn_forward(const RnnForward<T>& p) {
+  constexpr int L = Lanes<T>, kFirst = Cell::kFirst > 0 ? Cell::kFirst : 1;
+  typedef UnitProduct<T, kMain<Cell>> Main;
+  typedef UnitProduct<T, kFirst> First;
+  typedef UnitProduct<T, 1> Last;
+  typedef InputAhead<T, kMain<Cell>> Ahead;
+  const ptrdiff_t H = p.hidden, P = p.outputs, B = p.rows.batch, steps = p.rows.steps;
+  const bool two = Cell::kFirst > 0, projected = Cell::kProjects && p.weights.hr;
+  const bool direct = H >= L && p.input == nullptr && steps * B <= kDirectRows;
+  const ptrdiff_t inputs = p.input ? p.inputs : 0;
+  const ptrdiff_t main_panel = Main::panel_values(inputs + P);
+  Main main{p.weights.hh, H, P}, input{p.weight_ih, H, inputs};
+  First first{p.weights.mh, H, P};
+  Last last{p.weights.hr, P, H};
+  if (two && !Cell::kExtra) {
+    first.weight = p.weights.hh;
+    main.weight = p.weights.hh + Cell::kFirst * H * P;
+  }
+  const ptrdiff_t main_blocks = Main::blocks(H), first_blocks = two ? First::blocks(H) : 0;
+  const ptrdiff_t last_blocks = projected ? Last::blocks(P) : 0;
+  const ptrdiff_t weights = (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
+  const ptrdiff_t weight_bytes = (weights + kMain<Cell> * H * inputs) * ptrdiff_t(sizeof(T));
+  const Split planned = split_work(team_size(), steps, B, weights, weight_bytes, main_blocks);
+  const int threads = planned.threads();
+  main.far = input.far = first.far = last.far = beyond_l2(weight_bytes / planned.groups);
+
+  ForwardState<T> state;
+  state.stride = (panel_count(H, L) + 1) * L;
+  state.h_stride = (panel_count(P, L) + 1) * L;
+  state.past = stores_past<Cell>(p, threads);
+  Workspace workspace;
+  const size_t main_at = workspace.reserve<T>(direct ? 0 : main_blocks * main_panel);
+  const size_t first_at = workspace.reserve<T>(direct ? 0 : first_blocks * First::panel_values(P));
+  const size_t last_at = workspace.reserve<T>(direct ? 0 : last_blocks * Last::panel_values(H));
+  const size_t state_at =
+      workspace.reserve<T>(2 * B * state.h_stride + (2 * B + kPre<Cell> + Cell::kWeights) * state.stride);
+  const size_t barriers_at = workspace.reserve<Barrier>(threads);
+  const ptrdiff_t ahead_size = main_blocks * Ahead::capacity(B) * Main::V * L;
+  const bool runs_ahead = p.input && Ahead::steps_ahead(B / planned.parts) > 1;
+  const size_t ahead_at = workspace.reserve<T>(runs_ahead ? threads * ahead_size : 0);
+  if (!workspace.allocate()) return false;
+  if (!direct) {
+    input.panels = workspace.at<T>(main_at);
+    main.panels = input.panels + Main::panel_values(inputs);
+    first.panels = workspace.at<T>(first_at);
+    last.panels = workspace.at<T>(last_at);
+  }
+  input.panel_size = main.panel_size = main_panel;
+  first.panel_size = First::panel_values(P);
+  last.panel_size = Last::panel_values(H);
+  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
+  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
+  state.h[0] = workspace.at<T>(state_at);
+  state.h[1] = state.h[0] + B * state.h_stride;
+  state.c = state.h[1] + B * state.h_stride;
+  state.source = state.c + B * state.stride;
+  state.bias = state.source + B * state.stride;
+  state.weights = state.bias + kPre<Cell> * state.stride;
+  spread_rows(state.bias, state.stride, p.bias, kPre<Cell>, H);
+  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, H);
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const Split split = split_work(team, steps, B, weights, weight_bytes, main_blocks);
+    const Member me = member_of(split, thread, p.rows, main_blocks, barriers);
+    const RowShare& rows = me.rows;
+    if (!direct) {
+      pack_blocks(me, main_blocks, [&](ptrdiff_t u) {
+        if (p.input) input.pack(u);
+        main.pack(u);
+      });
+      pack_blocks(me, first_blocks, [&](ptrdiff_t u) { first.pack(u); });
+      pack_blocks(me, last_blocks, [&](ptrdiff_t u) { last.pack(u); });
+    }
+    if (!me.share.idle) take_state<Cell>(p, state, me);
+#pragma omp barrier
+    if (!me.share.idle) {
+      alignas(64) T pre[kChunk * kColumns * L];
+      alignas(64) T x_pre[Cell::kApart ? kChunk * Main::V * L : 1];
+      const Blocks mine = blocks_of(me, main_blocks);
+      LineList lines;
+      Ahead ahead{input,
+                  p.input,
+                  p.rows,
+                  rows,
+                  workspace.at<T>(ahead_at) + thread * ahead_size,
+                  runs_ahead ? Ahead::steps_ahead(rows.size) : 1,
+                  Ahead::capacity(B)};
+      for (ptrdiff_t s = 0; s < steps; ++s) {
+        const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
+        const T* const h_prev = state.h[s & 1];
+        if (ahead.steps > 1 && s % ahead.steps == 0) {
+          const ptrdiff_t count = min_of(ahead.steps, steps - s), low = p.reverse ? t - count + 1 : t;
+          ahead.fill(low, low + count, mine.begin, mine.end);
+        }
+        const ptrdiff_t running = p.rows.running ? rows.among(p.rows.running[t]) : rows.size;
+        fetch_rows(me, h_prev, state.h_stride, P, running);
+        if constexpr (Cell::kFirst > 0) {
+          for_blocks(me, first_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+            first(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
+            forward_update<Cell, T, true, First::U>(p, state, rows, s, t, i, count, u * First::U * L,
+                                                    {pre, nullptr, First::V * L});
+          });
+          me.wait();
+          fetch_rows(me, state.source, state.stride, H, running);
+        }
+        const T* const source = two ? state.source : h_prev;
+        const ptrdiff_t source_row = two ? state.stride : state.h_stride;
+        for_blocks(me, main_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+          const ptrdiff_t b = rows.at(i);
+          T* x_sum = Cell::kApart ? x_pre : pre;
+          if (ahead.steps > 1) {
+            x_sum = ahead.at(u - mine.begin, t) + i * Main::V * L;
+          } else if (p.input) {
+            input(count, p.input + p.rows.packed(t, b) * inputs, rows.step * inputs, u, x_sum);
+          }
+          T* const sum = Cell::kApart ? pre : x_sum;
+          // The last block's product fetches what the next step's first one will read.
+          const bool fetches = p.input && ahead.steps == 1 && s + 1 < steps && u == mine.last(s);
+          if (fetches) list_input(p, rows, p.reverse ? t - 1 : t + 1, i, count, lines);
+          main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kApart,
+               fetches ? &lines : nullptr);
+          forward_update<Cell, T, false, Main::U>(p, state, rows, s, t, i, count, u * Main::U * L,
+                                                  {sum, x_sum, Main::V * L});
+        });
+        if (projected) {
+          me.wait();
+          fetch_rows(me, state.source, state.stride, H, running);
+          for_blocks(me, last_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+            last(count, state.source + rows.at(i) * state.stride, rows.step * state.stride, u, pre);
+            for (int v = 0; v < Last::U && (u * Last::U + v) * L < P; ++v) {
+              const ptrdiff_t unit = (u * Last::U + v) * L;
+              for (ptrdiff_t row = 0; row < count; ++row) {
+                const ptrdiff_t b = rows.at(i + row);
+                put_h(p, state, s, b, p.rows.padded(t, b), unit, int(min_of(L, P - unit)),
+                      p.zoneout_h.factors != nullptr, load(pre + (row * Last::U + v) * L));
+              }
+            }
+          });
+        }
+        me.wait();
+      }
+      give_state<Cell>(p, state, me);
+      fence_stores();
+    }
+  }
+  return true;
+}
+
+}  // namespace seqaccel::SEQACCEL_ISA::rnn

@@ -1,0 +1,113 @@
+// What the two operators of a recurrent layer share: checks, lengths, and matrices of all time steps.
+#pragma once
+
+#include <algorithm>
+
+#include "common/tensor.h"
+#include "cpu/base/pool.h"
+#include "cpu/matmul/product.h"
+#include "cpu/rnn/rnn.h"
+
+namespace seqaccel::rnn {
+
+constexpr int64_t kFewRows = 32;  // up to here a product reads the rows of the weight as they are
+
+// The weights of every cell, in this order; the cell's own follow.
+enum RnnWeight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kCommonWeights };
+
+using WeightList = std::vector<OptionalTensor>;
+
+inline const OptionalTensor kNone;
+
+// A layer's arguments after the checks, contiguous and out of autograd's sight.
+struct RnnLayer {
+  const RnnCellEntry* cell;
+  int64_t steps, batch, inputs, hidden, outputs;  // T, B, I, H, P
+  Tensor input, h_0;
+  OptionalTensor c_0;
+  WeightList weights;
+  OptionalTensor zoneout_h, zoneout_c;
+  // With lengths: see RnnRows. Empty where every sequence is whole.
+  std::vector<int64_t> lengths, order, running, offsets;
+  int64_t packed_rows;  // of a packed tensor
+  bool joined = false;  // the caller's tensors are packed: [packed_rows, .] for [T, B, .]
+
+  bool ragged() const { return !running.empty(); }
+  bool padded() const { return ragged() && !joined; }
+  // A new tensor of rows of `width` values for every step and sequence, as the caller's are.
+  Tensor new_rows(int64_t width) const {
+    return joined ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
+  }
+  void check_rows(const Tensor& t, const char* name, int64_t width) const {
+    if (joined) return check_tensor(t, name, {packed_rows, width}, input.scalar_type());
+    check_tensor(t, name, {steps, batch, width}, input.scalar_type());
+  }
+  bool single() const { return input.scalar_type() == ScalarType::Float; }
+  const Tensor& weight(int i) const { return *weights[size_t(i)]; }
+  int64_t pre_width() const { return cell->pre * hidden; }
+  int64_t saved_width() const { return cell->saved * hidden; }
+  int64_t gate_rows() const { return cell->gates * hidden; }
+  int64_t grad_width() const { return cell->norm ? 2 * gate_rows() : pre_width(); }  // of dL/dpre
+  // Of a row of dL/dpre in memory: whole lines, and one more, or equal columns of all rows would fall on few lines of a
+  // cache (rows of 4 KB: the weights' gradients of LSTM (T, B, H) = (128, 64, 256) at 283 GFLOP/s instead of 301).
+  int64_t grad_row() const {
+    const int64_t line = single() ? 16 : 8;
+    return (grad_width() + 2 * line - 1) / line * line;
+  }
+  int64_t input_width() const { return cell->inputs * hidden; }
+  // A cell's own weights: weight_hr, or weight_mx and weight_mh, or those of units, in the order of weight_tensors.
+  const OptionalTensor& weight_hr() const { return cell->projects ? weights[kCommonWeights] : kNone; }
+  const Tensor& weight_mx() const { return weight(kCommonWeights); }
+  const Tensor& weight_mh() const { return weight(kCommonWeights + 1); }
+  int first_unit_tensor() const { return kCommonWeights + int(cell->projects); }
+  int64_t offset(int64_t t) const { return ragged() ? offsets[size_t(t)] : t * batch; }
+  // The steps [first, first + count).
+  RnnRows rows(int64_t first, int64_t count) const {
+    RnnRows rows{count, batch};
+    rows.joined = joined;
+    if (ragged()) {
+      rows.order = order.data();
+      rows.running = running.data() + first;
+      rows.offsets = offsets.data() + first;
+    }
+    return rows;
+  }
+};
+
+RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
+                         const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
+                         const OptionalTensor& zoneout_c);
+
+// The operator of float32 and float64: output, h_n, c_n, and (save) what the backward pass takes.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, Tensor input, Tensor h_0,
+                                                                    OptionalTensor c_0, WeightList weights,
+                                                                    OptionalTensor lengths, OptionalTensor zoneout_h,
+                                                                    OptionalTensor zoneout_c, bool reverse, bool save);
+
+// A contiguous tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
+Tensor as_rows(const Tensor& t);
+
+// Rows [begin, begin + count), of all dimensions the first; columns of a matrix; a matrix transposed.
+Tensor rows_of(const Tensor& t, int64_t begin, int64_t count);
+Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
+Tensor transposed(const Tensor& t);
+
+// Padded [T, B, N] to packed rows [packed_rows, N], and back (0 where no row runs).
+Tensor pack_rows(const RnnLayer& layer, const Tensor& padded);
+void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded);
+
+// Zeroes what of padded [T, B, N] belongs to no step of a sequence.
+void zero_padding(const RnnLayer& layer, Tensor& padded);
+
+inline void check_workspace(bool allocated) {
+  STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the packed weights of a recurrent layer");
+}
+
+template <typename T>
+RnnBlend<T> blend_of(const OptionalTensor& zoneout, int64_t first_value) {
+  if (!zoneout) return {};
+  const bool one = zoneout->numel() == 1;
+  return {zoneout->const_data_ptr<T>() + (one ? 0 : first_value), one};
+}
+
+}  // namespace seqaccel::rnn

@@ -1,0 +1,586 @@
+// Operators rnn_forward and rnn_backward: one layer of any cell, in one direction. The products over all time steps
+// (input projection, weight gradients) go to aten::mm or matmul.h; the recurrence is forward.h and backward.h.
+#include "cpu/rnn/rnn.h"
+
+#include <cstring>
+
+#include "cpu/base/scratch.h"
+#include "cpu/base/threads.h"
+#include "cpu/rnn/layer.h"
+
+namespace seqaccel::rnn {
+namespace {
+
+constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence may calculate the input's part itself
+constexpr int64_t kProjectionBytes = int64_t(64) << 20;  // held at a time where nothing is kept for a backward pass
+// Of dL/dpre, held at a time: a backward pass of sequences of one length takes so many steps, at least one.
+constexpr int64_t kGradBytes = int64_t(32) << 20;
+
+bool run(const RnnCellEntry& cell, const RnnForward<float>& pass) { return cell.forward_float(pass); }
+bool run(const RnnCellEntry& cell, const RnnForward<double>& pass) { return cell.forward_double(pass); }
+bool run(const RnnCellEntry& cell, const RnnBackward<float>& pass) { return cell.backward_float(pass); }
+bool run(const RnnCellEntry& cell, const RnnBackward<double>& pass) { return cell.backward_double(pass); }
+void run(const RowProduct<float>& product) { active_rnn_kernels().row_product_float(product); }
+void run(const RowProduct<double>& product) { active_rnn_kernels().row_product_double(product); }
+void run(const NormRows<float>& rows) { active_rnn_norm_kernels().normalize_float(rows); }
+void run(const NormRows<double>& rows) { active_rnn_norm_kernels().normalize_double(rows); }
+
+// The biases of the pre-activations [kPre, H], or what there is of them.
+template <typename T>
+std::vector<T> bias_of(const RnnLayer& layer) {
+  std::vector<T> sum;
+  for (const int part : {kBiasIh, kBiasHh}) {
+    if (!layer.weights[size_t(part)]) continue;
+    sum.resize(size_t(layer.pre_width()), T(0));
+    const T* const bias = layer.weight(part).const_data_ptr<T>();
+    const int64_t rows = layer.gate_rows(), last = rows - layer.hidden;
+    for (int64_t i = 0; i < rows; ++i) {
+      sum[size_t(layer.cell->apart && part == kBiasHh && i >= last ? i + layer.hidden : i)] += bias[i];
+    }
+  }
+  return sum;
+}
+
+// The weights of units [kWeights, H], of all tensors one after the other.
+template <typename T>
+std::vector<T> unit_weights_of(const RnnLayer& layer) {
+  std::vector<T> all;
+  for (int i = layer.first_unit_tensor(); layer.cell->unit_weights && i < int(layer.weights.size()); ++i) {
+    const T* const values = layer.weight(i).const_data_ptr<T>();
+    all.insert(all.end(), values, values + layer.weight(i).numel());
+  }
+  return all;
+}
+
+template <typename T>
+RnnWeights<T> weights_of(const RnnLayer& layer, const std::vector<T>& unit_weights) {
+  return {layer.weight(kWeightHh).const_data_ptr<T>(),
+          layer.cell->extra ? layer.weight_mh().const_data_ptr<T>() : nullptr, data_or_null<T>(layer.weight_hr()),
+          unit_weights.empty() ? nullptr : unit_weights.data()};
+}
+
+// The input's part of the pre-activations, which a forward pass adds to the recurrent one.
+struct Projection {
+  Tensor values;  // [rows, width], kInputs*H values a row used; undefined: calculated step by step
+  int64_t width;
+  int64_t chunk;  // steps a pass
+  bool whole;     // values has room for all steps, else for those of a pass
+};
+
+// What a forward pass keeps, in the operator's order; undefined where the cell has none, or nothing is kept.
+struct Kept {
+  Tensor gates, cells, normed, stats;
+  std::vector<Tensor> list() const {
+    std::vector<Tensor> tensors;
+    for (const Tensor* tensor : {&gates, &cells, &normed, &stats}) {
+      if (tensor->defined()) tensors.push_back(*tensor);
+    }
+    return tensors;
+  }
+};
+
+struct Outputs {
+  Tensor output, h_n, c_n;
+};
+
+template <typename T>
+T* pointer(const Tensor& t, int64_t row = 0, int64_t width = 0) {
+  return t.defined() ? t.mutable_data_ptr<T>() + row * width : nullptr;
+}
+
+// values = input W_ih^T of the packed rows [first, first + rows), and what else the input has a part in.
+template <typename T>
+void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t rows, const Projection& projection,
+             const Kept& kept) {
+  const int64_t at = projection.whole ? first : 0, width = projection.width;
+  const auto part = [&](const Tensor& weight, int64_t column) {
+    if (rows <= kFewRows) {
+      return run(RowProduct<T>{rows, weight.size(0), layer.inputs, input.const_data_ptr<T>() + first * layer.inputs,
+                               weight.const_data_ptr<T>(), pointer<T>(projection.values, at, width) + column, width});
+    }
+    Tensor values = columns_of(rows_of(projection.values, at, rows), column, weight.size(0));
+    matmul::product(values, rows_of(input, first, rows), transposed(weight));
+  };
+  part(layer.weight(kWeightIh), 0);
+  if (layer.cell->extra) part(layer.weight_mx(), layer.gate_rows());
+  if (layer.cell->norm) {
+    run(NormRows<T>{rows, layer.gate_rows(), width, pointer<T>(projection.values, at, width),
+                    pointer<T>(kept.stats, first, kNormStats)});
+  }
+}
+
+template <typename T>
+void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection& projection, bool reverse,
+                   const Kept& kept, const Outputs& outputs) {
+  const std::vector<T> bias = bias_of<T>(layer), unit_weights = unit_weights_of<T>(layer);
+  const bool has_cell = layer.cell->has_cell, fused = !projection.values.defined();
+  const Tensor *h = &layer.h_0, *c = has_cell ? &*layer.c_0 : nullptr;
+  for (int64_t done = 0; done < layer.steps; done += projection.chunk) {
+    const int64_t steps = std::min(projection.chunk, layer.steps - done);
+    const int64_t first = reverse ? layer.steps - done - steps : done, packed = layer.offset(first);
+    const int64_t padded = layer.joined ? packed : first * layer.batch;
+    const int64_t rows = (first + steps < layer.steps ? layer.offset(first + steps) : layer.packed_rows) - packed;
+    RnnForward<T> pass{};
+    pass.rows = layer.rows(first, steps);
+    pass.hidden = layer.hidden;
+    pass.outputs = layer.outputs;
+    pass.reverse = reverse;
+    pass.h_0 = h->const_data_ptr<T>();
+    pass.c_0 = has_cell ? c->const_data_ptr<T>() : nullptr;
+    pass.weights = weights_of(layer, unit_weights);
+    pass.bias = bias.empty() ? nullptr : bias.data();
+    if (fused) {
+      pass.input = input.const_data_ptr<T>() + packed * layer.inputs;
+      pass.weight_ih = layer.weight(kWeightIh).const_data_ptr<T>();
+      pass.inputs = layer.inputs;
+    } else {
+      project<T>(layer, input, packed, rows, projection, kept);
+      pass.x = pointer<T>(projection.values, projection.whole ? packed : 0, projection.width);
+      pass.x_row = projection.width;
+    }
+    // What the first of two products leaves for the second lies where a training step keeps it.
+    pass.saved = layer.cell->first && !kept.gates.defined() ? const_cast<T*>(pass.x)
+                                                            : pointer<T>(kept.gates, packed, layer.saved_width());
+    pass.cells = pointer<T>(kept.cells, packed, layer.hidden);
+    if (kept.normed.defined()) pass.normed = pointer<T>(kept.normed, packed, projection.width) + layer.gate_rows();
+    pass.stats = pointer<T>(kept.stats, packed, kNormStats);
+    pass.output = pointer<T>(outputs.output, padded, layer.outputs);
+    pass.h_n = outputs.h_n.mutable_data_ptr<T>();
+    if (has_cell) pass.c_n = outputs.c_n.mutable_data_ptr<T>();
+    pass.zoneout_h = blend_of<T>(layer.zoneout_h, padded * layer.outputs);
+    pass.zoneout_c = blend_of<T>(layer.zoneout_c, padded * layer.hidden);
+    check_workspace(run(*layer.cell, pass));
+    h = &outputs.h_n;
+    c = &outputs.c_n;
+  }
+}
+
+// Whether the recurrence calculates the input's part itself, from L1 to L1. Where threads share the units and the
+// weights of both are more than L2 holds, those of the input would drive out the recurrent ones; but where a product of
+// our own over all steps is the alternative, driving them out costs less than W_ih x through memory: 14% faster (LSTM
+// inference (T, B, I, H) = (160, 16, 256, 256) and (400, 24, 80, 300), Zen 4), 10% (training (60, 16, 300, 300)), and
+// with one row of a batch as fast.
+bool is_fused(const RnnLayer& layer) {
+  if (layer.cell->first > 0 || layer.cell->norm || layer.inputs == 0 || layer.packed_rows <= kFusedRows) return false;
+  if (matmul::own_products_are_faster()) return true;
+  const int64_t threads = team_size();
+  const int64_t weights = layer.gate_rows() * (layer.inputs + layer.outputs);
+  return layer.batch >= kRowsPerThread * threads || !beyond_l2(weights * (layer.single() ? 4 : 8) / threads);
+}
+
+Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tensor& output) {
+  const RnnCellEntry& cell = *layer.cell;
+  const int64_t T = layer.steps;
+  Projection projection{{}, layer.input_width(), T, true};
+  if (is_fused(layer)) return projection;
+  if (cell.saved == 0 && !layer.padded()) {
+    projection.values = as_rows(output);
+  } else if (kept.normed.defined()) {
+    projection.values = as_rows(kept.normed);
+    projection.width = 2 * layer.gate_rows();
+  } else if (kept.gates.defined()) {
+    projection.values = as_rows(kept.gates);
+    projection.width = layer.saved_width();
+  } else {
+    if (cell.first) projection.width = layer.saved_width();
+    const int64_t step_bytes = layer.batch * projection.width * (layer.single() ? 4 : 8);
+    projection.chunk = std::min(T, std::max<int64_t>(1, kProjectionBytes / step_bytes));
+    projection.values = new_pooled(layer.input, {projection.chunk * layer.batch, projection.width});
+    projection.whole = false;
+  }
+  return projection;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, Tensor input, Tensor h_0,
+                                                                    OptionalTensor c_0, WeightList weights,
+                                                                    OptionalTensor lengths, OptionalTensor zoneout_h,
+                                                                    OptionalTensor zoneout_c, bool reverse, bool save) {
+  const RnnLayer layer = check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+  const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
+  const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
+  Kept kept;
+  if (save && layer.cell->saved > 0) kept.gates = layer.new_rows(layer.saved_width());
+  if (save && has_cell) kept.cells = layer.new_rows(H);
+  if (save && norm) kept.normed = layer.new_rows(2 * layer.gate_rows());
+  if (save && norm) kept.stats = layer.new_rows(kNormStats);
+  Outputs outputs;
+  outputs.output = layer.new_rows(P);
+  if (layer.packed_rows == 0) {
+    torch::stable::zero_(outputs.output);
+    for (Tensor& tensor : kept.list()) torch::stable::zero_(tensor);
+    return {outputs.output, torch::stable::clone(layer.h_0),
+            has_cell ? torch::stable::clone(*layer.c_0) : new_tensor(input, {0}), kept.list()};
+  }
+  outputs.h_n = new_tensor(input, {B, P});
+  outputs.c_n = has_cell ? new_tensor(input, {B, H}) : new_tensor(input, {0});
+  const Projection projection = choose_projection(layer, kept, outputs.output);
+  const Tensor rows = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+  (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, reverse, kept, outputs);
+  if (layer.padded()) {
+    zero_padding(layer, outputs.output);
+    for (const Tensor& tensor : kept.list()) {  // what follows the packed rows
+      Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, T * B - layer.packed_rows);
+      torch::stable::zero_(rest);
+    }
+  }
+  return {outputs.output, outputs.h_n, outputs.c_n, kept.list()};
+}
+
+namespace {
+
+template <typename T>
+bool all_zero(const Tensor& t) {
+  const T* data = t.const_data_ptr<T>();
+  return std::all_of(data, data + t.numel(), [](T x) { return x == T(0); });
+}
+
+// h' of every packed row.
+Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) {
+  Tensor packed = new_tensor(output, {layer.packed_rows, layer.outputs});
+  const size_t bytes = size_t(layer.outputs) * (layer.single() ? 4 : 8);
+  const char* const from = static_cast<const char*>(output.const_data_ptr());
+  const char* const h_0 = static_cast<const char*>(layer.h_0.const_data_ptr());
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  for (int64_t t = 0; t < layer.steps; ++t) {
+    const int64_t earlier = reverse ? t + 1 : t - 1;
+    const int64_t inner = earlier < 0 || earlier >= layer.steps ? 0 : layer.running[size_t(earlier)];
+    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
+      const int64_t row = layer.order[size_t(b)];
+      const char* source = h_0 + size_t(row) * bytes;
+      if (b < inner)
+        source = from + size_t(layer.joined ? layer.offset(earlier) + b : earlier * layer.batch + row) * bytes;
+      std::memcpy(to, source, bytes);
+    }
+  }
+  return packed;
+}
+
+struct GradOutputs {
+  OptionalTensor output, h_n, c_n;
+};
+
+// What a backward pass leaves, besides the gradients of the initial state, for the products over all steps.
+struct Swept {
+  Tensor grad_pre;           // [packed rows, kPre*H], or 2*G*H, rows grad_row apart
+  Tensor grad_bias;          // [kPre*H]
+  Tensor grad_unit_weights;  // [kWeights*H]
+  Tensor source, grad_h;     // [packed rows, H], [packed rows, P]; undefined where there is none
+  Tensor grad_h_0, grad_c_0;
+};
+
+template <typename T>
+std::vector<T> values_of(const Tensor& t) {
+  return std::vector<T>(t.const_data_ptr<T>(), t.const_data_ptr<T>() + t.numel());
+}
+
+template <typename T>
+void add_to(const Tensor& t, const std::vector<T>& values) {
+  T* const to = t.mutable_data_ptr<T>();
+  for (size_t i = 0; i < values.size(); ++i) to[i] += values[i];
+}
+
+// The gradients of biases and unit weights are added to those in `swept`, if (accumulate).
+template <typename T>
+void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
+                    bool reverse, bool accumulate, Swept& swept) {
+  std::vector<T> bias, others;
+  if (accumulate) {
+    bias = values_of<T>(swept.grad_bias);
+    others = values_of<T>(swept.grad_unit_weights);
+  }
+  const std::vector<T> unit_weights = unit_weights_of<T>(layer);
+  RnnBackward<T> pass{};
+  pass.rows = layer.rows(0, layer.steps);
+  pass.hidden = layer.hidden;
+  pass.outputs = layer.outputs;
+  pass.reverse = reverse;
+  pass.grad_output = data_or_null<T>(grads.output);
+  pass.grad_h_n = data_or_null<T>(grads.h_n);
+  pass.grad_c_n = data_or_null<T>(grads.c_n);
+  pass.h_0 = layer.h_0.const_data_ptr<T>();
+  pass.c_0 = data_or_null<T>(layer.c_0);
+  pass.weights = weights_of(layer, unit_weights);
+  pass.output = output.const_data_ptr<T>();
+  pass.saved = pointer<T>(kept.gates);
+  pass.cells = pointer<T>(kept.cells);
+  pass.normed = pointer<T>(kept.normed);
+  pass.stats = pointer<T>(kept.stats);
+  pass.grad_pre = pointer<T>(swept.grad_pre);
+  pass.grad_row = layer.grad_row();
+  pass.grad_h_0 = pointer<T>(swept.grad_h_0);
+  pass.grad_c_0 = pointer<T>(swept.grad_c_0);
+  pass.grad_bias = pointer<T>(swept.grad_bias);
+  pass.grad_unit_weights = pointer<T>(swept.grad_unit_weights);
+  pass.source = pointer<T>(swept.source);
+  pass.grad_h = pointer<T>(swept.grad_h);
+  pass.zoneout_h = blend_of<T>(layer.zoneout_h, 0);
+  pass.zoneout_c = blend_of<T>(layer.zoneout_c, 0);
+  check_workspace(run(*layer.cell, pass));
+  add_to(swept.grad_bias, bias);
+  add_to(swept.grad_unit_weights, others);
+}
+
+// Products over all steps: the gradients of the input and of weights, which are added to what is there (accumulate).
+class Gradients {
+ public:
+  Gradients(const RnnLayer& layer, const Swept& swept, const Tensor& output, bool reverse, bool accumulate)
+      : layer_(layer), swept_(swept), output_(as_rows(output)), reverse_(reverse), accumulate_(accumulate) {
+    if (layer.ragged()) previous_ = pack_previous(layer, output, reverse);
+  }
+
+  void input(Tensor& grad) const {
+    Tensor rows = layer_.padded() ? new_tensor(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
+    matmul::product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
+    if (layer_.cell->extra) matmul::product(rows, columns(layer_.gate_rows(), layer_.hidden), layer_.weight_mx(), true);
+    if (layer_.padded()) unpack_rows(layer_, rows, grad);
+  }
+
+  // A weight that `factor` [packed rows, .] was multiplied by: grad = D^T factor, D being columns of grad_pre.
+  void weight(Tensor& grad, int64_t first_column, const Tensor& factor) const {
+    matmul::product(grad, transposed(columns(first_column, grad.size(0))), factor, accumulate_);
+  }
+
+  // A weight that h' was multiplied by.
+  void recurrent(Tensor& grad, int64_t first_column) const {
+    if (layer_.ragged()) return weight(grad, first_column, previous_);
+    const Tensor D = columns(first_column, grad.size(0));
+    const int64_t B = layer_.batch, rest = layer_.packed_rows - B;
+    if (rest > 0) {
+      matmul::product(grad, transposed(rows_of(D, reverse_ ? 0 : B, rest)), rows_of(output_, reverse_ ? B : 0, rest),
+                      accumulate_);
+    } else if (!accumulate_) {
+      torch::stable::zero_(grad);
+    }
+    if (layer_.single() ? all_zero<float>(layer_.h_0) : all_zero<double>(layer_.h_0)) return;
+    matmul::product(grad, transposed(rows_of(D, reverse_ ? rest : 0, B)), layer_.h_0, true);
+  }
+
+  void weight_hr(Tensor& grad) const { matmul::product(grad, transposed(swept_.grad_h), swept_.source, accumulate_); }
+
+  void weight_hh(Tensor& grad) const {
+    const RnnCellEntry& cell = *layer_.cell;
+    const int64_t rows = layer_.gate_rows(), H = layer_.hidden;
+    if (cell.extra) return weight(grad, 0, swept_.source);
+    if (cell.norm) return recurrent(grad, rows);
+    // The last rows of a cell of two products multiplied something else than h'; of one with an apart pre-activation,
+    // its columns lie behind the others.
+    const int64_t joined = cell.apart ? rows - H : cell.first ? cell.first * H : rows;
+    Tensor front = rows_of(grad, 0, joined);
+    recurrent(front, 0);
+    if (joined == rows) return;
+    Tensor back = rows_of(grad, joined, rows - joined);
+    if (cell.apart) {
+      recurrent(back, rows);
+    } else {
+      weight(back, joined, swept_.source);
+    }
+  }
+
+ private:
+  Tensor columns(int64_t first, int64_t count) const { return columns_of(swept_.grad_pre, first, count); }
+
+  const RnnLayer& layer_;
+  const Swept& swept_;
+  Tensor output_, previous_;
+  bool reverse_, accumulate_;
+};
+
+// What a backward pass is asked for.
+struct Results {
+  bool input;
+  std::vector<bool> weights;
+  Tensor grad_input;
+  std::vector<Tensor> grad_weights;
+};
+
+// The backward pass of a layer, or of a part of one as if it were a whole: the gradients of what is multiplied.
+void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
+                   bool reverse, bool accumulate, Scratch& scratch, Swept& swept, Results& results) {
+  const RnnCellEntry& traits = *layer.cell;
+  const int64_t rows = layer.gate_rows();
+  const bool projected = bool(layer.weight_hr());
+  swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width(), layer.grad_row());
+  swept.source = swept.grad_h = Tensor();  // of the part before
+  if (traits.first || projected) swept.source = new_pooled(layer.input, {layer.packed_rows, layer.hidden});
+  if (projected) swept.grad_h = new_pooled(layer.input, {layer.packed_rows, layer.outputs});
+  (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, accumulate,
+                                                                    swept);
+
+  const Gradients gradients(layer, swept, output, reverse, accumulate);
+  const std::vector<bool>& wanted = results.weights;
+  std::vector<Tensor>& found = results.grad_weights;
+  if (results.input) gradients.input(results.grad_input);
+  if (wanted[kWeightIh] || (traits.extra && wanted[kCommonWeights])) {
+    const Tensor factor = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+    if (wanted[kWeightIh]) gradients.weight(found[kWeightIh], 0, factor);
+    if (traits.extra && wanted[kCommonWeights]) gradients.weight(found[kCommonWeights], rows, factor);
+  }
+  if (wanted[kWeightHh]) gradients.weight_hh(found[kWeightHh]);
+  if (traits.extra && wanted[kCommonWeights + 1]) {
+    gradients.recurrent(found[kCommonWeights + 1], traits.first_pre * layer.hidden);
+  }
+  if (projected && wanted[kCommonWeights]) gradients.weight_hr(found[kCommonWeights]);
+}
+
+// A layer without lengths, part by part from the end of its recurrence on, each with the state that the part before it
+// left: dL/dpre of all steps is never held at once.
+void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
+                    bool reverse, Swept& swept, Results& results) {
+  const int64_t T = layer.steps, B = layer.batch, value = layer.single() ? 4 : 8;
+  const int64_t longest = std::max<int64_t>(1, kGradBytes / (B * layer.grad_row() * value));
+  const int64_t parts = layer.ragged() ? 1 : (T + longest - 1) / longest;
+  const int64_t most = layer.ragged() ? layer.packed_rows : (T + parts - 1) / parts * B;
+  Scratch scratch(layer.input, most * layer.grad_row());
+  if (parts == 1) return backward_part(layer, grads, output, kept, reverse, false, scratch, swept, results);
+  const auto times = [&](const Tensor& t, int64_t first, int64_t count) {
+    return t.defined() ? layer.joined ? rows_of(t, first * B, count * B) : rows_of(t, first, count) : t;
+  };
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t index = reverse ? i : parts - 1 - i;
+    const int64_t first = T * index / parts, count = T * (index + 1) / parts - first;
+    const bool begins = i + 1 == parts;  // where the recurrence does
+    const auto blend = [&](const OptionalTensor& z) {
+      return z && z->numel() > 1 ? OptionalTensor(times(*z, first, count)) : z;
+    };
+    RnnLayer part = layer;
+    part.steps = count;
+    part.packed_rows = count * B;
+    part.input = times(layer.input, first, count);
+    part.zoneout_h = blend(layer.zoneout_h);
+    part.zoneout_c = blend(layer.zoneout_c);
+    const int64_t before = reverse ? first + count : first - 1;
+    if (!begins) part.h_0 = as_rows(times(output, before, 1));
+    if (!begins && layer.c_0) part.c_0 = as_rows(times(kept.cells, before, 1));
+    GradOutputs outer;
+    if (grads.output) outer.output = times(*grads.output, first, count);
+    outer.h_n = i ? OptionalTensor(swept.grad_h_0) : grads.h_n;
+    if (layer.c_0) outer.c_n = i ? OptionalTensor(swept.grad_c_0) : grads.c_n;
+    const Kept own{times(kept.gates, first, count), times(kept.cells, first, count), times(kept.normed, first, count),
+                   times(kept.stats, first, count)};
+    Tensor whole = results.grad_input;
+    if (results.input) results.grad_input = times(whole, first, count);
+    backward_part(part, outer, times(output, first, count), own, reverse, i > 0, scratch, swept, results);
+    results.grad_input = whole;
+  }
+}
+
+// Values [from_first, from_first + count) of a vector to those from `first` on of another of the same dtype.
+void copy_values(const Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
+  const int64_t bytes = int64_t(from.element_size());
+  std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + first * bytes,
+              static_cast<const char*>(from.const_data_ptr()) + from_first * bytes, size_t(count * bytes));
+}
+
+// Saved tensors by name, checked.
+Kept check_kept(const RnnLayer& layer, const std::vector<Tensor>& saved) {
+  const RnnCellEntry& cell = *layer.cell;
+  const size_t count = size_t(cell.saved > 0) + size_t(cell.has_cell) + (cell.norm ? 2 : 0);
+  STD_TORCH_CHECK(saved.size() == count, "seqaccel: expected ", int64_t(count), " saved tensors of the cell '",
+                  cell.name, "', but got ", int64_t(saved.size()));
+  Kept kept;
+  size_t next = 0;
+  const auto take = [&](Tensor& tensor, const char* name, int64_t width) {
+    layer.check_rows(saved[next], name, width);
+    tensor = to_contiguous(saved[next++]);
+  };
+  if (cell.saved > 0) take(kept.gates, "saved gates", layer.saved_width());
+  if (cell.has_cell) take(kept.cells, "saved cells", layer.hidden);
+  if (cell.norm) take(kept.normed, "saved norms", 2 * layer.gate_rows());
+  if (cell.norm) take(kept.stats, "saved statistics", kNormStats);
+  return kept;
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
+    Text cell, OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input, Tensor h_0,
+    OptionalTensor c_0, WeightList weights, OptionalTensor lengths, OptionalTensor zoneout_h, OptionalTensor zoneout_c,
+    Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs) {
+  const RnnLayer layer = check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+  const RnnCellEntry& traits = *layer.cell;
+  const ScalarType dtype = input.scalar_type();
+  const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
+  const bool has_cell = traits.has_cell;
+  STD_TORCH_CHECK(needs.size() == weights.size() + 1, "seqaccel: expected needs to have ", int64_t(weights.size() + 1),
+                  " entries, but got ", int64_t(needs.size()));
+  const Kept kept = check_kept(layer, saved);
+  layer.check_rows(output, "output", P);
+  if (grad_output) layer.check_rows(*grad_output, "grad_output", P);
+  if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {B, P}, dtype);
+  if (!has_cell) grad_c_n = std::nullopt;
+  if (grad_c_n) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
+  output = to_contiguous(detach(output));
+  const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
+
+  Results results{needs[0], {}, needs[0] ? layer.new_rows(layer.inputs) : new_tensor(input, {0}), {}};
+  Swept swept;
+  swept.grad_h_0 = new_tensor(input, {B, P});
+  swept.grad_c_0 = has_cell ? new_tensor(input, {B, H}) : new_tensor(input, {0});
+  std::vector<Tensor>& grad_weights = results.grad_weights;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    results.weights.push_back(needs[i + 1] && bool(weights[i]));
+    if (!results.weights[i]) {
+      grad_weights.push_back(new_tensor(input, {0}));
+    } else {  // not of the pool, which gives storages that cannot be resized: a sharded optimizer frees gradients so
+      grad_weights.push_back(new_tensor(input, sizes_of(*weights[i])));
+    }
+  }
+  const std::vector<bool>& wanted = results.weights;
+  if (layer.packed_rows == 0) {
+    for (Tensor& grad : grad_weights) torch::stable::zero_(grad);
+    for (Tensor* grad : {&results.grad_input, &swept.grad_h_0, &swept.grad_c_0}) torch::stable::zero_(*grad);
+    if (grads.h_n) torch::stable::copy_(swept.grad_h_0, *grads.h_n);
+    if (grads.c_n) torch::stable::copy_(swept.grad_c_0, *grads.c_n);
+    return {results.grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
+  }
+
+  swept.grad_bias = new_tensor(input, {layer.pre_width()});
+  swept.grad_unit_weights = new_tensor(input, {traits.unit_weights * H});
+  backward_parts(layer, grads, output, kept, reverse, swept, results);
+  // The last gate's pre-activation of h' may lie apart, behind the others.
+  const int64_t joined = traits.apart ? rows - H : rows;
+  if (wanted[kBiasIh]) copy_values(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
+  if (wanted[kBiasHh]) {
+    copy_values(grad_weights[kBiasHh], 0, swept.grad_bias, 0, joined);
+    if (joined < rows) copy_values(grad_weights[kBiasHh], joined, swept.grad_bias, rows, rows - joined);
+  }
+  for (int i = layer.first_unit_tensor(), done = 0, tensor = 0; done < traits.unit_weights; ++i, ++tensor) {
+    const int64_t count = traits.weight_tensors[tensor];
+    if (wanted[size_t(i)]) {
+      copy_values(grad_weights[size_t(i)], 0, swept.grad_unit_weights, done * H, count * H);
+    }
+    done += int(count);
+  }
+  return {results.grad_input, swept.grad_h_0, swept.grad_c_0, grad_weights};
+}
+
+}  // namespace
+
+const RnnCellEntry* find_rnn_cell(const char* name) {
+  const auto find = [&](const auto& kernels) -> const RnnCellEntry* {
+    for (int i = 0; i < kernels.count; ++i) {
+      if (std::strcmp(kernels.cells[i].name, name) == 0) return &kernels.cells[i];
+    }
+    return nullptr;
+  };
+  if (const RnnCellEntry* cell = find(active_rnn_kernels())) return cell;
+  if (const RnnCellEntry* cell = find(active_rnn_staged_kernels())) return cell;
+  return find(active_rnn_norm_kernels());
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
+  m.def(
+      "rnn_forward(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, "
+      "Tensor? zoneout_h, Tensor? zoneout_c, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "rnn_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, "
+      "Tensor? c_0, Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, Tensor? zoneout_c, Tensor output, "
+      "Tensor[] saved, bool reverse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {
+  m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
+  m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+}
+
+}  // namespace seqaccel::rnn

@@ -1,0 +1,164 @@
+// Recurrent layers on the CPU: what the operators (rnn.cpp) hand to the loops (forward.h, backward.h).
+// G gates, B batch, H hidden units, P the width of h; tensors are contiguous and time comes first.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/base/dispatch.h"
+
+namespace seqaccel::rnn {
+
+constexpr int64_t kRowsPerThread = 16;  // of the batch, with which threads share it rather than the units
+
+// The rows of a stretch of time, longest sequence first, so that those running at time t are the first of them. Of a
+// packed tensor only the rows that run lie in memory, step after step; a padded one holds [steps, B] rows in the
+// caller's order, unless the caller's tensors are packed themselves (joined).
+struct RnnRows {
+  int64_t steps, batch;
+  const int64_t* order = nullptr;    // [B]: the caller's index of row b; null: b
+  const int64_t* running = nullptr;  // [steps]: rows that run at time t; null: all of them
+  const int64_t* offsets = nullptr;  // [steps]: packed index of row 0 at time t; null: t B
+  bool joined = false;
+
+  int64_t count(int64_t t) const { return running ? running[t] : batch; }
+  int64_t row(int64_t b) const { return order ? order[b] : b; }
+  int64_t padded(int64_t t, int64_t b) const { return joined ? packed(t, b) : t * batch + row(b); }
+  int64_t packed(int64_t t, int64_t b) const { return (offsets ? offsets[t] - offsets[0] : t * batch) + b; }
+};
+
+// Blend factors Z of a state, s = Z s' + (1 - Z) s~: padded [steps, B, width], or one for all; null: none.
+template <typename T>
+struct RnnBlend {
+  const T* factors = nullptr;
+  bool one = false;
+};
+
+// The weights of a layer's recurrence.
+template <typename T>
+struct RnnWeights {
+  const T* hh;                      // weight_hh [G*H, P]
+  const T* mh = nullptr;            // [H, H], of a cell with kExtra
+  const T* hr = nullptr;            // [P, H], or null: P is H
+  const T* unit_weights = nullptr;  // [kWeights, H]
+};
+
+// A stretch of a layer's recurrence in one direction. Pre-activations and their biases: see CellTraits.
+template <typename T>
+struct RnnForward {
+  RnnRows rows;
+  int64_t hidden, outputs;  // H and P
+  bool reverse;             // runs from the last step to the first
+  const T* h_0;             // [B, P]; may be h_n
+  const T* c_0;             // [B, H], or null: the cell has none; may be c_n
+  RnnWeights<T> weights;
+  const T* bias;  // [kPre, H], or null
+  const T* x;     // packed [., x_row]: W_ih x, kInputs*H values a row; null: calculated from input
+  int64_t x_row;
+  T* saved;   // packed [., kSaved*H]; may be x. Null: nothing is kept; not so where a step has two products
+  T* cells;   // packed [., H]: the new c, or null
+  T* output;  // padded [steps, B, P]; may be x where its rows lie as x's do. Rows that do not run stay as they are
+  T* h_n;     // [B, P]
+  T* c_n;     // [B, H]
+  RnnBlend<T> zoneout_h, zoneout_c;
+  // x null: W_ih x is calculated step by step, beside W_hh h.
+  const T* input = nullptr;      // packed [., I]
+  const T* weight_ih = nullptr;  // [G*H, I]
+  int64_t inputs = 0;            // I
+  // Of a cell with kNorm, whose x is W_ih x normalised; null: not kept.
+  T* normed = nullptr;  // packed, rows x_row apart: W_hh h' normalised, G*H values a row
+  T* stats = nullptr;   // packed [., kNormStats]
+};
+
+template <typename T>
+struct RnnBackward {
+  RnnRows rows;
+  int64_t hidden, outputs;
+  bool reverse;
+  const T* grad_output;  // padded [steps, B, P], or null: zero
+  const T* grad_h_n;     // [B, P], or null: zero
+  const T* grad_c_n;     // [B, H], or null: zero
+  const T* h_0;
+  const T* c_0;
+  RnnWeights<T> weights;
+  const T* output;  // padded
+  const T* saved;   // packed [., kSaved*H]
+  const T* cells;   // packed [., H]
+  T* grad_pre;      // packed [., grad_row]: dL/dpre, kPre*H values; with kNorm dL/d(W_ih x) and dL/d(W_hh h')
+  int64_t grad_row;
+  T* grad_h_0;           // [B, P]
+  T* grad_c_0;           // [B, H]
+  T* grad_bias;          // [kPre, H]
+  T* grad_unit_weights;  // [kWeights, H]
+  RnnBlend<T> zoneout_h, zoneout_c;
+  // What weight_hr, or the main of two products, multiplied: packed [., H]; and with weight_hr dL/dh, packed [., P].
+  T* source = nullptr;
+  T* grad_h = nullptr;
+  // Of a cell with kNorm.
+  const T* normed = nullptr;  // packed [., 2*G*H]: W_ih x and W_hh h', normalised
+  const T* stats = nullptr;   // packed [., kNormStats]
+};
+
+// Of a step's layer norms: 1/sigma of W_ih x and of W_hh h', mean and 1/sigma of c.
+enum NormStat { kScaleX, kScaleH, kMeanC, kScaleC, kNormStats };
+
+// Rows of W_ih x, `row` apart, normalised in place; 1/sigma to stats [rows, kNormStats], if not null.
+template <typename T>
+struct NormRows {
+  int64_t rows, width, row;
+  T* x;
+  T* stats;
+};
+
+// y [M, N] = x [M, K] weight^T, for the few rows where packing weight [N, K] would cost more than the product; rows of
+// y lie y_row apart.
+template <typename T>
+struct RowProduct {
+  int64_t M, N, K;
+  const T* x;
+  const T* weight;
+  T* y;
+  int64_t y_row;
+};
+
+// What the operators need to know of a cell (see CellTraits), and its loops. A loop returns false when its workspace
+// could not be allocated.
+struct RnnCellEntry {
+  const char* name;
+  int gates, inputs, pre, saved, unit_weights;
+  const int* weight_tensors;  // [4]
+  int first, first_pre, main_pre;
+  bool apart, has_cell, zoneout, projects, extra, norm, norm_c;
+  bool (*forward_float)(const RnnForward<float>&);
+  bool (*forward_double)(const RnnForward<double>&);
+  bool (*backward_float)(const RnnBackward<float>&);
+  bool (*backward_double)(const RnnBackward<double>&);
+};
+
+struct RnnKernels {
+  const RnnCellEntry* cells;
+  int count;
+  void (*row_product_float)(const RowProduct<float>&);
+  void (*row_product_double)(const RowProduct<double>&);
+};
+
+// The cells of several products or of layer norm, apart for the sake of compile time.
+struct RnnStagedKernels {
+  const RnnCellEntry* cells;
+  int count;
+};
+
+struct RnnNormKernels {
+  const RnnCellEntry* cells;
+  int count;
+  void (*normalize_float)(const NormRows<float>&);
+  void (*normalize_double)(const NormRows<double>&);
+};
+
+// The entry of the active instruction set; null: there is no such cell.
+const RnnCellEntry* find_rnn_cell(const char* name);
+
+}  // namespace seqaccel::rnn
+
+SEQACCEL_DECLARE_KERNELS(rnn, RnnKernels, rnn_kernels)
+SEQACCEL_DECLARE_KERNELS(rnn, RnnStagedKernels, rnn_staged_kernels)
+SEQACCEL_DECLARE_KERNELS(rnn, RnnNormKernels, rnn_norm_kernels)
