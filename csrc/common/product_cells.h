@@ -1,5 +1,5 @@
-// Recurrent cells: one time step of one unit, forward and backward, written once for every loop (CPU vectors of any
-// instruction set, CUDA scalars).
+// Recurrent cells: one time step of one unit, forward and backward, written once for every loop: training and streams,
+// on vectors of any instruction set. It compiles as CUDA too, where no loop uses it yet.
 //
 // A cell is a struct of traits (CellTraits says which, and their defaults) and
 //   forward<F>(u)    from u.pre, u.weights, u.h_prev, u.c_prev: u.saved, u.c and u.h, the new state

@@ -17,10 +17,9 @@
 // the node of largest error).
 #pragma once
 
+#include "cpu/base/intrinsics.h"
 #include "cpu/base/isa.h"
 #if SEQACCEL_VECTOR_BYTES == 64
-#include <immintrin.h>
-
 #include "cpu/base/tanh_table.h"
 #endif
 

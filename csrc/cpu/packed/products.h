@@ -7,12 +7,9 @@
 #pragma once
 
 #include "common/reuse.h"
+#include "cpu/base/intrinsics.h"
 #include "cpu/packed/session.h"
 #include "cpu/rnn/products.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace seqaccel::SEQACCEL_ISA::packed {
 

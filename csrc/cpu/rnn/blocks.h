@@ -43,8 +43,8 @@ struct Member {
   void wait() const { wait_for_all(*barrier, split.groups); }
 };
 
-inline Member member_of(const Split& split, int thread, const RnnRows& rows, ptrdiff_t blocks, Barrier* barriers) {
-  const Share share = share_of(split, thread, rows.batch, blocks);
+inline Member member_of(const Split& split, int thread, const RnnRows& rows, Barrier* barriers) {
+  const Share share = share_of(split, thread, rows.batch);
   return {split, share, row_share(split, share, rows), barriers + (share.idle ? 0 : share.part)};
 }
 

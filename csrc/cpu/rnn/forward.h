@@ -262,7 +262,7 @@ bool rnn_forward(const RnnForward<T>& p) {
   {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
     const Split split = split_work(team, steps, B, weights, weight_bytes, main_blocks);
-    const Member me = member_of(split, thread, p.rows, main_blocks, barriers);
+    const Member me = member_of(split, thread, p.rows, barriers);
     const RowShare& rows = me.rows;
     if (!direct) {
       pack_blocks(me, main_blocks, [&](ptrdiff_t u) {

@@ -203,7 +203,7 @@ bool norm_backward(const RnnBackward<T>& p) {
   {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
     const Split split = split_for(team);
-    const Member me = member_of(split, thread, p.rows, blocks, barriers);
+    const Member me = member_of(split, thread, p.rows, barriers);
     const RowShare& rows = me.rows;
     if (thread == 0) parts = split.parts;
     pack_blocks(me, blocks, [&](ptrdiff_t j) { product.pack(j); });

@@ -130,7 +130,7 @@ bool norm_forward(const RnnForward<T>& p) {
   {
     const int team = omp_get_num_threads(), thread = omp_get_thread_num();
     const Split split = split_work(team, steps, B, weights, weight_bytes, blocks);
-    const Member me = member_of(split, thread, p.rows, blocks, barriers);
+    const Member me = member_of(split, thread, p.rows, barriers);
     const RowShare& rows = me.rows;
     if (!direct) pack_blocks(me, blocks, [&](ptrdiff_t u) { product.pack(u); });
     if (!me.share.idle) take_state<Cell>(p, state, me);

@@ -78,22 +78,20 @@ inline Split split_work(int threads, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t
   return {parts, int(min_of(threads / parts, min_of(useful, blocks)))};
 }
 
-// A thread's share: rows [b0, b1) of the batch, blocks [u0, u1), the barrier of its part.
+// A thread's share: rows [b0, b1) of the batch, and which group of its part's units.
 struct Share {
-  ptrdiff_t b0, b1, u0, u1;
+  ptrdiff_t b0, b1;
   int part, group;
   bool idle;
 };
 
-inline Share share_of(const Split& split, int thread, ptrdiff_t batch, ptrdiff_t blocks) {
+inline Share share_of(const Split& split, int thread, ptrdiff_t batch) {
   Share share;
   share.part = thread / split.groups;
   share.group = thread % split.groups;
   share.idle = thread >= split.threads();
   share.b0 = batch * share.part / split.parts;
   share.b1 = batch * (share.part + 1) / split.parts;
-  share.u0 = blocks * share.group / split.groups;
-  share.u1 = blocks * (share.group + 1) / split.groups;
   return share;
 }
 

@@ -40,7 +40,7 @@ struct AttentionBackward {
   Heads<T> grad_query, grad_key, grad_value;
   T* grad_pool;      // [P, G, D], or null
   int64_t segments;  // a head's query blocks are split into so many independent parts
-  T* partial;        // gradients of what a part does not own: see backward_partial
+  T* partial;        // gradients of what a part does not own: see Outside
   T* partial_pool;   // [pool_tasks, D]
 };
 
