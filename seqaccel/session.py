@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaccel import __version__, _extension, backends
+from seqaccel import __version__, _arguments, _extension, backends
 from seqaccel.convert import REPLACEMENTS
-from seqaccel.functional import _arguments
 from seqaccel.functional.rnn._cells import CELLS
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell

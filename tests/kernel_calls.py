@@ -8,7 +8,8 @@ import torch
 from rnn_cases import kinds, problem, weights_of, zoneout_masks
 
 from seqaccel.functional.rnn._cells import CELLS
-from seqaccel.kernels import attention, conv, rnn, scan
+from seqaccel.kernels import conv, rnn, scan
+from seqaccel.kernels.attention import hierarchical
 
 
 def _rnn(cell, projected, T=3, B=2):
@@ -61,10 +62,10 @@ def _conv(channels, groups, T=9, B=2):
 def _attention(T=9, B=1):
     query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T, 4), torch.randn(B, 1, T, 4)
     given, options = (query, key, value, torch.randn(2, 1, 4)), (2, 2, -1, 1, True, True, 0.4)
-    yield "hierarchical_attention_forward", attention.hierarchical_attention_forward, (*given, *options)
-    saved = attention.hierarchical_attention_forward(*given, *options)
+    yield "hierarchical_attention_forward", hierarchical.hierarchical_attention_forward, (*given, *options)
+    saved = hierarchical.hierarchical_attention_forward(*given, *options)
     given = (torch.randn_like(query), *given, *saved, *options)
-    yield "hierarchical_attention_backward", attention.hierarchical_attention_backward, given
+    yield "hierarchical_attention_backward", hierarchical.hierarchical_attention_backward, given
 
 
 #: Each value, called (with T and B), gives the name, the operator and the arguments of a forward and a backward call.

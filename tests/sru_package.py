@@ -1,4 +1,4 @@
-"""Records what the `sru` package computes, for tests/test_scan.py.
+"""Records what the `sru` package computes, for tests/test_sru_module.py.
 
     pip install sru==2.6.0 ninja     (or https://github.com/asappresearch/sru, branch master)
     python tests/sru_package.py tests/data/sru.npz

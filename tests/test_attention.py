@@ -494,7 +494,7 @@ def test_triton_forward_and_gradients(poison, case):
 @pytest.mark.parametrize("case", [CASES[3], CASES[10]], ids=str)
 def test_triton_gradients_in_parts(monkeypatch, poison, case):
     """Long sequences cut the queries of a node into parts."""
-    from seqaccel.kernels.attention import launchers
+    from seqaccel.kernels.attention.hierarchical import launchers
 
     monkeypatch.setattr(launchers, "_splits", lambda T, nodes: 3)
     inputs, keywords, grad_out, _, expected_grads = solved(case)
@@ -519,7 +519,7 @@ def test_triton_at_the_edges(shape):
 
 
 def test_triton_configurations_compile():
-    check_configurations("seqaccel.kernels.attention")
+    check_configurations("seqaccel.kernels.attention.hierarchical")
 
 
 # Of one token the gradients are 0 in exact arithmetic.

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from seqaccel import _extension, backends
-from seqaccel.functional import attention, conv
+from seqaccel.functional import conv
+from seqaccel.functional.attention import hierarchical
 from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import Problem
 
@@ -107,9 +108,9 @@ def test_sizes_that_auto_keeps_from_triton():
     # The gradient's launch has no room for so many strips of time, or taps of groups, though the forward's has.
     assert conv._torch_is_faster(empty(1, 16, 65535 * 1024), empty(16, 16, 3), 1, 1)
     assert conv._torch_is_faster(empty(1, 65534, 64), empty(65534, 2, 3), 1, 32767)
-    assert attention._triton_takes(empty(16, 8, 4096, 64))
+    assert hierarchical._triton_takes(empty(16, 8, 4096, 64))
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
-        assert not attention._triton_takes(query)
+        assert not hierarchical._triton_takes(query)
 
 
 @pytest.mark.parametrize("prefer", [None, "cuda", "triton"])

@@ -20,8 +20,9 @@ from rnn_cases import problem, weights_of  # noqa: E402
 
 import seqaccel  # noqa: E402
 from seqaccel.functional.rnn._operator import layer  # noqa: E402
-from seqaccel.kernels import _launch, _math, attention  # noqa: E402
-from seqaccel.kernels.attention import attend  # noqa: E402
+from seqaccel.kernels import _launch, _math  # noqa: E402
+from seqaccel.kernels.attention import hierarchical  # noqa: E402
+from seqaccel.kernels.attention.hierarchical import attend  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
 
@@ -193,8 +194,8 @@ def test_attention_sees_nothing_of_the_future(spoilt, number):
     grad, options, t = torch.randn(1, 1, 24, 4), (16, 2, -1, 1, True, True, 0.5), 20
 
     def outputs_and_gradients(tensors):
-        saved = attention.hierarchical_attention_forward(*tensors.values(), None, *options)
-        backward = attention.hierarchical_attention_backward(grad, *tensors.values(), None, *saved, *options)
+        saved = hierarchical.hierarchical_attention_forward(*tensors.values(), None, *options)
+        backward = hierarchical.hierarchical_attention_backward(grad, *tensors.values(), None, *saved, *options)
         return saved[0], backward[0]
 
     expected = outputs_and_gradients(tensors)

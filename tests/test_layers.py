@@ -10,13 +10,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # What each layer may import of this package, itself included; what is not listed (info, …) may import all.
 BELOW = {
+    "_arguments": {"_arguments"},
+    "_common": {"_common"},
     "_extension": {"_extension"},
     "backends": {"_extension", "backends"},
     "reference": {"reference"},
     "kernels": {"kernels"},
-    "functional": {"_extension", "backends", "functional", "kernels", "reference"},
-    "nn": {"functional", "nn"},
+    "functional": {"_arguments", "_common", "_extension", "backends", "functional", "kernels", "reference"},
+    "nn": {"_arguments", "_common", "functional", "nn"},
+    "convert": {"_arguments", "convert", "nn"},
 }
+# Folders that still use private names of the layer below.
+PRIVATE = {"nn/rnn"}
 # Names that a layer knows nothing of.
 UNKNOWN = {"reference": {"Function", "Module"}, "kernels": {"Function", "Module"}}
 # What each folder of csrc may include, itself besides.
@@ -66,12 +71,20 @@ def test_imports_go_down(layer: str, path: pathlib.Path) -> None:
     place = ROOT / "kernels" if layer == "kernels" else ROOT / "seqaccel"
     folders = [] if path.parent == place else list(path.parent.relative_to(place).parts)
     package = ["seqaccel", *(["kernels"] if layer == "kernels" else []), *folders]
+    private = "/".join([layer, *folders[1:]]) in PRIVATE
     for name in imported(tree, package):
         head, _, rest = name.partition(".")
         if head == "seqaccel":
-            target = rest.partition(".")[0]
+            target, _, inner = rest.partition(".")
             assert target in BELOW[layer], f"{path.name} (layer {layer}) imports {name}"
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            public = target == layer or not re.search(r"(^|\.)_", inner)
+            assert public or private, f"{path.name} (layer {layer}) imports {name}, which is private"
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    below = BELOW[layer] - {layer}
+    for node in nodes:
+        of_below = isinstance(node.value, ast.Name) and node.value.id in below
+        assert private or not (of_below and node.attr.startswith("_")), f"{path.name} uses {ast.unparse(node)}"
+    attributes = {node.attr for node in nodes}
     assert not attributes & UNKNOWN.get(layer, set()), f"{path.name} (layer {layer}) uses autograd functions or modules"
 
 

@@ -8,7 +8,7 @@ from seqaccel.kernels._launch import operator
 from seqaccel.kernels.rnn import around, step, whole
 from seqaccel.kernels.rnn.cells import CELLS
 from seqaccel.kernels.rnn.checks import check, check_backward
-from seqaccel.kernels.rnn.launchers import (
+from seqaccel.kernels.rnn.forward import (
     POINTS,
     contiguous,
     float_copy,

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from seqaccel.kernels._launch import Configuration
-from seqaccel.kernels.rnn import around, launchers, step, tiles, whole
+from seqaccel.kernels.rnn import around, forward, step, tiles, whole
 from seqaccel.kernels.rnn.cells import CELLS
 
 _FLOAT32 = ("p_h", "p_c", "p_cells", "p_carried", "p_dh", "p_dc", "p_grad_norm", "p_dgamma")
@@ -69,11 +69,11 @@ def _one_step() -> list[Configuration]:
         if name == "multiplicative_lstm":
             continue  # lstm's
         constants, absent = _cell(name, zoneout=spec.saved > 0)
-        options = launchers.point_options(spec, 2048)
+        options = forward.point_options(spec, 2048)
         for kernel in (step.forward_kernel, step.backward_kernel):
             constants["BLOCK"] = options["BLOCK"]
             rows.append(_configuration(kernel, "bf16", constants, absent, options["num_warps"]))
-    constants = {"BLOCK": launchers.POINTS}
+    constants = {"BLOCK": forward.POINTS}
     for kernel in (
         step.project_forward_kernel,
         step.project_backward_kernel,
@@ -84,7 +84,7 @@ def _one_step() -> list[Configuration]:
     ):
         rows.append(_configuration(kernel, "bf16", constants, (), 4))
     for kernel in (around.rows_forward_kernel, around.rows_backward_kernel):
-        rows.append(_configuration(kernel, "bf16", {"BLOCK": 8192}, (), launchers.norm_warps(8192)))
+        rows.append(_configuration(kernel, "bf16", {"BLOCK": 8192}, (), forward.norm_warps(8192)))
     return rows
 
 

@@ -1,6 +1,7 @@
 """The operators as functions."""
 
 from seqaccel.functional import _dispatch as _dispatch  # registers kernels
+from seqaccel.functional import _testing as _testing  # registers operators
 from seqaccel.functional.attention import hierarchical_attention
 from seqaccel.functional.conv import causal_conv1d
 from seqaccel.functional.rnn import (

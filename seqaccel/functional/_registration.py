@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from seqaccel.functional import _common
+from seqaccel import _common
 
 __all__ = ["OPERATORS", "Operator", "call", "once", "register"]
 

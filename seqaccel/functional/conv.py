@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqaccel import backends
-from seqaccel.functional import _arguments, _common, _onnx
+from seqaccel import _arguments, _common, backends
+from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
 

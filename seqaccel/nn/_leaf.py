@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from seqaccel.functional import _arguments
+from seqaccel import _arguments
 
 
 class Leaf:

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqaccel import functional
-from seqaccel.functional import _arguments, _common
+from seqaccel import _arguments, _common, functional
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import State, Streaming
 

@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
-from seqaccel.functional import _arguments
+from seqaccel import _arguments
 from seqaccel.functional.conv import ACTIVATIONS, causal_conv1d
 from seqaccel.nn._leaf import Leaf
+from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["TCN", "CausalConv1d", "TemporalBlock"]
@@ -360,7 +361,7 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         return y.squeeze(-1), state
 
 
-class TCN(Leaf, Streaming, nn.Module):
+class TCN(Leaf, Streaming, Checkpoints, nn.Module):
     r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i.
 
     Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight
@@ -473,39 +474,5 @@ class TCN(Leaf, Streaming, nn.Module):
         y, state = self.extend(x_t.unsqueeze(-1), state)
         return y.squeeze(-1), state
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        convert_locuslab_keys(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         return f"{self.num_inputs}, {self.num_channels}, kernel_size={self.kernel_size}, dropout={self.dropout}"
-
-
-def convert_locuslab_keys(state_dict: dict[str, Any], prefix: str = "") -> None:
-    """Renames, in place, the keys of a locuslab ``TemporalConvNet`` to :class:`TCN`'s.
-
-    ``net.0`` is ``conv1`` and ``net.4`` is ``conv2``; ``weight_g`` and ``weight_v`` are the parametrization's
-    ``original0`` and ``original1``. A plain ``weight`` (weight norm removed) becomes v, and its norm g.
-    """
-    modules = {"conv1": "conv1", "conv2": "conv2", "net.0": "conv1", "net.4": "conv2"}
-    weights = {"weight_g": "original0", "weight_v": "original1"}
-    start = f"{prefix}network."
-    for key in [key for key in state_dict if key.startswith(start)]:
-        level, _, rest = key[len(start) :].partition(".")
-        module = next((m for m in modules if rest.startswith(f"{m}.")), None)
-        if not level.isdigit() or module is None:
-            continue
-        parameter = rest[len(module) + 1 :]
-        target = f"{start}{level}.{modules[module]}."
-        value = state_dict.pop(key)
-        if parameter == "weight":
-            state_dict.setdefault(f"{target}parametrizations.weight.original1", value)
-            norm = torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
-            state_dict.setdefault(f"{target}parametrizations.weight.original0", norm)
-            continue
-        if parameter in weights:
-            parameter = f"parametrizations.weight.{weights[parameter]}"
-        if parameter.startswith("parametrizations") or parameter == "bias":
-            state_dict.setdefault(f"{target}{parameter}", value)
-        else:
-            state_dict[key] = value

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from seqaccel import functional
-from seqaccel.functional import _arguments
+from seqaccel import _arguments, functional
 from seqaccel.nn._leaf import Leaf
+from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["SRU", "SRUCell"]
@@ -22,7 +22,7 @@ def _check_padding(mask_pad: Tensor | None) -> None:
         raise TypeError(f"SRU: expected mask_pad to be bool or integers, but got {mask_pad.dtype}")
 
 
-class SRUCell(Leaf, nn.Module):
+class SRUCell(Leaf, Checkpoints, nn.Module):
     r"""One layer of :class:`SRU`: a matrix product over all steps, then :func:`seqaccel.functional.sru`.
 
     Constructor, parameters and results are those of ``sru.SRUCell`` (package ``sru`` 2.6).
@@ -234,16 +234,6 @@ class SRUCell(Leaf, nn.Module):
     def _dropout_mask(self, batch: int, features: int, p: float) -> Tensor:
         kept = self.bias.detach().new_empty(batch, features).bernoulli_(1 - p)
         return kept.div_(1 - p) if p < 1 else kept
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Also takes checkpoints of the package's version 3, whose matrices lie transposed in ``transform_module``."""
-        old, new = prefix + "transform_module.", prefix + "weight"
-        if old + "weight" in state_dict:
-            state_dict[new] = state_dict.pop(old + "weight").t()
-        elif old + "1.weight" in state_dict:
-            state_dict[new + "_proj"] = state_dict.pop(old + "0.weight").t()
-            state_dict[new] = state_dict.pop(old + "1.weight").t()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"

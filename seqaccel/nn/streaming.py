@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaccel.functional import _arguments
+from seqaccel import _arguments
 
 State = tuple[Any, ...]
 

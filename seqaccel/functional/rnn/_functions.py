@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from seqaccel.functional import _arguments
+from seqaccel import _arguments
 from seqaccel.functional.rnn import _operator
 
 Pair = tuple[Tensor, Tensor]

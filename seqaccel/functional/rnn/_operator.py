@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaccel import _extension, backends
-from seqaccel.functional import _arguments, _common
+from seqaccel import _arguments, _common, _extension, backends
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem, saved_shapes

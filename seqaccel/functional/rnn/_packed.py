@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from seqaccel.functional import _common
+from seqaccel import _common
 
 
 def _pad(data: Tensor, batch_sizes: Tensor) -> Tensor:

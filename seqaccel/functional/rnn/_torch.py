@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from seqaccel.functional import _common
+from seqaccel import _common
 from seqaccel.functional.rnn._cells import CELLS
 
 # ---- while compiling for a GPU: opaque operators, where Inductor would unroll the steps of torch's ----

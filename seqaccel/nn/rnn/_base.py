@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqaccel.functional import _arguments, _common
+from seqaccel import _arguments, _common
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
 from seqaccel.functional.rnn._operator import is_plain, plain_layer, run_at_once, torch_runs_all_layers

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaccel.functional import _arguments, _common
+from seqaccel import _arguments, _common
 from seqaccel.functional.rnn._operator import layer as run_layer
 from seqaccel.functional.rnn._operator import torch_step_is_faster
 from seqaccel.functional.rnn._torch import step as torch_step

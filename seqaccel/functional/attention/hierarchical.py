@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqaccel import backends
-from seqaccel.functional import _arguments, _common, _onnx
+from seqaccel import _arguments, _common, backends
+from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import attention as reference
 
@@ -62,7 +62,7 @@ def _backward_fake(grad_out, query, key, value, pool_query, *_):
 def _operators(backend: str):
     """The forward and the backward operator of a backend."""
     if backend == "triton":
-        from seqaccel.kernels import attention as kernels
+        from seqaccel.kernels.attention import hierarchical as kernels
 
         once(_register, "triton")
         return kernels.hierarchical_attention_forward, kernels.hierarchical_attention_backward
@@ -228,7 +228,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
 def _triton_takes(query: Tensor) -> bool:
     if backends.why_missing("triton", "cuda"):
         return False
-    from seqaccel.kernels.attention.launchers import refusal
+    from seqaccel.kernels.attention.hierarchical.launchers import refusal
 
     return refusal(query) is None
 

@@ -7,12 +7,12 @@ import triton
 from torch import Tensor
 
 from seqaccel.kernels._launch import Configuration, operator, precision, wrap_triton
-from seqaccel.kernels.attention.attend import (
+from seqaccel.kernels.attention.hierarchical.attend import (
     attention_forward_kernel,
     attention_key_gradient_kernel,
     attention_query_gradient_kernel,
 )
-from seqaccel.kernels.attention.pyramid import pool_kernel, unpool_kernel
+from seqaccel.kernels.attention.hierarchical.pyramid import pool_kernel, unpool_kernel
 
 
 def _block(D: int) -> int:

@@ -1,0 +1,9 @@
+"""Swap the layers of an existing model, and take over the weights of other packages: one file per source."""
+
+from seqaccel.convert import locuslab as locuslab  # so that checkpoints load
+from seqaccel.convert import sru as sru
+from seqaccel.convert.haste import from_haste
+from seqaccel.convert.mlstm import from_mlstm
+from seqaccel.convert.torch import REPLACEMENTS, convert
+
+__all__ = ["REPLACEMENTS", "convert", "from_haste", "from_mlstm"]

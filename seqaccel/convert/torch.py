@@ -1,0 +1,43 @@
+"""Layers of torch.nn."""
+
+import torch
+
+from seqaccel import nn
+
+#: What each torch layer becomes. It has the same attributes and parameters, so that changing the class is enough.
+REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    getattr(torch.nn, name): getattr(nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+}
+
+
+def convert(model: torch.nn.Module) -> torch.nn.Module:
+    """Makes every torch.nn layer of a model that has a drop-in here that drop-in, in place.
+
+    Parameters, buffers, hooks, names and the training mode stay what they are, so that optimisers and checkpoints made
+    before go on working. Subclasses of a torch layer are left alone. The layers: ``RNN``, ``LSTM``, ``GRU``,
+    ``RNNCell``, ``LSTMCell`` and ``GRUCell``.
+
+    A converted layer is a ``torch.nn.RNNBase`` (or ``RNNCellBase``), but no ``torch.nn.LSTM``: code that asks
+    ``isinstance(layer, torch.nn.LSTM)`` to know whether a state is (h, c) or h must ask for ``layer.mode == "LSTM"``
+    or for ``isinstance(layer, (torch.nn.LSTM, seqaccel.nn.LSTM))`` too.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``, or, if it is such a layer itself, the same object with its new class.
+
+    Example:
+        >>> import torch, seqaccel
+        >>> model = torch.nn.Sequential(torch.nn.LSTM(4, 8))
+        >>> type(seqaccel.convert(model)[0])
+        <class 'seqaccel.nn.rnn.LSTM'>
+    """
+    if not isinstance(model, torch.nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"convert: expected model to be a torch.nn.Module, but got {kind}")
+    for module in model.modules():
+        replacement = REPLACEMENTS.get(type(module))
+        if replacement is not None:
+            module.__class__ = replacement
+    return model

@@ -1,0 +1,170 @@
+"""Operators of the scans: schemas, refusals, determinism, transforms, autocast, GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from offline import check_configurations
+from scan_cases import (
+    CPP,
+    DOUBLE,
+    check_linear,
+    check_sru,
+    linear_inputs,
+    needs_cpp,
+    needs_triton,
+    run_sru,
+    sru_inputs,
+    to,
+)
+
+import seqaccel
+from seqaccel.functional import linear_scan, sru
+
+
+@needs_cpp
+@pytest.mark.parametrize("suffix", ["", pytest.param("_triton", marks=needs_triton)])
+def test_operators_pass_opcheck(suffix):
+    if suffix:
+        import seqaccel.kernels.scan  # noqa: F401
+    operators = torch.ops.seqaccel
+    # wrap_triton cannot be traced in the interpreter, so the Triton operators' fake is checked where there is a GPU.
+    options = {"test_utils": ("test_schema", "test_autograd_registration")} if suffix else {}
+    x = to(linear_inputs(2, 6, 3), torch.float32, grad=False)
+    for h_0, reverse in itertools.product((None, x["h_0"]), (False, True)):
+        forward = getattr(operators, "linear_scan_forward" + suffix)
+        torch.library.opcheck(forward, (x["a"], x["b"], h_0, reverse), **options)
+        backward = getattr(operators, "linear_scan_backward" + suffix)
+        torch.library.opcheck(backward, (x["b"], x["a"], x["b"], h_0, reverse), **options)
+    for highway, masks in itertools.product(("none", "input", "projected"), (False, True)):
+        s = to(sru_inputs(4, 2, 3, 2, highway, masks), torch.float32, grad=False)
+        forward = getattr(operators, "sru_forward" + suffix)
+        for save_c in (False, True):
+            torch.library.opcheck(forward, (*s.values(), 2, True, save_c), **options)
+        h, c_n, c = forward(*s.values(), 2, True, True)
+        backward = getattr(operators, "sru_backward" + suffix)
+        torch.library.opcheck(backward, (h, c_n if masks else None, *s.values(), c, 2, True), **options)
+
+
+@needs_cpp
+def test_operators_refuse_what_does_not_fit():
+    operators = torch.ops.seqaccel
+    a = torch.ones(2, 3, 4)
+    for arguments in [
+        (a, torch.ones(2, 3, 5), None, False),
+        (a, a.double(), None, False),
+        (a, a, torch.ones(2, 3), False),
+        (a[0], a[0], None, False),
+        (a.half(), a.half(), None, False),
+    ]:
+        with pytest.raises(RuntimeError, match="seqaccel: "):
+            operators.linear_scan_forward(*arguments)
+    with pytest.raises(RuntimeError, match="expected h to have shape"):
+        operators.linear_scan_backward(a, a, a[:, :2], None, False)
+    good = {
+        "u": torch.ones(4, 2, 9),
+        "x": torch.ones(4, 2, 3),
+        "weight_c": torch.ones(6),
+        "bias": torch.ones(6),
+        "c_0": torch.ones(2, 3),
+        "mask_c": torch.ones(2, 3),
+        "mask_pad": torch.ones(4, 2, dtype=torch.bool),
+        "scale_x": torch.ones(1),
+    }
+    operators.sru_forward(*good.values(), 1, False, True)
+    for name, bad in {
+        "u": torch.ones(4, 2, 10),
+        "x": torch.ones(4, 2, 2),
+        "weight_c": torch.ones(5),
+        "bias": torch.ones(3, 2),
+        "c_0": torch.ones(1, 3),
+        "mask_c": torch.ones(2, 3).double(),
+        "mask_pad": torch.ones(4, 2),
+        "scale_x": torch.ones(2),
+    }.items():
+        with pytest.raises(RuntimeError, match="seqaccel: "):
+            operators.sru_forward(*(good | {name: bad}).values(), 1, False, True)
+    with pytest.raises(RuntimeError, match="directions"):
+        operators.sru_forward(*good.values(), 2, False, True)
+    c = torch.ones(4, 2, 3)
+    with pytest.raises(RuntimeError, match="expected c to have shape"):
+        operators.sru_backward(c, None, *good.values(), c[:3], 1, False)
+
+
+@needs_cpp
+def test_same_bits_every_time():
+    a, b = torch.rand(3, 400, 130), torch.randn(3, 400, 130)
+    inputs = to(sru_inputs(130, 5, 70, 2, "input", True), torch.float32)
+    grads = torch.randn(130, 5, 140), torch.randn(5, 140)
+    with seqaccel.backend("cpp"):
+        first, first_grads = run_sru(inputs, grads, directions=2)
+        scan = linear_scan(a, b)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            try:
+                again, again_grads = run_sru(inputs, grads, directions=2)
+                assert torch.equal(linear_scan(a, b), scan)
+            finally:
+                torch.set_num_threads(2)
+            assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+            assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
+
+
+@pytest.mark.parametrize("backend", ["reference", CPP])
+def test_functions_under_transforms_and_compilation(backend):
+    a, b = torch.rand(2, 5, 3), torch.randn(2, 5, 3)
+    s = to(sru_inputs(4, 2, 3), torch.float32, grad=False)
+    rest = [s[name] for name in ("x", "weight_c", "bias", "c_0")]
+    with seqaccel.backend(backend):
+        torch.testing.assert_close(torch.vmap(linear_scan)(a, b), linear_scan(a, b))
+        leaf = a.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(linear_scan(leaf, b).square().sum(), leaf)
+        torch.testing.assert_close(torch.func.grad(lambda t: linear_scan(t, b).square().sum())(a), expected)
+        leaf = s["u"].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(sru(leaf, *rest)[0].square().sum(), leaf)
+        torch.testing.assert_close(torch.func.grad(lambda t: sru(t, *rest)[0].square().sum())(s["u"]), expected)
+
+        compiled = torch.compile(lambda t, *r: sru(t, *r)[0].square().sum(), fullgraph=True, backend="aot_eager")
+        leaf = s["u"].clone().requires_grad_()
+        (actual,) = torch.autograd.grad(compiled(leaf, *rest), leaf)
+        torch.testing.assert_close(actual, expected)
+        compiled = torch.compile(lambda p, q: linear_scan(p, q, reverse=True), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(a, b), linear_scan(a, b, reverse=True))
+
+
+@needs_cpp
+def test_autocast_means_float32():
+    a = torch.rand(2, 5, 3).bfloat16()
+    s = to(sru_inputs(4, 2, 3), torch.bfloat16, grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_scan(a, torch.rand(2, 5, 3)).dtype == torch.float32
+        h, c_n = sru(s["u"], s["x"].float(), s["weight_c"], s["bias"], s["c_0"].float())
+    assert h.dtype == c_n.dtype == torch.float32
+
+
+def test_a_missing_backend_is_an_error():
+    a = torch.ones(1, 2, 3)
+    with seqaccel.backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' is not available"):
+        linear_scan(a, a)
+    with seqaccel.backend("torch"), pytest.raises(RuntimeError, match="no backend 'torch'"):
+        linear_scan(a, a)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_a_gpu(backend, dtype, poison):
+    with torch.device("cuda"), seqaccel.backend(backend):
+        # The second, third and fourth are cut into chunks of time.
+        for sizes in [(2, 7, 5), (1, 9000, 1), (3, 1500, 8), (2, 3000, 40), (4, 64, 2000), (1, 1, 1)]:
+            for reverse, with_h_0 in itertools.product([False, True], [False, True]):
+                check_linear(sizes, dtype, reverse, with_h_0)
+        for sizes in [(5, 2, 3), (70, 3, 17), (33, 4, 300), (1, 1, 1)]:
+            for directions, highway, masks in itertools.product([1, 2], ["none", "input", "projected"], [False, True]):
+                check_sru(sizes, dtype, directions, highway, masks, use_tanh=masks)
+
+
+def test_triton_configurations():
+    check_configurations("seqaccel.kernels.scan")
