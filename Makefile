@@ -13,7 +13,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 TODAY := $(shell date -u +%Y-%m-%d)
 
-.PHONY: help setup build demo test docs lint format bench gpu new-cell fuzz sanitize sanitize-memory sanitize-threads clean
+.PHONY: help setup build demo test docs lint format bench gpu new-cell fuzz odr sanitize sanitize-memory sanitize-threads clean
 
 help:
 	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
 	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
 	@echo "make fuzz    call every C++ operator with random arguments (ARGS='--calls 50000 --seed 7')"
+	@echo "make odr     check that no name of the C++ sources means two things (a minute)"
 	@echo "make sanitize fuzz and test a build with gcc's sanitizers: of addresses and undefined behaviour, then of threads"
 	@echo "make new-cell follow docs/adding-a-cell.md in a copy of the sources: build, lint, tests"
 	@echo "make setup   only build; make clean removes what was built"
@@ -53,6 +54,16 @@ format: $(VENV)/.requirements
 fuzz: build
 	$(BIN)/python tests/fuzz_operators.py $(ARGS)
 
+# Link-time optimisation stops before it makes code (flinker-output=rel): it has then compared all definitions.
+ODR_FLAGS = -std=c++20 -O1 -Wno-psabi -flto -fopenmp -fPIC -Icsrc -DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY \
+	$(shell $(BIN)/python -c 'import torch.utils.cpp_extension as c; print(*("-isystem " + p for p in c.include_paths()))')
+
+odr: build
+	@rm -rf build/odr && mkdir -p build/odr
+	@flags='$(ODR_FLAGS)'; find csrc/cpu build/isa -name '*.cpp' | \
+		xargs -P 2 -I{} sh -c "c++ $$flags -c {} -o build/odr/\$$(echo {} | tr / _).o"
+	c++ -r -flto -flinker-output=rel -Wodr -Werror=odr build/odr/*.o -o build/odr/all.o
+
 # Builds with sanitizers have folders of their own; their libraries must be loaded before Python. What torch leaks is its
 # own affair; a call that asks for more memory than there is must raise, as it does in other builds.
 sanitized = PYTHONPATH=$(CURDIR)/build/sanitize/$(1)/lib LD_PRELOAD="$(foreach library,$(2) stdc++,$(shell c++ -print-file-name=lib$(library).so))"
@@ -64,7 +75,7 @@ MEMORY = UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	$(call sanitized,memory,asan ubsan)
 THREADS = TSAN_OPTIONS=exitcode=66 \
 	$(call sanitized,threads,tsan)
-SANITIZED_TESTS = native scan conv attention rnn rnn_operator rnn_bfloat16 session
+SANITIZED_TESTS = native scan scan_sru scan_operators conv attention rnn rnn_operator rnn_bfloat16 session
 
 sanitize: sanitize-memory sanitize-threads
 

@@ -51,6 +51,8 @@ def kernel_sources():
             if not source.exists() or source.read_text() != text:
                 source.write_text(text)
             sources.append(source.relative_to(ROOT).as_posix())
+    for source in set(folder.glob("*.cpp")) - {ROOT / source for source in sources}:
+        source.unlink()  # of an older version
     return sources
 
 
