@@ -37,10 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: ``gc.collect()`` in a test passes over it (0.3 s with torch, each time)."""
+def collect_and_freeze() -> None:
+    """What is alive now stays, modules mostly: the next ``gc.collect()`` passes over it (0.3 s with torch)."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    collect_and_freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Triton's binding reports what is alive at the end
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -97,7 +105,7 @@ def poison():
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    gc.collect()
+    collect_and_freeze()
     blocks = [torch.full((1 << power,), float("nan")) for power in range(4, 22) for _ in range(3)]
     del blocks
     torch.use_deterministic_algorithms(True, warn_only=True)
