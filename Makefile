@@ -13,12 +13,13 @@ SOURCES := setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 TODAY := $(shell date -u +%Y-%m-%d)
 
-.PHONY: help setup build demo test docs lint format bench gpu new-cell fuzz odr sanitize sanitize-memory sanitize-threads clean
+.PHONY: help setup build demo test test-all docs lint format bench gpu new-cell fuzz odr sanitize sanitize-memory sanitize-threads clean
 
 help:
 	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
 	@echo "make test    run the tests (ARGS='-k scan')"
 	@echo "make docs    build the documentation site in build/docs"
+	@echo "make test-all tests too what takes long: each Triton configuration for each architecture, each export"
 	@echo "make lint    ruff, mypy, clang-format; 'make format' mends what can be mended"
 	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
 	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
@@ -36,6 +37,9 @@ demo: build
 # A thread that waits sleeps, and leaves its core to the other worker.
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-all: export SEQACCEL_TEST_ALL = 1
+test-all: test
 
 docs: build $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -E -d build/doctrees docs build/docs

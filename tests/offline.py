@@ -9,6 +9,10 @@ In a test::
 
 By hand, as a table: ``python tests/offline.py seqaccel.kernels.scan [80 90 100]``.
 
+A test compiles each row for the first architecture it is for, which has the least shared memory, and the last row of
+each kernel for the others too. SEQACCEL_TEST_ALL=1 ("make test-all") compiles every row for every architecture. On
+sm_90 the rows also run: under ``make gpu``.
+
 The compilation runs in processes of its own, one for each core: under ``TRITON_INTERPRET=1``, which the tests set on a
 machine without a GPU, ``@triton.jit`` makes interpreted functions, and those cannot be compiled. Triton's cache
 (``TRITON_CACHE_DIR``, ``~/.triton/cache``) holds what was compiled under a hash of the kernel's source, the
@@ -128,23 +132,36 @@ def compile_configuration(configuration, arch: int) -> Usage:
     )
 
 
-def usages(module: str, archs: tuple[int, ...] = (80, 90, 100), timeout: float = 600) -> list[Usage]:
-    """Compiles every row of ``module.CONFIGURATIONS`` for every architecture, in processes of its own."""
+def usages(module: str, timeout: float = 600) -> list[Usage]:
+    """Compiles the rows of ``module.CONFIGURATIONS``, in processes of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, "--json", module, *map(str, archs)]
+    command = [sys.executable, __file__, "--json", module]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return [Usage(**row) for row in json.loads(done.stdout)]
 
 
-def check_configurations(module: str, archs: tuple[int, ...] = (80, 90, 100)) -> list[Usage]:
+def check_configurations(module: str) -> list[Usage]:
     """Asserts that every configuration of ``module`` compiles, spills no more than it may and fits the chip."""
-    found = usages(module, archs)
+    found = usages(module)
     assert found, f"{module}.CONFIGURATIONS is empty"
     wrong = [f"{usage}: {problem}" for usage in found for problem in usage.problems()]
     assert not wrong, "\n".join(wrong)
     return found
+
+
+def architectures(module: str, everything: bool) -> list[tuple[int, int]]:
+    """Rows of ``module.CONFIGURATIONS``, by number, and an architecture to compile each for."""
+    table = importlib.import_module(module).CONFIGURATIONS
+    last = {configuration.kernel: row for row, configuration in enumerate(table)}
+    return [
+        (row, arch)
+        for row, configuration in enumerate(table)
+        for arch in SHARED_MEMORY
+        if configuration.least_arch <= arch <= configuration.most_arch
+        if everything or arch == configuration.least_arch or row == last[configuration.kernel]
+    ]
 
 
 def compile_row(module: str, row: int, arch: int) -> Usage:
@@ -154,12 +171,8 @@ def compile_row(module: str, row: int, arch: int) -> Usage:
 def main(arguments: list[str]) -> int:
     as_json = arguments[:1] == ["--json"]
     module, *archs = arguments[1:] if as_json else arguments
-    jobs = [
-        (module, row, int(arch))
-        for row, configuration in enumerate(importlib.import_module(module).CONFIGURATIONS)
-        for arch in (archs or ["80", "90", "100"])
-        if configuration.least_arch <= int(arch) <= configuration.most_arch
-    ]
+    everything = not as_json or bool(os.environ.get("SEQACCEL_TEST_ALL"))
+    jobs = [(module, row, arch) for row, arch in architectures(module, everything) if not archs or str(arch) in archs]
     fork = multiprocessing.get_context("fork")  # what was imported is there
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), fork) as processes:
         rows = list(processes.map(compile_row, *zip(*jobs, strict=True)))

@@ -1,7 +1,7 @@
 """Every public module under torch.compile, torch.export, AOTInductor and ONNX, for any batch and any time.
 
 ``python tests/test_export.py [column ...]`` runs the matrix, or some columns of it, and writes the table of
-docs/support.md; the test of a cell checks that the committed table says what it found. SEQACCEL_EXPORT_ALL=1 runs all
+docs/support.md; the test of a cell checks that the committed table says what it found. SEQACCEL_TEST_ALL=1 runs all
 cells. Without it AOTInductor, ONNX and strict exports of ``extend`` run one module of each family, and cells that do
 not work are not tried. The column ExecuTorch needs the package executorch.
 """
@@ -35,7 +35,7 @@ from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import CELLS
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "support.md"
-EVERYTHING = bool(os.environ.get("SEQACCEL_EXPORT_ALL"))
+EVERYTHING = bool(os.environ.get("SEQACCEL_TEST_ALL"))
 
 
 class SelfAttention(nn.HierarchicalAttention):
@@ -253,7 +253,7 @@ CHOSEN = {"LSTM", "SRU", "TCN", "HierarchicalAttention"}
 @pytest.mark.parametrize("name", CASES)
 def test_a_cell_of_the_matrix(name, column):
     if column in SLOW and name not in CHOSEN and not EVERYTHING:
-        pytest.skip("takes seconds; SEQACCEL_EXPORT_ALL=1 runs it")
+        pytest.skip("takes seconds; SEQACCEL_TEST_ALL=1 runs it")
     needed = {"ONNX": "onnxscript", "ExecuTorch": "executorch"}.get(column)
     if needed:
         pytest.importorskip(needed)
@@ -394,7 +394,7 @@ def time_of(case: Case) -> int:
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_is_exported_with_its_state(name, method, strict):
     if strict and (name not in CHOSEN or method == "step") and not EVERYTHING:
-        pytest.skip("takes a second; SEQACCEL_EXPORT_ALL=1 runs it")
+        pytest.skip("takes a second; SEQACCEL_TEST_ALL=1 runs it")
     torch._dynamo.reset()
     case = STREAMS[name]
     module, time = made(case), time_of(case)
