@@ -567,3 +567,45 @@ def test_the_future_does_not_reach_the_past(backend, bad, D):
                         grad = torch.autograd.grad(out[:, :, :at].sum(), tensors[0])[0]
                         whole = torch.autograd.grad(expected[:, :, :at].sum(), good, retain_graph=True)[0]
                         assert torch.equal(grad[:, :, :at], whole[:, :, :at])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("D", [4, 33])
+def test_a_spoilt_query_stays_apart(isa, bad, D):
+    """A query, or a gradient of its output, that is not finite changes nothing of other queries and unseen keys."""
+    T, options = 90, (16, 4, -1, 2, True, True, 0.5)
+    for dtype in (torch.float32, torch.float64):
+        query, grad_out = torch.randn(2, 2, 4, T, D, dtype=dtype)
+        key, value = torch.randn(2, 2, 2, T, D, dtype=dtype)
+        pool_query = torch.randn(1, 2, D, dtype=dtype)
+
+        def outputs_and_gradients(query, grad_out, key=key, value=value, pool_query=pool_query):
+            inputs = (query, key, value, pool_query)
+            saved = torch.ops.seqaccel.hierarchical_attention_forward(*inputs, *options)
+            gradients = torch.ops.seqaccel.hierarchical_attention_backward(grad_out, *inputs, *saved, *options)
+            return [saved[0], saved[1].unsqueeze(3), *gradients[:3]]
+
+        expected = outputs_and_gradients(query, grad_out)
+        for at in (0, 1, 17, 40, 63, 88):
+            for spoilt in (0, 1):
+                tensors = [query.clone(), grad_out.clone()]
+                tensors[spoilt][1, 3, at, :2] = bad  # of the second key head
+                found = outputs_and_gradients(*tensors)
+                for name, a, b in zip(("out", "lse", "query", "key", "value"), found, expected, strict=True):
+                    reached = torch.zeros(a.shape[:3], dtype=torch.bool)
+                    if name in ("key", "value"):
+                        reached[1, 1, : at + 1] = True
+                    else:
+                        reached[1, 3, at] = True
+                    assert torch.equal(a[~reached], b[~reached]), (name, at, spoilt)
+                assert not found[2 + spoilt * 2][1].isfinite().all()
+
+
+def test_scores_of_minus_infinity_have_no_weight(isa):
+    """Also where the first scores of a query, here that of its own token alone, are -inf."""
+    query, key, value = torch.randn(3, 1, 1, 40, 4)
+    query, key[:, :, 8] = query.abs(), -math.inf
+    with seqaccel.backend("cpp"):
+        out = hierarchical_attention(query, key, value, block_size=4, local_blocks=1)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, reference.hierarchical_attention(query, key, value, block_size=4, local_blocks=1))

@@ -451,6 +451,39 @@ def test_nan_and_infinity_pass_as_in_torch():
         assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, equal_nan=True), name
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("isa", USABLE_ISAS)
+def test_a_spoilt_step_stays_apart(isa, shape, bad):
+    """An input, or a gradient of an output, that is not finite reaches only what a tap connects it to."""
+    B, C, O, T, K, dilation, groups = shape
+    tensors, options = case(shape, dict())
+    grad = torch.randn(B, O, T)
+    c, o, t = C // 2, O // 2, T // 3
+    with seqaccel.backends.isa(isa):
+        expected = run(on("cpp"), tensors, options, grad)
+        spoilt = tensors | {"x": tensors["x"].clone()}
+        spoilt["x"][-1, c, t] = bad
+        found = run(on("cpp"), spoilt, options, grad)
+        group = c // (C // groups)
+        own = slice(group * (O // groups), (group + 1) * (O // groups))
+        reached = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in expected.items()}
+        reached["y"][-1, own, t : t + K * dilation : dilation] = True
+        reached["grad of weight"][own, c % (C // groups)] = True
+        for name, value in found.items():
+            assert torch.equal(value[~reached[name]], expected[name][~reached[name]]), name
+        grad[-1, o, t] = bad
+        found = run(on("cpp"), tensors, options, grad)
+        group = o // (O // groups)
+        own = slice(group * (C // groups), (group + 1) * (C // groups))
+        reached = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in expected.items()}
+        for k in range(min(K, t // dilation + 1)):
+            reached["grad of x"][-1, own, t - k * dilation] = True
+        reached["grad of weight"][o] = reached["grad of bias"][o] = True
+        for name, value in found.items():
+            assert torch.equal(value[~reached[name]], expected[name][~reached[name]]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype):
     tensors, options = case((2, 20, 30, 50, 3, 2, 1), dict(activation="relu", residual=True), dtype)

@@ -97,6 +97,37 @@ def test_cpp_on_any_shape(kind, T, B, I, H, number, biases, dtype):
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@each_kind("cpp")
+def test_padding_has_no_say(isa, cell, projected, reverse):  # noqa: F811
+    """No output or gradient sees what lies past a sequence's end, not even NaN: in inputs or in their gradients."""
+    lengths = torch.tensor([1, 4, 2, 3, 1, 4, 3])
+    padding = torch.arange(4).unsqueeze(1) >= lengths
+    tensors = problem(cell, 4, 7, 5, 19, projected=projected, dtype=torch.float32)
+    options = {"reverse": reverse, "lengths": lengths}
+    grads = random_grads(cell, tensors, **options)
+    expected = results(cell, tensors, "cpp", grads, **options)
+    padded = tensors["input"].detach().masked_fill(padding.unsqueeze(2), float("nan"))
+    spoilt = [grads[0].masked_fill(padding.unsqueeze(2), float("inf")), *grads[1:]]
+    for name, found in results(cell, tensors | {"input": padded}, "cpp", spoilt, **options).items():
+        assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@each_kind("cpp")
+def test_a_spoilt_row_stays_apart(isa, cell, projected, bad):  # noqa: F811
+    tensors = problem(cell, 4, 7, 5, 19, projected=projected, dtype=torch.float32)
+    grads = random_grads(cell, tensors)
+    expected = results(cell, tensors, "cpp", grads)
+    spoilt = tensors["input"].detach().clone()
+    spoilt[1, 3, 0] = bad
+    others = torch.tensor([0, 1, 2, 4, 5, 6])
+    found = results(cell, tensors | {"input": spoilt}, "cpp", grads)
+    for name in found.keys() & {"output", "h_n", "c_n", "grad of input", "grad of h_0", "grad of c_0"}:
+        dim = 1 if name in ("output", "grad of input") else 0
+        assert torch.equal(found[name].index_select(dim, others), expected[name].index_select(dim, others)), name
+
+
 # ---- types ----
 
 

@@ -138,6 +138,79 @@ def test_linear_scan_passes_nan_and_infinity(backend, width):
 
 
 @needs_cpp
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_linear_scan_keeps_a_spoilt_step_apart(isa, width, reverse, bad):
+    """What is not finite reaches later outputs and earlier gradients of its own column; without h_0 the first
+    coefficient, which multiplies nothing, reaches no output."""
+    steps, column = 50, width - 1
+    tensors = {
+        "a": torch.rand(2, steps, width),
+        "b": torch.randn(2, steps, width),
+        "grad": torch.randn(2, steps, width),
+    }
+
+    def outputs_and_gradients(a, b, grad):
+        h = torch.ops.seqaccel.linear_scan_forward(a, b, None, reverse)
+        return dict(
+            zip("hab", (h, *torch.ops.seqaccel.linear_scan_backward(grad, a, h, None, reverse)[:2]), strict=True)
+        )
+
+    with backends.isa(isa):
+        expected = outputs_and_gradients(**tensors)
+        for name, place in itertools.product(tensors, (0, 7, 20, steps - 1)):
+            spoilt = {other: t.clone() for other, t in tensors.items()}
+            at = steps - 1 - place if reverse else place
+            spoilt[name][1, at, column] = bad
+            found = outputs_and_gradients(**spoilt)
+            order = torch.arange(steps).flip(0) if reverse else torch.arange(steps)
+            reads = (order >= place) & ((name != "a") | (place > 0))
+            reached = {
+                "h": reads if name != "grad" else order < 0,
+                "a": (order > place if name != "grad" else order <= place) & (order > 0),
+                "b": order < place if name == "a" else order <= place if name == "grad" else order < 0,
+            }
+            if name == "a":
+                reached["a"] = order > 0
+            for result, value in found.items():
+                kept = torch.ones_like(value, dtype=torch.bool)
+                kept[1, reached[result], column] = False
+                assert torch.equal(value[kept], expected[result][kept]), (name, place, result)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("k", [3, 4])
+def test_sru_padding_has_no_say(isa, k, directions):
+    """No output or gradient sees what lies at padding, not even NaN."""
+    steps, batch, channels = 6, 3, 37 * directions
+    padding = torch.arange(steps).unsqueeze(1) >= torch.tensor([6, 2, 1])
+    tensors = {"u": torch.randn(steps, batch, channels * k), "x": torch.randn(steps, batch, channels)}
+    if k == 4:
+        del tensors["x"]
+    tensors |= {"weight_c": torch.randn(2 * channels), "bias": torch.randn(2 * channels)}
+    tensors["c_0"] = torch.randn(batch, channels)
+    grads = [torch.randn(steps, batch, channels), torch.randn(batch, channels)]
+
+    def run(spoil):
+        place = padding.unsqueeze(2)
+        leaves = {name: t.masked_fill(place, spoil) if spoil and t.dim() == 3 else t for name, t in tensors.items()}
+        leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        outputs = sru(**({"x": None} | leaves), mask_pad=padding, directions=directions)
+        spoilt = [grads[0].masked_fill(place, spoil) if spoil else grads[0], grads[1]]
+        return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), spoilt)]
+
+    with seqaccel.backend("cpp"), backends.isa(isa):
+        expected = run(None)
+        for bad in (float("nan"), float("inf")):
+            for found, wanted in zip(run(bad), expected, strict=True):
+                assert torch.equal(found, wanted)
+
+
+@needs_cpp
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

@@ -76,12 +76,21 @@ void linear_scan_forward(const LinearScanForward<T>& p) {
   if (p.width == 1) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < p.batch; ++b) {
-      const T carry = p.h_0 ? p.h_0[b] : T(0);
-      const int64_t first = b * length;
+      const T *a = p.a + b * length, *input = p.b + b * length;
+      T* h = p.h + b * length;
+      int64_t n = length;
+      T carry = T(0);
+      if (p.h_0) {
+        carry = p.h_0[b];
+      } else {  // the first step does not read its coefficient
+        const int64_t start = p.reverse ? --n : 0;
+        carry = h[start] = input[start];
+        if (!p.reverse) ++a, ++input, ++h, --n;
+      }
       if (p.reverse) {
-        scan_lanes<T, true>(p.a + first, p.b + first, carry, p.h + first, length);
+        scan_lanes<T, true>(a, input, carry, h, n);
       } else {
-        scan_lanes<T, false>(p.a + first, p.b + first, carry, p.h + first, length);
+        scan_lanes<T, false>(a, input, carry, h, n);
       }
     }
     return;
@@ -121,7 +130,6 @@ void linear_scan_backward(const LinearScanBackward<T>& p) {
       }
       const T *grad_h = p.grad_h + first, *a = p.a + first, *h = p.h + first;
       T *grad_a = p.grad_a + first, *grad_b = p.grad_b + first;
-      const T h_0 = p.h_0 ? p.h_0[b] : T(0);
       const int64_t n = p.steps - 1, start = p.reverse ? 0 : n, end = p.reverse ? n : 0;
       grad_b[start] = grad_h[start];
       if (p.reverse) {
@@ -131,7 +139,7 @@ void linear_scan_backward(const LinearScanBackward<T>& p) {
         scan_lanes<T, true>(a + 1, grad_h, grad_b[start], grad_b, n);
         multiply_row(grad_b + 1, h, grad_a + 1, n);
       }
-      grad_a[end] = grad_b[end] * h_0;
+      grad_a[end] = p.h_0 ? grad_b[end] * p.h_0[b] : T(0);
       p.grad_h_0[b] = a[end] * grad_b[end];
     }
     return;

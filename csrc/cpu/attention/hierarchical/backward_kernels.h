@@ -124,6 +124,13 @@ struct ScoreGradTile {
   }
 };
 
+// What of a product on the diagonal of a causal block takes part.
+enum class Part {
+  kAll,
+  kLanesFromK,  // of b's first vector the lanes i >= k
+  kKFromRow     // k >= row
+};
+
 // out [rows, NV vectors] += a b; the last vector holds `last` elements. The product is summed by itself first: sums of
 // sums lose less than one long sum.
 template <typename T, int NV>
@@ -135,13 +142,15 @@ struct AddProductTile {
   T* out;
   ptrdiff_t out_row;
   int last;
-  bool triangle = false;
+  Part part;
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     Vec<T> acc[MR][NV] = {};
-    if (triangle) {
+    if (part == Part::kLanesFromK) {
       tile_of_triangle<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+    } else if (part == Part::kKFromRow) {
+      tile_below_diagonal<T, MR, NV>(acc, a + row * (a_row + a_k), a_row, a_k, b + row * b_k, b_k, K - row);
     } else {
       tile<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
     }
@@ -163,15 +172,16 @@ struct AddProductTile {
 
 template <typename T, int NV>
 void add_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b, ptrdiff_t b_k, ptrdiff_t K,
-                 T* out, ptrdiff_t out_row, int last) {
-  const AddProductTile<T, NV> product = {a, a_row, a_k, b, b_k, K, out, out_row, last};
+                 T* out, ptrdiff_t out_row, int last, bool masked) {
+  const AddProductTile<T, NV> product = {a, a_row, a_k,     b,    b_k,
+                                         K, out,   out_row, last, masked ? Part::kKFromRow : Part::kAll};
   for_row_tiles(rows, product);
 }
 
-// grad [keys, D] += weights [keys, queries] * rows [queries, padded D]
+// grad [keys, D] += weights [keys, queries] * rows [queries, padded D]. masked: query k sees the keys up to k.
 template <typename T>
 void add_key_gradient(T* grad, ptrdiff_t grad_row, const T* weights, const T* rows, ptrdiff_t keys, ptrdiff_t queries,
-                      ptrdiff_t D) {
+                      ptrdiff_t D, bool masked) {
   constexpr int L = Lanes<T>;
   const ptrdiff_t width = padded<T>(D);
   for (ptrdiff_t d = 0; d < D; d += kColumns<T>) {
@@ -180,17 +190,18 @@ void add_key_gradient(T* grad, ptrdiff_t grad_row, const T* weights, const T* ro
     const int last = int(left >= vectors * L ? L : left - (vectors - 1) * L);
     switch (vectors) {
       case 1:
-        add_product<T, 1>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last);
+        add_product<T, 1>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last, masked);
         break;
       case 2:
-        add_product<T, 2>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last);
+        add_product<T, 2>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last, masked);
         break;
       case 3:
         add_product<T, (kTileVectors > 2 ? 3 : 1)>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d,
-                                                   grad_row, last);
+                                                   grad_row, last, masked);
         break;
       default:
-        add_product<T, kTileVectors>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last);
+        add_product<T, kTileVectors>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last,
+                                     masked);
     }
   }
 }
@@ -216,11 +227,20 @@ void chunk_backward(const GradTile<T>& q, int first, ptrdiff_t count, const Chun
                                            q.delta + shift,        q.ds + shift, masked};
   for_row_tiles(c.keys, score_grad);
   const ptrdiff_t queries = count - shift;
-  add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + shift * padded<T>(D), c.keys, queries, D);
-  add_key_gradient(c.grad_key, c.grad_key_row, q.ds + shift, q.query_rows + shift * padded<T>(D), c.keys, queries, D);
-  const AddProductTile<T, NV> query_grad = {
-      c.key,       1,        c.key_row, q.ds + shift, kColumns<T>, c.keys, q.query_grad_columns + shift,
-      kColumns<T>, Lanes<T>, masked};
+  add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + shift * padded<T>(D), c.keys, queries, D,
+                   masked);
+  add_key_gradient(c.grad_key, c.grad_key_row, q.ds + shift, q.query_rows + shift * padded<T>(D), c.keys, queries, D,
+                   masked);
+  const AddProductTile<T, NV> query_grad = {c.key,
+                                            1,
+                                            c.key_row,
+                                            q.ds + shift,
+                                            kColumns<T>,
+                                            c.keys,
+                                            q.query_grad_columns + shift,
+                                            kColumns<T>,
+                                            Lanes<T>,
+                                            masked ? Part::kLanesFromK : Part::kAll};
   for_row_tiles(D, query_grad);
 }
 

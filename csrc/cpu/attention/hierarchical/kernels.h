@@ -10,6 +10,7 @@
 //
 // A task is one tile of kColumns queries of one aligned block: no barrier between tasks. Keys pass in chunks of kKeys,
 // so that the chunk's scores (64 x 64 floats, 16 KB), the transposed queries and the keys stay near the core.
+#include <float.h>
 #include <math.h>
 
 #include "cpu/attention/hierarchical/levels.h"
@@ -18,6 +19,10 @@
 namespace seqaccel::SEQACCEL_ISA::attention::hierarchical {
 
 constexpr ptrdiff_t kKeys = 64;
+
+// What the maximum of the scores begins with: from -infinity, scores of -infinity alone would give NaN.
+template <typename T>
+constexpr T kLeast = sizeof(T) == sizeof(float) ? T(-FLT_MAX) : T(-DBL_MAX);
 
 SEQACCEL_INLINE float log_of(float x) { return logf(x); }
 SEQACCEL_INLINE double log_of(double x) { return log(x); }
@@ -202,7 +207,7 @@ void attend_tile(const Attention<T>& p, int64_t b, int64_t h, int64_t block, int
                p.scale);
   memset(q.out, 0, size_t(p.D * kColumns<T>) * sizeof(T));
   for (int i = 0; i < vectors * L; ++i) {
-    q.most[i] = T(-INFINITY);
+    q.most[i] = kLeast<T>;
     q.sum[i] = T(0);
   }
   const int64_t g = h / (p.H / p.G);

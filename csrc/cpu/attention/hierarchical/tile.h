@@ -61,6 +61,25 @@ SEQACCEL_INLINE void tile_of_triangle(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff
   }
 }
 
+// The same where row m takes part from k = m on.
+template <typename T, int MR, int NV>
+SEQACCEL_INLINE void tile_below_diagonal(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b,
+                                         ptrdiff_t b_k, ptrdiff_t K) {
+#pragma GCC unroll 8
+  for (int k = 0; k + 1 < MR; ++k) {
+    Vec<T> x[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) x[v] = load(b + k * b_k + v * Lanes<T>);
+#pragma GCC unroll 8
+    for (int m = 0; m <= k; ++m) {
+      const Vec<T> y = broadcast(a[m * a_row + k * a_k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] += y * x[v];
+    }
+  }
+  tile<T, MR, NV>(acc, a + (MR - 1) * a_k, a_row, a_k, b + (MR - 1) * b_k, b_k, K - (MR - 1));
+}
+
 // Calls f.template operator()<MR>(row) for the rows [0, n) in groups of at most kTileRows.
 template <typename F>
 SEQACCEL_INLINE void for_row_tiles(ptrdiff_t n, const F& f) {
