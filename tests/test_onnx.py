@@ -10,6 +10,7 @@ import torch
 import seqaccel
 from seqaccel import functional as SF
 from seqaccel import nn
+from seqaccel.functional import _onnx, attention
 
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
 
@@ -259,17 +260,38 @@ def test_attention_is_exported_as_a_stream():
 class Attended(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.attention = nn.HierarchicalAttention(8, 2, batch_first=True, block_size=4, pool_query=1)
+        self.attention = nn.HierarchicalAttention(8, 2, batch_first=True, block_size=4, fanout=16, causal=False)
 
     def forward(self, x):
         return self.attention(x, x, x)[0]
 
 
-def test_attention_has_a_fixed_length():
-    """Its levels depend on the length, and ONNX drops the guards that would say so."""
-    model, x = Attended().eval(), torch.randn(3, 21, 8)
-    _, run = exported(model, (x,), ({0: "B"},))
-    assert_same(run, model, x)
-    assert_same(run, model, torch.randn(2, 21, 8))
-    with pytest.warns(UserWarning, match="needs a fixed length"), pytest.raises(torch.onnx.OnnxExporterError):
-        exported(model, (x,), ({0: "B", 1: "T"},))
+def test_attention_of_any_length():
+    """Whatever levels the example's length needs."""
+    model = Attended().eval()
+    _, run = exported(model, (torch.randn(3, 21, 8),), ({0: "B", 1: "T"},))
+    for steps in (1, 7, 16, 100, 1000):
+        assert_same(run, model, torch.randn(2, steps, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ((4, 4, -1, 2, True, True, 0.4), 1),
+        ((4, 2, -1, 1, True, True, 0.4), 0),
+        ((4, 3, 2, 2, False, True, 0.4), 2),
+        ((16, 4, -1, 3, False, False, 0.4), 0),
+        ((64, 64, -1, 2, True, True, 0.4), 1),
+        ((3, 2, 0, 2, True, True, 0.4), 0),
+        ((3, 2, 1, 1, False, True, 0.4), 1),
+    ],
+    ids=str,
+)
+def test_what_attention_exports_is_its_definition(options, rows):
+    for steps in (1, 2, 3, 7, 16, 17, 64, 100, 257):
+        query = torch.randn(2, 4, steps, 5, dtype=torch.float64)
+        key, value = torch.randn(2, 2, 2, steps, 5, dtype=torch.float64)
+        inputs = (query, key, value, torch.randn(rows, 2, 5, dtype=torch.float64) if rows else None)
+        torch.testing.assert_close(
+            _onnx.hierarchical_attention(*inputs, *options), attention._definition(*inputs, *options)
+        )

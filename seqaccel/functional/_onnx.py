@@ -3,32 +3,23 @@
 Recurrent layers that ONNX has operators for are in ``seqaccel.functional.rnn._onnx``.
 """
 
-import warnings
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqaccel.reference import scan as reference
+
+# Attention has the levels whose nodes are shorter. A level more costs every T its keys, and seconds of export.
+LONGEST_NODE = 1 << 16
 
 
 def exporting() -> bool:
     """Whether ``torch.onnx.export`` is recording; the second question alone would take 2 us a call."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-
-
-def refuse_any_length(operator: str, steps: int) -> None:
-    """Raises where ``steps`` is to vary: ONNX has no guards, and would compute wrong values at other lengths."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    if not has_static_value(steps):
-        message = (
-            f"{operator}: torch.onnx.export needs a fixed length here, as the levels depend on it; export "
-            "HierarchicalAttention.extend with a state of init_state(..., max_length=...) for any length"
-        )
-        warnings.warn(message, stacklevel=2)  # torch.onnx.export shows the error of its last attempt only
-        raise ValueError(message)
 
 
 def detached(*tensors: Tensor | None) -> list[Any]:
@@ -110,3 +101,71 @@ def sru(
         outputs.append(h)
         states.append(c_n)
     return torch.cat(outputs, -1), torch.cat(states, -1)
+
+
+def hierarchical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool_query: Tensor | None,
+    block_size: int,
+    fanout: int,
+    levels: int,
+    local_blocks: int,
+    causal: bool,
+    mass_bias: bool,
+    scale: float,
+) -> Tensor:
+    """``seqaccel.reference.attention.hierarchical_attention`` for any T: one graph with all levels that T may need.
+
+    A level without a node in T tokens changes nothing. No size is ever 0 or 1, which would tie the graph to a T: each
+    level has two rows that no query sees past its nodes.
+    """
+    B, H, T, D = query.shape
+    G = key.shape[1]
+    spans = [1]
+    while len(spans) - 1 != levels and spans[-1] * (fanout if len(spans) > 1 else block_size) < LONGEST_NODE:
+        spans.append(spans[-1] * (fanout if len(spans) > 1 else block_size))
+    blocks, rows = T // block_size + 2, H // G * block_size  # of a block: its queries of every head of a key head
+    steps = torch.arange(max(block_size, fanout), device=query.device)
+    first = block_size * torch.arange(blocks, device=query.device).unsqueeze(1)
+    place = first + steps[:block_size]
+    t = place.unsqueeze(1).expand(-1, H // G, -1).reshape(blocks, rows, 1)
+    query = (scale * query).view(B, G, H // G, T, D)[:, :, :, place.clamp_max(T - 1)]
+    query = query.transpose(2, 3).reshape(B, G, blocks, rows, D)
+    pair = F.pad(torch.cat([key, value], dim=-1), (0, 0, 0, 2))  # [B, G, nodes of a level + 2, 2 D]
+    logits, values = [], []
+    for level, span in enumerate(spans):
+        count = T // span
+        if level + 1 == len(spans):
+            node, chosen = torch.arange(count + 2, device=query.device).unsqueeze(0), pair.unsqueeze(2)
+        else:
+            children = spans[level + 1] // span
+            complete = T // spans[level + 1] * children
+            parent = first // spans[level + 1] - (local_blocks - 1)
+            reach = (local_blocks if causal else 2 * local_blocks - 1) * children
+            window = parent * children + torch.arange(reach, device=query.device)
+            rest = complete + steps[:children]
+            node = torch.cat([torch.where(window < complete, window, count), rest.expand(blocks, children)], dim=1)
+            chosen = pair[:, :, node.clamp(0, count)]
+        node, cell = node.unsqueeze(1), t // span
+        seen = (node >= 0) & (node < count)
+        if level > 0:
+            seen = seen & ((cell - node).abs() >= local_blocks)
+        if causal:
+            seen = seen & (node < cell + int(level == 0))
+        logit = query @ chosen[..., :D].transpose(3, 4) + (math.log(span) if mass_bias else 0.0)
+        logits.append(logit.masked_fill(~seen, -math.inf))
+        values.append(chosen[..., D:])
+        if level + 1 < len(spans):
+            parent = torch.arange(T // spans[level + 1] + 2, device=query.device).unsqueeze(1)
+            pair = pair[:, :, (parent * children + steps[:children]).clamp_max(count)]
+            if pool_query is None:
+                pair = pair.mean(3)
+            else:
+                row = pool_query[min(level + 1, pool_query.shape[0]) - 1].view(G, 1, D, 1)
+                pair = (torch.softmax(scale * (pair[..., :D] @ row), dim=3) * pair).sum(3)
+    weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1).split([logit.shape[-1] for logit in logits], dim=-1)
+    out = sum(weight @ value for weight, value in zip(weights[1:], values[1:], strict=True)) + weights[0] @ values[0]
+    out = out.view(B, G, blocks, H // G, block_size, D).transpose(2, 3)
+    return out.reshape(B, H, blocks * block_size, D).index_select(2, torch.arange(T, device=query.device))

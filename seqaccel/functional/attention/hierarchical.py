@@ -310,8 +310,7 @@ def hierarchical_attention(
     tensors: tuple[Any, ...] = _common.autocast(query, key, value, pool_query)
     query, key, value, pool_query = tensors
     if _onnx.exporting():
-        _onnx.refuse_any_length("hierarchical_attention", query.shape[2])
-        return _reference(query, key, value, pool_query, options)
+        return _onnx.hierarchical_attention(query, key, value, pool_query, *options)
     if _common.transforms_active():
         return _reference(query, key, value, pool_query, options)
     prefer = "reference" if query.device.type == "cuda" and not _triton_takes(query) else None
