@@ -10,7 +10,8 @@ import torch
 import seqaccel
 from seqaccel import functional as SF
 from seqaccel import nn
-from seqaccel.functional import _onnx, attention
+from seqaccel.functional import _onnx
+from seqaccel.functional.attention import hierarchical
 
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
 
@@ -293,5 +294,5 @@ def test_what_attention_exports_is_its_definition(options, rows):
         key, value = torch.randn(2, 2, 2, steps, 5, dtype=torch.float64)
         inputs = (query, key, value, torch.randn(rows, 2, 5, dtype=torch.float64) if rows else None)
         torch.testing.assert_close(
-            _onnx.hierarchical_attention(*inputs, *options), attention._definition(*inputs, *options)
+            _onnx.hierarchical_attention(*inputs, *options), hierarchical._definition(*inputs, *options)
         )

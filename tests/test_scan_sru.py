@@ -222,3 +222,33 @@ def test_saturated_gates_of_sru(dtype, edge):
         for a, b in zip(found, results[-1], strict=True):
             assert a.isfinite().all()
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("k", [3, 4])
+def test_padding_has_no_say(isa, k, directions):
+    """No output or gradient sees what lies at padding, not even NaN."""
+    steps, batch, channels = 6, 3, 37 * directions
+    padding = torch.arange(steps).unsqueeze(1) >= torch.tensor([6, 2, 1])
+    tensors = {"u": torch.randn(steps, batch, channels * k), "x": torch.randn(steps, batch, channels)}
+    if k == 4:
+        del tensors["x"]
+    tensors |= {"weight_c": torch.randn(2 * channels), "bias": torch.randn(2 * channels)}
+    tensors["c_0"] = torch.randn(batch, channels)
+    grads = [torch.randn(steps, batch, channels), torch.randn(batch, channels)]
+
+    def run(spoil):
+        place = padding.unsqueeze(2)
+        leaves = {name: t.masked_fill(place, spoil) if spoil and t.dim() == 3 else t for name, t in tensors.items()}
+        leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+        outputs = sru(**({"x": None} | leaves), mask_pad=padding, directions=directions)
+        spoilt = [grads[0].masked_fill(place, spoil) if spoil else grads[0], grads[1]]
+        return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), spoilt)]
+
+    with seqaccel.backend("cpp"), backends.isa(isa):
+        expected = run(None)
+        for bad in (float("nan"), float("inf")):
+            for found, wanted in zip(run(bad), expected, strict=True):
+                assert torch.equal(found, wanted)
