@@ -10,8 +10,8 @@ from torch import Tensor
 
 import seqaccel
 from seqaccel import backends
-from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn._layers import Direction, layer
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # T, B, I, H: one row and one step, ragged units, whole vectors, rows beyond a tile and beyond a chunk, weights that a
@@ -108,9 +108,9 @@ def weights_of(cell, tensors) -> list[Tensor | None]:
 def call(cell, tensors, backend, **options) -> list[Tensor]:
     """output, h_n and, where there is one, c_n; ``tensors`` by name, those missing being None."""
     with seqaccel.backend(backend):
-        found = _operator.layer(
-            cell, cell, tensors["input"], tensors["h_0"], tensors.get("c_0"), weights_of(cell, tensors), **options
-        )
+        lengths = options.pop("lengths", None)
+        direction = Direction(tensors["h_0"], tensors.get("c_0"), weights_of(cell, tensors), **options)
+        found = layer(cell, cell, tensors["input"], direction, lengths)
     return [t for t in found if t is not None]
 
 

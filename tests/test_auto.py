@@ -12,7 +12,7 @@ import torch
 from seqaccel import _extension, backends
 from seqaccel.functional import conv
 from seqaccel.functional.attention import hierarchical
-from seqaccel.functional.rnn import _operator
+from seqaccel.functional.rnn import _layers
 from seqaccel.functional.rnn._cells import Problem
 
 
@@ -60,7 +60,7 @@ BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 def test_auto_on_a_gpu(cell, dtype, hidden, zoned, expected, h100):
     tensor = on_a_gpu(dtype)
     problem = Problem(tensor.device, 100, 4, hidden, hidden, dtype, False, True, False)
-    assert _operator._choose(cell, tensor, problem, zoned) == expected
+    assert _layers.choose(cell, tensor, problem, zoned) == expected
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(16, True), (64, False), (300, True)])
@@ -69,7 +69,7 @@ def test_torch_runs_all_layers_as_auto_would(packed, batch, expected, h100):
     """What a module asks before its layers do: it sees the batch, packed or not."""
     shape, sizes = ((40, batch, 8), None) if not packed else ((40 * batch, 8), torch.tensor([batch] * 40))
     input = types.SimpleNamespace(**vars(on_a_gpu(torch.float16)), shape=shape)
-    assert _operator.torch_runs_all_layers("lstm", input, sizes, 512, False) == expected
+    assert _layers.torch_runs_all_layers("lstm", input, sizes, 512, False) == expected
 
 
 def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
@@ -77,7 +77,7 @@ def test_auto_on_a_small_or_an_old_gpu(h100, monkeypatch):
 
     def choice(cell, hidden, projected=False, batch=4, steps=100):
         problem = Problem(tensor.device, steps, batch, hidden, hidden, BFLOAT16, False, True, projected)
-        return _operator._choose(cell, tensor, problem, False)
+        return _layers.choose(cell, tensor, problem, False)
 
     assert choice("lstm", 64) == "triton" and choice("lstm", 64, projected=True) == "torch"  # that runs step by step
     assert choice("lstm", 512) == "triton" and choice("lstm", 512, batch=256) == "triton"
@@ -179,7 +179,7 @@ def test_compiling_changes_no_choice_on_a_gpu(cell, dtype, hidden, h100, monkeyp
 
     def choice(ragged=False):
         problem = Problem(tensor.device, 100, 4, hidden, hidden, dtype, ragged, True, False)
-        return _operator._choose(cell, tensor, problem, False)
+        return _layers.choose(cell, tensor, problem, False)
 
     eager = choice()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -206,7 +206,7 @@ def test_the_choice_can_be_traced(dtype, expected, h100, monkeypatch):
 
     def chosen(x):
         problem = Problem(torch.device("cuda", 0), x.shape[0], x.shape[1], 8, 512, dtype, False, True, False)
-        return x + 1, _operator._choose("lstm", x, problem, False)
+        return x + 1, _layers.choose("lstm", x, problem, False)
 
     compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend=count)
     for steps, batch in ((40, 3), (41, 17), (100, 30)):

@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import seqaccel
 from seqaccel import functional as SF
 from seqaccel import nn
-from seqaccel.functional.rnn import _operator
 from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn._layers import Direction, layer
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "support.md"
 EVERYTHING = bool(os.environ.get("SEQACCEL_TEST_ALL"))
@@ -282,13 +282,13 @@ class Layer(torch.nn.Module):
 
     def forward(self, input: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor, zone_h: Tensor, zone_c: Tensor) -> Any:
         weights = [self.weights.get(n) for n in self.spec.weights]
-        options: dict[str, Any] = {"lengths": lengths, "reverse": True}
+        options: dict[str, Any] = {"reverse": True}
         if self.spec.zoneout:
             options["zoneout_h"] = zone_h.sigmoid()
         if self.spec.zoneout and self.spec.has_cell_state:
             options["zoneout_c"] = zone_c.sigmoid()
         c_0 = c_0 if self.spec.has_cell_state else None
-        found = _operator.layer(self.cell, self.cell, input, h_0, c_0, weights, **options)
+        found = layer(self.cell, self.cell, input, Direction(h_0, c_0, weights, **options), lengths)
         return [t for t in found if t is not None]
 
 

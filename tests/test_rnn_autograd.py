@@ -7,8 +7,8 @@ from rnn_cases import each_kind, problem, random_grads, weights_of
 
 import seqaccel
 from seqaccel import _extension
-from seqaccel.functional.rnn import _operator
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
+from seqaccel.functional.rnn._layers import Direction, layer
 
 pytestmark = pytest.mark.skipif(
     _extension.autograd is None and _extension.cpp_error is not None, reason="the package was built without extensions"
@@ -24,9 +24,8 @@ def test_it_was_built():
 def call(tensors, cell, compiled, monkeypatch, reverse=False, states=True):
     monkeypatch.setattr(_extension, "autograd", _extension.autograd if compiled else None)
     state = (tensors["h_0"], tensors.get("c_0")) if states else (None, None)
-    found = _operator.plain_layer(cell, tensors["input"], *state, weights_of(cell, tensors), reverse)
+    found = layer(cell, cell, tensors["input"], Direction(*state, weights_of(cell, tensors), reverse))
     monkeypatch.undo()
-    assert found is not None
     outputs = [t for t in found if t is not None]
     if torch.is_grad_enabled() and outputs[0].requires_grad:
         assert ("Layer>" in outputs[0].grad_fn.name()) == compiled, outputs[0].grad_fn.name()
@@ -220,10 +219,10 @@ def test_other_devices_are_refused(compiled, monkeypatch):
 
 def test_what_does_not_fit_is_none():
     tensors, _ = lstm()
-    weights = weights_of("lstm", tensors)
+    weights, node = weights_of("lstm", tensors), _extension.autograd.layers
     for bad in ([w and w[:-1] if w is None else w[:-1] for w in weights], weights[:1], [None] * 5, ["weight"] * 5):
-        assert _operator.plain_layer("lstm", tensors["input"], None, None, bad, False) is None
-    assert _operator.plain_layer("lstm", tensors["input"][0], None, None, weights, False) is None
+        assert node("lstm", tensors["input"], None, None, [bad], 1, False, True, 0.0, 0.0) is None
+    assert node("lstm", tensors["input"][0], None, None, [weights], 1, False, True, 0.0, 0.0) is None
 
 
 def test_another_torch_takes_python(monkeypatch):

@@ -8,8 +8,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import seqaccel
-from seqaccel.functional.rnn import _torch
-from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.functional.rnn import _layers, _torch
 
 CELLS = ["rnn_relu", "rnn_tanh", "lstm", "gru"]  # by cuDNN's numbers
 
@@ -66,7 +65,8 @@ def cudnn(monkeypatch):
     library.impl("_cudnn_rnn", forward, "CPU")
     library.impl("_cudnn_rnn_backward", backward, "CPU")
     monkeypatch.setattr(_torch, "is_opaque", lambda device, dtype: True)
-    monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input, batch_sizes: True)
+    monkeypatch.setattr(_layers, "_node", lambda: None)
+    monkeypatch.setattr(_layers, "torch_runs_all_layers", lambda *_: True)
     yield
     library._destroy()
     torch._dynamo.reset()

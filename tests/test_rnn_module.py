@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import seqaccel
 from seqaccel.functional import lstm
-from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.functional.rnn import _layers
 from seqaccel.reference import rnn as reference
 
 STOCK = {"RNN": {}, "GRU": {}, "LSTM": {}}
@@ -76,13 +76,18 @@ def at(state, index):
 # ---- torch.nn ----
 
 
+def torch_runs_all_layers(monkeypatch):
+    monkeypatch.setattr(_layers, "_node", lambda: None)
+    monkeypatch.setattr(_layers, "torch_runs_all_layers", lambda *_: True)
+
+
 @pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @each_torch_module
 def test_is_torch_nn(name, options, layout, by_torch, monkeypatch):
     """With our kernels, and ``by_torch`` as on a GPU where torch's operator is faster."""
     if by_torch:
-        monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input, batch_sizes: True)
+        torch_runs_all_layers(monkeypatch)
     stock, ours = twins(name, options, **layout)
     assert repr(ours) == repr(stock)
     assert list(ours.state_dict()) == list(stock.state_dict())
@@ -117,7 +122,7 @@ def test_is_torch_nn(name, options, layout, by_torch, monkeypatch):
 @each_torch_module
 def test_streams_of_torch_s_operator(name, options, monkeypatch):
     """A state comes transposed, a chunk may have no step, and eval takes gradients, with dropout between layers too."""
-    monkeypatch.setattr(Recurrent, "_torch_runs", lambda self, input, batch_sizes: True)
+    torch_runs_all_layers(monkeypatch)
     stock, ours = (module.eval() for module in twins(name, options, num_layers=2, dropout=0.3))
     x = torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
     state, chunks = ours.init_state(4), []

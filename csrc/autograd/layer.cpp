@@ -1,7 +1,7 @@
-// The autograd node of a recurrent layer without lengths and zoneout, and the call itself: what
-// functional/rnn/_operator.py does in Python, which takes as long as the kernels of a small problem. Against torch's
-// C++ API, so for one torch.
+// Recurrent layers without lengths and zoneout, and their autograd node: what functional/rnn/ does in Python, which
+// takes as long as the kernels of a small problem. Against torch's C++ API, so for one torch.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -31,10 +31,15 @@ torch::jit::Stack call_forward(const std::string& cell, const Arguments& a, size
   return stack;
 }
 
-// h_n and c_n are those of a module of one layer and direction: [1, B, .].
-variable_list outputs_of(const torch::jit::Stack& found, bool has_c) {
-  variable_list outputs{found[0].toTensor(), found[1].toTensor().unsqueeze(0)};
-  if (has_c) outputs.push_back(found[2].toTensor().unsqueeze(0));
+// `stacked`: h_n and c_n are those of a module of one layer and direction, [1, B, .], else [B, .].
+variable_list outputs_of(const torch::jit::Stack& found, bool has_c, bool stacked) {
+  variable_list outputs{found[0].toTensor()};
+  for (int i = 1; i < (has_c ? 3 : 2); ++i) {
+    const Tensor& state = found[i].toTensor();
+    // The operator's own, which nobody else has seen: unsqueeze would take 0.5 us.
+    if (stacked) state.unsafeGetTensorImpl()->set_sizes_contiguous({1, state.size(0), state.size(1)});
+    outputs.push_back(state);
+  }
   return outputs;
 }
 
@@ -62,12 +67,12 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
   static constexpr bool is_traceable = true;
 
   template <typename... T>
-  static variable_list forward(AutogradContext* ctx, const std::string& cell, bool reverse, size_t count,
+  static variable_list forward(AutogradContext* ctx, const std::string& cell, bool reverse, bool stacked, size_t count,
                                const T&... arguments) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Arguments a{arguments...};
     const auto found = call_forward(cell, a, count, reverse, true);
-    const variable_list outputs = outputs_of(found, a[2].has_value());
+    const variable_list outputs = outputs_of(found, a[2].has_value(), stacked);
     variable_list saved{outputs[0].variable_data()};
     ctx->saved_data["output"] = watch(outputs[0]);
     for (const Optional& t : a) saved.push_back(t.value_or(Tensor()));
@@ -94,11 +99,11 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     }
     std::array<Optional, 3> of_outputs;  // as the operator has them
     for (size_t i = 0; i < outer.size(); ++i) {
-      if (outer[i].defined()) of_outputs[i] = i == 0 ? outer[0] : outer[i].squeeze(0);
+      if (outer[i].defined()) of_outputs[i] = i > 0 && outer[i].dim() == 3 ? outer[i].squeeze(0) : outer[i];
     }
-    variable_list grads(3 + a.size());  // of forward's arguments
+    variable_list grads(4 + a.size());  // of forward's arguments
     const auto give = [&](size_t i, const Tensor& grad) {
-      if (needs[i]) grads[3 + i] = grad;
+      if (needs[i]) grads[4 + i] = grad;
     };
     if (at::GradMode::is_enabled() || std::any_of(outer.begin(), outer.end(), is_batched)) {
       const auto found = again(cell, reverse, at::ArrayRef<Optional>(a.data(), 3 + count),
@@ -157,49 +162,148 @@ bool take(const py::handle& given, Optional& t) {
   return is_ordinary(*t);
 }
 
-// output [T, B, P], h_n [1, B, P], c_n [1, B, H] if the cell has it. States that are None are zero; weight_hh has gates
-// * H rows. Nothing: something is in the way (function modes, forward-mode AD, whose tangents the node would lose), or
-// sizes or dtypes do not fit; for Python to do or to refuse. Of no steps: modules refuse them, streams do not.
-std::optional<variable_list> layer(const std::string& cell, const py::handle& input, const py::handle& h_0,
-                                   const py::handle& c_0, const py::sequence& weights, bool reverse, int64_t gates,
-                                   bool has_c) {
-  const size_t count = weights.size();
-  Arguments a;
-  if (count < 2 || count > 8 || at::impl::torch_function_mode_enabled() ||
-      torch::autograd::ForwardADLevel::try_get_by_idx(0)) {
-    return {};
+// A row of functional/rnn/_cells.py. `shapes`: of its weights, a letter for each dimension, then `?` if it may be
+// missing.
+struct Cell {
+  std::string title;  // of the forward pass in a profile
+  int64_t gates;
+  bool has_c;
+  std::vector<std::string> shapes;
+};
+
+std::map<std::string, Cell>& cells() {
+  static std::map<std::string, Cell> table;
+  return table;
+}
+
+void add_cell(const std::string& name, int64_t gates, bool has_c, std::vector<std::string> shapes) {
+  cells()[name] = {"seqaccel::" + name + "_forward", gates, has_c, std::move(shapes)};
+}
+
+struct Sizes {
+  int64_t L, B, I, G, P, H;
+
+  int64_t operator[](char letter) const {
+    switch (letter) {
+      case 'L':
+        return L;
+      case 'B':
+        return B;
+      case 'I':
+        return I;
+      case 'G':
+        return G;
+      case 'P':
+        return P;
+      case 'H':
+        return H;
+      default:
+        return letter - '0';
+    }
   }
-  bool ordinary = take(input, a[0]) && take(h_0, a[1]) && take(c_0, a[2]);
-  for (size_t i = 0; i < count && ordinary; ++i) ordinary = take(weights[i], a[3 + i]);
-  if (!ordinary || !a[0] || !a[3] || !a[4]) return {};
-  py::gil_scoped_release no_gil;
-  const Tensor &x = *a[0], &weight_ih = *a[3], &weight_hh = *a[4];
-  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kDouble) return {};
-  for (const Optional& t : a) {
-    if (t && t->scalar_type() != x.scalar_type()) return {};
+};
+
+bool fits(const Optional& t, std::string_view shape, const Sizes& sizes, at::ScalarType dtype) {
+  const bool optional = shape.back() == '?';
+  if (!t) return optional;
+  if (optional) shape.remove_suffix(1);
+  if (t->scalar_type() != dtype || t->dim() != int64_t(shape.size())) return false;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (t->size(i) != sizes[shape[i]]) return false;
   }
-  if (x.dim() != 3 || weight_ih.dim() != 2 || weight_hh.dim() != 2 || x.size(0) == 0 ||
-      x.size(2) != weight_ih.size(1)) {
-    return {};
-  }
-  if (!a[1]) {
-    a[1] = at::zeros({x.size(1), weight_hh.size(1)}, x.options());
-    if (has_c) a[2] = at::zeros({x.size(1), weight_hh.size(0) / gates}, x.options());
-  }
-  RECORD_FUNCTION("seqaccel::" + cell + "_forward", c10::ArrayRef<const c10::IValue>());
+  return true;
+}
+
+// at::zeros without the dispatcher: a sixth of its time.
+Tensor zeros(int64_t rows, int64_t columns, const Tensor& like) {
+  Tensor t = at::detail::empty_cpu({rows, columns}, like.options());
+  if (t.nbytes()) std::memset(t.mutable_data_ptr(), 0, t.nbytes());
+  return t;
+}
+
+// One layer and direction: output [T, B, P], h_n and, if the cell has it, c_n.
+variable_list layer(const std::string& cell, const std::string& title, const Arguments& a, size_t count, bool reverse,
+                    bool stacked) {
+  RECORD_FUNCTION(title, c10::ArrayRef<const c10::IValue>());
   const auto records = [](const Optional& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && std::any_of(a.begin(), a.end(), records)) {
-    return std::apply([&](const auto&... each) { return RecurrentLayer::apply(cell, reverse, count, each...); }, a);
+    return std::apply(
+        [&](const auto&... each) { return RecurrentLayer::apply(cell, reverse, stacked, count, each...); }, a);
   }
   at::AutoDispatchBelowADInplaceOrView below;  // no views, which may not be detached in place
-  const auto found = call_forward(cell, a, count, reverse, false);
-  return outputs_of(found, has_c);
+  return outputs_of(call_forward(cell, a, count, reverse, false), a[2].has_value(), stacked);
+}
+
+// All layers and directions: output [T, B, D * P] and (h_n [L, B, P], c_n [L, B, H] if the cell has it), where L counts
+// the lists of weights; without `stacked`, for one list, the states are [B, .]. States that are None are zero.
+// `dropout` is of the outputs between layers, `recurrent_dropout` of weight_hh. Nothing: something is in the way
+// (function modes, forward-mode AD, whose tangents the node would lose), or sizes or dtypes do not fit, for Python to
+// do or to refuse; and where there are no steps.
+std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, const py::handle& input,
+                                                   const py::handle& h_0, const py::handle& c_0,
+                                                   const py::list& weights, int64_t directions, bool reverse,
+                                                   bool stacked, double dropout, double recurrent_dropout) {
+  const Cell& cell = cells().at(name);
+  const size_t count = cell.shapes.size(), stack = weights.size();
+  if (at::impl::torch_function_mode_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0)) return {};
+  Optional x, h, c;
+  if (!take(input, x) || !take(h_0, h) || !take(c_0, c)) return {};
+  std::vector<Arguments> calls(stack);
+  for (size_t k = 0; k < stack; ++k) {
+    const auto of_layer = weights[k].cast<py::list>();
+    if (of_layer.size() != count) return {};
+    for (size_t i = 0; i < count; ++i) {
+      if (!take(of_layer[i], calls[k][3 + i])) return {};
+    }
+  }
+  py::gil_scoped_release no_gil;
+  if (!x || x->dim() != 3 || x->size(0) == 0) return {};
+  const at::ScalarType dtype = x->scalar_type();
+  if ((dtype != at::kFloat && dtype != at::kDouble) || c.has_value() != (h && cell.has_c)) return {};
+  Sizes sizes{int64_t(stack), x->size(1), x->size(2), 0, 0, 0};
+  for (size_t k = 0; k < stack; ++k) {
+    const Optional& weight_hh = calls[k][4];
+    if (!weight_hh || weight_hh->dim() != 2) return {};
+    if (k && k % directions == 0) sizes.I = directions * sizes.P;
+    sizes.G = weight_hh->size(0), sizes.P = weight_hh->size(1), sizes.H = sizes.G / cell.gates;
+    bool projected = false;
+    for (size_t i = 0; i < count; ++i) {
+      if (!fits(calls[k][3 + i], cell.shapes[i], sizes, dtype)) return {};
+      projected |= cell.shapes[i][0] == 'P' && calls[k][3 + i];
+    }
+    if (sizes.H * cell.gates != sizes.G || sizes.H == 0 || (!projected && sizes.P != sizes.H)) return {};
+    const int first = stacked ? 0 : 1;  // letter
+    if ((h && !fits(h, "LBP" + first, sizes, dtype)) || (c && !fits(c, "LBH" + first, sizes, dtype))) return {};
+  }
+  Tensor y = *x;
+  variable_list h_n, c_n, outputs;
+  for (size_t k = 0; k < stack; ++k) {
+    Arguments& a = calls[k];
+    if (k && k % directions == 0 && dropout > 0) y = at::dropout(y, dropout, true);
+    if (recurrent_dropout > 0) a[4] = at::dropout(*a[4], recurrent_dropout, true);
+    a[0] = y;
+    a[1] = h ? (stacked ? h->select(0, k) : *h) : zeros(sizes.B, a[4]->size(1), *x);
+    if (cell.has_c) a[2] = c ? (stacked ? c->select(0, k) : *c) : zeros(sizes.B, a[4]->size(0) / cell.gates, *x);
+    variable_list found = layer(name, cell.title, a, count, reverse || k % directions == 1, stacked);
+    h_n.push_back(found[1]);
+    if (cell.has_c) c_n.push_back(found[2]);
+    outputs.push_back(std::move(found[0]));
+    if (int64_t(outputs.size()) < directions) continue;
+    y = directions == 1 ? outputs[0] : at::cat(outputs, -1);
+    outputs.clear();
+  }
+  const auto joined = [&](const variable_list& parts) { return stack == 1 ? parts[0] : at::cat(parts); };
+  h = joined(h_n);
+  if (cell.has_c) c = joined(c_n);
+  py::gil_scoped_acquire gil;
+  return std::pair(y, cell.has_c ? py::tuple(py::make_tuple(*h, *c)) : py::tuple(py::make_tuple(*h)));
 }
 
 }  // namespace
 }  // namespace seqaccel
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("layer", &seqaccel::layer);
+  m.def("add_cell", &seqaccel::add_cell);
+  m.def("layers", &seqaccel::layers);
   m.def("watch", &seqaccel::watch);
 }

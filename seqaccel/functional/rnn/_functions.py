@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from seqaccel import _arguments
-from seqaccel.functional.rnn import _operator
+from seqaccel.functional.rnn._layers import Direction, layer
 
 Pair = tuple[Tensor, Tensor]
 Factor = float | Tensor | None
@@ -63,9 +63,7 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: expected nonlinearity to be 'tanh' or 'relu', but got {nonlinearity!r}")
     weights = [weight_ih, weight_hh, bias_ih, bias_hh]
-    output, h_n, _ = _operator.layer(
-        "rnn", f"rnn_{nonlinearity}", input, h_0, None, weights, lengths=lengths, reverse=reverse
-    )
+    output, h_n, _ = layer("rnn", f"rnn_{nonlinearity}", input, Direction(h_0, None, weights, reverse), lengths)
     return output, h_n
 
 
@@ -130,17 +128,9 @@ def gru(
         (torch.Size([7, 2, 5]), True)
     """
     _arguments.flag("gru", "reset_after", reset_after)
-    output, h_n, _ = _operator.layer(
-        "gru",
-        "gru" if reset_after else "gru_reset_before",
-        input,
-        h_0,
-        None,
-        [weight_ih, weight_hh, bias_ih, bias_hh],
-        lengths=lengths,
-        reverse=reverse,
-        zoneout_h=zoneout,
-    )
+    cell = "gru" if reset_after else "gru_reset_before"
+    direction = Direction(h_0, None, [weight_ih, weight_hh, bias_ih, bias_hh], reverse, zoneout)
+    output, h_n, _ = layer("gru", cell, input, direction, lengths)
     return output, h_n
 
 
@@ -153,9 +143,8 @@ def _with_cell_state(name, cell, input, state, weights, lengths, reverse, zoneou
         if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
             raise TypeError(f"{name}: expected zoneout to be a pair, of h and of c, but got {zoneout!r:.60}")
         zoneout_h, zoneout_c = zoneout
-    output, h_n, c_n = _operator.layer(
-        name, cell, input, h_0, c_0, weights, lengths=lengths, reverse=reverse, zoneout_h=zoneout_h, zoneout_c=zoneout_c
-    )
+    direction = Direction(h_0, c_0, weights, reverse, zoneout_h, zoneout_c)
+    output, h_n, c_n = layer(name, cell, input, direction, lengths)
     assert c_n is not None
     return output, (h_n, c_n)
 
@@ -413,17 +402,9 @@ def layer_norm_gru(
         >>> output.shape, torch.equal(output[-1], h_n)
         (torch.Size([7, 2, 5]), True)
     """
-    output, h_n, _ = _operator.layer(
-        "layer_norm_gru",
-        "layer_norm_gru",
-        input,
-        h_0,
-        None,
-        [weight_ih, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight],
-        lengths=lengths,
-        reverse=reverse,
-        zoneout_h=zoneout,
-    )
+    weights = [weight_ih, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight]
+    direction = Direction(h_0, None, weights, reverse, zoneout)
+    output, h_n, _ = layer("layer_norm_gru", "layer_norm_gru", input, direction, lengths)
     return output, h_n
 
 

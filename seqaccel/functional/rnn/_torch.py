@@ -211,27 +211,32 @@ def all_layers(
     cell: str,
     input: Tensor,
     batch_sizes: Tensor | None,
-    state: tuple[Tensor, ...],
-    weights: list[Tensor],
-    num_layers: int,
-    *,
-    has_biases: bool,
+    state: tuple[Tensor, ...] | None,
+    weights: Sequence[Sequence[Tensor | None]],
+    directions: int,
     dropout: float,
     training: bool,
-    bidirectional: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All layers of a module on input (T, B, I), or (N, I) packed with ``batch_sizes``; states (layers, B, ·)."""
-    traced = torch.jit.is_tracing()
+    """All layers on input (T, B, I), or (N, I) packed with ``batch_sizes``; states (layers * directions, B, ·), by
+    default zero. ``weights``: of each layer and direction."""
+    traced, num_layers = torch.jit.is_tracing(), len(weights) // directions
+    has_biases = weights[0][2] is not None
+    flat = [weight for own in weights for weight in own if weight is not None]
+    if state is None:
+        batch: Any = batch_sizes[0] if batch_sizes is not None else input.shape[1]
+        gates_H, P = weights[0][1].shape  # type: ignore[union-attr]
+        widths = (P, gates_H // CELLS[cell].gates)[: 2 if CELLS[cell].has_cell_state else 1]
+        state = tuple(input.new_zeros(len(weights), batch, width) for width in widths)
     if batch_sizes is None and not traced and input.shape[0] == 0:
-        width = state[0].shape[-1] * (2 if bidirectional else 1)
+        width = state[0].shape[-1] * directions
         return input.new_zeros(0, input.shape[1], width), tuple(part.clone() for part in state)
     if batch_sizes is None and is_opaque(input.device, input.dtype):
-        return _opaque(cell, input, state, weights, num_layers, dropout if training else 0.0, bidirectional)
+        return _opaque(cell, input, state, flat, num_layers, dropout, directions == 2)
     state = tuple(part.contiguous() for part in state)
     first = state if len(state) > 1 else state[0]
     # cuDNN's backward pass asks for a forward pass in training, which without dropout changes nothing else.
     train = training or (torch.is_grad_enabled() and not traced)
-    options = (weights, has_biases, num_layers, dropout if training else 0.0, train, bidirectional)
+    options = (flat, has_biases, num_layers, dropout, train, directions == 2)
     operator = getattr(torch._VF, cell)
     if batch_sizes is None:
         output, *last = operator(input, first, *options, False)
@@ -241,7 +246,7 @@ def all_layers(
 
 
 def step(
-    cell: str, input: Tensor, state: tuple[Tensor, ...] | None, weights: tuple[Tensor | None, ...]
+    cell: str, input: Tensor, state: tuple[Tensor, ...] | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """torch's operator of a single step: the new state from input (B, I) and (h,) or (h, c), by default zero."""
     if cell == "lstm":

@@ -8,10 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqaccel import _arguments, _common
-from seqaccel.functional.rnn import _onnx, _packed, _torch
-from seqaccel.functional.rnn._cells import CELLS, CellSpec
-from seqaccel.functional.rnn._operator import is_plain, plain_layer, run_at_once, torch_runs_all_layers
-from seqaccel.functional.rnn._operator import layer as run_layer
+from seqaccel.functional.rnn import CELLS, CellSpec, layers
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import Streaming
 
@@ -164,132 +161,26 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
 
     # ---- forward ----
 
-    def _factors(self, input: Tensor) -> dict[str, Any]:
-        """Zoneout: masks for a training step, the expectation in eval."""
-        if not self.zoneout:
-            return {}
-        rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)
-        if self.training:
-            rates = tuple(
-                torch.empty(*input.shape[:-1], width, device=input.device, dtype=input.dtype).bernoulli_(rate)
-                if rate
-                else None
-                for rate, width in zip(rates, widths, strict=True)
-            )
-        names = ("zoneout_h", "zoneout_c")[: 2 if self._spec.has_cell_state else 1]
-        return dict(zip(names, rates, strict=False))
-
     def _run(
-        self,
-        input: Tensor,
-        state: tuple[Tensor, ...] | None,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None = None,
+        self, input: Tensor, state: tuple[Tensor, ...] | None, batch_sizes: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers on input (T, B, I), or (N, I) packed with ``batch_sizes``; a state is (h,) or (h, c), each
         (layers * directions, B, ·)."""
-        if (lengths is None or batch_sizes is not None) and self._torch_runs(input, batch_sizes):
-            return self._run_torch(input, state, batch_sizes)
-        cell = self.cell
-        has_cell_state = CELLS[cell].has_cell_state
-        directions = 2 if self.bidirectional else 1
-        last: list[list[Tensor]] = [[], []]
-        plain = lengths is None and not self.zoneout and is_plain(cell, input)
-        operator_of_onnx = not plain and _onnx.exporting() and _onnx.is_operator(cell, self.zoneout)
-        for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0:
-                input = torch.nn.functional.dropout(input, self.dropout, self.training)
-            if operator_of_onnx:  # of both directions
-                first, end = layer * directions, (layer + 1) * directions
-                h_0, c_0 = (None, None) if state is None else (*(part[first:end] for part in state), None)[:2]
-                both = [self._layer_weights(index) for index in range(first, end)]
-                input, h_n, c_n = _onnx.layer(cell, input, h_0, c_0, both, lengths)
-                last[0].append(h_n)
-                last[1].extend(() if c_n is None else (c_n,))
-                continue
-            outputs = []
-            for direction in range(directions):
-                index = layer * directions + direction
-                weights = self._layer_weights(index)
-                if self.recurrent_dropout > 0 and self.training:
-                    weights[1] = torch.nn.functional.dropout(weights[1], self.recurrent_dropout)  # type: ignore[arg-type]
-                h_0, c_0 = None, None
-                if state is not None:
-                    h_0, c_0 = state[0][index], state[1][index] if has_cell_state else None
-                found = plain_layer(cell, input, h_0, c_0, weights, direction == 1) if plain else None
-                if found is None:
-                    output, h, c = run_layer(
-                        cell,
-                        cell,
-                        input,
-                        h_0,
-                        c_0,
-                        weights,
-                        lengths=lengths,
-                        batch_sizes=batch_sizes,
-                        reverse=direction == 1,
-                        **self._factors(input),
-                    )
-                    found = output, torch.stack((h,)), None if c is None else torch.stack((c,))
-                outputs.append(found[0])
-                last[0].append(found[1])
-                if found[2] is not None:
-                    last[1].append(found[2])
-            input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        return input, tuple(part[0] if len(part) == 1 else torch.cat(part) for part in last if part)
-
-    def _run_at_once(self, input: Tensor) -> tuple[Tensor, Hidden] | None:
-        """What ``forward`` does for one layer and direction from zero states, in few steps of Python, which are slow
-        behind kernels that filled the caches: (T, B, H) = (128, 1, 512) 45 us instead of 100. None: for ``forward``."""
-        if self.num_layers > 1 or self.bidirectional or self.zoneout or self.recurrent_dropout > 0:
-            return None
-        for name in self._all_weights[0]:
-            if name not in self._parameters:  # calculated at each look (parametrizations), which shall be one
-                return None
-        if torch.jit.is_tracing() or input.dim() != 3 or input.size(2) != self.input_size:
-            return None
-        if self.batch_first:
-            input = input.transpose(0, 1)
-        found = run_at_once(self.cell, input, None, None, self._layer_weights(0), False)
-        if found is None:
-            return None
-        output = found[0].transpose(0, 1) if self.batch_first else found[0]
-        return output, found[1] if len(found) == 2 else (found[1], found[2])
-
-    def _torch_runs(self, input: Tensor, batch_sizes: Tensor | None) -> bool:
-        """Whether torch's operator runs all layers: on a GPU, where it is faster, and where torch.jit traces."""
-        return (
-            (input.is_cuda or torch.jit.is_tracing())
-            and not self.zoneout
-            and not (self.recurrent_dropout > 0 and self.training)
-            and torch_runs_all_layers(self.cell, input, batch_sizes, self.hidden_size, self.proj_size > 0)
-        )
-
-    def _run_torch(
-        self, input: Tensor, state: tuple[Tensor, ...] | None, batch_sizes: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        directions = 2 if self.bidirectional else 1
-        if state is None:
-            batch: Any = batch_sizes[0] if batch_sizes is not None else input.shape[1]
-            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self._spec.has_cell_state else 1]
-            state = tuple(input.new_zeros(self.num_layers * directions, batch, width) for width in widths)
-        layers = [self._layer_weights(index) for index in range(self.num_layers * directions)]
-        return _torch.all_layers(
+        return layers(
             self.cell,
             input,
-            batch_sizes,
             state,
-            [weight for weights in layers for weight in weights if weight is not None],
-            self.num_layers,
-            has_biases=self.bias,
-            dropout=self.dropout,
-            training=self.training,
+            [self._layer_weights(index) for index in range(len(self._all_weights))],
+            batch_sizes=batch_sizes,
             bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            recurrent_dropout=self.recurrent_dropout,
+            zoneout=self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout),
+            training=self.training,
         )
 
     def _hidden(self, state: tuple[Tensor, ...]) -> Hidden:
-        return state if self._spec.has_cell_state else state[0]
+        return state if len(state) > 1 else state[0]
 
     def _state(self, hx: Hidden | None) -> tuple[Tensor, ...] | None:
         return hx if hx is None or self._spec.has_cell_state else (hx,)
@@ -298,7 +189,11 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
         layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
         return layers, batch, self.hidden_size
 
-    check_input = _common.unrecorded(torch.nn.RNNBase.check_input)
+    @_common.unrecorded
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        if input.dtype != self._flat_weights[0].dtype:  # type: ignore[union-attr]
+            self._update_flat_weights()
+        super().check_input(input, batch_sizes)
 
     @_common.unrecorded
     def check_forward_args(self, input: Tensor, hidden: Hidden, batch_sizes: Tensor | None) -> None:
@@ -369,22 +264,27 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
     def forward(
         self, input: Tensor | PackedSequence, hx: Hidden | None = None
     ) -> tuple[Tensor | PackedSequence, Hidden]:
-        if hx is None and type(input) is Tensor:
-            found = self._run_at_once(input)
-            if found is not None:
-                return found
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        if not isinstance(input, Tensor):
-            return self._instead("input", input, hx=hx)
-        self._check_call(input, hx)
+        if type(input) is not Tensor:
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx)
+            if not isinstance(input, Tensor):
+                return self._instead("input", input, hx=hx)
+        if (
+            hx is not None
+            or torch.jit.is_tracing()
+            or input.dim() != 3
+            or input.size(2) != self.input_size
+            or input.size(1 if self.batch_first else 0) == 0
+            or input.dtype is not self._flat_weights[0].dtype  # type: ignore[union-attr]
+        ):
+            self._check_call(input, hx)
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         state = self._state(hx)
         if not batched:
             input = input.unsqueeze(batch_dim)
             state = None if state is None else tuple(part.unsqueeze(1) for part in state)
-        output, last = self._run(input.transpose(0, 1) if self.batch_first else input, state, None)
+        output, last = self._run(input.transpose(0, 1) if self.batch_first else input, state)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not batched:
@@ -399,14 +299,7 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
             self._check_hidden(hx)
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
-        traced = torch.jit.is_tracing() and self._torch_runs(data, batch_sizes)
-        lengths = None if traced else _packed.lengths_of(batch_sizes)
-        if (data.device.type == "cpu" and not _onnx.exporting()) or self._torch_runs(data, batch_sizes):
-            output, last = self._run(data, self._state(hx), lengths, batch_sizes)
-        else:  # padded once for all layers
-            assert lengths is not None
-            output, last = self._run(_packed.pad(data, batch_sizes, lengths), self._state(hx), lengths)
-            output = _packed.pack(output, batch_sizes, lengths)
+        output, last = self._run(data, self._state(hx), batch_sizes)
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(self._hidden(last), unsorted_indices),
@@ -452,7 +345,7 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
             raise ValueError(f"{self._title}: expected x to be a chunk of 3 dimensions, but got {x.dim()}")
         first = tuple(part.transpose(0, 1) for part in state)
         self.check_forward_args(x, self._hidden(first), None)
-        output, last = self._run(x.transpose(0, 1) if self.batch_first else x, first, None)
+        output, last = self._run(x.transpose(0, 1) if self.batch_first else x, first)
         # Copies: as views, dimensions of size 1 would have other strides than ``init_state`` gives them.
         state = tuple(part.transpose(0, 1).clone(memory_format=torch.contiguous_format) for part in last)
         return output.transpose(0, 1) if self.batch_first else output, state

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import _arguments, _common
-from seqaccel.functional.rnn._operator import layer as run_layer
-from seqaccel.functional.rnn._operator import torch_step_is_faster
-from seqaccel.functional.rnn._torch import step as torch_step
+from seqaccel.functional.rnn import step
 from seqaccel.nn._leaf import Leaf
 
 #: torch's names of dtypes, as its messages have them.
@@ -39,18 +37,13 @@ class _Cell(Leaf, torch.nn.RNNCellBase):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else tuple(part.unsqueeze(0) for part in hx)
-        if torch_step_is_faster(cell, input, self.hidden_size):
-            found = torch_step(cell, input, hx, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
-            return found if batched else tuple(part.squeeze(0) for part in found)
         self._check(input, hx or ())
-        h_0, c_0 = (*(hx or ()), None, None)[:2]
         weights: list[Tensor | None] = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         if cell == "lstm":
             weights.append(None)
-        _, h, c = run_layer(cell, cell, input.unsqueeze(0), h_0, c_0, weights)
-        state: tuple[Tensor, ...] = (h,) if c is None else (h, c)
-        if c is not None and input.device.type == "cpu":  # as autocast has it for torch.nn.LSTMCell
-            carried = torch.promote_types(input.dtype if c_0 is None else c_0.dtype, c.dtype)
+        state = step(cell, input, hx, weights)
+        if cell == "lstm" and input.device.type == "cpu":  # as autocast has it for torch.nn.LSTMCell
+            carried = torch.promote_types(input.dtype if hx is None else hx[1].dtype, state[1].dtype)
             state = tuple(part.to(carried) for part in state)
         return state if batched else tuple(part.squeeze(0) for part in state)
 
