@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqaccel import __version__, _arguments, _extension, backends
 from seqaccel.convert import REPLACEMENTS
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 

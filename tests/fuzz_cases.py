@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import seqaccel
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 
 Arguments = dict[str, Any]  # by the schema's names
 Generator = Callable[[random.Random], Arguments]

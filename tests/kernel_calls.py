@@ -7,7 +7,7 @@ import functools
 import torch
 from rnn_cases import kinds, problem, weights_of, zoneout_masks
 
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 from seqaccel.kernels import conv, rnn, scan
 from seqaccel.kernels.attention import hierarchical
 

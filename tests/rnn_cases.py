@@ -10,7 +10,7 @@ from torch import Tensor
 
 import seqaccel
 from seqaccel import backends
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.rnn._layers import Direction, layer
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import seqaccel
 from seqaccel import functional as SF
 from seqaccel import nn
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.rnn._layers import Direction, layer
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "support.md"

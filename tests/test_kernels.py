@@ -19,16 +19,10 @@ from kernel_calls import TABLE, calls_of  # noqa: E402
 from rnn_cases import problem, weights_of  # noqa: E402
 
 import seqaccel  # noqa: E402
-<<<<<<< HEAD
-from seqaccel.functional.rnn._operator import layer  # noqa: E402
+from seqaccel.functional.rnn._layers import Direction, layer  # noqa: E402
 from seqaccel.kernels import _launch, _math  # noqa: E402
 from seqaccel.kernels.attention import hierarchical  # noqa: E402
 from seqaccel.kernels.attention.hierarchical import attend  # noqa: E402
-=======
-from seqaccel.functional.rnn._layers import Direction, layer  # noqa: E402
-from seqaccel.kernels import _launch, _math, attention  # noqa: E402
-from seqaccel.kernels.attention import attend  # noqa: E402
->>>>>>> 0d51557 (One road for recurrent calls: functional.rnn.layers asks the C++ node once, which now does all layers and directions; cells and functions ask it too)
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
 

@@ -20,8 +20,6 @@ BELOW = {
     "nn": {"_arguments", "_common", "functional", "nn"},
     "convert": {"_arguments", "convert", "nn"},
 }
-# Folders that still use private names of the layer below.
-PRIVATE = {"nn/rnn"}
 # Names that a layer knows nothing of.
 UNKNOWN = {"reference": {"Function", "Module"}, "kernels": {"Function", "Module"}}
 # What each folder of csrc may include, itself besides.
@@ -71,19 +69,19 @@ def test_imports_go_down(layer: str, path: pathlib.Path) -> None:
     place = ROOT / "kernels" if layer == "kernels" else ROOT / "seqaccel"
     folders = [] if path.parent == place else list(path.parent.relative_to(place).parts)
     package = ["seqaccel", *(["kernels"] if layer == "kernels" else []), *folders]
-    private = "/".join([layer, *folders[1:]]) in PRIVATE
     for name in imported(tree, package):
         head, _, rest = name.partition(".")
         if head == "seqaccel":
             target, _, inner = rest.partition(".")
             assert target in BELOW[layer], f"{path.name} (layer {layer}) imports {name}"
-            public = target == layer or not re.search(r"(^|\.)_", inner)
-            assert public or private, f"{path.name} (layer {layer}) imports {name}, which is private"
+            assert target == layer or not re.search(r"(^|\.)_", inner), (
+                f"{path.name} (layer {layer}) imports {name}, which is private"
+            )
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     below = BELOW[layer] - {layer}
     for node in nodes:
         of_below = isinstance(node.value, ast.Name) and node.value.id in below
-        assert private or not (of_below and node.attr.startswith("_")), f"{path.name} uses {ast.unparse(node)}"
+        assert not (of_below and node.attr.startswith("_")), f"{path.name} uses {ast.unparse(node)}"
     attributes = {node.attr for node in nodes}
     assert not attributes & UNKNOWN.get(layer, set()), f"{path.name} (layer {layer}) uses autograd functions or modules"
 

@@ -18,7 +18,7 @@ from rnn_cases import (
 )
 from tolerances import assert_as_good_as, assert_close
 
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 
 
 def stock(cell, options):

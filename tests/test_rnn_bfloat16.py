@@ -8,7 +8,7 @@ from rnn_cases import ISAS, isa_fixture
 from tolerances import assert_as_good_as, error
 
 import seqaccel
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 
 STOCK = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
 

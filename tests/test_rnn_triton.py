@@ -8,7 +8,7 @@ from rnn_cases import call, each_kind, problem, random_grads, results, variant, 
 from tolerances import assert_as_good_on_average, mean_error
 
 import seqaccel
-from seqaccel.functional.rnn._cells import CELLS
+from seqaccel.functional.rnn import CELLS
 
 kernels = pytest.importorskip("seqaccel.kernels.rnn")
 from seqaccel.kernels.rnn import checks, step, tiles, whole  # noqa: E402

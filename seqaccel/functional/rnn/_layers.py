@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqaccel import _extension, backends
-from seqaccel import _arguments, _common
+from seqaccel import _arguments, _common, _extension, backends
 from seqaccel.functional.rnn import _onnx, _packed, _torch
 from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem
 from seqaccel.functional.rnn._operator import Layer, called, on_padded, operators

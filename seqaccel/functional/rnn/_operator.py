@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaccel import _extension
-from seqaccel import _common
+from seqaccel import _common, _extension
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.functional.rnn import _packed
 from seqaccel.functional.rnn._cells import CELLS, saved_shapes
