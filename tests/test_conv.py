@@ -484,6 +484,25 @@ def test_a_spoilt_step_stays_apart(isa, shape, bad):
             assert torch.equal(value[~reached[name]], expected[name][~reached[name]]), name
 
 
+@pytest.mark.parametrize("K", [2, 4])
+@pytest.mark.parametrize("isa", USABLE_ISAS)
+def test_a_spoilt_tap_stays_apart(isa, K):
+    """Depthwise: a weight that is not finite reaches no gradient of an input that it is not multiplied with."""
+    for T in (1, 7, 74):
+        tensors, options = case((2, 5, 5, T, K, 3, 5), dict(history=True))
+        grad = torch.randn(2, 5, T)
+        with seqaccel.backends.isa(isa):
+            expected = run(on("cpp"), tensors, options, grad)
+            for k in range(K):
+                spoilt = tensors | {"weight": tensors["weight"].clone()}
+                spoilt["weight"][4, 0, k] = float("nan")
+                found = run(on("cpp"), spoilt, options, grad)
+                joined, exact = (torch.cat([r["grad of history"], r["grad of x"]], 2) for r in (found, expected))
+                reached = torch.zeros_like(joined, dtype=torch.bool)
+                reached[:, 4, k * 3 : k * 3 + T] = True
+                assert joined[reached].isnan().all() and torch.equal(joined[~reached], exact[~reached])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype):
     tensors, options = case((2, 20, 30, 50, 3, 2, 1), dict(activation="relu", residual=True), dtype)

@@ -117,18 +117,19 @@ inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
             for (ptrdiff_t k = 0; k < K; ++k) {
               const ptrdiff_t at = u + (K - 1 - k) * s.dilation;  // [at, at + m) clipped to [0, length)
               const T* from = first_g + j * s.length;
-              Vec<T> value;
+              Vec<T> value, weight = broadcast(p.weight[(c * multiplier + j) * K + k]);
               if (at >= 0 && at + L <= s.length) {
                 value = load(from + at);
               } else if (at + m <= 0 || at >= s.length) {
                 continue;
-              } else {
-                value = Vec<T>{};
+              } else {  // past the ends both are 0: a weight that is not finite stays apart
+                const T w = weight[0];
+                value = weight = Vec<T>{};
                 for (int i = 0; i < m; ++i) {
-                  if (at + i >= 0 && at + i < s.length) value[i] = from[at + i];
+                  if (at + i >= 0 && at + i < s.length) value[i] = from[at + i], weight[i] = w;
                 }
               }
-              acc += broadcast(p.weight[(c * multiplier + j) * K + k]) * value;
+              acc += weight * value;
             }
           }
           m == L ? store(out + u - begin, acc) : store(out + u - begin, acc, m);
