@@ -86,7 +86,8 @@ sanitize: sanitize-memory sanitize-threads
 sanitize-memory: $(VENV)/.installed
 	$(call build_sanitized,memory,address$(comma)undefined)
 	cd tests && $(MEMORY) $(abspath $(BIN)/python) fuzz_operators.py --calls 5000
-	cd tests && $(MEMORY) $(abspath $(BIN)/pytest) -q -x $(SANITIZED_TESTS:%=test_%.py) $(ARGS)
+	cd tests && $(MEMORY) $(abspath $(BIN)/pytest) -q -x -m "not gpu and not timed" -k "not triton and not configurations" \
+		$(SANITIZED_TESTS:%=test_%.py) $(ARGS)
 
 sanitize-threads: $(VENV)/.installed
 	$(call build_sanitized,threads,thread)
