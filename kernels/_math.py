@@ -1,6 +1,6 @@
 """Scalar functions of tiles, each once: float32, and float64 for the scans.
 
-The relative error is at most 4 eps. NaN stays NaN, and the limits are exact.
+The error is at most 4 eps of the value. NaN stays NaN, and the limits are exact.
 """
 
 import triton

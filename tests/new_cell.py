@@ -67,7 +67,7 @@ def edits():
     yield "seqaccel/functional/__init__.py", "    gru,", "    coupled_lstm,\n"
     yield "seqaccel/functional/__init__.py", '    "gru",', '    "coupled_lstm",\n'
     yield "tests/test_rnn_module.py", '    ("PeepholeLSTM", {}),', '    ("CoupledLSTM", {}),\n'
-    yield "tests/test_onnx.py", "        nn.LayerNormLSTM(4, 6),", "        nn.CoupledLSTM(4, 6),\n"
+    yield "tests/test_onnx.py", "        nn.MultiplicativeLSTM(4, 6,", "        nn.CoupledLSTM(4, 6),\n"
     yield "tests/test_session.py", '    "peephole_lstm":', '    "coupled_lstm": seqaccel.nn.CoupledLSTM,\n'
 
 
