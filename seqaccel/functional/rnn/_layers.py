@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqaccel import _arguments, _common, _extension, backends
 from seqaccel.functional.rnn import _onnx, _packed, _torch
-from seqaccel.functional.rnn._cells import CELLS, CellSpec, Problem
+from seqaccel.functional.rnn._cells import CELLS, Problem
 from seqaccel.functional.rnn._operator import Layer, called, on_padded, operators
 from seqaccel.reference import rnn as reference
 
@@ -51,14 +51,6 @@ class Rows(NamedTuple):
 _STATES = {"h_0": "BP", "c_0": "BH"}
 
 
-def _refuse_others(name: str, cell: str, input: Any, direction: Direction) -> None:
-    """Of arguments that are not all tensors, or None where they may be."""
-    spec = CELLS[cell]
-    values = (input, direction.h_0, direction.c_0, *direction.weights)
-    for key, value in zip(("input", *_STATES, *spec.weights), values, strict=True):
-        _arguments.tensor(name, key, value, optional=key in (*spec.optional, *_STATES))
-
-
 @_common.unrecorded
 def _check(name: str, cell: str, input: Tensor, batch: int | None, direction: Direction) -> None:
     """``batch``: sequences of a packed input, else None."""
@@ -85,9 +77,7 @@ def _check(name: str, cell: str, input: Tensor, batch: int | None, direction: Di
     shapes = (*_STATES.items(), *spec.weights.items())
     for tensor, (key, letters) in zip((direction.h_0, direction.c_0, *direction.weights), shapes, strict=True):
         if tensor is None:
-            if key in spec.optional or key in _STATES:
-                continue
-            raise TypeError(f"{name}: expected {key} to be a tensor, but got None")
+            continue
         wanted = tuple([sizes[letter] for letter in letters])
         if tensor.shape != wanted:
             raise ValueError(f"{name}: expected {key} to have shape {wanted}, but got {tuple(tensor.shape)}")
@@ -146,11 +136,6 @@ def _factors(name: str, key: str, zoneout: Zoneout, input: Tensor, width: int, d
 # ---- the choice of backend ----
 
 
-def _supported(spec: CellSpec, projected: bool, zoneout: bool) -> tuple[str, ...]:
-    left_out = (spec.without_projection if projected else ()) + (spec.without_zoneout if zoneout else ())
-    return tuple(backend for backend in spec.backends if backend not in left_out)
-
-
 def _is_one_call_of_torch(problem: Problem) -> bool:
     """Whether torch's operator, if it is chosen, stays one call: what compiles may unroll its steps."""
     if not torch.compiler.is_compiling():
@@ -169,7 +154,8 @@ def choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
         prefer = "torch" if "torch" in spec.backends and not zoned else "reference"
     elif spec.torch_is_faster is not None and _is_one_call_of_torch(problem):
         prefer = "torch" if spec.torch_is_faster(problem) else None
-    supported = _supported(spec, problem.projected, zoned) if problem.projected or zoned else spec.backends
+    left_out = (spec.without_projection if problem.projected else ()) + (spec.without_zoneout if zoned else ())
+    supported = [backend for backend in spec.backends if backend not in left_out]
     return backends.choose(cell, input, supported, prefer=prefer)
 
 
@@ -287,12 +273,9 @@ def _run(
 def _prepared(name: str, cell: str, input: Tensor, direction: Direction, rows: Rows) -> tuple[Tensor, Direction]:
     """Checked, cast where autocast is on."""
     h_0, c_0, weights, reverse, zoneout_h, zoneout_c = direction
-    for t in (input, weights[0], weights[1]):
-        if not isinstance(t, Tensor):
-            _refuse_others(name, cell, input, direction)
-    for t in (h_0, c_0, *weights):
-        if t is not None and not isinstance(t, Tensor):
-            _refuse_others(name, cell, input, direction)
+    spec = CELLS[cell]
+    for key, value in zip(("input", *_STATES, *spec.weights), (input, h_0, c_0, *weights), strict=True):
+        _arguments.tensor(name, key, value, optional=key in spec.optional or key in _STATES)
     if type(reverse) is not bool:
         _arguments.flag(name, "reverse", reverse)
     input, h_0, c_0, *weights = _common.autocast(input, h_0, c_0, *weights)  # type: ignore[assignment]
@@ -347,11 +330,11 @@ def _layer(
 # ---- the road ----
 
 
-def _node() -> Any:
-    """The C++ node, or None where it is not there or another backend was asked for."""
-    if torch.compiler.is_dynamo_compiling() or backends.asked() not in ("auto", "cpp"):
+def _node(input: Any) -> Any:
+    """The C++ node, or None where it is not there, or cannot serve, or another backend was asked for."""
+    if torch.compiler.is_dynamo_compiling() or type(input) is not Tensor or not input.is_cpu:
         return None
-    return _extension.autograd
+    return _extension.autograd if backends.asked() in ("auto", "cpp") else None
 
 
 def layer(
@@ -360,7 +343,7 @@ def layer(
     """One layer and direction: output (T, B, P), h_n (B, P) and, where the cell has it, c_n (B, H); ``name`` is the
     public function's, for messages."""
     h_0, c_0, weights, reverse, zoneout_h, zoneout_c = direction
-    node = _node()
+    node = _node(input)
     if node is not None and lengths is None and zoneout_h is zoneout_c is None and type(reverse) is bool:
         found = node.layers(cell, input, h_0, c_0, [weights], 1, reverse, False, 0.0, 0.0)
         if found is not None:
@@ -418,7 +401,7 @@ def layers(
     if not training:
         dropout = recurrent_dropout = 0.0
     zoned = zoneout[0] > 0 or zoneout[1] > 0
-    node = _node()
+    node = _node(input)
     if node is not None and batch_sizes is None and not zoned:
         h_0, c_0 = (None, None) if state is None else (*state, None)[:2]
         found = node.layers(cell, input, h_0, c_0, weights, directions, False, True, dropout, recurrent_dropout)
