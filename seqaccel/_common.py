@@ -52,6 +52,15 @@ def is_batched(*tensors: Tensor | None) -> bool:
     )
 
 
+#: The class DTensor, once ``torch.distributed.tensor`` is imported.
+DTENSOR: tuple[type, ...] = ()
+
+
+def is_distributed(t: Tensor) -> bool:
+    """Whether it is a DTensor: torch's recurrent operators take none, and ours are given shards of the batch."""
+    return isinstance(t, DTENSOR)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record this call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import seqaccel.functional as SF
@@ -109,6 +110,7 @@ def test_no_operator_is_forgotten():
         for key in keys:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqaccel::{name}", key), (name, key)
         assert torch.Tag.pt2_compliant_tag in overload(name).tags
+        assert overload(name) in DTensor._op_dispatcher._custom_op_handlers, name
 
 
 @each
@@ -245,6 +247,17 @@ def test_operations_are_counted(name):
         overload(name)(*ARGUMENTS[name]())
     assert counter.get_total_flops() > 0
     assert any("seqaccel" in str(operator) for operator in counter.get_flop_counts()["Global"])
+
+
+def test_vmap_of_packed_rows():
+    """(N, ·), which have no batch to fold: one call each."""
+    h_0, weights, sizes = double(3, 4), [double(12, 3), double(12, 4), None, None], torch.tensor([3, 2, 1])
+
+    def call(x):
+        return overload("rnn_forward")("gru", x, h_0, None, weights, sizes, None, None, False, False)[0]
+
+    x = double(2, 6, 3)
+    torch.testing.assert_close(torch.vmap(call)(x), torch.stack([call(part) for part in x]))
 
 
 def test_operations_of_a_module():

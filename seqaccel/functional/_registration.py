@@ -1,10 +1,10 @@
 """What torch asks of an operator beside its kernels, registered in one place.
 
 A family states the facts of each of its operators (:class:`Operator`). From them :func:`register` gives torch the
-shapes of the results, gradients of any order, forward-mode AD, autocast, vmap, counts for ``FlopCounterMode`` and
-the tag ``pt2_compliant_tag``: a call of ``torch.ops.seqaccel.*``, as an exported graph holds
-it, does what the public function does. Public functions run their operators by :func:`call`, below all of this: 0.5 us
-a call, where the kernels registered here take 10.
+shapes of the results, gradients of any order, forward-mode AD, autocast, vmap, sharding of DTensors by the batch,
+counts for ``FlopCounterMode`` and the tag ``pt2_compliant_tag``: a call of ``torch.ops.seqaccel.*``, as an exported
+graph holds it, does what the public function does. Public functions run their operators by :func:`call`, below all of
+this: 0.5 us a call, where the kernels registered here take 10.
 """
 
 import dataclasses
@@ -37,7 +37,11 @@ class Operator:
         recorded: its results as its kernel returns them, recorded by autograd. Default: the gradient is the
             definition's.
         batch: the dimension of the batch, of arguments by name and of results by index; what is not listed has none.
+            The first argument gives the batch's size.
         summed: results that are sums over the batch, as gradients of weights are.
+        packs: the argument that may hold the rows of packed sequences (N, ·): then there is no batch dimension.
+        from_row: the arguments for a part of the batch, from the arguments and the part's first row: of an operator
+            that draws random numbers by the position in the batch. Default: as they are.
         autocast: the dtype that autocast casts to; None: autocast's own. Default: float32, in which the CPU's kernels
             calculate.
         mutates: writes to its first argument and returns nothing.
@@ -50,6 +54,8 @@ class Operator:
     recorded: Callable[..., Any] | None = None
     batch: dict[str | int, int] = dataclasses.field(default_factory=dict)
     summed: tuple[int, ...] = ()
+    packs: str | None = None
+    from_row: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     autocast: torch.dtype | None = torch.float32
     mutates: bool = False
 
@@ -59,6 +65,13 @@ class Operator:
 
     def named(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         return {a.name: value for a, value in zip(self.overload._schema.arguments, arguments, strict=False)}
+
+    def batch_size(self, named: dict[str, Any]) -> int | None:
+        """The size of the batch; None where there is no batch dimension."""
+        if not self.batch or (self.packs is not None and named[self.packs].dim() == 2):
+            return None
+        name, d = next((key, d) for key, d in self.batch.items() if isinstance(key, str))
+        return named[name].shape[d]
 
 
 #: The operators registered, by name.
@@ -179,6 +192,8 @@ def _fold(operator: Operator, n: int, arguments: tuple[Any, ...], dims: tuple[An
         return None
     folded = []
     for (name, value), dim in zip(operator.named(arguments).items(), dims, strict=True):
+        if name == operator.packs and value.dim() == (2 if dim is None else 3):
+            return None
         if name == "seed" and value is not None:  # dropout draws by the position in the batch
             return None
         d = operator.batch.get(name)
@@ -272,6 +287,12 @@ def _register_flops(operator: Operator) -> None:
     register_flop_formula(getattr(torch.ops.seqaccel, operator.name))(flops)
 
 
+def _register_sharding(operator: Operator) -> None:
+    from seqaccel.functional import _sharding
+
+    _sharding.register(operator)
+
+
 def register(operator: Operator) -> None:
     """Registers all that torch asks of an operator. Does nothing where the operator was not built."""
     if not hasattr(torch.ops.seqaccel, operator.name):
@@ -290,6 +311,7 @@ def register(operator: Operator) -> None:
     if torch.Tag.pt2_compliant_tag not in overload.tags:
         overload.tags.append(torch.Tag.pt2_compliant_tag)
     _WhenImported("torch.utils.flop_counter", lambda: _register_flops(operator))
+    _WhenImported("torch.distributed.tensor", lambda: _register_sharding(operator))
 
 
 _done: set[tuple[Callable[[str], None], str]] = set()

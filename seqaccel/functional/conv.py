@@ -222,6 +222,13 @@ def _backward_flops(grad_y, y, saved, x, weight, *rest) -> int:
     return _forward_flops(x, weight) * (bool(rest[-1] & _X) + bool(rest[-1] & _WEIGHT))
 
 
+def _from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
+    """The arguments for a part of the batch: its dropout masks are those that it has in the whole."""
+    if named["seed"] is None:
+        return named
+    return named | {"seed": reference.skip_rows(named["seed"], first * named["weight"].shape[0])}
+
+
 def _register(backend: str) -> None:
     suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
     by_batch: dict[str | int, int] = {"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0}
@@ -233,6 +240,7 @@ def _register(backend: str) -> None:
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
             batch=by_batch,
+            from_row=_from_row,
             autocast=autocast,
         )
     )
@@ -244,6 +252,7 @@ def _register(backend: str) -> None:
             _backward_flops,
             batch=by_batch,
             summed=(1, 2),
+            from_row=_from_row,
             autocast=autocast,
         )
     )

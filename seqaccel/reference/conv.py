@@ -26,6 +26,11 @@ def _logical_shift(z: Tensor, n: int) -> Tensor:
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 
+def skip_rows(seed: Tensor, rows: int) -> Tensor:
+    """The seed whose masks are those of ``seed`` from this row on."""
+    return seed + _signed(rows * 0x9E3779B97F4A7C15 % (1 << 64))
+
+
 def dropout_mask(seed: Tensor, shape: tuple[int, int, int], p: float) -> Tensor:
     """Which elements a dropout of probability ``p`` keeps: bool of ``shape`` (B, C, T).
 

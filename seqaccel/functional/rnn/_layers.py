@@ -148,14 +148,15 @@ def _is_one_call_of_torch(problem: Problem) -> bool:
 def choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
     """The backend of a layer."""
     spec = CELLS[cell]
+    left_out = (spec.without_projection if problem.projected else ()) + (spec.without_zoneout if zoned else ())
+    left_out += ("torch",) if _common.is_distributed(input) else ()
+    supported = [backend for backend in spec.backends if backend not in left_out]
     prefer = None
     device_type = problem.device.type
     if device_type == "cuda" and problem.dtype == torch.float64:  # our kernels have none
-        prefer = "torch" if "torch" in spec.backends and not zoned else "reference"
+        prefer = "torch" if "torch" in supported else "reference"
     elif spec.torch_is_faster is not None and _is_one_call_of_torch(problem):
         prefer = "torch" if spec.torch_is_faster(problem) else None
-    left_out = (spec.without_projection if problem.projected else ()) + (spec.without_zoneout if zoned else ())
-    supported = [backend for backend in spec.backends if backend not in left_out]
     return backends.choose(cell, input, supported, prefer=prefer)
 
 
@@ -197,6 +198,7 @@ def _torch_step_is_faster(cell: str, input: Tensor, weight_hh: Any) -> bool:
         and 0 < input.shape[0] * weight_hh.shape[1] <= CELLS[cell].torch_steps
         and not torch.is_grad_enabled()
         and not _common.transforms_active()
+        and not _common.is_distributed(input)
         and input.device.type == "cpu"
         and backends.current() == "auto"
     )

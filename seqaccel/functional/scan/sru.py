@@ -335,18 +335,19 @@ def sru_layer(
         and not _common.autocast_on(input.device.type)
         and not _common.transforms_active()
         and not _onnx.exporting()
+        and not _common.is_distributed(input)
     )
     backend = backends.choose("sru", input, BACKENDS) if plain else "reference"
     shape = (input.shape[0], input.shape[1], weight.shape[1])
     recorded = _common.needs_grad(input, weight, x, weight_c, bias, c_0)
     compiling = torch.compiler.is_compiling()
     if backend == "reference" or compiling or not recorded:
-        flat = input.flatten(0, 1)
-        if backend == "reference" or compiling:  # autograd records the product itself
-            product = mm(flat, weight, backend)
+        if backend == "reference":
+            u = input @ weight
+        elif compiling:  # autograd records the product itself
+            u = mm(input.flatten(0, 1), weight, backend).view(shape)
         else:
-            product = call(mm, flat, weight, backend)
-        u = product.view(shape)
+            u = call(mm, input.flatten(0, 1), weight, backend).view(shape)
         return _sru(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh)
     operands = _sru_operands(shape, input, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions)
     same = x is input
