@@ -1,4 +1,4 @@
-"""Build of the native parts; pyproject.toml holds everything else.
+"""Build of the native parts, and the build backend; pyproject.toml holds everything else.
 
 Environment:
     SEQACCEL_NO_EXTENSIONS=1  build the pure-Python package on purpose
@@ -15,9 +15,17 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+import setuptools.build_meta
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"seqaccel: building needs setuptools 77 or later, but this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools"
+    )
 
 ROOT = Path(__file__).parent.resolve()
+PURE = os.environ.get("SEQACCEL_NO_EXTENSIONS") == "1"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 CXX_FLAGS = [
     "-O3",
@@ -89,7 +97,7 @@ def require_compiler():
 
 
 def extensions():
-    if os.environ.get("SEQACCEL_NO_EXTENSIONS") == "1":
+    if PURE:
         return [], {}
     require_compiler()
     try:
@@ -101,8 +109,6 @@ def extensions():
             f"seqaccel: building needs torch and pybind11 in this environment ({error}). "
             "Install them first and pass --no-build-isolation to pip, or set SEQACCEL_NO_EXTENSIONS=1."
         )
-    from setuptools import Extension
-
     modules = [
         cpp.CppExtension(
             "seqaccel._C",
@@ -116,7 +122,7 @@ def extensions():
     session = native_sources("csrc/session/*.cpp")
     if session:
         modules.append(
-            Extension(
+            setuptools.Extension(
                 "seqaccel._session",
                 session,
                 include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
@@ -172,5 +178,33 @@ def extensions():
     return modules, {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 
-modules, commands = extensions()
-setup(ext_modules=modules, cmdclass=commands)
+# ---- the build backend ----
+
+# pyproject.toml names this file as the backend: only a backend can make requirements depend on the environment, and the
+# script that uses them is the place that needs no further file. setuptools runs it as __main__.
+
+build_wheel = setuptools.build_meta.build_wheel
+build_editable = setuptools.build_meta.build_editable
+prepare_metadata_for_build_wheel = setuptools.build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = setuptools.build_meta.prepare_metadata_for_build_editable
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return [] if PURE else ["torch>=2.10", "pybind11>=2.13", "ninja"]
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def get_requires_for_build_sdist(config_settings=None):
+    return []
+
+
+def build_sdist(sdist_directory, config_settings=None):
+    os.environ["SEQACCEL_NO_EXTENSIONS"] = "1"  # MANIFEST.in lists the sources
+    return setuptools.build_meta.build_sdist(sdist_directory, config_settings)
+
+
+if __name__ == "__main__":
+    modules, commands = extensions()
+    setuptools.setup(ext_modules=modules, cmdclass=commands)

@@ -11,9 +11,14 @@ from seqaccel.session import Session
 
 __all__ = ["Session", "backend", "convert", "from_haste", "from_mlstm", "functional", "nn"]
 
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "backends"])
+
+
 if _extension.cpp_error is not None:
     warnings.warn(
         f"seqaccel runs without its C++ kernels ({_extension.cpp_error}); the reference serves on the CPU. "
-        "`python -m seqaccel.info` says more.",
+        f"{_extension.cpp_cure}",
         stacklevel=2,
     )

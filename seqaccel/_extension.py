@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ cpp_path = _find("_C")
 #: Why the C++ operators are missing, or None.
 cpp_error: str | None = _load("_C")
 
+
+def _hidden_installation() -> Path | None:
+    """Where the package is installed, if this is another copy: Python looks in its working directory first."""
+    places = (Path(entry or ".").absolute() / "seqaccel" for entry in sys.path)
+    return next((place for place in places if (place / "__init__.py").exists() and not place.samefile(_FOLDER)), None)
+
+
+#: How to end the lack of the C++ operators.
+cpp_cure: str = "`python -m seqaccel.info` says more."
+if cpp_path is None and (_FOLDER.parent / "setup.py").exists():
+    cpp_cure = f"{_FOLDER.parent} is a source tree: `python setup.py build_ext --inplace` there builds them."
+    hidden = _hidden_installation()
+    if hidden is not None:
+        raise ImportError(
+            f"Python imports seqaccel from the source tree {_FOLDER.parent}, which is not built, and not the installed "
+            f"{hidden}. Start Python in another folder, or with `python -P`, or build the tree: {cpp_cure}"
+        )
+
 _ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 _LIBRARY = torch.library.Library("seqaccel", "IMPL")
 if cpp_error is None:
@@ -62,10 +81,18 @@ def _import_autograd() -> tuple[Any, str | None]:
 autograd, autograd_error = _import_autograd()
 
 #: Why the CUDA operators are missing, or None.
-cuda_error: str | None = _load("_cuda") if torch.version.cuda else "this torch is a build without CUDA"
+cuda_error: str | None = (
+    _load("_cuda") if torch.version.cuda else "this torch is a build without CUDA: install one with it (pytorch.org)"
+)
+if cuda_error is not None and torch.version.cuda and _find("_cuda") is None:
+    cuda_error += ": build the package where nvcc is on PATH, or with SEQACCEL_CUDA=1 and CUDA_HOME"
 
 #: Why Triton is missing, or None.
-triton_error: str | None = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+triton_error: str | None = (
+    None
+    if importlib.util.find_spec("triton")
+    else "the package triton is not installed: pip install 'seqaccel[gpu]' brings it"
+)
 
 
 @functools.cache

@@ -54,6 +54,25 @@ def _gpus() -> list[str]:
     return found
 
 
+def _why_missing(name: str, reason: str) -> str:
+    """The reason; of a GPU's backend where there is no GPU, what it would take."""
+    errors = {"triton": _extension.triton_error, "cuda": _extension.cuda_error}
+    if name not in errors or torch.cuda.is_available():
+        return reason
+    return "; ".join(text for text in ("it needs a GPU that torch can use", errors[name]) if text)
+
+
+def _for_auto() -> str:
+    """The GPU backends that ``auto`` may choose, each with its operators or, if these are fewer, the others."""
+    found = []
+    for backend in ("cuda", "triton"):
+        verified = [operator for operator, names in backends.VERIFIED.items() if backend in names]
+        others = [operator for operator in backends.VERIFIED if operator not in verified]
+        named = ", ".join(verified) if len(verified) <= len(others) else f"all but {', '.join(others) or 'none'}"
+        found.append(f"{backend} for {named or 'none'}")
+    return "; ".join(found)
+
+
 def report() -> str:
     """The report, as text."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -73,12 +92,11 @@ def report() -> str:
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         lines.append(f"backends for tensors on {device}:")
         for name, reason in backends.available(device).items():
-            state = "available" if reason is None else f"missing: {reason}"
+            state = "available" if reason is None else f"missing: {_why_missing(name, reason)}"
             if reason is None and (untaken := backends.why_not_auto(name, torch.device(device))):
                 state += f", but auto does not take it: {untaken}"
             lines.append(f"  {name:<10}{state}")
-    verified = ", ".join(f"{operator} ({', '.join(names)})" for operator, names in backends.VERIFIED.items())
-    lines.append(f"GPU kernels that auto may choose: {verified or 'none; auto takes torch or the reference on a GPU'}")
+    lines.append(f"on a GPU auto may choose {_for_auto()}")
     settings = sorted(name for name in os.environ if name.startswith("SEQACCEL_") or name == "TRITON_INTERPRET")
     lines += [f"{name}={os.environ[name]}" for name in settings]
     return "\n".join(lines)

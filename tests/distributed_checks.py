@@ -235,7 +235,7 @@ def main(rank: int, store: str) -> None:
         except Exception:
             failed[name] = traceback.format_exc()
     dist.destroy_process_group()
-    print(json.dumps(failed))
+    print(json.dumps({"passed": len(CHECKS) - len(failed), "failed": failed}))
 
 
 if __name__ == "__main__":

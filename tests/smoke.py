@@ -44,4 +44,5 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     here = pathlib.Path(seqaccel.__file__)
+    assert (here.parent / "py.typed").exists()
     sys.exit(0 if "site-packages" in here.parts else f"smoke test ran against {here}, not an installed wheel")

@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 
 import seqaccel.info
 
@@ -55,8 +56,24 @@ def test_pure_wheel_holds_every_python_file_and_nothing_compiled(pure_wheel):
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     names = {name for name in zipfile.ZipFile(pure_wheel).namelist() if ".dist-info/" not in name}
     here = {f"seqaccel/{p.relative_to(ROOT / 'seqaccel').as_posix()}" for p in (ROOT / "seqaccel").rglob("*.py")}
+    here.add("seqaccel/py.typed")
     here |= {f"seqaccel/kernels/{p.relative_to(ROOT / 'kernels').as_posix()}" for p in (ROOT / "kernels").rglob("*.py")}
     assert names == here
+
+
+def test_unbuilt_source_tree_does_not_hide_the_installation(pure_wheel, tmp_path):
+    """Python started in a clone looks there first: it names the tree and what to do."""
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path / "site")
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "seqaccel", tree / "seqaccel", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tree / "setup.py").touch()
+    done = python("-c", "import seqaccel", cwd=tree, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 1
+    for words in (f"source tree {tree}", "not built", str(tmp_path / "site" / "seqaccel"), "python -P"):
+        assert words in done.stderr
+    alone = python("-c", "import seqaccel", cwd=tree, PYTHONPATH="")
+    assert f"{tree} is a source tree: `python setup.py build_ext --inplace`" in alone.stderr
+    assert python("-P", "-c", "import seqaccel", cwd=tree, PYTHONPATH=str(tmp_path / "site")).returncode == 0
 
 
 def test_pure_wheel_warns_once_and_the_reference_serves(pure_wheel, tmp_path):
@@ -83,3 +100,45 @@ print(seqaccel.__file__)
     done = python("-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(str(tmp_path)), "the installed package was imported instead of the wheel"
+
+
+def test_without_triton(tmp_path):
+    """Everything works, and the backend by name says which extra brings it."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, seqaccel, seqaccel.info
+for module in (seqaccel.nn.LSTM(4, 5), seqaccel.nn.SRU(4, 5)):
+    module(torch.ones(3, 2, 4))[0].sum().backward()
+seqaccel.nn.TCN(4, [5])(torch.ones(2, 4, 9)).sum().backward()
+seqaccel.nn.HierarchicalAttention(4, 2)(*[torch.ones(3, 2, 4)] * 3)[0].sum().backward()
+print(seqaccel.info.report())
+with seqaccel.backend("triton"):
+    seqaccel.functional.linear_scan(torch.ones(1, 3, 1), torch.ones(1, 3, 1))
+"""
+    done = python("-c", program, cwd=tmp_path)
+    assert "RuntimeError: linear_scan: backend 'triton' is not available" in done.stderr
+    assert "pip install 'seqaccel[gpu]'" in done.stderr.splitlines()[-1] and "seqaccel[gpu]" in done.stdout
+
+
+def test_build_asks_for_torch_only_to_compile():
+    program = "import setup; print(setup.get_requires_for_build_wheel(), setup.get_requires_for_build_sdist())"
+    assert "torch" in python("-c", program, cwd=ROOT).stdout
+    assert python("-c", program, cwd=ROOT, SEQACCEL_NO_EXTENSIONS="1").stdout == "[] []\n"
+
+
+def test_old_setuptools_is_named():
+    program = (
+        "import setuptools, runpy; setuptools.__version__ = '70.1.0'; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = python("-c", program, cwd=ROOT)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "setuptools 77 or later, but this is 70.1.0" in done.stderr
+
+
+def test_public_names():
+    assert set(dir(seqaccel)) == {*seqaccel.__all__, "__version__", "backends"}
+    for name in seqaccel.nn.__all__:
+        module = getattr(seqaccel.nn, name)
+        if isinstance(module, type) and issubclass(module, torch.nn.Module):
+            assert module.forward.__module__.startswith("seqaccel.nn") and module.forward.__doc__, name

@@ -264,6 +264,22 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
     def forward(
         self, input: Tensor | PackedSequence, hx: Hidden | None = None
     ) -> tuple[Tensor | PackedSequence, Hidden]:
+        """Runs all layers.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with ``batch_first``, (T, input_size) for one sequence, or a
+                ``PackedSequence``.
+            hx: the state before the first step, (layers * directions, B, ·) without regard to ``batch_first``, and
+                without B for one sequence: h_0, or the pair (h_0, c_0) for a cell with a cell state. Default: zero.
+
+        Returns:
+            The last layer's output at every step, laid out as the input with directions * H features (H is
+            ``proj_size`` where there is a projection, else ``hidden_size``), packed if the input was; and the state
+            after the last step, laid out as ``hx``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit.
+        """
         if type(input) is not Tensor:
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, hx)

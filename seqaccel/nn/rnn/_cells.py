@@ -120,6 +120,7 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input (B, input_size) and the state hx (B, hidden_size), default zero: the next state. B may be missing."""
         if not isinstance(input, Tensor):
             return self._instead("input", input, hx=hx)
         _arguments.tensor(self._title, "hx", hx, optional=True)
@@ -170,6 +171,8 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """input (B, input_size) and the state hx, h and c (B, hidden_size), by default zero: the next h and c. B may be
+        missing."""
         if not isinstance(input, Tensor):
             return self._instead("input", input, hx=hx)
         self._check_ranks(input, None)
@@ -223,6 +226,7 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input (B, input_size) and the state hx (B, hidden_size), default zero: the next state. B may be missing."""
         if not isinstance(input, Tensor):
             return self._instead("input", input, hx=hx)
         _arguments.tensor(self._title, "hx", hx, optional=True)
