@@ -8,6 +8,7 @@ this: 0.5 us a call, where the kernels registered here take 10.
 """
 
 import dataclasses
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -287,12 +288,6 @@ def _register_flops(operator: Operator) -> None:
     register_flop_formula(getattr(torch.ops.seqaccel, operator.name))(flops)
 
 
-def _register_sharding(operator: Operator) -> None:
-    from seqaccel.functional import _sharding
-
-    _sharding.register(operator)
-
-
 def register(operator: Operator) -> None:
     """Registers all that torch asks of an operator. Does nothing where the operator was not built."""
     if not hasattr(torch.ops.seqaccel, operator.name):
@@ -311,7 +306,10 @@ def register(operator: Operator) -> None:
     if torch.Tag.pt2_compliant_tag not in overload.tags:
         overload.tags.append(torch.Tag.pt2_compliant_tag)
     _WhenImported("torch.utils.flop_counter", lambda: _register_flops(operator))
-    _WhenImported("torch.distributed.tensor", lambda: _register_sharding(operator))
+    if _common.DTENSOR:
+        from seqaccel.functional import _sharding
+
+        _sharding.register(operator)
 
 
 _done: set[tuple[Callable[[str], None], str]] = set()
@@ -323,3 +321,11 @@ def once(function: Callable[[str], None], backend: str) -> None:
     if (function, backend) not in _done:
         _done.add((function, backend))
         function(backend)
+
+
+def _import_sharding() -> None:
+    """Registers rules for DTensors, of the operators that are there and of those to come."""
+    importlib.import_module("seqaccel.functional._sharding")
+
+
+_WhenImported("torch.distributed.tensor", _import_sharding)

@@ -11,11 +11,9 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seqaccel import _common
-from seqaccel.functional._registration import Operator
+from seqaccel.functional._registration import OPERATORS, Operator
 
 __all__ = ["register"]
-
-_common.DTENSOR = (DTensor,)
 
 
 def _own_rows(size: int, mesh: DeviceMesh, split: list[bool]) -> tuple[int, int]:
@@ -97,12 +95,22 @@ def _run(operator: Operator, overload: Any, arguments: tuple[Any, ...], keywords
     return tuple(tree_map_only(Tensor, functools.partial(from_local, i), t) for i, t in enumerate(results))
 
 
+#: What torch calls for an operator instead of its strategies, which cannot place results in a list. Private (torch
+#: 2.13): where it is missing, torch refuses DTensors.
+_HANDLERS: dict[Any, Any] = getattr(DTensor._op_dispatcher, "_custom_op_handlers", {})
+
+
 def register(operator: Operator) -> None:
-    """Gives an operator its rule. A handler, since torch's strategies cannot place results in a list."""
-    DTensor._op_dispatcher._custom_op_handlers[operator.overload] = functools.partial(_run, operator)
+    """Gives an operator its rule."""
+    _HANDLERS[operator.overload] = functools.partial(_run, operator)
 
 
 @register_sharding(torch.ops.aten._weight_norm_interface_backward.default)
 def _weight_norm_backward(*_: Any) -> list[Any]:
     """Torch (2.13) has no rule for the gradient of weight norm, which ``TCN`` needs: on replicated tensors."""
     return [([Replicate()] * 2, [Replicate()] * 4 + [None])]
+
+
+_common.DTENSOR = (DTensor,)
+for _operator in OPERATORS.values():
+    register(_operator)
