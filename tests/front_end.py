@@ -73,7 +73,7 @@ def amd() -> list[str]:
     problems, seen = [], set()
     for family in FAMILIES:
         for row in configurations(family):
-            if row.constexprs.get("PRECISION") == "tf32" or row.constexprs.get("SPREAD") or row.kernel in seen:
+            if row.constexprs.get("PRECISION") == "tf32" or row.constexprs.get("COOPERATIVE") or row.kernel in seen:
                 continue
             seen.add(row.kernel)
             try:

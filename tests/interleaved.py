@@ -15,7 +15,7 @@ import threading
 import triton.language as tl
 from triton.runtime import interpreter
 
-from seqaccel.kernels.rnn import whole
+from seqaccel.kernels.rnn import persistent
 
 
 class Deadlock(RuntimeError):
@@ -86,9 +86,9 @@ class Scheduler:
 
 def interleave(monkeypatch, scheduler: Scheduler, waits: bool = True) -> None:
     """From here on, launches run their programs by ``scheduler``; without ``waits`` none waits for another."""
-    product = whole.spread_product
+    product = persistent.cooperative_product
 
-    def spread_product(*arguments, **options):
+    def cooperative_product(*arguments, **options):
         scheduler.switch()
         found = product(*arguments, **options)
         scheduler.switch()
@@ -108,6 +108,6 @@ def interleave(monkeypatch, scheduler: Scheduler, waits: bool = True) -> None:
             scope.restore()
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
-    monkeypatch.setattr(whole, "arrive", scheduler.arrive)
-    monkeypatch.setattr(whole, "wait", scheduler.wait if waits else lambda p_arrived, count: scheduler.switch())
-    monkeypatch.setattr(whole, "spread_product", spread_product)
+    monkeypatch.setattr(persistent, "arrive", scheduler.arrive)
+    monkeypatch.setattr(persistent, "wait", scheduler.wait if waits else lambda p_arrived, count: scheduler.switch())
+    monkeypatch.setattr(persistent, "cooperative_product", cooperative_product)

@@ -11,11 +11,11 @@ import seqaccel
 from seqaccel.functional.rnn import CELLS
 
 kernels = pytest.importorskip("seqaccel.kernels.rnn")
-from seqaccel.kernels.rnn import checks, step, tiles, whole  # noqa: E402
+from seqaccel.kernels.rnn import checks, persistent, step, tiles  # noqa: E402
 from seqaccel.kernels.rnn.cells import CELLS as TRAITS  # noqa: E402
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
-EVERY_STEP_AT_ONCE = [cell for cell, spec in TRAITS.items() if spec.whole]
+PERSISTENT = [cell for cell, spec in TRAITS.items() if spec.persistent]
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +75,9 @@ def test_one_step_a_launch(cell, projected, poison):
 
 @interpreted
 @pytest.mark.parametrize("shape", [(3, 18, 5, 20), (2, 2, 4, 40)], ids=str)
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_all_steps_in_one_launch(cell, shape, tf32, poison, monkeypatch):
-    if (4, tiles.block_h(shape[3]), CELLS[cell].gates) not in tiles.WHOLE:
+    if (4, tiles.block_h(shape[3]), CELLS[cell].gates) not in tiles.PERSISTENT_WARPS:
         pytest.skip("this many gates of this many units run step by step")
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
@@ -85,10 +85,10 @@ def test_all_steps_in_one_launch(cell, shape, tf32, poison, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
     """The block that serves 65 to 128 units, which only 16 bits take on a GPU; the interpreter runs it in float32."""
-    monkeypatch.setitem(tiles.WHOLE, (4, 128, CELLS[cell].gates), (8, 8))
+    monkeypatch.setitem(tiles.PERSISTENT_WARPS, (4, 128, CELLS[cell].gates), (8, 8))
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
     tensors = problem(cell, 2, 17, 3, 112, dtype=torch.float32)
@@ -100,7 +100,7 @@ def test_all_steps_of_the_largest_block(cell, tf32, monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_units_spread_over_programs(cell, parts, tf32, poison, monkeypatch):
     """But for the waiting: the interpreter runs one program after the other, so that one must have all units."""
     gates = CELLS[cell].gates
@@ -108,7 +108,7 @@ def test_units_spread_over_programs(cell, parts, tf32, poison, monkeypatch):
     if gates == 1:
         forward = tiles.Tiles(16, 64, 16, 4, groups=1, quarters=4, rows=32)
     backward = tiles.Tiles(16, 64, 64 // parts, 4, groups=1, quarters=4, parts=parts, rows=32)
-    monkeypatch.setattr(tiles, "at_once", lambda *_: (forward, backward))
+    monkeypatch.setattr(tiles, "persistent", lambda *_: (forward, backward))
     monkeypatch.setattr(step, "forward_kernel", None)
     monkeypatch.setattr(step, "backward_kernel", None)
     assert_as_good_as_plain_float32(cell, (3, 37, 5, 40), False)
@@ -120,8 +120,8 @@ def spread_over_three(cell, monkeypatch):
     quarters, block_k = (1, 64) if gates > 1 else (4, 16)
     forward = tiles.Tiles(16, 16, block_k, 4, groups=3, quarters=quarters, rows=32)
     backward = tiles.Tiles(16, 16, 64 if gates > 1 else 16, 4, groups=3, quarters=4, rows=32)
-    monkeypatch.setattr(tiles, "alone", lambda *_: None)
-    monkeypatch.setattr(tiles, "spread", lambda *_: (forward, backward))
+    monkeypatch.setattr(tiles, "one_program", lambda *_: None)
+    monkeypatch.setattr(tiles, "cooperative", lambda *_: (forward, backward))
 
 
 def interleaved_results(cell, seed, monkeypatch, resident=None, waits=True):
@@ -138,7 +138,7 @@ def interleaved_results(cell, seed, monkeypatch, resident=None, waits=True):
 
 @interpreted
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_programs_that_wait_for_each_other(cell, seed, tf32, poison, monkeypatch):
     """In any order, each reads what the others stored in the step before, and nothing later."""
     for name, (found, wanted) in pairs(*interleaved_results(cell, seed, monkeypatch)):
@@ -170,7 +170,7 @@ class Refusing:
 
 @interpreted
 @pytest.mark.parametrize("cell", ["rnn_tanh", "gru"])
-@pytest.mark.parametrize("name", ["whole_forward_kernel", "whole_backward_kernel"])
+@pytest.mark.parametrize("name", ["persistent_forward_kernel", "persistent_backward_kernel"])
 def test_refused_cooperative_launches(name, cell, tf32, monkeypatch):
     """A share of a GPU may not hold all programs: then, and from there on, the cell runs step by step."""
     tensors = problem(cell, 3, 2, 2, 48, dtype=torch.float32)
@@ -180,7 +180,7 @@ def test_refused_cooperative_launches(name, cell, tf32, monkeypatch):
     monkeypatch.setattr(tiles, "refused", set())
     interleaved.interleave(monkeypatch, interleaved.Scheduler(0))
     refusing = Refusing("too many blocks in cooperative launch")
-    monkeypatch.setattr(whole, name, refusing)
+    monkeypatch.setattr(persistent, name, refusing)
     with pytest.warns(UserWarning, match="cooperative"):
         found = results(cell, tensors, "triton", grads)
     found_again = results(cell, tensors, "triton", grads)
@@ -194,7 +194,7 @@ def test_other_errors_of_launches(tf32, monkeypatch):
     tensors = problem("gru", 3, 2, 2, 48, dtype=torch.float32)
     spread_over_three("gru", monkeypatch)
     for message in ("an illegal memory access was encountered", "operation not permitted when stream is capturing"):
-        monkeypatch.setattr(whole, "whole_forward_kernel", Refusing(message))
+        monkeypatch.setattr(persistent, "persistent_forward_kernel", Refusing(message))
         with pytest.raises(RuntimeError, match=message):
             call("gru", tensors, "triton")
     assert not tiles.refused
@@ -218,7 +218,7 @@ def test_blocks_of_units(cell, projected):
 def test_padding_has_no_say(cell, projected, reverse, whole_launch, request):
     """Outputs and gradients of states do not see what lies past a sequence's end, not even NaN."""
     if whole_launch:
-        if projected or not TRAITS[cell].whole:
+        if projected or not TRAITS[cell].persistent:
             pytest.skip("runs step by step")
         request.getfixturevalue("tf32")
     lengths = torch.tensor([3, 1])
@@ -340,16 +340,16 @@ def test_every_cell_on_a_gpu(cell, projected, shape, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(9, 5, 40, 80), (7, 40, 24, 128), (1, 1, 3, 1), (6, 3, 5, 100)], ids=str)
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_all_steps_on_a_gpu(cell, shape, dtype, tf32):
     tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
     assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
 
 
 # Several gates of 1,024 units in float32 are more than the multiprocessors hold: those run step by step.
-SPREAD = [
+COOPERATIVE = [
     (cell, shape, dtype)
-    for cell in EVERY_STEP_AT_ONCE
+    for cell in PERSISTENT
     for shape in ((20, 5, 24, 256), (30, 150, 16, 512), (9, 33, 8, 1024), (5, 17, 8, 144))
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     if TRAITS[cell].gates == 1 or dtype.itemsize * shape[3] <= 2048
@@ -357,14 +357,14 @@ SPREAD = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("cell", "shape", "dtype"), SPREAD, ids=str)
+@pytest.mark.parametrize(("cell", "shape", "dtype"), COOPERATIVE, ids=str)
 def test_units_spread_over_programs_on_a_gpu(cell, shape, dtype, tf32):
     tensors = problem(cell, *shape, dtype=torch.float32, requires_grad=False)
     assert_as_good_as_stock(cell, {name: t.cuda().to(dtype) for name, t in tensors.items()})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_waiting_of_many_steps_on_a_gpu(cell):
     """The same bits each time: no program reads what another has not stored yet."""
     tensors = problem(cell, 700, 40, 16, 256, dtype=torch.float32)
@@ -385,7 +385,7 @@ def test_cuda_graph(cell, projected):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [64, 256])
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_cuda_graph_of_all_steps(cell, hidden):
     tensors = problem(cell, 20, 40, 8, hidden, dtype=torch.float32, requires_grad=False)
     tensors = {name: t.cuda().bfloat16() for name, t in tensors.items()}
@@ -421,13 +421,13 @@ def assert_captured(cell, given):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(9, 20, 16, 64), (9, 20, 16, 256), (3, 300, 16, 512), (1, 1, 8, 256)], ids=str)
-@pytest.mark.parametrize("cell", EVERY_STEP_AT_ONCE)
+@pytest.mark.parametrize("cell", PERSISTENT)
 def test_one_launch_or_many_on_a_gpu(cell, shape, monkeypatch):
     tensors = problem(cell, *shape, dtype=torch.float32)
     tensors = {name: t.detach().cuda().to(torch.bfloat16) for name, t in tensors.items()}
     grads = random_grads(cell, tensors)
     at_once = results(cell, tensors, "triton", grads)
-    monkeypatch.setattr(tiles, "at_once", lambda *_: None)
+    monkeypatch.setattr(tiles, "persistent", lambda *_: None)
     for name, found in results(cell, tensors, "triton", grads).items():
         difference = (found - at_once[name]).float().norm() / at_once[name].float().norm()
         limit = 0.25 if cell == "rnn_relu" else 0.03  # as in assert_as_good_on_average; roundings of products to 2^-9

@@ -28,9 +28,9 @@ namespace seqaccel {
 struct CellTraits {
   // Rows of weight_ih, of weight_hh and of each bias for a unit. Row g of them makes one pre-activation,
   //   pre[g] = W_ih[g] x + b_ih[g] + W_hh[g] h' + b_hh[g],
-  // but with kApart those of the last row are two: pre[kGates - 1] of the input, pre[kGates] of h'.
+  // but with kSeparate those of the last row are two: pre[kGates - 1] of the input, pre[kGates] of h'.
   // static constexpr int kGates;
-  static constexpr bool kApart = false;
+  static constexpr bool kSeparate = false;
   static constexpr int kSaved = 0;          // values of a unit that a step keeps for the backward pass, besides c
   static constexpr bool kHasCell = false;   // has a cell state c
   static constexpr bool kDirect = false;    // backward sets u.grad_h_prev
@@ -55,7 +55,7 @@ struct CellTraits {
 
 // Pre-activations of a unit at a step, those of them that the input has a part in, and rows of the main product.
 template <class Cell>
-constexpr int kPre = Cell::kGates + (Cell::kApart ? 1 : 0) + (Cell::kExtra ? 2 : 0);
+constexpr int kPre = Cell::kGates + (Cell::kSeparate ? 1 : 0) + (Cell::kExtra ? 2 : 0);
 template <class Cell>
 constexpr int kInputs = Cell::kGates + (Cell::kExtra ? 1 : 0);
 template <class Cell>
@@ -202,7 +202,7 @@ struct MultiplicativeLstmCell : LstmCell {
 struct GruCell : CellTraits {
   static constexpr const char* kName = "gru";
   static constexpr int kGates = 3, kSaved = 4;
-  static constexpr bool kApart = true, kDirect = true, kUsesPrev = true;
+  static constexpr bool kSeparate = true, kDirect = true, kUsesPrev = true;
 
   template <class F, class U>
   SEQACCEL_CELL void forward(U& u) {

@@ -1,7 +1,7 @@
 """Recurrent cells on a GPU: one layer, one direction, in Triton.
 
-``cells.py`` defines each cell's update and derivative once; ``step.py`` runs one step behind its matrix product,
-``whole.py`` all steps in one launch (``tiles.py``: which cells and sizes), ``around.py`` what stands around a step;
+``cells.py`` defines each cell's update and derivative once. ``step.py`` runs one step after its matrix product,
+``persistent.py`` all steps in one launch (``tiles.py``: which cells and sizes), ``around.py`` what surrounds a step;
 ``forward.py`` and ``backward.py`` have the operators, ``checks.py`` what they refuse, ``configurations.py`` lists
 what is shipped.
 

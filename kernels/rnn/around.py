@@ -1,4 +1,4 @@
-"""What stands around a step: the first of two dependent products, and the layer norm of rows of all steps at once."""
+"""What surrounds a step: the first of two dependent products, and the layer norm of rows of all steps at once."""
 
 import triton
 import triton.language as tl

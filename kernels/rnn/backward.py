@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from seqaccel.kernels._launch import operator
-from seqaccel.kernels.rnn import around, step, whole
+from seqaccel.kernels.rnn import around, persistent, step
 from seqaccel.kernels.rnn.cells import CELLS
 from seqaccel.kernels.rnn.checks import check, check_backward
 from seqaccel.kernels.rnn.forward import (
@@ -130,7 +130,7 @@ class _Sweep:
         if tiles is not None:
             try:
                 for first, grid, arrived in tiles[1].launches(batch, self.output.device):
-                    whole.whole_backward_kernel[grid](
+                    persistent.persistent_backward_kernel[grid](
                         grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0,
                         self.output, self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc,
                         self.grad_x, self.grad_r, arrived, steps, batch, hidden, first, self.zone_h[1],

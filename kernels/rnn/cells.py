@@ -242,7 +242,7 @@ class Cell:
         first: gates before this one have no part in the last product (theirs is a product before it).
         projects: it may have weight_hr.
         multiplies: the last product's operand is W_mx x times W_mh h'.
-        whole: the kernels of all steps have it.
+        persistent: the persistent kernels have it.
     """
 
     forward: Any
@@ -259,19 +259,19 @@ class Cell:
     first: int = 0
     projects: bool = False
     multiplies: bool = False
-    whole: bool = False
+    persistent: bool = False
 
 
-_RNN: dict[str, Any] = {"gates": 1, "saved": 0, "has_c": False, "uses_output": True, "whole": True}
+_RNN: dict[str, Any] = {"gates": 1, "saved": 0, "has_c": False, "uses_output": True, "persistent": True}
 _GRU: dict[str, Any] = {"gates": 3, "has_c": False, "uses_h": True}
 
 CELLS = {
     "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward, **_RNN),
     "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward, **_RNN),
-    "lstm": Cell(lstm_forward, lstm_backward, projects=True, whole=True),
-    "gru": Cell(gru_forward, gru_backward, **_GRU, separate=True, whole=True),
+    "lstm": Cell(lstm_forward, lstm_backward, projects=True, persistent=True),
+    "gru": Cell(gru_forward, gru_backward, **_GRU, separate=True, persistent=True),
     "gru_reset_before": Cell(gru_reset_before_forward, gru_reset_before_backward, **_GRU, saved=3, first=2),
-    "peephole_lstm": Cell(peephole_lstm_forward, peephole_lstm_backward, vectors=3, projects=True, whole=True),
+    "peephole_lstm": Cell(peephole_lstm_forward, peephole_lstm_backward, vectors=3, projects=True, persistent=True),
     "layer_norm_lstm": Cell(layer_norm_lstm_forward, layer_norm_lstm_backward, norm=True, vectors=2),
     "layer_norm_lstm_normalized_cell": Cell(
         layer_norm_lstm_normalized_cell_forward,

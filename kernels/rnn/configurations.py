@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from seqaccel.kernels._launch import Configuration
-from seqaccel.kernels.rnn import around, forward, step, tiles, whole
+from seqaccel.kernels.rnn import around, forward, persistent, step, tiles
 from seqaccel.kernels.rnn.cells import CELLS
 
 _FLOAT32 = ("p_h", "p_c", "p_cells", "p_carried", "p_dh", "p_dc", "p_grad_norm", "p_dgamma")
@@ -88,7 +88,7 @@ def _one_step() -> list[Configuration]:
     return rows
 
 
-def _all_steps() -> list[Configuration]:
+def _one_program() -> list[Configuration]:
     rows = []
     for name, kind, block in (
         ("rnn_tanh", "bf16", 64),
@@ -105,10 +105,10 @@ def _all_steps() -> list[Configuration]:
     ):
         constants, absent = _cell(name, zoneout=False)
         constants |= {"REVERSE": False, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
-        kernels = (whole.whole_forward_kernel, whole.whole_backward_kernel)
+        kernels = (persistent.persistent_forward_kernel, persistent.persistent_backward_kernel)
         item = 4 if kind == "fp32" else 2
-        warps = tiles.WHOLE[item, block, CELLS[name].gates]
-        memory = next(size << 10 for size in (99, 163) if tiles.alone(CELLS[name].gates, block, item, size << 10))
+        warps = tiles.PERSISTENT_WARPS[item, block, CELLS[name].gates]
+        memory = next(size << 10 for size in (99, 163) if tiles.one_program(CELLS[name].gates, block, item, size << 10))
         tried = set()
         for arch in (80, 90):
             stages = tiles.stages(CELLS[name].gates, block, arch)
@@ -122,7 +122,7 @@ def _all_steps() -> list[Configuration]:
     return rows
 
 
-def _spread() -> list[Configuration]:
+def _cooperative() -> list[Configuration]:
     rows = []
     for name, kind, item, hidden, batch in (
         ("lstm", "bf16", 2, 512, 16),
@@ -137,12 +137,14 @@ def _spread() -> list[Configuration]:
     ):
         constants, absent = _cell(name, zoneout=False)
         constants |= {"REVERSE": False, "PRECISION": "tf32" if kind == "fp32" else "ieee"}
-        both = tiles.spread(CELLS[name].gates, hidden, batch, item, 227 << 10, 132)
-        for kernel, one in zip((whole.whole_forward_kernel, whole.whole_backward_kernel), both, strict=True):
+        both = tiles.cooperative(CELLS[name].gates, hidden, batch, item, 227 << 10, 132)
+        for kernel, one in zip(
+            (persistent.persistent_forward_kernel, persistent.persistent_backward_kernel), both, strict=True
+        ):
             row = _configuration(kernel, kind, constants | one.constants(), absent, one.warps, 1)
             row = dataclasses.replace(row, least_arch=90, least_shared=227 << 10, spills=832)  # by Triton 3.6; 3.9: 424
             rows.append(row)
     return rows
 
 
-CONFIGURATIONS = [*_one_step(), *_all_steps(), *_spread()]
+CONFIGURATIONS = [*_one_step(), *_one_program(), *_cooperative()]

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from seqaccel.kernels._launch import operator
-from seqaccel.kernels.rnn import around, step, whole
+from seqaccel.kernels.rnn import around, persistent, step
 from seqaccel.kernels.rnn.cells import CELLS, Cell
 from seqaccel.kernels.rnn.checks import check
 from seqaccel.kernels.rnn.tiles import precision_of, refuse, tiles_of
@@ -176,7 +176,7 @@ def _run_forward(
             exchange[0] = h
         try:
             for first, grid, arrived in tiles[0].launches(batch, x.device):
-                whole.whole_forward_kernel[grid](
+                persistent.persistent_forward_kernel[grid](
                     x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
                     exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward,
                     **constants, REVERSE=reverse, PRECISION=precision_of(x.dtype), **tiles[0].constants(),

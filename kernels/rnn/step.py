@@ -1,8 +1,8 @@
 """One step of any cell: what follows the matrix products, and what surrounds a cell (zoneout, lengths, projection).
 
-``step_forward`` and ``step_backward`` hold the step itself, ``store_forward`` and ``load_backward`` what the one saves
-for the other. The kernels here run one step, a program a block of one row's hidden units (all of them where a row is
-normalised); those of ``whole.py`` run all steps.
+``step_forward`` and ``step_backward`` hold the step itself; ``store_forward`` and ``load_backward`` store and load what
+the backward step needs of the forward step. The kernels here run one step; a program has a block of one row's hidden
+units (all of them where a row is normalised). The kernels of ``persistent.py`` run all steps.
 
 Offsets: ``row`` is t * B + b, ``unit`` the hidden unit, so row * H + unit points into [T, B, H].
 """
@@ -43,8 +43,8 @@ def keep_tiles(b, running):
 
 
 @triton.jit
-def settle(b_new, b_old, p_zoneout, stride, o, running, mask):
-    """The state after the step: zoned out by Z old + (1 - Z) new; the old one where the row's sequence is over."""
+def apply_zoneout_and_lengths(b_new, b_old, p_zoneout, stride, o, running, mask):
+    """The state after the step: Z old + (1 - Z) new under zoneout; the old one where the row's sequence is over."""
     b = b_new
     if p_zoneout is not None:
         b_z = tl.load(p_zoneout + o * stride, mask=mask, other=0.0).to(tl.float32)
@@ -53,7 +53,7 @@ def settle(b_new, b_old, p_zoneout, stride, o, running, mask):
 
 
 @triton.jit
-def unsettle(b_d, p_zoneout, stride, o, mask):
+def zoneout_backward(b_d, p_zoneout, stride, o, mask):
     """Gradients of new and old from that of the zoned-out state."""
     b_old = tl.zeros_like(b_d)
     if p_zoneout is not None:
@@ -82,12 +82,12 @@ def step_forward(
     HAS_C: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):
-    """What to save of the step (s, fresh), h and c after it. Where PROJECTED, h is o tanh(c) and not yet settled."""
+    """What to save of the step (s, fresh), h and c after it. Where PROJECTED, h is o tanh(c), before zoneout."""
     b_s, b_fresh, b_c_new, b_h_new = FORWARD(b_x, b_r, b_h, b_c, b_v, mask, H)
     if HAS_C:
-        b_c = settle(b_c_new, b_c, p_zoneout_c, zoneout_c_stride, o, running, mask)
+        b_c = apply_zoneout_and_lengths(b_c_new, b_c, p_zoneout_c, zoneout_c_stride, o, running, mask)
     if not PROJECTED:
-        b_h_new = settle(b_h_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
+        b_h_new = apply_zoneout_and_lengths(b_h_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
     return b_s, b_fresh, b_h_new, b_c
 
 
@@ -196,9 +196,9 @@ def step_backward(
     b_dh_old, b_dc_old = tl.zeros_like(b_dh), b_dc
     b_dh_new, b_dc_new = b_dh, b_dc
     if HAS_C:
-        b_dc_new, b_dc_old = unsettle(b_dc, p_zoneout_c, zoneout_c_stride, o, mask)
+        b_dc_new, b_dc_old = zoneout_backward(b_dc, p_zoneout_c, zoneout_c_stride, o, mask)
     if not PROJECTED:
-        b_dh_new, b_dh_old = unsettle(b_dh, p_zoneout_h, zoneout_h_stride, o, mask)
+        b_dh_new, b_dh_old = zoneout_backward(b_dh, p_zoneout_h, zoneout_h_stride, o, mask)
     b_dx, b_dr, b_dh_prev, b_dc_prev, b_dy = BACKWARD(b_s, b_h_new, b_h, b_fresh, b_c, b_v, b_dh_new, b_dc_new, mask, H)
     store_tiles(p_grad_x, row * GATES * H + unit, H, keep_tiles(b_dx, running), mask)
     if p_grad_norm is not None:
@@ -412,7 +412,7 @@ def project_forward_kernel(
         running = t < tl.load(p_lengths + b)
     b_h = tl.load(p_h + o_state, mask=mask, other=0.0)
     b_new = tl.load(p_product + o_state, mask=mask, other=0.0).to(tl.float32)
-    b_h = settle(b_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
+    b_h = apply_zoneout_and_lengths(b_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
     tl.store(p_output + o, keep(b_h, running).to(p_output.dtype.element_ty), mask=mask)
     tl.store(p_h + o_state, b_h, mask=mask)
     if p_operand is not None:
@@ -438,7 +438,7 @@ def project_backward_kernel(
     mask = unit < P
     o, o_state = (tl.cast(t, tl.int64) * B + b) * P + unit, b * P + unit
     b_dh, b_held = arriving(p_grad_output, p_product, p_dh, o, o_state, mask)
-    b_dh, b_old = unsettle(b_dh, p_zoneout_h, zoneout_h_stride, o, mask)
+    b_dh, b_old = zoneout_backward(b_dh, p_zoneout_h, zoneout_h_stride, o, mask)
     if p_lengths is not None:
         running = t < tl.load(p_lengths + b)
         b_dh, b_old = tl.where(running, b_dh, 0.0), tl.where(running, b_old, b_held)

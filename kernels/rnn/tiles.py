@@ -1,4 +1,4 @@
-"""Which cells run all their steps in one launch, and with what tiles."""
+"""Which cells run as one persistent kernel, and with what tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_U = 16  # units of a program that shares them with others: four rows of W_
 
 # Warps of a program with all units, forward and backward, by (bytes of an element, block of units, gates). float32 only
 # in TF32: without tensor cores the dot products spill, and with 64 units so do four gates.
-WHOLE = {
+PERSISTENT_WARPS = {
     (2, 32, 1): (4, 4),
     (2, 32, 3): (4, 4),
     (2, 32, 4): (4, 4),
@@ -38,7 +38,7 @@ WHOLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What a pass of the kernels of all steps is launched with.
+    """What a pass of a persistent kernel is launched with.
 
     Args:
         block_b: rows of a program.
@@ -46,7 +46,7 @@ class Tiles:
         block_k: terms of a product's sum that a tile has.
         warps: of a program.
         stages: steps whose operands are in flight.
-        groups: programs that share the units; 0: a program has all.
+        groups: programs of a cooperative grid, which share the units; 0: a program has all.
         quarters: 4 where the sum is cut into quarters, each with rows of its own.
         parts: tiles that the sum, or each quarter, is cut into, one after the other.
         rows: rows of a launch; 0: all.
@@ -64,7 +64,7 @@ class Tiles:
 
     def constants(self) -> dict[str, int]:
         return {
-            "SPREAD": self.groups > 0, "QUARTERS": self.quarters, "BLOCK_B": self.block_b, "BLOCK_U": self.block_u,
+            "COOPERATIVE": self.groups > 0, "QUARTERS": self.quarters, "BLOCK_B": self.block_b, "BLOCK_U": self.block_u,
             "BLOCK_K": self.block_k, "PARTS": self.parts, "STAGES": self.stages,
         }  # fmt: skip
 
@@ -129,29 +129,30 @@ def block_h(hidden: int) -> int:
     return max(32, triton.next_power_of_2(hidden))
 
 
-def alone(gates: int, hidden: int, item: int, memory: int) -> tuple[Tiles, Tiles] | None:
-    """Forward and backward, of a program that has all units; None where it cannot.
+def one_program(gates: int, hidden: int, item: int, memory: int) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward tiles of a program that has all units; None where they do not fit.
 
-    More than 64 units go by 16: other rows are read element by element, which takes registers that are not there.
+    More than 64 units must be a multiple of 16: other rows are read element by element, which takes too many registers.
     """
     block = block_h(hidden)
-    if (item, block, gates) not in WHOLE or (hidden > 64 and hidden % 16):
+    if (item, block, gates) not in PERSISTENT_WARPS or (hidden > 64 and hidden % 16):
         return None
     if block * item > 128 and memory <= 160 << 10:
         return None
     arch = 90 if memory > 224 << 10 else 80  # as on an H100 where a block may use as much
-    both = zip(WHOLE[item, block, gates], stages(gates, block, arch), strict=True)
+    both = zip(PERSISTENT_WARPS[item, block, gates], stages(gates, block, arch), strict=True)
     forward, backward = (Tiles(BLOCK_B, block, block, warps, steps) for warps, steps in both)
     return forward, backward
 
 
-def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processors: int) -> tuple[Tiles, Tiles] | None:
-    """Forward and backward, of units spread over multiprocessors; None where their shared memory is too little.
+def cooperative(
+    gates: int, hidden: int, batch: int, item: int, memory: int, processors: int
+) -> tuple[Tiles, Tiles] | None:
+    """Forward and backward tiles of a cooperative grid, which shares the units; None where shared memory is short.
 
-    Each multiprocessor has one program, so that all run at once; more rows than they have go in more launches. A
-    program has as few rows as that takes: more take longer, but less so than another launch. More than four launches
-    are slower than a launch a step. By an H100; GPUs without its tensor core instructions and as much shared memory
-    spill.
+    Each multiprocessor has one program, so that all run at the same time; more rows take more launches. A program has
+    as few rows as possible: more rows take longer, but less so than another launch. More than four launches are slower
+    than one launch per step. Measured on an H100; GPUs without its tensor core instructions and shared memory spill.
     """
     groups = triton.cdiv(hidden, BLOCK_U)
     blocks = processors // groups
@@ -177,21 +178,21 @@ def spread(gates: int, hidden: int, batch: int, item: int, memory: int, processo
     return (both[0], both[1]) if batch <= 4 * both[1].rows else None
 
 
-def at_once(
+def persistent(
     gates: int, hidden: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tiles, Tiles] | None:
-    """Forward and backward, of a cell that the kernels of all steps have; None where it runs step by step."""
+    """Forward and backward tiles of a cell's persistent kernels; None where it runs step by step."""
     if dtype == torch.float64 or (dtype == torch.float32 and precision_of(dtype) != "tf32"):
         return None
     memory, processors = _shared_memory(device), _multiprocessors(device)
-    found = alone(gates, hidden, dtype.itemsize, memory)
+    found = one_program(gates, hidden, dtype.itemsize, memory)
     if found is None and device not in refused:
-        found = spread(gates, hidden, batch, dtype.itemsize, memory, processors)
+        found = cooperative(gates, hidden, batch, dtype.itemsize, memory, processors)
     return found
 
 
 def tiles_of(spec: Cell, weight_hh: Tensor, batch: int, projected: bool) -> tuple[Tiles, Tiles] | None:
-    """Forward and backward; None where the cell runs step by step."""
-    if not spec.whole or projected:
+    """As ``persistent``, for a cell with its weights."""
+    if not spec.persistent or projected:
         return None
-    return at_once(spec.gates, weight_hh.shape[1], batch, weight_hh.dtype, weight_hh.device)
+    return persistent(spec.gates, weight_hh.shape[1], batch, weight_hh.dtype, weight_hh.device)

@@ -18,7 +18,7 @@ def from_haste(
 ) -> nn.LSTM | nn.GRU | nn.LayerNormLSTM | nn.LayerNormGRU:
     r"""A layer that computes what a layer of the package `haste` computes, with its weights.
 
-    Which one the weights tell: ``LSTM``, ``GRU``, ``LayerNormLSTM`` or ``LayerNormGRU``. haste's kernels are (I, G·H)
+    The weights tell which one: ``LSTM``, ``GRU``, ``LayerNormLSTM`` or ``LayerNormGRU``. haste's kernels are (I, G·H)
     and (H, G·H) with the gates in the order i, g, f, o or z, r, h; ours are transposed, in torch's order. An LSTM's one
     bias becomes ``bias_ih``, and ``bias_hh`` is zero.
 

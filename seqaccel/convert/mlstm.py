@@ -16,13 +16,13 @@ def from_mlstm(weights: Mapping[str, Any], *, batch_first: bool = False) -> nn.M
         m_t &= (x_t\, w_{mx}) \odot (h_{t-1}\, w_{mh}) \\
         i, f, o, u &= x_t\, w_x + m_t\, w_h + b
 
-    With weight norm each column of a matrix is brought to length 1 and multiplied by its gain.
+    With weight norm each column of a matrix is scaled to length 1 and multiplied by its gain.
 
     Args:
         weights: tensors or arrays ``wx`` (I, 4H), ``wh`` (H, 4H), ``wmx`` (I, H), ``wmh`` (H, H) and ``b`` (4H), gates
             in the order i, f, o, u; with weight norm also the gains ``gx``, ``gh`` (4H), ``gmx`` and ``gmh`` (H). The
-            files of the published model of 4,096 units hold, in their order and the four parts of ``wh`` joined, the
-            embedding, then wx, wh, wmx, wmh, b, gx, gh, gmx, gmh, then the output layer.
+            files of the published model of 4,096 units hold, in this order, the embedding, wx, wh (in four parts, to be
+            concatenated), wmx, wmh, b, gx, gh, gmx, gmh and the output layer.
         batch_first: input and output are (B, T, ·). Default: ``False``.
 
     Returns:

@@ -11,15 +11,15 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:
-    """Makes every torch.nn layer of a model that has a drop-in here that drop-in, in place.
+    """Replaces every torch.nn layer that has a drop-in here, in place.
 
-    Parameters, buffers, hooks, names and the training mode stay what they are, so that optimisers and checkpoints made
-    before go on working. Subclasses of a torch layer are left alone. The layers: ``RNN``, ``LSTM``, ``GRU``,
-    ``RNNCell``, ``LSTMCell`` and ``GRUCell``.
+    The layers are ``RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell`` and ``GRUCell``; subclasses of them are left
+    alone. Parameters, buffers, hooks, names and the training mode stay what they are, so optimisers and checkpoints
+    made before stay valid.
 
-    A converted layer is a ``torch.nn.RNNBase`` (or ``RNNCellBase``), but no ``torch.nn.LSTM``: code that asks
-    ``isinstance(layer, torch.nn.LSTM)`` to know whether a state is (h, c) or h must ask for ``layer.mode == "LSTM"``
-    or for ``isinstance(layer, (torch.nn.LSTM, seqaccel.nn.LSTM))`` too.
+    A converted layer is a ``torch.nn.RNNBase`` (or ``RNNCellBase``) but not a ``torch.nn.LSTM``. Code that uses
+    ``isinstance(layer, torch.nn.LSTM)`` to tell (h, c) from h must test ``layer.mode == "LSTM"``, or
+    ``isinstance(layer, (torch.nn.LSTM, seqaccel.nn.LSTM))``.
 
     Args:
         model: any module.

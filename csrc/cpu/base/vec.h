@@ -90,14 +90,14 @@ SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
   }
 }
 
-constexpr bool kStoresPast = SEQACCEL_VECTOR_BYTES == 64;  // a vector is a whole line of memory
+constexpr bool kNonTemporalStores = SEQACCEL_VECTOR_BYTES == 64;  // a vector is a whole line of memory
 
-// As store_some; where kStoresPast, v goes past the caches if `past`. p must be aligned then, and fence_stores() come
-// before another thread reads it.
+// As store_some; a non-temporal store, which bypasses the caches, if `non_temporal` and kNonTemporalStores. p must be
+// aligned then, and fence_stores() come before another thread reads it.
 template <typename T>
-SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n, bool past) {
+SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n, bool non_temporal) {
 #if SEQACCEL_VECTOR_BYTES == 64
-  if (past) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  if (non_temporal) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #endif
   store_some(p, v, n);
 }

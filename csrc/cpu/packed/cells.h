@@ -48,7 +48,7 @@ template <class Cell>
 SEQACCEL_INLINE Unit<Cell, Vec<float>> unit_at(const SessionLayer& l, ptrdiff_t unit, const float* h, const float* c) {
   Unit<Cell, Vec<float>> u;
 #pragma GCC unroll 8
-  for (int g = 0; g < Cell::kGates + int(Cell::kApart); ++g) u.pre[g] = load(l.bias + g * l.stride + unit);
+  for (int g = 0; g < Cell::kGates + int(Cell::kSeparate); ++g) u.pre[g] = load(l.bias + g * l.stride + unit);
 #pragma GCC unroll 16
   for (int w = 0; w < Cell::kWeights; ++w) u.weights[w] = load(l.weights + w * l.stride + unit);
   u.h_prev = load(h + unit);
@@ -63,7 +63,7 @@ SEQACCEL_INLINE void add_sums(Unit<Cell, Vec<float>>& u, const float* x, const f
 #pragma GCC unroll 8
   for (int g = 0; g < count; ++g) {
     const Vec<float> from_x = load(x + g * L), from_h = load(h + g * L);
-    if (Cell::kApart && first + g == Cell::kGates - 1) {
+    if (Cell::kSeparate && first + g == Cell::kGates - 1) {
       u.pre[first + g] += from_x;
       u.pre[first + g + 1] += from_h;
     } else {

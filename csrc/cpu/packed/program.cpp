@@ -180,10 +180,10 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell,
   // Where h's part of the last gate is apart, so is its bias; else the two are summed.
   std::vector<float> bias(size_t(cell.biases * layer.stride), 0.0f);
   for (int64_t g = 0; g < gates; ++g) {
-    const bool apart = cell.biases > gates && g + 1 == gates;
+    const bool separate = cell.biases > gates && g + 1 == gates;
     for (int64_t k = 0; k < H; ++k) {
       bias[size_t(g * layer.stride + k)] += w[2] ? w[2][g * H + k] : 0.0f;
-      bias[size_t((g + apart) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
+      bias[size_t((g + separate) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
     }
   }
   layer.bias = keep(bias.data(), int64_t(bias.size()));

@@ -70,8 +70,8 @@ SEQACCEL_INLINE void for_blocks(const Member& me, ptrdiff_t count, ptrdiff_t ste
 }
 
 // Packs `count` blocks, each thread some of those that it reads, so that they lie in its own L2: pack(block). Packed in
-// turn, half of them came from the other core: LSTM and GRU (T, B, H) = (128, 1, 256) forward x1.05, (128, 4, 256)
-// x1.03.
+// turn, half of them came from the other core: forward is 5% faster for LSTM and GRU (T, B, H) = (128, 1, 256), 3% for
+// (128, 4, 256).
 template <class Pack>
 SEQACCEL_INLINE void pack_blocks(const Member& me, ptrdiff_t count, const Pack& pack) {
   const Blocks mine = blocks_of(me, count);
@@ -86,9 +86,10 @@ SEQACCEL_INLINE void for_units(const Member& me, ptrdiff_t width, const Body& bo
   for (ptrdiff_t v = mine.begin; v < mine.end; ++v) body(v * L, int(min_of(L, width - v * L)));
 }
 
-// The first `running` rows of a thread, `row` apart, to L2 before a product reads them: part of each was just written
-// by another core. At once, as such lines take long and the product would meet them a few at a time: (T, B, H) = (128,
-// 4, 256), RNN x1.14, LSTM x1.04. Rows of one partial sum the processor reaches by itself.
+// Prefetches the first `running` rows of a thread, with stride `row`, to L2 before a product reads them: part of each
+// was just written by another core. All at once, because such lines take long and the product would meet them a few at
+// a time: RNN is 14% faster, LSTM 4% ((T, B, H) = (128, 4, 256)). The processor itself prefetches rows of one partial
+// sum.
 template <typename T>
 SEQACCEL_INLINE void fetch_rows(const Member& me, const T* rows, ptrdiff_t row, ptrdiff_t width, ptrdiff_t running) {
   constexpr ptrdiff_t kValues = kLine / ptrdiff_t(sizeof(T));
@@ -99,7 +100,7 @@ SEQACCEL_INLINE void fetch_rows(const Member& me, const T* rows, ptrdiff_t row, 
   }
 }
 
-// [count, H] to rows `stride` apart, zero behind the H values; null: zero.
+// [count, H] to rows of this stride, zero after the H values; null: zero.
 template <typename T>
 void spread_rows(T* to, ptrdiff_t stride, const T* from, ptrdiff_t count, ptrdiff_t H) {
   for (ptrdiff_t i = 0; i < count; ++i) {
@@ -142,7 +143,7 @@ struct UnitProduct {
   }
 
   void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t u, T* y, bool add = false,
-                  LineList* lines = nullptr) const {
+                  PrefetchList* lines = nullptr) const {
     constexpr int L = Lanes<T>;
     if (panels) return panel_product<T, V>(rows, a, a_row, panels + u * panel_size, V * L, K, y, add, far, lines);
     if constexpr (U == 1) {
@@ -215,8 +216,8 @@ struct ColumnProduct {
   bool far = false;  // a thread's panels are more than its L2 holds
 
   // `few`: rows in all, with which packing costs more than it gains. Nor does it gain where W stays in L2, but not in
-  // L1, and its rows are a few whole lines: with panels the sweep of GRU (T, B, H) = (128, 4, 256) takes 1.1 times as
-  // long, of GRU (128, 16, 128) 1.12. It does with 1 MB (multiplicative LSTM of 256 units), rows of 2 KB or of half a
+  // L1, and its rows are a few whole lines: panels make the sweep of GRU (T, B, H) = (128, 4, 256) 10% slower, of
+  // GRU (128, 16, 128) 12%. Packing gains with 1 MB (multiplicative LSTM of 256 units), rows of 2 KB or of half a
   // line.
   static ColumnProduct of(const T* weight, ptrdiff_t N, ptrdiff_t K, bool few) {
     constexpr ptrdiff_t kNearRow = 1024, kNearWeights = ptrdiff_t(768) << 10;
@@ -235,7 +236,7 @@ struct ColumnProduct {
 
   // With the rows [k0, k0 + count) of W.
   void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t count, T* y,
-                  bool add = false, LineList* lines = nullptr) const {
+                  bool add = false, PrefetchList* lines = nullptr) const {
     const bool packed = j >= packed_from;
     const ptrdiff_t panel_row = packed ? kWidth : N;
     const T* const panel = packed ? panels + (j - packed_from) * K * kWidth : weight + j * kWidth;

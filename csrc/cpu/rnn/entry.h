@@ -11,9 +11,9 @@ constexpr RnnCellEntry rnn_entry(bool (*forward_float)(const RnnForward<float>&)
                                  bool (*forward_double)(const RnnForward<double>&),
                                  bool (*backward_float)(const RnnBackward<float>&),
                                  bool (*backward_double)(const RnnBackward<double>&)) {
-  return {Cell::kName,          Cell::kGates,    kInputs<Cell>,   kPre<Cell>,     Cell::kSaved, Cell::kWeights,
-          Cell::kWeightTensors, Cell::kFirst,    Cell::kFirstPre, Cell::kMainPre, Cell::kApart, Cell::kHasCell,
-          Cell::kZoneout,       Cell::kProjects, Cell::kExtra,    Cell::kNorm,    Cell::kNormC, forward_float,
+  return {Cell::kName,          Cell::kGates,    kInputs<Cell>,   kPre<Cell>,     Cell::kSaved,    Cell::kWeights,
+          Cell::kWeightTensors, Cell::kFirst,    Cell::kFirstPre, Cell::kMainPre, Cell::kSeparate, Cell::kHasCell,
+          Cell::kZoneout,       Cell::kProjects, Cell::kExtra,    Cell::kNorm,    Cell::kNormC,    forward_float,
           forward_double,       backward_float,  backward_double};
 }
 

@@ -29,20 +29,20 @@ struct ForwardState {
   T* bias;     // [kPre, stride]
   T* weights;  // [kWeights, stride]
   ptrdiff_t stride, h_stride;
-  bool past;  // what is kept for a backward pass goes past the caches
+  bool non_temporal;  // non-temporal stores of what is kept for a backward pass
 };
 
-// Whether a pass keeps more than the L2 of its threads holds. Its lines would be fetched only to be overwritten, and
-// drive out what the next step needs: LSTM (T, B, H) = (128, 64, 256), forward x1.08, training x1.02. (The output is
-// what the next layer reads first: with it, a stack of RNN (128, 64, 256) took 1.04 of its time. Lines that x was just
-// read from lie in the caches anyway.)
+// Non-temporal stores for what a pass keeps, where that exceeds the L2 of its threads: regular stores would first read
+// each line and evict what the next step needs (LSTM (T, B, H) = (128, 64, 256): forward 8% faster, training 2%). Not
+// for the output, which the next layer reads soon (a stack of RNN (128, 64, 256): 4% slower), nor for lines that x was
+// just read from, which lie in the caches anyway.
 template <class Cell, typename T>
-bool stores_past(const RnnForward<T>& p, int threads) {
+bool stores_non_temporal(const RnnForward<T>& p, int threads) {
   const ptrdiff_t last = p.rows.steps - 1, rows = p.rows.packed(last, 0) + p.rows.count(last);
   const ptrdiff_t values = Cell::kSaved + Cell::kHasCell;
   const auto aligned = [](const T* at) { return reinterpret_cast<uintptr_t>(at) % SEQACCEL_VECTOR_BYTES == 0; };
-  return kStoresPast && p.saved && p.saved != p.x && p.hidden % Lanes<T> == 0 && aligned(p.saved) && aligned(p.cells) &&
-         beyond_l2(rows * values * p.hidden * ptrdiff_t(sizeof(T)) / threads);
+  return kNonTemporalStores && p.saved && p.saved != p.x && p.hidden % Lanes<T> == 0 && aligned(p.saved) &&
+         aligned(p.cells) && beyond_l2(rows * values * p.hidden * ptrdiff_t(sizeof(T)) / threads);
 }
 
 // Products of a block of units and a chunk of rows.
@@ -99,13 +99,15 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const 
         if ((g >= kBegin && g < kEnd) != First) continue;
         if (p.x) {
           u.pre[g] = load_some(p.x + packed * p.x_row + g * H + unit, units) + u.pre[g];
-        } else if (Cell::kApart) {
+        } else if (Cell::kSeparate) {
           u.pre[g] = load(products.x_pre + i * products.row + v * L + g * L) + u.pre[g];
         }
       }
 #pragma GCC unroll 8
       for (int g = 0; g < (First ? Cell::kFirst : kMain<Cell>); ++g) {
-        const int at = First ? Cell::kFirstPre + g : Cell::kApart && g == kMain<Cell> - 1 ? g + 1 : Cell::kMainPre + g;
+        const int at = First                                     ? Cell::kFirstPre + g
+                       : Cell::kSeparate && g == kMain<Cell> - 1 ? g + 1
+                                                                 : Cell::kMainPre + g;
         u.pre[at] = load(product + g * L) + u.pre[at];
       }
       if (Cell::kUsesPrev) u.h_prev = load(h_prev + b * state.h_stride);
@@ -128,23 +130,24 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const 
             u.c = z * u.c_prev + (1 - z) * u.c;
           }
           store(state.c + b * state.stride + unit, u.c);
-          if (p.cells) store_some(p.cells + packed * H + unit, u.c, units, state.past);
+          if (p.cells) store_some(p.cells + packed * H + unit, u.c, units, state.non_temporal);
         }
       }
       if (Cell::kSaved > 0 && p.saved) {
 #pragma GCC unroll 8
         for (int g = 0; g < Cell::kSaved; ++g) {
-          if ((g >= kBegin && g < kEnd) == First) store_some(saved + g * H, u.saved[g], units, !First && state.past);
+          if ((g >= kBegin && g < kEnd) == First)
+            store_some(saved + g * H, u.saved[g], units, !First && state.non_temporal);
         }
       }
     }
   }
 }
 
-// The input of the rows [i0, i0 + count) at time t: without it, (128, 64, 256) takes 1.02 of its time.
+// The input of the rows [i0, i0 + count) at time t: (128, 64, 256) is 2% slower without.
 template <typename T>
 void list_input(const RnnForward<T>& p, const RowShare& share, ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count,
-                LineList& lines) {
+                PrefetchList& lines) {
   constexpr ptrdiff_t kBytes = 2 * kLine, kValues = kBytes / ptrdiff_t(sizeof(T));
   const ptrdiff_t end = min_of(i0 + count, share.among(p.rows.count(t)));
   lines.begin<kBytes>(max_of(0, end - i0) * panel_count(p.inputs, kValues));
@@ -226,7 +229,7 @@ bool rnn_forward(const RnnForward<T>& p) {
   ForwardState<T> state;
   state.stride = (panel_count(H, L) + 1) * L;
   state.h_stride = (panel_count(P, L) + 1) * L;
-  state.past = stores_past<Cell>(p, threads);
+  state.non_temporal = stores_non_temporal<Cell>(p, threads);
   Workspace workspace;
   const size_t main_at = workspace.reserve<T>(direct ? 0 : main_blocks * main_panel);
   const size_t first_at = workspace.reserve<T>(direct ? 0 : first_blocks * First::panel_values(P));
@@ -276,9 +279,9 @@ bool rnn_forward(const RnnForward<T>& p) {
 #pragma omp barrier
     if (!me.share.idle) {
       alignas(64) T pre[kChunk * kColumns * L];
-      alignas(64) T x_pre[Cell::kApart ? kChunk * Main::V * L : 1];
+      alignas(64) T x_pre[Cell::kSeparate ? kChunk * Main::V * L : 1];
       const Blocks mine = blocks_of(me, main_blocks);
-      LineList lines;
+      PrefetchList lines;
       Ahead ahead{input,
                   p.input,
                   p.rows,
@@ -308,17 +311,17 @@ bool rnn_forward(const RnnForward<T>& p) {
         const ptrdiff_t source_row = two ? state.stride : state.h_stride;
         for_blocks(me, main_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
           const ptrdiff_t b = rows.at(i);
-          T* x_sum = Cell::kApart ? x_pre : pre;
+          T* x_sum = Cell::kSeparate ? x_pre : pre;
           if (ahead.steps > 1) {
             x_sum = ahead.at(u - mine.begin, t) + i * Main::V * L;
           } else if (p.input) {
             input(count, p.input + p.rows.packed(t, b) * inputs, rows.step * inputs, u, x_sum);
           }
-          T* const sum = Cell::kApart ? pre : x_sum;
+          T* const sum = Cell::kSeparate ? pre : x_sum;
           // The last block's product fetches what the next step's first one will read.
           const bool fetches = p.input && ahead.steps == 1 && s + 1 < steps && u == mine.last(s);
           if (fetches) list_input(p, rows, p.reverse ? t - 1 : t + 1, i, count, lines);
-          main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kApart,
+          main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kSeparate,
                fetches ? &lines : nullptr);
           forward_update<Cell, T, false, Main::U>(p, state, rows, s, t, i, count, u * Main::U * L,
                                                   {sum, x_sum, Main::V * L});

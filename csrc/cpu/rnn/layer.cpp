@@ -61,7 +61,7 @@ void check_packed(const Tensor& input, const OptionalTensor& lengths, RnnLayer& 
   check_tensor(*lengths, "lengths", {-1}, ScalarType::Long);
   const Tensor dense = to_contiguous(*lengths);
   const int64_t* data = dense.const_data_ptr<int64_t>();
-  layer.joined = true;
+  layer.is_packed = true;
   layer.batch = dense.size(0);
   layer.steps = layer.batch ? data[0] : 0;
   layer.packed_rows = 0;

@@ -29,17 +29,17 @@ struct RnnLayer {
   OptionalTensor zoneout_h, zoneout_c;
   // With lengths: see RnnRows. Empty where every sequence is whole.
   std::vector<int64_t> lengths, order, running, offsets;
-  int64_t packed_rows;  // of a packed tensor
-  bool joined = false;  // the caller's tensors are packed: [packed_rows, .] for [T, B, .]
+  int64_t packed_rows;     // of a packed tensor
+  bool is_packed = false;  // the caller's tensors are packed: [packed_rows, .] for [T, B, .]
 
   bool ragged() const { return !running.empty(); }
-  bool padded() const { return ragged() && !joined; }
+  bool padded() const { return ragged() && !is_packed; }
   // A new tensor of rows of `width` values for every step and sequence, as the caller's are.
   Tensor new_rows(int64_t width) const {
-    return joined ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
+    return is_packed ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
   }
   void check_rows(const Tensor& t, const char* name, int64_t width) const {
-    if (joined) return check_tensor(t, name, {packed_rows, width}, input.scalar_type());
+    if (is_packed) return check_tensor(t, name, {packed_rows, width}, input.scalar_type());
     check_tensor(t, name, {steps, batch, width}, input.scalar_type());
   }
   bool single() const { return input.scalar_type() == ScalarType::Float; }
@@ -64,7 +64,7 @@ struct RnnLayer {
   // The steps [first, first + count).
   RnnRows rows(int64_t first, int64_t count) const {
     RnnRows rows{count, batch};
-    rows.joined = joined;
+    rows.is_packed = is_packed;
     if (ragged()) {
       rows.order = order.data();
       rows.running = running.data() + first;

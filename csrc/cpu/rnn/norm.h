@@ -21,15 +21,15 @@ struct Moments {
   RowMoments<T> of_row() const { return {mean, T(1) / T(sqrt(squares / count + T(kEpsilon)))}; }
 };
 
-// Of `pieces` pieces of `count` values, `apart` apart, in two passes.
+// Of `pieces` pieces of `count` values with this stride, in two passes.
 template <typename T>
-Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t apart = 0) {
+Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t stride = 0) {
   constexpr int L = Lanes<T>;
   const ptrdiff_t whole = count / L * L;
   Vec<T> sums{};
   T total = T(0);
   for (int piece = 0; piece < pieces; ++piece) {
-    const T* const from = x + piece * apart;
+    const T* const from = x + piece * stride;
     for (ptrdiff_t k = 0; k < whole; k += L) sums += load(from + k);
     for (ptrdiff_t k = whole; k < count; ++k) total += from[k];
   }
@@ -38,7 +38,7 @@ Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t apa
   Vec<T> squares{};
   T square = T(0);
   for (int piece = 0; piece < pieces; ++piece) {
-    const T* const from = x + piece * apart;
+    const T* const from = x + piece * stride;
     for (ptrdiff_t k = 0; k < whole; k += L) {
       const Vec<T> d = load(from + k) - mean;
       squares += d * d;
@@ -52,14 +52,14 @@ Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t apa
 // over a row's units are shared so: the row itself would have to come from the other cores.
 template <typename T, int N>
 struct Shared {
-  T* values;  // of the part: [groups, apart]
-  ptrdiff_t apart;
+  T* values;  // of the part: [groups, stride]
+  ptrdiff_t stride;
 
   static ptrdiff_t size(ptrdiff_t rows) { return panel_count(rows * N * ptrdiff_t(sizeof(T)), 64) * 64 / sizeof(T); }
   static Shared of(T* all, const Member& me, ptrdiff_t rows) {
     return {all + me.part() * me.split.groups * size(rows), size(rows)};
   }
-  T& at(int group, ptrdiff_t row, int i) const { return values[group * apart + row * N + i]; }
+  T& at(int group, ptrdiff_t row, int i) const { return values[group * stride + row * N + i]; }
 };
 
 template <typename T>

@@ -55,21 +55,21 @@ SEQACCEL_INLINE void put_grad_pre(const RnnBackward<T>& p, const NormBackwardSta
     sums.values[g] += u.grad_pre[g];
   }
   const T* const normed = p.normed + packed * 2 * G * H + unit;
-  Vec<T> joined[4] = {};
+  Vec<T> sums_of_gates[4] = {};
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g) {
-    const Vec<T> grad_x = u.grad_pre[g], grad_h = u.grad_pre[Cell::kApart && g == G - 1 ? G : g];
+    const Vec<T> grad_x = u.grad_pre[g], grad_h = u.grad_pre[Cell::kSeparate && g == G - 1 ? G : g];
     const Vec<T> y_x = load_some(normed + g * H, units), y_h = load_some(normed + (G + g) * H, units);
     sums.values[kPres + g] += grad_x * y_x;
     sums.values[kPres + G + g] += grad_h * y_h;
     const Vec<T> g_x = grad_x * load(gamma + g * stride), g_h = grad_h * load(gamma + (G + g) * stride);
-    joined[0] += g_x;
-    joined[1] += g_x * y_x;
-    joined[2] += g_h;
-    joined[3] += g_h * y_h;
+    sums_of_gates[0] += g_x;
+    sums_of_gates[1] += g_x * y_x;
+    sums_of_gates[2] += g_h;
+    sums_of_gates[3] += g_h * y_h;
   }
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) of_pre.add(i, k, joined[k], units);
+  for (int k = 0; k < 4; ++k) of_pre.add(i, k, sums_of_gates[k], units);
 }
 
 // The first stage, behind the product.
@@ -211,7 +211,7 @@ bool norm_backward(const RnnBackward<T>& p) {
 #pragma omp barrier
     if (!me.share.idle) {
       alignas(64) T out[kChunk * Product::kWidth];
-      LineList lines;
+      PrefetchList lines;
       T* const sums = state.sums + me.part() * 2 * kSums * state.stride;
       NormGrad<T>* const norms = workspace.at<NormGrad<T>>(norms_at) + thread * B;
       T* const own = workspace.at<T>(own_at) + thread * B * 6 * L;
@@ -247,7 +247,7 @@ bool norm_backward(const RnnBackward<T>& p) {
         }
         of_pre.share(me, now);
         me.wait();
-        // A pre-activation of h' that lies apart takes the place of the input's, last of the gates.
+        // A separate pre-activation of h' takes the place of the input's, last of the gates.
         for (ptrdiff_t i = 0; i < now; ++i) {
           const ptrdiff_t b = rows.at(i), packed = p.rows.packed(step.t, b);
           T* const grad_pre = norm.grad_pre + b * kPres * H;
@@ -261,7 +261,7 @@ bool norm_backward(const RnnBackward<T>& p) {
             for (int g = 0; g < G; ++g) {
               const ptrdiff_t at = g * H + unit;
               const Vec<T> grad_x = load_some(grad_pre + at, units);
-              const Vec<T> grad_h = Cell::kApart && g == G - 1 ? load_some(grad_pre + G * H + unit, units) : grad_x;
+              const Vec<T> grad_h = Cell::kSeparate && g == G - 1 ? load_some(grad_pre + G * H + unit, units) : grad_x;
               store_some(to + at, of_x(grad_x * load_some(gamma_x + at, units), load_some(normed + at, units)), units);
               store_some(to + G * H + at,
                          of_h(grad_h * load_some(gamma_h + at, units), load_some(normed + G * H + at, units)), units);

@@ -40,7 +40,7 @@ void norm_update(const RnnForward<T>& p, const NormState<T>& state, const RowSha
       const Vec<T> y = (raw - moments[i].mean) * moments[i].scale;
       if (p.normed) store_some(p.normed + packed * p.x_row + g * H + unit, y, units);
       u.pre[g] += u.weights[g] * load_some(p.x + packed * p.x_row + g * H + unit, units);
-      const int at = Cell::kApart && g == G - 1 ? G : g;
+      const int at = Cell::kSeparate && g == G - 1 ? G : g;
       u.pre[at] += u.weights[G + g] * y;
     }
     if constexpr (Cell::kUsesPrev) u.h_prev = load(state.forward.h[s & 1] + b * state.forward.h_stride + unit);
@@ -49,7 +49,7 @@ void norm_update(const RnnForward<T>& p, const NormState<T>& state, const RowSha
     if (p.saved) {
 #pragma GCC unroll 8
       for (int g = 0; g < Cell::kSaved; ++g) {
-        store_some(p.saved + (packed * Cell::kSaved + g) * H + unit, u.saved[g], units, state.forward.past);
+        store_some(p.saved + (packed * Cell::kSaved + g) * H + unit, u.saved[g], units, state.forward.non_temporal);
       }
     }
     if constexpr (Cell::kNormC) {
@@ -84,7 +84,7 @@ void norm_finish(const RnnForward<T>& p, const NormState<T>& state, const RowSha
       c = z * load(at) + (1 - z) * c;
     }
     store(at, c);
-    if (p.cells) store_some(p.cells + packed * H + unit, c, units, state.forward.past);
+    if (p.cells) store_some(p.cells + packed * H + unit, c, units, state.forward.non_temporal);
   }
 }
 
@@ -103,7 +103,7 @@ bool norm_forward(const RnnForward<T>& p) {
   NormState<T> norm;
   ForwardState<T>& state = norm.forward;
   state.stride = state.h_stride = (panel_count(H, L) + 1) * L;
-  state.past = stores_past<Cell>(p, threads);
+  state.non_temporal = stores_non_temporal<Cell>(p, threads);
   Workspace workspace;
   const size_t panels_at = workspace.reserve<T>(direct ? 0 : blocks * product.panel_size);
   const size_t state_at = workspace.reserve<T>((4 * B + kPre<Cell> + Cell::kWeights) * state.stride);

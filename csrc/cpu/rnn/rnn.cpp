@@ -35,7 +35,7 @@ std::vector<T> bias_of(const RnnLayer& layer) {
     const T* const bias = layer.weight(part).const_data_ptr<T>();
     const int64_t rows = layer.gate_rows(), last = rows - layer.hidden;
     for (int64_t i = 0; i < rows; ++i) {
-      sum[size_t(layer.cell->apart && part == kBiasHh && i >= last ? i + layer.hidden : i)] += bias[i];
+      sum[size_t(layer.cell->separate && part == kBiasHh && i >= last ? i + layer.hidden : i)] += bias[i];
     }
   }
   return sum;
@@ -118,7 +118,7 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
   for (int64_t done = 0; done < layer.steps; done += projection.chunk) {
     const int64_t steps = std::min(projection.chunk, layer.steps - done);
     const int64_t first = reverse ? layer.steps - done - steps : done, packed = layer.offset(first);
-    const int64_t padded = layer.joined ? packed : first * layer.batch;
+    const int64_t padded = layer.is_packed ? packed : first * layer.batch;
     const int64_t rows = (first + steps < layer.steps ? layer.offset(first + steps) : layer.packed_rows) - packed;
     RnnForward<T> pass{};
     pass.rows = layer.rows(first, steps);
@@ -250,7 +250,7 @@ Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) 
       const int64_t row = layer.order[size_t(b)];
       const char* source = h_0 + size_t(row) * bytes;
       if (b < inner)
-        source = from + size_t(layer.joined ? layer.offset(earlier) + b : earlier * layer.batch + row) * bytes;
+        source = from + size_t(layer.is_packed ? layer.offset(earlier) + b : earlier * layer.batch + row) * bytes;
       std::memcpy(to, source, bytes);
     }
   }
@@ -364,17 +364,17 @@ class Gradients {
     const int64_t rows = layer_.gate_rows(), H = layer_.hidden;
     if (cell.extra) return weight(grad, 0, swept_.source);
     if (cell.norm) return recurrent(grad, rows);
-    // The last rows of a cell of two products multiplied something else than h'; of one with an apart pre-activation,
+    // The last rows of a cell of two products multiplied something else than h'; of one with a separate pre-activation,
     // its columns lie behind the others.
-    const int64_t joined = cell.apart ? rows - H : cell.first ? cell.first * H : rows;
-    Tensor front = rows_of(grad, 0, joined);
+    const int64_t shared = cell.separate ? rows - H : cell.first ? cell.first * H : rows;
+    Tensor front = rows_of(grad, 0, shared);
     recurrent(front, 0);
-    if (joined == rows) return;
-    Tensor back = rows_of(grad, joined, rows - joined);
-    if (cell.apart) {
+    if (shared == rows) return;
+    Tensor back = rows_of(grad, shared, rows - shared);
+    if (cell.separate) {
       recurrent(back, rows);
     } else {
-      weight(back, joined, swept_.source);
+      weight(back, shared, swept_.source);
     }
   }
 
@@ -435,7 +435,7 @@ void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   Scratch scratch(layer.input, most * layer.grad_row());
   if (parts == 1) return backward_part(layer, grads, output, kept, reverse, false, scratch, swept, results);
   const auto times = [&](const Tensor& t, int64_t first, int64_t count) {
-    return t.defined() ? layer.joined ? rows_of(t, first * B, count * B) : rows_of(t, first, count) : t;
+    return t.defined() ? layer.is_packed ? rows_of(t, first * B, count * B) : rows_of(t, first, count) : t;
   };
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t index = reverse ? i : parts - 1 - i;
@@ -537,12 +537,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   swept.grad_bias = new_tensor(input, {layer.pre_width()});
   swept.grad_unit_weights = new_tensor(input, {traits.unit_weights * H});
   backward_parts(layer, grads, output, kept, reverse, swept, results);
-  // The last gate's pre-activation of h' may lie apart, behind the others.
-  const int64_t joined = traits.apart ? rows - H : rows;
+  // The last gate's pre-activation of h' may be separate, after the others.
+  const int64_t shared = traits.separate ? rows - H : rows;
   if (wanted[kBiasIh]) copy_values(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
   if (wanted[kBiasHh]) {
-    copy_values(grad_weights[kBiasHh], 0, swept.grad_bias, 0, joined);
-    if (joined < rows) copy_values(grad_weights[kBiasHh], joined, swept.grad_bias, rows, rows - joined);
+    copy_values(grad_weights[kBiasHh], 0, swept.grad_bias, 0, shared);
+    if (shared < rows) copy_values(grad_weights[kBiasHh], shared, swept.grad_bias, rows, rows - shared);
   }
   for (int i = layer.first_unit_tensor(), done = 0, tensor = 0; done < traits.unit_weights; ++i, ++tensor) {
     const int64_t count = traits.weight_tensors[tensor];

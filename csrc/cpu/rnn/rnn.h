@@ -12,17 +12,17 @@ constexpr int64_t kRowsPerThread = 16;  // of the batch, with which threads shar
 
 // The rows of a stretch of time, longest sequence first, so that those running at time t are the first of them. Of a
 // packed tensor only the rows that run lie in memory, step after step; a padded one holds [steps, B] rows in the
-// caller's order, unless the caller's tensors are packed themselves (joined).
+// caller's order, unless the caller's tensors are packed themselves (is_packed).
 struct RnnRows {
   int64_t steps, batch;
   const int64_t* order = nullptr;    // [B]: the caller's index of row b; null: b
   const int64_t* running = nullptr;  // [steps]: rows that run at time t; null: all of them
   const int64_t* offsets = nullptr;  // [steps]: packed index of row 0 at time t; null: t B
-  bool joined = false;
+  bool is_packed = false;
 
   int64_t count(int64_t t) const { return running ? running[t] : batch; }
   int64_t row(int64_t b) const { return order ? order[b] : b; }
-  int64_t padded(int64_t t, int64_t b) const { return joined ? packed(t, b) : t * batch + row(b); }
+  int64_t padded(int64_t t, int64_t b) const { return is_packed ? packed(t, b) : t * batch + row(b); }
   int64_t packed(int64_t t, int64_t b) const { return (offsets ? offsets[t] - offsets[0] : t * batch) + b; }
 };
 
@@ -127,7 +127,7 @@ struct RnnCellEntry {
   int gates, inputs, pre, saved, unit_weights;
   const int* weight_tensors;  // [4]
   int first, first_pre, main_pre;
-  bool apart, has_cell, zoneout, projects, extra, norm, norm_c;
+  bool separate, has_cell, zoneout, projects, extra, norm, norm_c;
   bool (*forward_float)(const RnnForward<float>&);
   bool (*forward_double)(const RnnForward<double>&);
   bool (*backward_float)(const RnnBackward<float>&);

@@ -80,9 +80,9 @@ def _on_a_gpu(gates: int) -> Callable[[Problem], bool]:
     def torch_is_faster(problem: Problem) -> bool:
         if problem.device.type != "cuda" or _extension.triton_error:
             return problem.device.type == "cuda"
-        from seqaccel.kernels.rnn.tiles import at_once
+        from seqaccel.kernels.rnn.tiles import persistent
 
-        tiles = at_once(gates, problem.hidden, problem.batch, problem.dtype, problem.device)
+        tiles = persistent(gates, problem.hidden, problem.batch, problem.dtype, problem.device)
         if tiles is None or problem.projected:
             return True
         if problem.hidden <= 128:

@@ -1,13 +1,13 @@
-"""All steps in one launch, of cells with one product a step and no layer norm.
+"""Persistent kernels: all steps in one launch, for cells with one product per step and no layer norm.
 
-A program owns BLOCK_B rows of the batch and walks through time; h and c stay in registers, its part of W_hh is loaded
-once and stays in shared memory. With few units (``tiles.alone``) it owns all, and programs never wait for each other;
-each step's operands are loaded STAGES - 1 steps ahead.
+A program owns BLOCK_B rows of the batch and walks through time. h and c stay in registers; the program loads its part
+of W_hh once and keeps it in shared memory. With few units (``tiles.one_program``) a program owns all of them, and
+programs never wait for each other. Each step's operands are loaded STAGES - 1 steps ahead.
 
-More units are SPREAD: a program owns BLOCK_U of them, and a step needs what all programs of its rows found in the step
-before: h by way of p_exchange, or in the backward pass the gradient of r. Each program counts itself in once it has
-stored its part, and waits until all have; all must be running, so the launch is cooperative. What a step loads
-otherwise, it loads before it waits.
+More units are shared by a COOPERATIVE grid: a program owns BLOCK_U units, and a step needs the results of all programs
+of its rows from the step before: h through p_exchange, or in the backward pass the gradient of r. Each program stores
+its part, increments a counter and waits until the counter says that all have done so. All programs must be running, so
+the launch is cooperative. A step loads its other operands before it waits.
 """
 
 import triton
@@ -87,7 +87,7 @@ def load_rows(
 
 
 @triton.jit
-def spread_product(
+def cooperative_product(
     b_w,
     p,
     b_first,
@@ -129,7 +129,7 @@ _NUMBERS = ["T", "B", "b_first"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def whole_forward_kernel(
+def persistent_forward_kernel(
     p_x,  # [T, B, G*H] W_ih x + b; may be p_gates
     p_weight,  # [G*H, H]
     p_bias,  # [G*H] added to the product, or None
@@ -143,8 +143,8 @@ def whole_forward_kernel(
     p_gates,  # [T, B, SAVED*H] or None
     p_cells,  # [T, B, H] float32, or None
     p_carried,  # [T, B, H] float32 or None
-    p_exchange,  # [2, B, H] where SPREAD: its first half h_0
-    p_arrived,  # [blocks of rows, 32] where SPREAD: zeros
+    p_exchange,  # [2, B, H] where COOPERATIVE: its first half h_0
+    p_arrived,  # [blocks of rows, 32] where COOPERATIVE: zeros
     T,
     B,
     H,
@@ -157,12 +157,12 @@ def whole_forward_kernel(
     VECTORS: tl.constexpr,
     HAS_C: tl.constexpr,
     REVERSE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    QUARTERS: tl.constexpr,  # where SPREAD: 4 with one gate, else 1
+    COOPERATIVE: tl.constexpr,
+    QUARTERS: tl.constexpr,  # where COOPERATIVE: 4 with one gate, else 1
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,  # where SPREAD: tiles that the sum is cut into, or each of its quarters
+    PARTS: tl.constexpr,  # where COOPERATIVE: tiles that the sum is cut into, or each of its quarters
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -177,7 +177,7 @@ def whole_forward_kernel(
         b_c = tl.load(p_c + b * H + unit, mask=mask, other=0.0)
     if p_lengths is not None:
         b_length = tl.load(p_lengths + b, mask=b < B, other=0)
-    if SPREAD:
+    if COOPERATIVE:
         p_arrived += tl.program_id(0) * 32
         b_w = load_rows(
             p_weight, tl.program_id(1) * BLOCK_U, k[None, :], H, H, H, 1, GATES, QUARTERS, BLOCK_U, BLOCK_K, PARTS
@@ -190,10 +190,10 @@ def whole_forward_kernel(
         row = tl.cast(t, tl.int64) * B + b
         b_x = load_tiles(p_x, row * GATES * H + unit, H, mask, GATES)
         b_r = ()
-        if SPREAD:
+        if COOPERATIVE:
             wait(p_arrived, s * tl.num_programs(1))
             p_from = p_exchange + tl.cast(s % 2, tl.int64) * B * H
-            b_fourths = spread_product(
+            b_fourths = cooperative_product(
                 b_w, p_from, b_first, k[None, :], B, H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION
             )
             if QUARTERS == 4:
@@ -219,7 +219,7 @@ def whole_forward_kernel(
             b_x, b_r, b_h, b_c, b_v, row * H + unit, running, mask, p_zoneout_h, p_zoneout_c, zoneout_h_stride,
             zoneout_c_stride, H, FORWARD, HAS_C, False,
         )  # fmt: skip
-        if SPREAD:
+        if COOPERATIVE:
             o_to = ((s + 1) % 2 * B + b) * H + unit
             tl.store(p_exchange + o_to, b_h.to(p_exchange.dtype.element_ty), mask=mask)
             arrive(p_arrived)
@@ -233,7 +233,7 @@ def whole_forward_kernel(
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def whole_backward_kernel(
+def persistent_backward_kernel(
     p_grad_output,  # [T, B, H] or None
     p_weight,  # [G*H, H]
     p_gates,  # [T, B, SAVED*H]
@@ -250,7 +250,7 @@ def whole_backward_kernel(
     p_dc,  # [B, H] float32: gradient of c_n, overwritten by that of c_0
     p_grad_x,  # [T, B, G*H]
     p_grad_r,  # [T, B, G*H] where it is not grad_x, or None
-    p_arrived,  # [blocks of rows, 32] where SPREAD: zeros
+    p_arrived,  # [blocks of rows, 32] where COOPERATIVE: zeros
     T,
     B,
     H,
@@ -265,8 +265,8 @@ def whole_backward_kernel(
     USES_OUTPUT: tl.constexpr,
     USES_H: tl.constexpr,
     REVERSE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    QUARTERS: tl.constexpr,  # 4 where SPREAD
+    COOPERATIVE: tl.constexpr,
+    QUARTERS: tl.constexpr,  # 4 where COOPERATIVE
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -285,7 +285,7 @@ def whole_backward_kernel(
         b_dc = tl.load(p_dc + b * H + unit, mask=mask, other=0.0)
     if p_lengths is not None:
         b_length = tl.load(p_lengths + b, mask=b < B, other=0)
-    if SPREAD:
+    if COOPERATIVE:
         p_arrived += tl.program_id(0) * 32
         p_grad_last = p_grad_x if p_grad_r is None else p_grad_r
         b_w = load_rows(
@@ -312,11 +312,11 @@ def whole_backward_kernel(
             row, earlier_row, inner, inner_h, b, unit, mask, p_gates, p_cells, p_carried, p_c_0, p_output, p_h_0, H,
             SAVED, HAS_C, USES_OUTPUT, USES_H,
         )  # fmt: skip
-        if SPREAD:
+        if COOPERATIVE:
             # Through r of the step before in this pass, of which the first has none.
             wait(p_arrived, s * tl.num_programs(1))
             t_last = t - 1 if REVERSE else t + 1
-            b_fourths = spread_product(
+            b_fourths = cooperative_product(
                 b_w, p_grad_last + tl.cast(t_last, tl.int64) * B * GATES * H, b_first, k[None, :],
                 tl.where(s > 0, B, 0), GATES * H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION,
             )  # fmt: skip
@@ -331,17 +331,17 @@ def whole_backward_kernel(
         )  # fmt: skip
         if p_grad_r is not None:
             store_tiles(p_grad_r, row * GATES * H + unit, H, b_dr, mask)
-        if SPREAD:
+        if COOPERATIVE:
             arrive(p_arrived)
         else:
             for i in tl.static_range(GATES):
                 b_dh += tl.dot(b_dr[i].to(p_weight.dtype.element_ty), b_w[i], input_precision=PRECISION)
         if running is not None:
             b_dh = tl.where(running, b_dh, b_held)
-    if SPREAD:
+    if COOPERATIVE:
         wait(p_arrived, T * tl.num_programs(1))
         t_last = T - 1 if REVERSE else 0
-        b_fourths = spread_product(
+        b_fourths = cooperative_product(
             b_w, p_grad_last + tl.cast(t_last, tl.int64) * B * GATES * H, b_first, k[None, :], B, GATES * H, QUARTERS,
             BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION,
         )  # fmt: skip
