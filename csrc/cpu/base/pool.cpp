@@ -11,7 +11,6 @@
 namespace seqaccel::inline base {
 namespace {
 
-constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kSmallest = size_t(128) << 10;  // from here on malloc may give pages back to the system
 constexpr size_t kUnused = size_t(256) << 20;    // bytes of all blocks that no tensor uses
 
@@ -44,8 +43,7 @@ FromBlob from_blob() {
 
 // The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one.
 Block take_block(size_t bytes) {
-  const size_t align = bytes >= 2 * kHugePage ? kHugePage : 64;
-  const size_t size = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
+  const size_t size = block_size(bytes);
   Pool& pool = Pool::instance();
   {
     const std::lock_guard<std::mutex> lock(pool.mutex);
@@ -61,12 +59,7 @@ Block take_block(size_t bytes) {
       return block;
     }
   }
-  void* const data = std::aligned_alloc(align, size);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (data && align == kHugePage) madvise(data, size, MADV_HUGEPAGE);
-#endif
-  fill_fresh(data, size);
-  return {data, size};
+  return new_block(bytes);
 }
 
 void give_block(Block block) noexcept {

@@ -4,16 +4,11 @@
 #pragma once
 
 #include "common/tensor.h"
+#include "cpu/base/block.h"
 
 namespace seqaccel::inline base {
 
-struct Block {
-  void* data;
-  size_t size;
-};
-
-// At least so many bytes, aligned to 64 and on huge pages where they are many; null: out of memory. Blocks given back
-// stay in the pool, at most 256 MB of them, those used last.
+// As new_block. Blocks given back stay in the pool, at most 256 MB of them, those used last.
 Block take_block(size_t bytes);
 void give_block(Block block) noexcept;
 

@@ -1,5 +1,4 @@
-// A large tensor of an operator's own, kept for its next call: fresh pages cost more than many a kernel that fills
-// them.
+// A large tensor that an operator needs for one call, kept for its next call (block.h).
 #pragma once
 
 #include <atomic>

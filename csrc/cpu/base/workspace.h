@@ -4,44 +4,30 @@
 #include <stdlib.h>
 
 #include "common/reuse.h"
+#include "cpu/base/block.h"
 #include "cpu/base/isa.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace seqaccel::SEQACCEL_ISA::inline base {
 
-// 64-byte aligned pieces of one allocation; measured first, handed out afterwards. The largest block of at most kKept
-// bytes is kept for the next call, as fresh pages cost more than what is done in them: 16 MB of packed weights took
-// 5.5 ms instead of 0.8.
+// 64-byte aligned pieces of one allocation: reserve() all, then allocate(). The largest block of at most kKept bytes is
+// kept for the next call (block.h).
 class Workspace {
  public:
+  // Room for `count` values, at `piece` once the memory is allocated.
   template <typename T>
-  size_t reserve(ptrdiff_t count) {
-    const size_t offset = bytes_;
+  void reserve(T*& piece, ptrdiff_t count) {
+    if (count_ == kPieces) __builtin_trap();
+    pieces_[count_++] = {&piece, bytes_};
     bytes_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return offset;
   }
+  // False: there is not enough memory.
   bool allocate() {
-    block_ = __atomic_exchange_n(&kept(), nullptr, __ATOMIC_ACQ_REL);
-    if (block_ != nullptr && block_->size >= bytes_) return true;
-    free(block_);
-    const size_t size = bytes_ + sizeof(Block);
-    const size_t align = size >= 2 * kHugePage ? kHugePage : 64;
-    const size_t whole = (size + align - 1) / align * align;
-    block_ = static_cast<Block*>(aligned_alloc(align, whole));
-    if (block_ == nullptr) return false;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (align == kHugePage) madvise(block_, whole, MADV_HUGEPAGE);
-#endif
-    block_->size = whole - sizeof(Block);
-    fill_fresh(block_ + 1, block_->size);
+    if (!take_block()) return false;
+    for (int i = 0; i < count_; ++i) {
+      const char* const at = reinterpret_cast<char*>(block_ + 1) + pieces_[i].offset;
+      memcpy(pieces_[i].pointer, &at, sizeof(at));
+    }
     return true;
-  }
-  template <typename T>
-  T* at(size_t offset) const {
-    return reinterpret_cast<T*>(reinterpret_cast<char*>(block_ + 1) + offset);
   }
   Workspace() = default;
   Workspace(const Workspace&) = delete;
@@ -53,16 +39,33 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kHugePage = size_t(2) << 20, kKept = size_t(64) << 20;
-  struct alignas(64) Block {
-    size_t size;
+  static constexpr size_t kKept = size_t(64) << 20;
+  static constexpr int kPieces = 16;
+  struct alignas(64) Head {
+    size_t size;  // of what follows
   };
-  static Block*& kept() {
-    static Block* block = nullptr;
+  struct Piece {
+    void* pointer;  // T**
+    size_t offset;
+  };
+  static Head*& kept() {
+    static Head* block = nullptr;
     return block;
   }
-  Block* block_ = nullptr;
+  bool take_block() {
+    block_ = __atomic_exchange_n(&kept(), nullptr, __ATOMIC_ACQ_REL);
+    if (block_ != nullptr && block_->size >= bytes_) return true;
+    free(block_);
+    const auto [data, size] = new_block(bytes_ + sizeof(Head));
+    block_ = static_cast<Head*>(data);
+    if (block_ != nullptr) block_->size = size - sizeof(Head);
+    return block_ != nullptr;
+  }
+
+  Head* block_ = nullptr;
   size_t bytes_ = 0;
+  Piece pieces_[kPieces];
+  int count_ = 0;
 };
 
 }  // namespace seqaccel::SEQACCEL_ISA::inline base

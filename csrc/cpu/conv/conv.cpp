@@ -78,20 +78,19 @@ double multiply_adds(const ConvShape& s) {
   return double(s.batch) * double(s.out_channels) * double(s.length) * double(s.group_in() * s.kernel_size + 4);
 }
 
-// 64-byte aligned bytes that live as long as the tensor.
-void* make_workspace(const Tensor& like, size_t bytes, Tensor& owner) {
-  owner = new_tensor(like, {int64_t(bytes / like.element_size()) + 64});
-  const uintptr_t address = reinterpret_cast<uintptr_t>(owner.mutable_data_ptr());
-  return reinterpret_cast<void*>((address + 63) & ~uintptr_t(63));
+bool run(const ConvForward<float>& p) { return active_conv_kernels().forward_float(p); }
+bool run(const ConvForward<double>& p) { return active_conv_kernels().forward_double(p); }
+bool run(const ConvBackward<float>& p) { return active_conv_kernels().backward_float(p); }
+bool run(const ConvBackward<double>& p) { return active_conv_kernels().backward_double(p); }
+
+void check_workspace(bool allocated) {
+  STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the workspace of a convolution");
 }
 
 template <typename T>
 void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Tensor& x, const Tensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& history, Tensor& y,
                  Tensor& saved, Saved kind) {
-  const ConvKernels& kernels = active_conv_kernels();
-  const int threads = thread_count(multiply_adds(shape));
-  Tensor workspace;
   ConvForward<T> p = {};
   p.shape = shape;
   p.epilogue = epilogue;
@@ -103,13 +102,8 @@ void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Ten
   p.y = y.mutable_data_ptr<T>();
   if (kind == Saved::pre) p.pre = saved.mutable_data_ptr<T>();
   if (kind == Saved::active) p.active = saved.mutable_data_ptr<uint8_t>();
-  p.workspace = make_workspace(x, kernels.forward_workspace(shape, sizeof(T), threads), workspace);
-  p.threads = threads;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    kernels.forward_float(p);
-  } else {
-    kernels.forward_double(p);
-  }
+  p.threads = thread_count(multiply_adds(shape));
+  check_workspace(run(p));
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
@@ -154,9 +148,6 @@ template <typename T>
 void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Tensor& grad_y, const OptionalTensor& y,
                   const Tensor& saved, Saved kind, const Tensor& x, const Tensor& weight, const OptionalTensor& history,
                   const OptionalTensor& addend, int64_t wants, Gradients& grads) {
-  const ConvKernels& kernels = active_conv_kernels();
-  const int threads = thread_count(2 * multiply_adds(shape));
-  Tensor workspace;
   ConvBackward<T> p = {};
   p.shape = shape;
   p.epilogue = epilogue;
@@ -173,13 +164,8 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
   p.grad_bias = pointer_if<T>(wants & kWantsBias, grads.bias);
   p.grad_residual = pointer_if<T>(wants & kWantsResidual, grads.residual);
   p.grad_history = pointer_if<T>(wants & kWantsHistory, grads.history);
-  p.workspace = make_workspace(x, kernels.backward_workspace(shape, sizeof(T), threads), workspace);
-  p.threads = threads;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    kernels.backward_float(p);
-  } else {
-    kernels.backward_double(p);
-  }
+  p.threads = thread_count(2 * multiply_adds(shape));
+  check_workspace(run(p));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, OptionalTensor y, Tensor saved, Tensor x,

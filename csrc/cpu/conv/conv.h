@@ -39,7 +39,6 @@ struct ConvForward {
   T* y;               // [B, O, T]
   T* pre;             // [B, O, T] conv + bias, for the backward; may be null
   uint8_t* active;    // [B, O, T] where relu and dropout let the gradient through; may be null
-  void* workspace;    // 64-byte aligned
   int threads;
 };
 
@@ -60,17 +59,15 @@ struct ConvBackward {
   T* grad_bias;      // [O]
   T* grad_residual;  // [B, O, T]
   T* grad_history;   // [B, C, P]
-  void* workspace;
   int threads;
 };
 
+// False: the workspace could not be allocated.
 struct ConvKernels {
-  size_t (*forward_workspace)(const ConvShape& shape, size_t element, int threads);
-  size_t (*backward_workspace)(const ConvShape& shape, size_t element, int threads);
-  void (*forward_float)(const ConvForward<float>& p);
-  void (*forward_double)(const ConvForward<double>& p);
-  void (*backward_float)(const ConvBackward<float>& p);
-  void (*backward_double)(const ConvBackward<double>& p);
+  bool (*forward_float)(const ConvForward<float>& p);
+  bool (*forward_double)(const ConvForward<double>& p);
+  bool (*backward_float)(const ConvBackward<float>& p);
+  bool (*backward_double)(const ConvBackward<double>& p);
 };
 
 }  // namespace seqaccel::conv

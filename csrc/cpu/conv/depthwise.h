@@ -3,6 +3,7 @@
 // padded copy instead.
 #pragma once
 
+#include "cpu/base/workspace.h"
 #include "cpu/conv/epilogue.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
@@ -50,10 +51,10 @@ inline T dot(const T* a, const T* b, ptrdiff_t n) {
   return horizontal_sum<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// Elements of scratch a thread needs: the padded head, and a strip.
+// Elements of scratch a thread needs: the padded head, a strip, and whole lines.
 inline ptrdiff_t depthwise_scratch(const ConvShape& s) {
   const ptrdiff_t context = s.context(), head = context < s.length ? context : s.length;
-  return context + head + kDepthwiseStrip + 64;
+  return (context + head + kDepthwiseStrip + 64) / 16 * 16;
 }
 
 // y[t] = sum_k w[k] x[t - (K-1-k) d], emit(t, n, values) for every strip. `before` ends where x begins (null: zeros).
@@ -78,9 +79,13 @@ inline void depthwise_row(const ConvShape& s, const T* x, const T* before, const
 }
 
 template <typename T>
-inline void depthwise_forward(const ConvForward<T>& p, T* scratch) {
+inline bool depthwise_forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
   const ptrdiff_t context = s.context(), size = depthwise_scratch(s);
+  Workspace workspace;
+  T* scratch;
+  workspace.reserve(scratch, p.threads * size);
+  if (!workspace.allocate()) return false;
 #pragma omp parallel num_threads(p.threads)
   {
     T* mine = scratch + omp_get_thread_num() * size;
@@ -92,6 +97,7 @@ inline void depthwise_forward(const ConvForward<T>& p, T* scratch) {
                     [&](ptrdiff_t t, ptrdiff_t n, const T* acc) { finish_row(p, o, b, t, n, acc); });
     }
   }
+  return true;
 }
 
 // grad_x[u] = sum over the channel's outputs and taps of w[k] g[u + (K-1-k) d], u from -P when grad_history is wanted;

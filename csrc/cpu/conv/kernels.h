@@ -163,85 +163,53 @@ struct BackwardItems {
   }
 };
 
-struct Workspace {
-  char* next;
-  template <typename T>
-  T* take(ptrdiff_t n) {
-    char* here = next;
-    next += ceil_div(n * ptrdiff_t(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(here);
-  }
-};
-
-template <typename T>
-size_t forward_workspace_of(const ConvShape& s, int threads) {
-  const ptrdiff_t each =
-      s.depthwise() ? depthwise_scratch(s) : product_scratch<T>(s.group_out(), s.group_in() * s.kernel_size);
-  return size_t(threads) * ceil_div(each * sizeof(T), 64) * 64;
-}
-
+// Values of each part of a thread's memory, in whole lines.
 template <typename T>
 struct BackwardSizes {
-  ptrdiff_t g, row_sums, weight, scratch, partial, bias;  // the last three, and g where it is cut, for each thread
-  BackwardSizes(const ConvShape& s, const BackwardItems& items, ptrdiff_t threads)
-      : g(s.batch * s.out_channels * s.length),
-        row_sums(s.batch * s.out_channels),
-        weight(s.out_channels * s.group_in() * s.kernel_size),
-        scratch(larger(product_scratch<T>(s.group_in(), s.group_out() * s.kernel_size), kWeightSteps * kColumns<T>)),
-        partial(WeightPanels<T>(s.group_out()).size(s)),
-        bias(s.out_channels) {
-    if (s.depthwise()) {
-      weight = scratch = partial = bias = 0;
-    } else {
-      row_sums = 0;
-      g = items.sequences * s.out_channels * items.stride() + Lanes<T>;
-    }
-  }
-  ptrdiff_t each() const {
-    ptrdiff_t sum = 0;
-    const ptrdiff_t parts[] = {g, scratch, partial, bias};
-    for (const ptrdiff_t n : parts) sum += ceil_div(n, 16) * 16;
-    return sum;
-  }
+  ptrdiff_t g, scratch, partial, bias;
+  BackwardSizes(const ConvShape& s, const BackwardItems& items)
+      : g(whole_lines(items.sequences * s.out_channels * items.stride() + Lanes<T>)),
+        scratch(whole_lines(
+            larger(product_scratch<T>(s.group_in(), s.group_out() * s.kernel_size), kWeightSteps * kColumns<T>))),
+        partial(whole_lines(WeightPanels<T>(s.group_out()).size(s))),
+        bias(whole_lines(s.out_channels)) {}
 };
 
 template <typename T>
-size_t backward_workspace_of(const ConvShape& s, int threads) {
-  const BackwardItems items(s, threads);
-  const BackwardSizes<T> sizes(s, items, threads);
-  if (s.depthwise()) return (sizes.g + sizes.row_sums + 32) * sizeof(T) + 512;
-  return (sizes.weight + threads * sizes.each()) * sizeof(T) + 512;
-}
-
-template <typename T>
-void forward(const ConvForward<T>& p) {
+bool forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
-  if (s.depthwise()) return depthwise_forward(p, static_cast<T*>(p.workspace));
+  if (s.depthwise()) return depthwise_forward(p);
   const Product<T> product = {p.weight,        {p.x, p.history, s.in_channels, s.length, s.length, s.context()},
                               s.batch,         s.groups,
                               s.group_out(),   s.group_in(),
                               s.kernel_size,   s.dilation,
                               /*first=*/0,     s.length,
                               /*direction=*/-1};
-  const ptrdiff_t size = ceil_div(product_scratch<T>(product.rows, product.depth()) * ptrdiff_t(sizeof(T)), 64) * 64;
+  const ptrdiff_t size = whole_lines(product_scratch<T>(product.rows, product.depth()));
+  Workspace workspace;
+  T* scratch;
+  workspace.reserve(scratch, p.threads * size);
+  if (!workspace.allocate()) return false;
 #pragma omp parallel num_threads(p.threads)
   {
-    T* scratch = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + omp_get_thread_num() * size);
     run_product(
-        product, scratch,
+        product, scratch + omp_get_thread_num() * size,
         [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) { prefetch_finish(p, channel, b, t, n); },
         [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
           finish_row(p, channel, b, t, n, acc);
         });
   }
+  return true;
 }
 
 template <typename T>
-void backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_product) {
+bool backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_product) {
   const ConvShape& s = p.shape;
-  Workspace workspace = {static_cast<char*>(p.workspace)};
-  T* const g = workspace.take<T>(s.batch * s.out_channels * s.length);
-  T* const row_sums = workspace.take<T>(s.batch * s.out_channels);
+  Workspace workspace;
+  T *g, *row_sums;
+  workspace.reserve(g, s.batch * s.out_channels * s.length);
+  workspace.reserve(row_sums, s.batch * s.out_channels);
+  if (!workspace.allocate()) return false;
   if (!identity || p.grad_bias || p.grad_residual) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
@@ -255,30 +223,35 @@ void backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_prod
     p.grad_bias[o] = sum;
   }
   if (wants_product) depthwise_backward(p, identity ? p.grad_y : g);
+  return true;
 }
 
 template <typename T>
-void backward(const ConvBackward<T>& p) {
+bool backward(const ConvBackward<T>& p) {
   const ConvShape& s = p.shape;
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
   const bool identity = p.epilogue.activation == Activation::none && !p.epilogue.relu && p.epilogue.dropout == 0;
   const bool wants_data = p.grad_x || p.grad_history, wants_product = wants_data || p.grad_weight;
   if (s.depthwise()) return backward_depthwise(p, identity, wants_product);
   const BackwardItems items(s, p.threads);
-  const BackwardSizes<T> sizes(s, items, p.threads);
-  Workspace workspace = {static_cast<char*>(p.workspace)};
-  T* const transposed = workspace.take<T>(sizes.weight);
-  T* const own = workspace.take<T>(p.threads * sizes.each());
+  const BackwardSizes<T> sizes(s, items);
   const ptrdiff_t stride = items.stride();
+  Workspace workspace;
+  T *transposed, *partials, *all_bias_sums, *scratches, *all_g;
+  workspace.reserve(transposed, s.out_channels * C * K);
+  workspace.reserve(partials, p.threads * sizes.partial);
+  workspace.reserve(all_bias_sums, p.threads * sizes.bias);
+  workspace.reserve(scratches, p.threads * sizes.scratch);
+  workspace.reserve(all_g, p.threads * sizes.g);
+  if (!workspace.allocate()) return false;
 
 #pragma omp parallel num_threads(p.threads)
   {
     const ptrdiff_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    Workspace mine = {reinterpret_cast<char*>(own + me * sizes.each())};
-    T* const partial = mine.take<T>(sizes.partial);
-    T* const bias_sums = mine.take<T>(sizes.bias);
-    T* const scratch = mine.take<T>(sizes.scratch);
-    T* const own_g = mine.take<T>(sizes.g);
+    T* const partial = partials + me * sizes.partial;
+    T* const bias_sums = all_bias_sums + me * sizes.bias;
+    T* const scratch = scratches + me * sizes.scratch;
+    T* const own_g = all_g + me * sizes.g;
     if (wants_data) {
 #pragma omp for schedule(static)
       for (ptrdiff_t row = 0; row < s.in_channels; ++row) {  // [C, K, O] of the forward's [O, C, K], group by group
@@ -353,39 +326,30 @@ void backward(const ConvBackward<T>& p) {
       }
     }
 #pragma omp barrier
-    const auto sum_over_team = [&](const T* of_first) {
+    const auto sum_over_team = [&](const T* of_first, ptrdiff_t size) {
       T sum = 0;
-      for (ptrdiff_t thread = 0; thread < team; ++thread) sum += of_first[thread * sizes.each()];
+      for (ptrdiff_t thread = 0; thread < team; ++thread) sum += of_first[thread * size];
       return sum;
     };
     const WeightPanels<T> panels(O);
 #pragma omp for schedule(static)
     for (ptrdiff_t row = 0; row < s.out_channels; ++row) {
-      if (p.grad_bias) p.grad_bias[row] = sum_over_team(bias_sums - me * sizes.each() + row);
+      if (p.grad_bias) p.grad_bias[row] = sum_over_team(all_bias_sums + row, sizes.bias);
       if (!p.grad_weight) continue;
       const ptrdiff_t group = row / O, o = row % O, column = o / kColumns<T> * kColumns<T>;
       const ptrdiff_t width = panels.width(o / kColumns<T>);
-      const T* from = partial - me * sizes.each() + (group * panels.padded + column) * K * C + o - column;
+      const T* from = partials + (group * panels.padded + column) * K * C + o - column;
       for (ptrdiff_t c = 0; c < C; ++c) {
         for (ptrdiff_t k = 0; k < K; ++k) {
-          p.grad_weight[(row * C + c) * K + k] = sum_over_team(from + (k * C + c) * width);
+          p.grad_weight[(row * C + c) * K + k] = sum_over_team(from + (k * C + c) * width, sizes.partial);
         }
       }
     }
   }
-}
-
-inline size_t forward_workspace(const ConvShape& s, size_t element, int threads) {
-  return element == sizeof(float) ? forward_workspace_of<float>(s, threads) : forward_workspace_of<double>(s, threads);
-}
-
-inline size_t backward_workspace(const ConvShape& s, size_t element, int threads) {
-  return element == sizeof(float) ? backward_workspace_of<float>(s, threads)
-                                  : backward_workspace_of<double>(s, threads);
+  return true;
 }
 
 extern const ConvKernels conv_kernels;
-const ConvKernels conv_kernels = {forward_workspace, backward_workspace, forward<float>,
-                                  forward<double>,   backward<float>,    backward<double>};
+const ConvKernels conv_kernels = {forward<float>, forward<double>, backward<float>, backward<double>};
 
 }  // namespace seqaccel::SEQACCEL_ISA::conv

@@ -17,6 +17,7 @@ constexpr ptrdiff_t kFewColumns =
     8;  // up to here columns are dot products with the weight's rows, and nothing is packed
 
 inline ptrdiff_t ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+inline ptrdiff_t whole_lines(ptrdiff_t values) { return ceil_div(values, 16) * 16; }  // of memory, 64 bytes each
 inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 

@@ -267,11 +267,10 @@ bool matmul_kernel(const Matmul<T>& p) {
   const ptrdiff_t strip_size = depth * kTileRows, panel_size = depth * kWidth;
   const bool pack_rows = p.a_column != 1;
   Workspace workspace;
-  const size_t panels_at = workspace.reserve<T>(panel_size * panels);
-  const size_t strips_at = workspace.reserve<T>(pack_rows ? strip_size * tiles : 0);
+  T *packed_b, *packed_a;
+  workspace.reserve(packed_b, panel_size * panels);
+  workspace.reserve(packed_a, pack_rows ? strip_size * tiles : 0);
   if (!workspace.allocate()) return false;
-  T* const packed_b = workspace.at<T>(panels_at);
-  T* const packed_a = workspace.at<T>(strips_at);
 
 #pragma omp parallel if (!small)
   {

@@ -6,8 +6,8 @@
 // in 23, 2 MB in 11.4); software prefetch made it slower, 54 to 65 us for the 8 MB.
 #pragma once
 
-#include "common/reuse.h"
 #include "cpu/base/intrinsics.h"
+#include "cpu/base/workspace.h"
 #include "cpu/packed/session.h"
 #include "cpu/rnn/products.h"
 
@@ -356,12 +356,13 @@ inline bool session_pack(const SessionPack* packs, int64_t count) {
     widest = max_of(widest, max_of(packs[i].matrix->columns[0], packs[i].matrix->columns[1]));
   }
   const size_t row = size_t(widest) + 4, thread_words = row * (L + 1);
-  uint32_t* const workspace = static_cast<uint32_t*>(malloc(thread_words * 4 * size_t(omp_get_max_threads())));
-  if (workspace == nullptr) return false;
-  fill_fresh(workspace, thread_words * 4 * size_t(omp_get_max_threads()));
+  Workspace workspace;
+  uint32_t* words;
+  workspace.reserve(words, ptrdiff_t(thread_words) * omp_get_max_threads());
+  if (!workspace.allocate()) return false;
 #pragma omp parallel
   {
-    uint32_t* const rows = workspace + thread_words * size_t(omp_get_thread_num());
+    uint32_t* const rows = words + thread_words * size_t(omp_get_thread_num());
     float* const wide = reinterpret_cast<float*>(rows + row * L);
     for (int64_t i = 0; i < count; ++i) {
       const SessionMatrix& m = *packs[i].matrix;
@@ -381,7 +382,6 @@ inline bool session_pack(const SessionPack* packs, int64_t count) {
       }
     }
   }
-  free(workspace);
   return true;
 }
 

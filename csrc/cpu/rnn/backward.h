@@ -18,6 +18,10 @@ namespace seqaccel::SEQACCEL_ISA::rnn {
 constexpr ptrdiff_t kSumRows = 8;    // rows summed before they join the gradient of a bias
 constexpr ptrdiff_t kWriteRows = 8;  // from here on lines are fetched that are only written
 
+// Of BackwardState::sums, for a part.
+template <class Cell>
+constexpr ptrdiff_t kPartSums = 2 * (kPre<Cell> + Cell::kWeights);
+
 template <typename T>
 struct BackwardState {
   T* grad_h;   // [B, h_stride]: what does not come from the step after: grad_h_n at first, then u.grad_h_prev
@@ -38,19 +42,23 @@ SEQACCEL_INLINE void add_compensated(T* sum, T* lost, Vec<T> x) {
 }
 
 // A step of the sweep: times of the step itself (steps + 1 times come to an end at h_0: -1), of the one swept before
-// and of the next; -1 where there is none. Rows that run at each.
+// and of the next; -1 where there is none. Rows that run at each, and of a thread's rows those that run now (now), and
+// those that did in the step swept before (known: so is their dL/dpre).
 struct BackwardStep {
-  ptrdiff_t t, later, earlier;
+  ptrdiff_t s, t, later, earlier;
   ptrdiff_t now_running, later_running, earlier_running;
+  ptrdiff_t now, known;
 };
 
-inline BackwardStep backward_step(const RnnRows& rows, bool reverse, ptrdiff_t s) {
+inline BackwardStep backward_step(const RnnRows& rows, bool reverse, const RowShare& share, ptrdiff_t s) {
   const auto time = [&](ptrdiff_t i) { return i < 0 || i >= rows.steps ? -1 : reverse ? rows.steps - 1 - i : i; };
   const auto running = [&](ptrdiff_t t) { return t < 0 ? 0 : rows.count(t); };
-  BackwardStep step{time(s), time(s + 1), time(s - 1), 0, 0, 0};
+  BackwardStep step{s, time(s), time(s + 1), time(s - 1), 0, 0, 0, 0, 0};
   step.now_running = running(step.t);
   step.later_running = running(step.later);
   step.earlier_running = running(step.earlier);
+  step.now = share.among(step.now_running);
+  step.known = share.among(step.later_running);
   return step;
 }
 
@@ -113,7 +121,7 @@ void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardS
   constexpr int kNormed = Cell::kNorm ? 2 * Cell::kGates : 0, kWritten = Cell::kNorm ? kNormed : kPre<Cell>;
   constexpr int kPieces = Cell::kSaved + kNormed + Cell::kUsesH + 1 + Cell::kHasCell + Cell::kUsesPrev;
   const ptrdiff_t H = p.hidden, inner = share.among(step.earlier_running);
-  const ptrdiff_t end = min_of(i0 + count, share.among(step.now_running));
+  const ptrdiff_t end = min_of(i0 + count, step.now);
   lines.begin<kBytes>((end - i0) * kPieces);
   for (ptrdiff_t i = i0; i < end; ++i) {
     const ptrdiff_t b = share.at(i), packed = p.rows.packed(step.t, b), padded = p.rows.padded(step.t, b);
@@ -283,6 +291,24 @@ void take_grad_state(const RnnBackward<T>& p, const BackwardState<T>& state, con
   if (Cell::kHasCell) take(p.hidden, p.grad_c_n, state.grad_c, state.stride, p.grad_c_0);
 }
 
+// A state of the sweep and its memory. Rows are whole panels, and never a multiple of a page.
+template <class Cell, typename T>
+void reserve_state(Workspace& workspace, BackwardState<T>& state, const RnnBackward<T>& p, int threads) {
+  const ptrdiff_t B = p.rows.batch, L = Lanes<T>;
+  state.stride = ColumnProduct<T>::blocks(p.hidden) * ColumnProduct<T>::kWidth + L;
+  state.h_stride = ColumnProduct<T>::blocks(p.outputs) * ColumnProduct<T>::kWidth + L;
+  workspace.reserve(state.grad_h, B * state.h_stride);
+  workspace.reserve(state.grad_c, B * state.stride);
+  workspace.reserve(state.sums, threads * kPartSums<Cell> * state.stride);
+  workspace.reserve(state.weights, Cell::kWeights * state.stride);
+}
+
+template <class Cell, typename T>
+void fill_state(const BackwardState<T>& state, const RnnBackward<T>& p, int threads) {
+  memset(state.sums, 0, sizeof(T) * size_t(threads * kPartSums<Cell> * state.stride));
+  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, p.hidden);
+}
+
 // The gradients of biases and unit weights from the sums of all parts of the batch.
 template <class Cell, typename T>
 void give_sums(const RnnBackward<T>& p, const BackwardState<T>& state, int parts) {
@@ -301,128 +327,166 @@ void give_sums(const RnnBackward<T>& p, const BackwardState<T>& state, int parts
   }
 }
 
+// All that is the same in every step of a sweep: sizes, products, who does what, and memory.
 template <class Cell, typename T>
-bool rnn_backward(const RnnBackward<T>& p) {
-  constexpr int L = Lanes<T>, kSums = kPre<Cell> + Cell::kWeights;
+struct BackwardPlan {
+  static constexpr bool kTwo = Cell::kFirst > 0;
   typedef ColumnProduct<T> Product;
-  const ptrdiff_t H = p.hidden, P = p.outputs, B = p.rows.batch, steps = p.rows.steps, row = p.grad_row;
-  const bool two = Cell::kFirst > 0, projected = Cell::kProjects && p.weights.hr;
-  const auto columns = [&](const T* weight, ptrdiff_t N, ptrdiff_t K) {
-    return Product::of(weight, N, K, steps * B <= kDirectRows);
-  };
-  // recurrent: to dL/dh'; main: behind it, of two products; last: W_hr.
-  Product recurrent = columns(p.weights.hh, P, Cell::kGates * H), main{}, last{};
-  if (two) {
-    main = columns(p.weights.hh + (Cell::kExtra ? 0 : Cell::kFirst * H * P), P, kMain<Cell> * H);
-    recurrent = columns(Cell::kExtra ? p.weights.mh : p.weights.hh, P, Cell::kFirst * H);
-  }
-  if (projected) last = columns(p.weights.hr, H, P);
+
+  const RnnBackward<T>& pass;
+  const ptrdiff_t H = pass.hidden, P = pass.outputs, row = pass.grad_row;
+  const bool projected = Cell::kProjects && pass.weights.hr;
+  Product recurrent, main{}, last{};  // to dL/dh'; behind it, of two products; W_hr
   const ptrdiff_t blocks = Product::blocks(H), h_blocks = Product::blocks(P);
-  const ptrdiff_t weights = (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
-  const ptrdiff_t weight_bytes = weights * ptrdiff_t(sizeof(T));
-  const auto split_for = [&](int team) {
-    return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(P));
-  };
-  const Split planned = split_for(team_size());
-  const int threads = planned.threads();
-  recurrent.far = main.far = last.far = beyond_l2(weight_bytes / planned.groups);
-
+  const ptrdiff_t weights = recurrent_weights<Cell>(H, P, projected);
+  Team team{pass.rows, weights, weights * ptrdiff_t(sizeof(T)), blocks, backward_rows(P)};
   BackwardState<T> state;
-  state.stride = blocks * Product::kWidth + L;
-  state.h_stride = h_blocks * Product::kWidth + L;
   Workspace workspace;
-  const size_t recurrent_at = workspace.reserve<T>(recurrent.panel_values());
-  const size_t main_at = workspace.reserve<T>(main.panel_values());
-  const size_t last_at = workspace.reserve<T>(last.panel_values());
-  const size_t state_at =
-      workspace.reserve<T>(B * state.h_stride + (B + 2 * threads * kSums + Cell::kWeights) * state.stride);
-  const size_t barriers_at = workspace.reserve<Barrier>(threads);
-  if (!workspace.allocate()) return false;
-  recurrent.panels = workspace.at<T>(recurrent_at);
-  main.panels = workspace.at<T>(main_at);
-  last.panels = workspace.at<T>(last_at);
-  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
-  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
-  state.grad_h = workspace.at<T>(state_at);
-  state.grad_c = state.grad_h + B * state.h_stride;
-  state.sums = state.grad_c + B * state.stride;
-  state.weights = state.sums + 2 * threads * kSums * state.stride;
-  memset(state.sums, 0, sizeof(T) * size_t(2 * threads * kSums * state.stride));
-  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, H);
-  int parts = 1;
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Split split = split_for(team);
-    const Member me = member_of(split, thread, p.rows, barriers);
-    const RowShare& rows = me.rows;
-    if (thread == 0) parts = split.parts;
+  explicit BackwardPlan(const RnnBackward<T>& p) : pass(p) {
+    const auto columns = [&](const T* weight, ptrdiff_t N, ptrdiff_t K) {
+      return Product::of(weight, N, K, p.rows.steps * p.rows.batch <= kDirectRows);
+    };
+    const RnnWeights<T>& w = p.weights;
+    if constexpr (kTwo) {
+      main = columns(w.hh + (Cell::kExtra ? 0 : Cell::kFirst * H * P), P, kMain<Cell> * H);
+      recurrent = columns(Cell::kExtra ? w.mh : w.hh, P, Cell::kFirst * H);
+    } else {
+      recurrent = columns(w.hh, P, Cell::kGates * H);
+    }
+    if (projected) last = columns(w.hr, H, P);
+    recurrent.far = main.far = last.far = team.far();
+  }
+
+  // False: there is not enough memory.
+  bool allocate() {
+    Product* const products[] = {&recurrent, &main, &last};
+    for (Product* product : products) workspace.reserve(product->panels, product->panel_values());
+    reserve_state<Cell>(workspace, state, pass, team.threads());
+    workspace.reserve(team.barriers, team.threads());
+    if (!workspace.allocate()) return false;
+    fill_state<Cell>(state, pass, team.threads());
+    return true;
+  }
+
+  void prepare(const Member& me) const {
     const Product* const products[] = {&recurrent, &main, &last};
     for (const Product* product : products) {
       pack_blocks(me, Product::blocks(product->N), [&](ptrdiff_t j) { product->pack(j); });
     }
-    if (!me.share.idle) take_grad_state<Cell>(p, state, me);
-#pragma omp barrier
-    if (!me.share.idle) {
-      alignas(64) T product[kChunk * Product::kWidth];
-      PrefetchList lines;
-      T* const sums = state.sums + me.part() * 2 * kSums * state.stride;
-      for (ptrdiff_t s = steps - 1; s >= -1; --s) {
-        const BackwardStep step = backward_step(p.rows, p.reverse, s);
-        const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
-        if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row, row, kPre<Cell> * H, known);
-        const auto multiply_later = [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
-          const ptrdiff_t products = min_of(i + count, known) - i, stride = rows.step * row, K = recurrent.K;
-          if (products <= 0) return;
-          const T* const later = p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + Cell::kFirstPre * H;
-          if constexpr (Cell::kSeparate) {
-            recurrent(products, later, stride, j, 0, K - H, product, false, &lines);
-            recurrent(products, later + K, stride, j, K - H, H, product, true, &lines);
-          } else {
-            recurrent(products, later, stride, j, 0, K, product, false, &lines);
-          }
-        };
-        if (projected) {
-          for_blocks(me, h_blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
-            multiply_later(j, i, count);
-            for (int v = 0; v < kColumns && (j * kColumns + v) * L < P; ++v) {
-              projected_update(p, state, rows, step, i, count, (j * kColumns + v) * L, product + v * L);
-            }
-          });
-          me.wait();
-          if (now > 0) fetch_rows(me, p.grad_h + p.rows.packed(step.t, 0) * P, P, P, now);
-        }
-        for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
-          const ptrdiff_t unit = j * Product::kWidth;
-          list_update<Cell>(p, rows, step, i, count, unit, lines);
-          if (!projected) {
-            multiply_later(j, i, count);
-          } else if (now > i) {
-            last(min_of(count, now - i), p.grad_h + p.rows.packed(step.t, rows.at(i)) * P, rows.step * P, j, 0, P,
-                 product, false, &lines);
-          }
-          for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
-            backward_update<Cell, T>(p, state, rows, step, i, count, (j * kColumns + v) * L, product + v * L, sums);
-          }
-        });
-        if constexpr (Cell::kFirst > 0) {
-          me.wait();
-          if (now > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.t, 0) * row, row, kPre<Cell> * H, now);
-          for_blocks(me, blocks, s, now, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
-            main(count, p.grad_pre + p.rows.packed(step.t, rows.at(i)) * row + Cell::kMainPre * H, rows.step * row, j,
-                 0, main.K, product);
-            for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
-              first_backward_update<Cell, T>(p, state, rows, step, i, count, (j * kColumns + v) * L, product + v * L,
-                                             sums);
-            }
-          });
-        }
-        me.wait();
-      }
+    if (!me.share.idle) take_grad_state<Cell>(pass, state, me);
+  }
+};
+
+// A thread's way through the steps.
+template <class Cell, typename T>
+struct BackwardWalk {
+  static constexpr int L = Lanes<T>;
+  typedef BackwardPlan<Cell, T> Plan;
+  typedef typename Plan::Product Product;
+
+  const Plan& plan;
+  const Member& me;
+  const RnnBackward<T>& p = plan.pass;
+  const BackwardState<T>& state = plan.state;
+  const RowShare& rows = me.rows;
+  T* const sums = state.sums + me.part() * kPartSums<Cell> * state.stride;
+  PrefetchList lines;
+  alignas(64) T product[kChunk * Product::kWidth];
+
+  BackwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {}
+
+  // update(unit, product) for each vector of units of block j, up to `width`.
+  template <class Update>
+  SEQACCEL_INLINE void for_vectors(ptrdiff_t j, ptrdiff_t width, const Update& update) const {
+    for (int v = 0; v < kColumns && (j * kColumns + v) * L < width; ++v)
+      update((j * kColumns + v) * L, product + v * L);
+  }
+
+  // dL/dh of rows [i, i + count), from dL/dpre of the step swept before.
+  void multiply_known(const BackwardStep& step, ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+    const ptrdiff_t products = min_of(i + count, step.known) - i, stride = rows.step * plan.row, K = plan.recurrent.K;
+    if (products <= 0) return;
+    const T* const known = p.grad_pre + p.rows.packed(step.later, rows.at(i)) * plan.row + Cell::kFirstPre * plan.H;
+    if constexpr (Cell::kSeparate) {
+      plan.recurrent(products, known, stride, j, 0, K - plan.H, product, false, &lines);
+      plan.recurrent(products, known + K, stride, j, K - plan.H, plan.H, product, true, &lines);
+    } else {
+      plan.recurrent(products, known, stride, j, 0, K, product, false, &lines);
     }
   }
-  give_sums<Cell>(p, state, parts);
+
+  // dL/dh of the projected h.
+  void projected_stage(const BackwardStep& step) {
+    const ptrdiff_t running = max_of(step.known, step.now);
+    for_blocks(me, plan.h_blocks, step.s, running, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+      multiply_known(step, j, i, count);
+      for_vectors(j, plan.P,
+                  [&](ptrdiff_t unit, const T* at) { projected_update(p, state, rows, step, i, count, unit, at); });
+    });
+  }
+
+  // dL/dh, and the cell.
+  void cell_stage(const BackwardStep& step) {
+    const ptrdiff_t P = plan.P, running = max_of(step.known, step.now);
+    for_blocks(me, plan.blocks, step.s, running, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+      list_update<Cell>(p, rows, step, i, count, j * Product::kWidth, lines);
+      if (!plan.projected) {
+        multiply_known(step, j, i, count);
+      } else if (step.now > i) {
+        plan.last(min_of(count, step.now - i), p.grad_h + p.rows.packed(step.t, rows.at(i)) * P, rows.step * P, j, 0, P,
+                  product, false, &lines);
+      }
+      for_vectors(j, plan.H, [&](ptrdiff_t unit, const T* at) {
+        backward_update<Cell, T>(p, state, rows, step, i, count, unit, at, sums);
+      });
+    });
+  }
+
+  // The main of two products, and what came before it.
+  void first_stage(const BackwardStep& step) {
+    for_blocks(me, plan.blocks, step.s, step.now, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+      const T* const grad_pre = p.grad_pre + p.rows.packed(step.t, rows.at(i)) * plan.row + Cell::kMainPre * plan.H;
+      plan.main(count, grad_pre, rows.step * plan.row, j, 0, plan.main.K, product);
+      for_vectors(j, plan.H, [&](ptrdiff_t unit, const T* at) {
+        first_backward_update<Cell, T>(p, state, rows, step, i, count, unit, at, sums);
+      });
+    });
+  }
+
+  // dL/dpre of the rows that run at time t, to L2.
+  void fetch_grad_pre(ptrdiff_t t, ptrdiff_t running) const {
+    if (running > 0)
+      fetch_rows(me, p.grad_pre + p.rows.packed(t, 0) * plan.row, plan.row, kPre<Cell> * plan.H, running);
+  }
+
+  void run() {
+    for (ptrdiff_t s = p.rows.steps - 1; s >= -1; --s) {
+      const BackwardStep step = backward_step(p.rows, p.reverse, rows, s);
+      fetch_grad_pre(step.later, step.known);
+      if (plan.projected) {
+        projected_stage(step);
+        me.wait();
+        if (step.now > 0) fetch_rows(me, p.grad_h + p.rows.packed(step.t, 0) * plan.P, plan.P, plan.P, step.now);
+      }
+      cell_stage(step);
+      if constexpr (Plan::kTwo) {
+        me.wait();
+        fetch_grad_pre(step.t, step.now);
+        first_stage(step);
+      }
+      me.wait();
+    }
+  }
+};
+
+template <class Cell, typename T>
+bool rnn_backward(const RnnBackward<T>& p) {
+  BackwardPlan<Cell, T> plan(p);
+  if (!plan.allocate()) return false;
+  const Split split = plan.team.run([&](const Member& me) { plan.prepare(me); },
+                                    [&](const Member& me) { BackwardWalk<Cell, T>(plan, me).run(); });
+  give_sums<Cell>(p, plan.state, split.parts);
   return true;
 }
 

@@ -35,6 +35,7 @@ inline RowShare row_share(const Split& split, const Share& share, const RnnRows&
 
 // What a thread knows of its team.
 struct Member {
+  int thread;
   Split split;
   Share share;
   RowShare rows;
@@ -45,7 +46,46 @@ struct Member {
 
 inline Member member_of(const Split& split, int thread, const RnnRows& rows, Barrier* barriers) {
   const Share share = share_of(split, thread, rows.batch);
-  return {split, share, row_share(split, share, rows), barriers + (share.idle ? 0 : share.part)};
+  return {thread, split, share, row_share(split, share, rows), barriers + (share.idle ? 0 : share.part)};
+}
+
+// The threads of a pass.
+struct Team {
+  const RnnRows& rows;
+  ptrdiff_t weights, weight_bytes, blocks;  // of a step's products; blocks of units
+  ptrdiff_t rows_from_l2 = kRowsFromL2;
+  Split planned = split(team_size());
+  Barrier* barriers = nullptr;  // [threads()]
+
+  int threads() const { return planned.threads(); }
+  // A thread's panels are more than its L2 holds.
+  bool far() const { return beyond_l2(weight_bytes / planned.groups); }
+  Split split(int count) const {
+    return split_work(count, rows.steps, rows.batch, weights, weight_bytes, blocks, rows_from_l2);
+  }
+
+  // prepare(me) on every thread; when all are ready, walk(me) on those that have a share. Returns how they shared.
+  template <class Prepare, class Walk>
+  Split run(const Prepare& prepare, const Walk& walk) const {
+    Split shared{};
+    memset(barriers, 0, sizeof(Barrier) * size_t(threads()));
+#pragma omp parallel num_threads(threads())
+    {
+      const Split split_here = split(omp_get_num_threads());
+      const Member me = member_of(split_here, omp_get_thread_num(), rows, barriers);
+      if (me.thread == 0) shared = split_here;
+      prepare(me);
+#pragma omp barrier
+      if (!me.share.idle) walk(me);
+    }
+    return shared;
+  }
+};
+
+// Values of all weights that a step's products read, but for those of the input.
+template <class Cell>
+constexpr ptrdiff_t recurrent_weights(ptrdiff_t H, ptrdiff_t P, bool projected) {
+  return (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
 }
 
 // The part of `count` blocks of units that belongs to a thread.

@@ -45,6 +45,16 @@ bool stores_non_temporal(const RnnForward<T>& p, int threads) {
          aligned(p.cells) && beyond_l2(rows * values * p.hidden * ptrdiff_t(sizeof(T)) / threads);
 }
 
+// The s-th step, at time t; the first `running` of a thread's rows run.
+struct ForwardStep {
+  ptrdiff_t s, t, running;
+};
+
+inline ForwardStep forward_step(const RnnRows& rows, bool reverse, const RowShare& share, ptrdiff_t s) {
+  const ptrdiff_t t = reverse ? rows.steps - 1 - s : s;
+  return {s, t, rows.running ? share.among(rows.running[t]) : share.size};
+}
+
 // Products of a block of units and a chunk of rows.
 template <typename T>
 struct Products {
@@ -199,154 +209,194 @@ void give_state(const RnnForward<T>& p, const ForwardState<T>& state, const Memb
   }
 }
 
+// All that is the same in every step of a pass: sizes, products, who does what, and memory.
 template <class Cell, typename T>
-bool rnn_forward(const RnnForward<T>& p) {
-  constexpr int L = Lanes<T>, kFirst = Cell::kFirst > 0 ? Cell::kFirst : 1;
+struct ForwardPlan {
+  static constexpr bool kTwo = Cell::kFirst > 0;
   typedef UnitProduct<T, kMain<Cell>> Main;
-  typedef UnitProduct<T, kFirst> First;
+  typedef UnitProduct<T, kTwo ? Cell::kFirst : 1> First;
   typedef UnitProduct<T, 1> Last;
   typedef InputAhead<T, kMain<Cell>> Ahead;
-  const ptrdiff_t H = p.hidden, P = p.outputs, B = p.rows.batch, steps = p.rows.steps;
-  const bool two = Cell::kFirst > 0, projected = Cell::kProjects && p.weights.hr;
-  const bool direct = H >= L && p.input == nullptr && steps * B <= kDirectRows;
-  const ptrdiff_t inputs = p.input ? p.inputs : 0;
-  const ptrdiff_t main_panel = Main::panel_values(inputs + P);
-  Main main{p.weights.hh, H, P}, input{p.weight_ih, H, inputs};
-  First first{p.weights.mh, H, P};
-  Last last{p.weights.hr, P, H};
-  if (two && !Cell::kExtra) {
-    first.weight = p.weights.hh;
-    main.weight = p.weights.hh + Cell::kFirst * H * P;
-  }
-  const ptrdiff_t main_blocks = Main::blocks(H), first_blocks = two ? First::blocks(H) : 0;
+
+  const RnnForward<T>& pass;
+  const ptrdiff_t H = pass.hidden, P = pass.outputs, B = pass.rows.batch, steps = pass.rows.steps;
+  const ptrdiff_t inputs = pass.input ? pass.inputs : 0;  // calculated here
+  const bool projected = Cell::kProjects && pass.weights.hr;
+  const bool direct = H >= Lanes<T> && pass.input == nullptr && steps * B <= kDirectRows;  // nothing is packed
+  Main main{pass.weights.hh, H, P}, input{pass.weight_ih, H, inputs};
+  First first{pass.weights.mh, H, P};
+  Last last{pass.weights.hr, P, H};
+  const ptrdiff_t main_blocks = Main::blocks(H), first_blocks = kTwo ? First::blocks(H) : 0;
   const ptrdiff_t last_blocks = projected ? Last::blocks(P) : 0;
-  const ptrdiff_t weights = (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
-  const ptrdiff_t weight_bytes = (weights + kMain<Cell> * H * inputs) * ptrdiff_t(sizeof(T));
-  const Split planned = split_work(team_size(), steps, B, weights, weight_bytes, main_blocks);
-  const int threads = planned.threads();
-  main.far = input.far = first.far = last.far = beyond_l2(weight_bytes / planned.groups);
-
+  const ptrdiff_t weights = recurrent_weights<Cell>(H, P, projected);
+  Team team{pass.rows, weights, (weights + kMain<Cell> * H * inputs) * ptrdiff_t(sizeof(T)), main_blocks};
   ForwardState<T> state;
-  state.stride = (panel_count(H, L) + 1) * L;
-  state.h_stride = (panel_count(P, L) + 1) * L;
-  state.non_temporal = stores_non_temporal<Cell>(p, threads);
+  const bool runs_ahead = pass.input && Ahead::steps_ahead(B / team.planned.parts) > 1;  // see InputAhead
+  const ptrdiff_t ahead_size = main_blocks * Ahead::capacity(B) * Main::V * Lanes<T>;
+  T* ahead;  // [threads, ahead_size], if (runs_ahead)
   Workspace workspace;
-  const size_t main_at = workspace.reserve<T>(direct ? 0 : main_blocks * main_panel);
-  const size_t first_at = workspace.reserve<T>(direct ? 0 : first_blocks * First::panel_values(P));
-  const size_t last_at = workspace.reserve<T>(direct ? 0 : last_blocks * Last::panel_values(H));
-  const size_t state_at =
-      workspace.reserve<T>(2 * B * state.h_stride + (2 * B + kPre<Cell> + Cell::kWeights) * state.stride);
-  const size_t barriers_at = workspace.reserve<Barrier>(threads);
-  const ptrdiff_t ahead_size = main_blocks * Ahead::capacity(B) * Main::V * L;
-  const bool runs_ahead = p.input && Ahead::steps_ahead(B / planned.parts) > 1;
-  const size_t ahead_at = workspace.reserve<T>(runs_ahead ? threads * ahead_size : 0);
-  if (!workspace.allocate()) return false;
-  if (!direct) {
-    input.panels = workspace.at<T>(main_at);
-    main.panels = input.panels + Main::panel_values(inputs);
-    first.panels = workspace.at<T>(first_at);
-    last.panels = workspace.at<T>(last_at);
-  }
-  input.panel_size = main.panel_size = main_panel;
-  first.panel_size = First::panel_values(P);
-  last.panel_size = Last::panel_values(H);
-  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
-  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
-  state.h[0] = workspace.at<T>(state_at);
-  state.h[1] = state.h[0] + B * state.h_stride;
-  state.c = state.h[1] + B * state.h_stride;
-  state.source = state.c + B * state.stride;
-  state.bias = state.source + B * state.stride;
-  state.weights = state.bias + kPre<Cell> * state.stride;
-  spread_rows(state.bias, state.stride, p.bias, kPre<Cell>, H);
-  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, H);
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Split split = split_work(team, steps, B, weights, weight_bytes, main_blocks);
-    const Member me = member_of(split, thread, p.rows, barriers);
-    const RowShare& rows = me.rows;
+  explicit ForwardPlan(const RnnForward<T>& p) : pass(p) {
+    if (kTwo && !Cell::kExtra) {
+      first.weight = p.weights.hh;
+      main.weight = p.weights.hh + Cell::kFirst * H * P;
+    }
+    main.far = input.far = first.far = last.far = team.far();
+    input.panel_size = main.panel_size = Main::panel_values(inputs + P);
+    first.panel_size = First::panel_values(P);
+    last.panel_size = Last::panel_values(H);
+    state.stride = (panel_count(H, Lanes<T>) + 1) * Lanes<T>;
+    state.h_stride = (panel_count(P, Lanes<T>) + 1) * Lanes<T>;
+    state.non_temporal = stores_non_temporal<Cell>(p, team.threads());
+  }
+
+  // False: there is not enough memory.
+  bool allocate() {
+    if (!direct) {
+      workspace.reserve(input.panels, main_blocks * main.panel_size);
+      workspace.reserve(first.panels, first_blocks * first.panel_size);
+      workspace.reserve(last.panels, last_blocks * last.panel_size);
+    }
+    workspace.reserve(ahead, runs_ahead ? team.threads() * ahead_size : 0);
+    for (T*& h : state.h) workspace.reserve(h, B * state.h_stride);
+    workspace.reserve(state.c, B * state.stride);
+    workspace.reserve(state.source, B * state.stride);
+    workspace.reserve(state.bias, kPre<Cell> * state.stride);
+    workspace.reserve(state.weights, Cell::kWeights * state.stride);
+    workspace.reserve(team.barriers, team.threads());
+    if (!workspace.allocate()) return false;
+    if (!direct) main.panels = input.panels + Main::panel_values(inputs);
+    spread_rows(state.bias, state.stride, pass.bias, kPre<Cell>, H);
+    spread_rows(state.weights, state.stride, pass.weights.unit_weights, Cell::kWeights, H);
+    return true;
+  }
+
+  void prepare(const Member& me) const {
     if (!direct) {
       pack_blocks(me, main_blocks, [&](ptrdiff_t u) {
-        if (p.input) input.pack(u);
+        if (pass.input) input.pack(u);
         main.pack(u);
       });
       pack_blocks(me, first_blocks, [&](ptrdiff_t u) { first.pack(u); });
       pack_blocks(me, last_blocks, [&](ptrdiff_t u) { last.pack(u); });
     }
-    if (!me.share.idle) take_state<Cell>(p, state, me);
-#pragma omp barrier
-    if (!me.share.idle) {
-      alignas(64) T pre[kChunk * kColumns * L];
-      alignas(64) T x_pre[Cell::kSeparate ? kChunk * Main::V * L : 1];
-      const Blocks mine = blocks_of(me, main_blocks);
-      PrefetchList lines;
-      Ahead ahead{input,
-                  p.input,
-                  p.rows,
-                  rows,
-                  workspace.at<T>(ahead_at) + thread * ahead_size,
-                  runs_ahead ? Ahead::steps_ahead(rows.size) : 1,
-                  Ahead::capacity(B)};
-      for (ptrdiff_t s = 0; s < steps; ++s) {
-        const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
-        const T* const h_prev = state.h[s & 1];
-        if (ahead.steps > 1 && s % ahead.steps == 0) {
-          const ptrdiff_t count = min_of(ahead.steps, steps - s), low = p.reverse ? t - count + 1 : t;
-          ahead.fill(low, low + count, mine.begin, mine.end);
-        }
-        const ptrdiff_t running = p.rows.running ? rows.among(p.rows.running[t]) : rows.size;
-        fetch_rows(me, h_prev, state.h_stride, P, running);
-        if constexpr (Cell::kFirst > 0) {
-          for_blocks(me, first_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
-            first(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
-            forward_update<Cell, T, true, First::U>(p, state, rows, s, t, i, count, u * First::U * L,
-                                                    {pre, nullptr, First::V * L});
-          });
-          me.wait();
-          fetch_rows(me, state.source, state.stride, H, running);
-        }
-        const T* const source = two ? state.source : h_prev;
-        const ptrdiff_t source_row = two ? state.stride : state.h_stride;
-        for_blocks(me, main_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
-          const ptrdiff_t b = rows.at(i);
-          T* x_sum = Cell::kSeparate ? x_pre : pre;
-          if (ahead.steps > 1) {
-            x_sum = ahead.at(u - mine.begin, t) + i * Main::V * L;
-          } else if (p.input) {
-            input(count, p.input + p.rows.packed(t, b) * inputs, rows.step * inputs, u, x_sum);
-          }
-          T* const sum = Cell::kSeparate ? pre : x_sum;
-          // The last block's product fetches what the next step's first one will read.
-          const bool fetches = p.input && ahead.steps == 1 && s + 1 < steps && u == mine.last(s);
-          if (fetches) list_input(p, rows, p.reverse ? t - 1 : t + 1, i, count, lines);
-          main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kSeparate,
-               fetches ? &lines : nullptr);
-          forward_update<Cell, T, false, Main::U>(p, state, rows, s, t, i, count, u * Main::U * L,
-                                                  {sum, x_sum, Main::V * L});
-        });
-        if (projected) {
-          me.wait();
-          fetch_rows(me, state.source, state.stride, H, running);
-          for_blocks(me, last_blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
-            last(count, state.source + rows.at(i) * state.stride, rows.step * state.stride, u, pre);
-            for (int v = 0; v < Last::U && (u * Last::U + v) * L < P; ++v) {
-              const ptrdiff_t unit = (u * Last::U + v) * L;
-              for (ptrdiff_t row = 0; row < count; ++row) {
-                const ptrdiff_t b = rows.at(i + row);
-                put_h(p, state, s, b, p.rows.padded(t, b), unit, int(min_of(L, P - unit)),
-                      p.zoneout_h.factors != nullptr, load(pre + (row * Last::U + v) * L));
-              }
-            }
-          });
-        }
-        me.wait();
-      }
-      give_state<Cell>(p, state, me);
-      fence_stores();
-    }
+    if (!me.share.idle) take_state<Cell>(pass, state, me);
   }
+};
+
+// A thread's way through the steps.
+template <class Cell, typename T>
+struct ForwardWalk {
+  static constexpr int L = Lanes<T>;
+  typedef ForwardPlan<Cell, T> Plan;
+  typedef typename Plan::Main Main;
+  typedef typename Plan::First First;
+  typedef typename Plan::Last Last;
+  typedef typename Plan::Ahead Ahead;
+
+  const Plan& plan;
+  const Member& me;
+  const RnnForward<T>& p = plan.pass;
+  const ForwardState<T>& state = plan.state;
+  const RowShare& rows = me.rows;
+  const Blocks mine = blocks_of(me, plan.main_blocks);
+  Ahead ahead{plan.input,
+              p.input,
+              p.rows,
+              rows,
+              plan.ahead + me.thread * plan.ahead_size,
+              plan.runs_ahead ? Ahead::steps_ahead(rows.size) : 1,
+              Ahead::capacity(plan.B)};
+  PrefetchList lines;
+  alignas(64) T pre[kChunk * kColumns * L];
+  alignas(64) T x_pre[Cell::kSeparate ? kChunk * Main::V * L : 1];
+
+  ForwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {}
+
+  // W_ih x of the next steps, where the last ones that were held are through.
+  void look_ahead(const ForwardStep& step) {
+    if (ahead.steps == 1 || step.s % ahead.steps != 0) return;
+    const ptrdiff_t count = min_of(ahead.steps, plan.steps - step.s), low = p.reverse ? step.t - count + 1 : step.t;
+    ahead.fill(low, low + count, mine.begin, mine.end);
+  }
+
+  // The first of two products, and what the main one multiplies.
+  void first_stage(const ForwardStep& step) {
+    const T* const h_prev = state.h[step.s & 1];
+    for_blocks(me, plan.first_blocks, step.s, step.running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+      plan.first(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
+      forward_update<Cell, T, true, First::U>(p, state, rows, step.s, step.t, i, count, u * First::U * L,
+                                              {pre, nullptr, First::V * L});
+    });
+  }
+
+  // The main product, W_ih x beside it or from before, and the cell.
+  void main_stage(const ForwardStep& step) {
+    const T* const source = Plan::kTwo ? state.source : state.h[step.s & 1];
+    const ptrdiff_t source_row = Plan::kTwo ? state.stride : state.h_stride, inputs = plan.inputs;
+    for_blocks(me, plan.main_blocks, step.s, step.running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+      const ptrdiff_t b = rows.at(i);
+      T* x_sum = Cell::kSeparate ? x_pre : pre;
+      if (ahead.steps > 1) {
+        x_sum = ahead.at(u - mine.begin, step.t) + i * Main::V * L;
+      } else if (p.input) {
+        plan.input(count, p.input + p.rows.packed(step.t, b) * inputs, rows.step * inputs, u, x_sum);
+      }
+      T* const sum = Cell::kSeparate ? pre : x_sum;
+      // The last block's product fetches what the next step's first one will read.
+      const bool fetches = p.input && ahead.steps == 1 && step.s + 1 < plan.steps && u == mine.last(step.s);
+      if (fetches) list_input(p, rows, p.reverse ? step.t - 1 : step.t + 1, i, count, lines);
+      plan.main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kSeparate,
+                fetches ? &lines : nullptr);
+      forward_update<Cell, T, false, Main::U>(p, state, rows, step.s, step.t, i, count, u * Main::U * L,
+                                              {sum, x_sum, Main::V * L});
+    });
+  }
+
+  // The projection of h.
+  void last_stage(const ForwardStep& step) {
+    for_blocks(me, plan.last_blocks, step.s, step.running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+      plan.last(count, state.source + rows.at(i) * state.stride, rows.step * state.stride, u, pre);
+      for (int v = 0; v < Last::U && (u * Last::U + v) * L < plan.P; ++v) {
+        const ptrdiff_t unit = (u * Last::U + v) * L;
+        for (ptrdiff_t row = 0; row < count; ++row) {
+          const ptrdiff_t b = rows.at(i + row);
+          put_h(p, state, step.s, b, p.rows.padded(step.t, b), unit, int(min_of(L, plan.P - unit)),
+                p.zoneout_h.factors != nullptr, load(pre + (row * Last::U + v) * L));
+        }
+      }
+    });
+  }
+
+  void run() {
+    for (ptrdiff_t s = 0; s < plan.steps; ++s) {
+      const ForwardStep step = forward_step(p.rows, p.reverse, rows, s);
+      look_ahead(step);
+      fetch_rows(me, state.h[s & 1], state.h_stride, plan.P, step.running);
+      if constexpr (Plan::kTwo) {
+        first_stage(step);
+        me.wait();
+        fetch_rows(me, state.source, state.stride, plan.H, step.running);
+      }
+      main_stage(step);
+      if (plan.projected) {
+        me.wait();
+        fetch_rows(me, state.source, state.stride, plan.H, step.running);
+        last_stage(step);
+      }
+      me.wait();
+    }
+    give_state<Cell>(p, state, me);
+    fence_stores();
+  }
+};
+
+template <class Cell, typename T>
+bool rnn_forward(const RnnForward<T>& p) {
+  ForwardPlan<Cell, T> plan(p);
+  if (!plan.allocate()) return false;
+  plan.team.run([&](const Member& me) { plan.prepare(me); },
+                [&](const Member& me) { ForwardWalk<Cell, T>(plan, me).run(); });
   return true;
 }
 

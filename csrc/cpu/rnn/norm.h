@@ -101,6 +101,7 @@ struct UnitSums {
       store(own + i * Lanes<T>, Vec<T>{});
     }
   }
+  void clear(ptrdiff_t rows) const { memset(own, 0, sizeof(T) * size_t(rows * N * Lanes<T>)); }
   T total(const Member& me, ptrdiff_t row, int i) const {
     T sum = T(0);
     for (int group = 0; group < me.split.groups; ++group) sum += shared.at(group, row, i);

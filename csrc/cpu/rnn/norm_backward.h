@@ -157,122 +157,157 @@ void norm_c_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state,
   sums.join();
 }
 
+// All that is the same in every step of a sweep: sizes, the product, who does what, and memory.
 template <class Cell, typename T>
-bool norm_backward(const RnnBackward<T>& p) {
-  constexpr int G = Cell::kGates, L = Lanes<T>, kPres = kPre<Cell>, kSums = kPres + Cell::kWeights;
+struct NormBackwardPlan {
+  static constexpr int G = Cell::kGates, L = Lanes<T>;
   typedef ColumnProduct<T> Product;
-  const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps, row = p.grad_row;
-  Product product = Product::of(p.weights.hh, H, G * H, steps * B <= kDirectRows);
-  const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
-  const auto split_for = [&](int team) {
-    return split_work(team, steps, B, weights, weight_bytes, blocks, backward_rows(H));
-  };
-  const Split planned = split_for(team_size());
-  const int threads = planned.threads();
-  product.far = beyond_l2(weight_bytes / planned.groups);
 
-  NormBackwardState<T> norm;
-  BackwardState<T>& state = norm.backward;
-  state.stride = state.h_stride = blocks * Product::kWidth + L;
+  const RnnBackward<T>& pass;
+  const ptrdiff_t H = pass.hidden, B = pass.rows.batch, row = pass.grad_row;
+  Product product = Product::of(pass.weights.hh, H, G* H, pass.rows.steps* B <= kDirectRows);
+  const ptrdiff_t blocks = Product::blocks(H), weights = recurrent_weights<Cell>(H, H, false);
+  Team team{pass.rows, weights, weights * ptrdiff_t(sizeof(T)), blocks, backward_rows(H)};
+  NormBackwardState<T> state;
+  NormGrad<T>* norms;              // [threads, B]
+  T *own_of_c, *own_of_pre;        // see UnitSums, for each thread
+  T *shared_of_c, *shared_of_pre;  // see Shared
   Workspace workspace;
-  const size_t panels_at = workspace.reserve<T>(product.panel_values());
-  const size_t state_at = workspace.reserve<T>((2 * B + 2 * threads * kSums + Cell::kWeights) * state.stride);
-  const size_t rows_at = workspace.reserve<T>(B * (kPres + 2) * H);
-  const size_t norms_at = workspace.reserve<NormGrad<T>>(threads * B);
-  const size_t own_at = workspace.reserve<T>(threads * B * 6 * L);
-  const size_t shared_at = workspace.reserve<T>(threads * (Shared<T, 2>::size(B) + Shared<T, 4>::size(B)));
-  const size_t barriers_at = workspace.reserve<Barrier>(threads);
-  if (!workspace.allocate()) return false;
-  product.panels = workspace.at<T>(panels_at);
-  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
-  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
-  state.grad_h = workspace.at<T>(state_at);
-  state.grad_c = state.grad_h + B * state.stride;
-  state.sums = state.grad_c + B * state.stride;
-  state.weights = state.sums + 2 * threads * kSums * state.stride;
-  norm.grad_pre = workspace.at<T>(rows_at);
-  norm.grad_y = norm.grad_pre + B * kPres * H;
-  norm.y = norm.grad_y + B * H;
-  memset(state.sums, 0, sizeof(T) * size_t(2 * threads * kSums * state.stride));
-  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, H);
-  const T* const gamma_x = p.weights.unit_weights;
-  const T* const gamma_h = gamma_x + G * H;
-  int parts = 1;
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Split split = split_for(team);
-    const Member me = member_of(split, thread, p.rows, barriers);
-    const RowShare& rows = me.rows;
-    if (thread == 0) parts = split.parts;
+  explicit NormBackwardPlan(const RnnBackward<T>& p) : pass(p) { product.far = team.far(); }
+
+  // False: there is not enough memory.
+  bool allocate() {
+    const ptrdiff_t threads = team.threads();
+    workspace.reserve(product.panels, product.panel_values());
+    reserve_state<Cell>(workspace, state.backward, pass, team.threads());
+    workspace.reserve(state.grad_pre, B * kPre<Cell> * H);
+    workspace.reserve(state.grad_y, B * H);
+    workspace.reserve(state.y, B * H);
+    workspace.reserve(norms, threads * B);
+    workspace.reserve(own_of_c, threads * B * 2 * L);
+    workspace.reserve(own_of_pre, threads * B * 4 * L);
+    workspace.reserve(shared_of_c, threads * Shared<T, 2>::size(B));
+    workspace.reserve(shared_of_pre, threads * Shared<T, 4>::size(B));
+    workspace.reserve(team.barriers, threads);
+    if (!workspace.allocate()) return false;
+    fill_state<Cell>(state.backward, pass, team.threads());
+    return true;
+  }
+
+  void prepare(const Member& me) const {
     pack_blocks(me, blocks, [&](ptrdiff_t j) { product.pack(j); });
-    if (!me.share.idle) take_grad_state<Cell>(p, state, me);
-#pragma omp barrier
-    if (!me.share.idle) {
-      alignas(64) T out[kChunk * Product::kWidth];
-      PrefetchList lines;
-      T* const sums = state.sums + me.part() * 2 * kSums * state.stride;
-      NormGrad<T>* const norms = workspace.at<NormGrad<T>>(norms_at) + thread * B;
-      T* const own = workspace.at<T>(own_at) + thread * B * 6 * L;
-      memset(own, 0, sizeof(T) * size_t(B * 6 * L));
-      T* const shared = workspace.at<T>(shared_at);
-      const UnitSums<T, 2> of_c{own, Shared<T, 2>::of(shared, me, B)};
-      const UnitSums<T, 4> of_pre{own + B * 2 * L, Shared<T, 4>::of(shared + threads * Shared<T, 2>::size(B), me, B)};
-      for (ptrdiff_t s = steps - 1; s >= -1; --s) {
-        const BackwardStep step = backward_step(p.rows, p.reverse, s);
-        const ptrdiff_t known = rows.among(step.later_running), now = rows.among(step.now_running);
-        if (known > 0) fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row + G * H, row, G * H, known);
-        for_blocks(me, blocks, s, max_of(known, now), [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
-          list_update<Cell>(p, rows, step, i, count, j * Product::kWidth, lines);
-          if (known > i) {
-            product(min_of(count, known - i), p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + G * H,
-                    rows.step * row, j, 0, G * H, out, false, &lines);
-          }
-          for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
-            norm_first_backward<Cell, T>(p, norm, rows, step, i, count, (j * kColumns + v) * L, out + v * L, sums, of_c,
-                                         of_pre);
-          }
-        });
-        if constexpr (Cell::kNormC) {
-          of_c.share(me, now);
-          me.wait();
-          for (ptrdiff_t i = 0; i < now; ++i) {
-            const T* const stats = p.stats + p.rows.packed(step.t, rows.at(i)) * kNormStats;
-            norms[i] = NormGrad<T>::of(of_c, me, i, 0, H, stats[kScaleC]);
-          }
-          for_units<T>(me, H, [&](ptrdiff_t unit, int) {
-            norm_c_backward<Cell, T>(p, norm, rows, step, now, unit, norms, sums, of_pre);
-          });
-        }
-        of_pre.share(me, now);
-        me.wait();
-        // A separate pre-activation of h' takes the place of the input's, last of the gates.
-        for (ptrdiff_t i = 0; i < now; ++i) {
-          const ptrdiff_t b = rows.at(i), packed = p.rows.packed(step.t, b);
-          T* const grad_pre = norm.grad_pre + b * kPres * H;
-          const T* const normed = p.normed + packed * 2 * G * H;
-          const T* const stats = p.stats + packed * kNormStats;
-          const NormGrad<T> of_x = NormGrad<T>::of(of_pre, me, i, 0, G * H, stats[kScaleX]);
-          const NormGrad<T> of_h = NormGrad<T>::of(of_pre, me, i, 2, G * H, stats[kScaleH]);
-          T* const to = p.grad_pre + packed * row;
-          for_units<T>(me, H, [&](ptrdiff_t unit, int units) {
-#pragma GCC unroll 8
-            for (int g = 0; g < G; ++g) {
-              const ptrdiff_t at = g * H + unit;
-              const Vec<T> grad_x = load_some(grad_pre + at, units);
-              const Vec<T> grad_h = Cell::kSeparate && g == G - 1 ? load_some(grad_pre + G * H + unit, units) : grad_x;
-              store_some(to + at, of_x(grad_x * load_some(gamma_x + at, units), load_some(normed + at, units)), units);
-              store_some(to + G * H + at,
-                         of_h(grad_h * load_some(gamma_h + at, units), load_some(normed + G * H + at, units)), units);
-            }
-          });
-        }
-        me.wait();
+    if (!me.share.idle) take_grad_state<Cell>(pass, state.backward, me);
+  }
+};
+
+// A thread's way through the steps.
+template <class Cell, typename T>
+struct NormBackwardWalk {
+  static constexpr int G = Cell::kGates, L = Lanes<T>;
+  typedef NormBackwardPlan<Cell, T> Plan;
+  typedef typename Plan::Product Product;
+
+  const Plan& plan;
+  const Member& me;
+  const RnnBackward<T>& p = plan.pass;
+  const NormBackwardState<T>& state = plan.state;
+  const RowShare& rows = me.rows;
+  const ptrdiff_t H = plan.H, row = plan.row;
+  T* const sums = state.backward.sums + me.part() * kPartSums<Cell> * state.backward.stride;
+  NormGrad<T>* const norms = plan.norms + me.thread * plan.B;
+  const UnitSums<T, 2> of_c{plan.own_of_c + me.thread * plan.B * 2 * L, Shared<T, 2>::of(plan.shared_of_c, me, plan.B)};
+  const UnitSums<T, 4> of_pre{plan.own_of_pre + me.thread * plan.B * 4 * L,
+                              Shared<T, 4>::of(plan.shared_of_pre, me, plan.B)};
+  PrefetchList lines;
+  alignas(64) T product[kChunk * Product::kWidth];
+
+  NormBackwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {
+    of_c.clear(plan.B);
+    of_pre.clear(plan.B);
+  }
+
+  // dL/dh from dL/d(W_hh h') of the step swept before, and the cell up to its first norm.
+  void first_stage(const BackwardStep& step) {
+    const ptrdiff_t running = max_of(step.known, step.now), K = G * H;
+    for_blocks(me, plan.blocks, step.s, running, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
+      list_update<Cell>(p, rows, step, i, count, j * Product::kWidth, lines);
+      if (step.known > i) {
+        plan.product(min_of(count, step.known - i), p.grad_pre + p.rows.packed(step.later, rows.at(i)) * row + K,
+                     rows.step * row, j, 0, K, product, false, &lines);
       }
+      for (int v = 0; v < kColumns && (j * kColumns + v) * L < H; ++v) {
+        norm_first_backward<Cell, T>(p, state, rows, step, i, count, (j * kColumns + v) * L, product + v * L, sums,
+                                     of_c, of_pre);
+      }
+    });
+  }
+
+  // dL/dc through its norm, and the rest of the cell.
+  void c_stage(const BackwardStep& step) {
+    for (ptrdiff_t i = 0; i < step.now; ++i) {
+      const T* const stats = p.stats + p.rows.packed(step.t, rows.at(i)) * kNormStats;
+      norms[i] = NormGrad<T>::of(of_c, me, i, 0, H, stats[kScaleC]);
+    }
+    for_units<T>(me, H, [&](ptrdiff_t unit, int) {
+      norm_c_backward<Cell, T>(p, state, rows, step, step.now, unit, norms, sums, of_pre);
+    });
+  }
+
+  // dL/d(W_ih x) and dL/d(W_hh h') through their norms. A pre-activation of h' that lies apart takes the place of the
+  // input's, last of the gates.
+  void pre_stage(const BackwardStep& step) {
+    const T* const gamma_x = p.weights.unit_weights;
+    const T* const gamma_h = gamma_x + G * H;
+    for (ptrdiff_t i = 0; i < step.now; ++i) {
+      const ptrdiff_t b = rows.at(i), packed = p.rows.packed(step.t, b);
+      T* const grad_pre = state.grad_pre + b * kPre<Cell> * H;
+      const T* const normed = p.normed + packed * 2 * G * H;
+      const T* const stats = p.stats + packed * kNormStats;
+      const NormGrad<T> of_x = NormGrad<T>::of(of_pre, me, i, 0, G * H, stats[kScaleX]);
+      const NormGrad<T> of_h = NormGrad<T>::of(of_pre, me, i, 2, G * H, stats[kScaleH]);
+      T* const to = p.grad_pre + packed * row;
+      for_units<T>(me, H, [&](ptrdiff_t unit, int units) {
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) {
+          const ptrdiff_t at = g * H + unit;
+          const Vec<T> grad_x = load_some(grad_pre + at, units);
+          const Vec<T> grad_h = Cell::kSeparate && g == G - 1 ? load_some(grad_pre + G * H + unit, units) : grad_x;
+          store_some(to + at, of_x(grad_x * load_some(gamma_x + at, units), load_some(normed + at, units)), units);
+          store_some(to + G * H + at,
+                     of_h(grad_h * load_some(gamma_h + at, units), load_some(normed + G * H + at, units)), units);
+        }
+      });
     }
   }
-  give_sums<Cell>(p, state, parts);
+
+  void run() {
+    for (ptrdiff_t s = p.rows.steps - 1; s >= -1; --s) {
+      const BackwardStep step = backward_step(p.rows, p.reverse, rows, s);
+      if (step.known > 0) {
+        fetch_rows(me, p.grad_pre + p.rows.packed(step.later, 0) * row + G * H, row, G * H, step.known);
+      }
+      first_stage(step);
+      if constexpr (Cell::kNormC) {
+        of_c.share(me, step.now);
+        me.wait();
+        c_stage(step);
+      }
+      of_pre.share(me, step.now);
+      me.wait();
+      pre_stage(step);
+      me.wait();
+    }
+  }
+};
+
+template <class Cell, typename T>
+bool norm_backward(const RnnBackward<T>& p) {
+  NormBackwardPlan<Cell, T> plan(p);
+  if (!plan.allocate()) return false;
+  const Split split = plan.team.run([&](const Member& me) { plan.prepare(me); },
+                                    [&](const Member& me) { NormBackwardWalk<Cell, T>(plan, me).run(); });
+  give_sums<Cell>(p, plan.state.backward, split.parts);
   return true;
 }
 

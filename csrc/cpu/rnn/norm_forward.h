@@ -88,113 +88,152 @@ void norm_finish(const RnnForward<T>& p, const NormState<T>& state, const RowSha
   }
 }
 
+// All that is the same in every step of a pass: sizes, the product, who does what, and memory.
 template <class Cell, typename T>
-bool norm_forward(const RnnForward<T>& p) {
-  constexpr int G = Cell::kGates, L = Lanes<T>;
+struct NormForwardPlan {
+  static constexpr int G = Cell::kGates;
   typedef UnitProduct<T, G> Product;
-  const ptrdiff_t H = p.hidden, B = p.rows.batch, steps = p.rows.steps;
-  const ptrdiff_t blocks = Product::blocks(H), weights = G * H * H, weight_bytes = weights * ptrdiff_t(sizeof(T));
-  const bool direct = H >= L && steps * B <= kDirectRows;
-  const Split planned = split_work(team_size(), steps, B, weights, weight_bytes, blocks);
-  const int threads = planned.threads();
-  Product product{p.weights.hh, H, H, nullptr, Product::panel_values(H)};
-  product.far = beyond_l2(weight_bytes / planned.groups);
+  static_assert(Product::U == 1, "a thread's blocks are its vectors of units");
 
-  NormState<T> norm;
-  ForwardState<T>& state = norm.forward;
-  state.stride = state.h_stride = (panel_count(H, L) + 1) * L;
-  state.non_temporal = stores_non_temporal<Cell>(p, threads);
+  const RnnForward<T>& pass;
+  const ptrdiff_t H = pass.hidden, B = pass.rows.batch, steps = pass.rows.steps;
+  const bool direct = H >= Lanes<T> && steps * B <= kDirectRows;  // nothing is packed
+  Product product{pass.weights.hh, H, H, nullptr, Product::panel_values(H)};
+  const ptrdiff_t blocks = Product::blocks(H), weights = recurrent_weights<Cell>(H, H, false);
+  Team team{pass.rows, weights, weights * ptrdiff_t(sizeof(T)), blocks};
+  NormState<T> state;
+  RowMoments<T>* moments;  // [threads, B]
+  T *of_raw, *of_c;        // see Shared
   Workspace workspace;
-  const size_t panels_at = workspace.reserve<T>(direct ? 0 : blocks * product.panel_size);
-  const size_t state_at = workspace.reserve<T>((4 * B + kPre<Cell> + Cell::kWeights) * state.stride);
-  const size_t raw_at = workspace.reserve<T>(B * (G + 1) * H + L);
-  const size_t moments_at = workspace.reserve<RowMoments<T>>(threads * B);
-  const size_t shared_at = workspace.reserve<T>(2 * threads * Shared<T, 3>::size(B));
-  const size_t barriers_at = workspace.reserve<Barrier>(threads);
-  if (!workspace.allocate()) return false;
-  if (!direct) product.panels = workspace.at<T>(panels_at);
-  Barrier* const barriers = workspace.at<Barrier>(barriers_at);
-  memset(barriers, 0, sizeof(Barrier) * size_t(threads));
-  state.h[0] = workspace.at<T>(state_at);
-  state.h[1] = state.h[0] + B * state.stride;
-  state.c = state.h[1] + B * state.stride;
-  norm.out = state.c + B * state.stride;
-  state.bias = norm.out + B * state.stride;
-  state.weights = state.bias + kPre<Cell> * state.stride;
-  norm.raw = workspace.at<T>(raw_at);
-  norm.fresh = norm.raw + B * G * H;
-  spread_rows(state.bias, state.stride, p.bias, kPre<Cell>, H);
-  spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, H);
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Split split = split_work(team, steps, B, weights, weight_bytes, blocks);
-    const Member me = member_of(split, thread, p.rows, barriers);
-    const RowShare& rows = me.rows;
+  explicit NormForwardPlan(const RnnForward<T>& p) : pass(p) {
+    product.far = team.far();
+    state.forward.stride = state.forward.h_stride = (panel_count(H, Lanes<T>) + 1) * Lanes<T>;
+    state.forward.non_temporal = stores_non_temporal<Cell>(p, team.threads());
+  }
+
+  // False: there is not enough memory.
+  bool allocate() {
+    ForwardState<T>& forward = state.forward;
+    const ptrdiff_t stride = forward.stride, threads = team.threads();
+    if (!direct) workspace.reserve(product.panels, blocks * product.panel_size);
+    for (T*& h : forward.h) workspace.reserve(h, B * stride);
+    workspace.reserve(forward.c, B * stride);
+    workspace.reserve(state.out, B * stride);
+    workspace.reserve(forward.bias, kPre<Cell> * stride);
+    workspace.reserve(forward.weights, Cell::kWeights * stride);
+    workspace.reserve(state.raw, B * G * H);
+    workspace.reserve(state.fresh, B * H);
+    workspace.reserve(moments, threads * B);
+    workspace.reserve(of_raw, threads * Shared<T, 3>::size(B));
+    workspace.reserve(of_c, threads * Shared<T, 3>::size(B));
+    workspace.reserve(team.barriers, threads);
+    if (!workspace.allocate()) return false;
+    spread_rows(forward.bias, stride, pass.bias, kPre<Cell>, H);
+    spread_rows(forward.weights, stride, pass.weights.unit_weights, Cell::kWeights, H);
+    return true;
+  }
+
+  void prepare(const Member& me) const {
     if (!direct) pack_blocks(me, blocks, [&](ptrdiff_t u) { product.pack(u); });
-    if (!me.share.idle) take_state<Cell>(p, state, me);
-#pragma omp barrier
-    if (!me.share.idle) {
-      alignas(64) T pre[kChunk * kColumns * L];
-      RowMoments<T>* const moments = workspace.at<RowMoments<T>>(moments_at) + thread * B;
-      T* const shared = workspace.at<T>(shared_at);
-      const Shared<T, 3> of_raw = Shared<T, 3>::of(shared, me, B);
-      const Shared<T, 3> of_c = Shared<T, 3>::of(shared + threads * Shared<T, 3>::size(B), me, B);
-      static_assert(Product::U == 1, "a thread's blocks are its vectors of units");
-      const Blocks mine = blocks_of(me, blocks);
-      const ptrdiff_t own = mine.begin * L, own_units = min_of(mine.end * L, H) - own;
-      for (ptrdiff_t s = 0; s < steps; ++s) {
-        const ptrdiff_t t = p.reverse ? steps - 1 - s : s;
-        const T* const h_prev = state.h[s & 1];
-        const ptrdiff_t running = p.rows.running ? rows.among(p.rows.running[t]) : rows.size;
-        fetch_rows(me, h_prev, state.h_stride, H, running);
-        for_blocks(me, blocks, s, running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
-          const int units = int(min_of(L, H - u * L));
-          product(count, h_prev + rows.at(i) * state.h_stride, rows.step * state.h_stride, u, pre);
-          for (ptrdiff_t row = 0; row < count; ++row) {
-            T* const raw = norm.raw + rows.at(i + row) * G * H + u * L;
-            for (int g = 0; g < G; ++g) store_some(raw + g * H, load(pre + (row * G + g) * L), units);
-          }
-        });
-        for (ptrdiff_t i = 0; i < running; ++i) {
-          share_moments(of_raw, me, i, moments_of(norm.raw + rows.at(i) * G * H + own, own_units, G, H));
-        }
-        me.wait();
-        for (ptrdiff_t i = 0; i < running; ++i) {
-          const ptrdiff_t b = rows.at(i);
-          moments[i] = join_moments(of_raw, me, i);
-          if (p.stats && me.share.group == 0) {
-            T* const stats = p.stats + p.rows.packed(t, b) * kNormStats;
-            stats[kScaleH] = moments[i].scale;
-            stats[kMeanC] = stats[kScaleC] = T(0);
-          }
-        }
-        for_units<T>(me, H,
-                     [&](ptrdiff_t unit, int) { norm_update<Cell, T>(p, norm, rows, s, t, running, unit, moments); });
-        if constexpr (Cell::kNormC) {
-          for (ptrdiff_t i = 0; i < running; ++i) {
-            share_moments(of_c, me, i, moments_of(norm.fresh + rows.at(i) * H + own, own_units));
-          }
-          me.wait();
-          for (ptrdiff_t i = 0; i < running; ++i) {
-            const ptrdiff_t b = rows.at(i);
-            moments[i] = join_moments(of_c, me, i);
-            if (p.stats && me.share.group == 0) {
-              T* const stats = p.stats + p.rows.packed(t, b) * kNormStats;
-              stats[kMeanC] = moments[i].mean;
-              stats[kScaleC] = moments[i].scale;
-            }
-          }
-          for_units<T>(me, H,
-                       [&](ptrdiff_t unit, int) { norm_finish<Cell, T>(p, norm, rows, s, t, running, unit, moments); });
-        }
-        me.wait();
+    if (!me.share.idle) take_state<Cell>(pass, state.forward, me);
+  }
+};
+
+// A thread's way through the steps.
+template <class Cell, typename T>
+struct NormForwardWalk {
+  static constexpr int G = Cell::kGates, L = Lanes<T>;
+  typedef NormForwardPlan<Cell, T> Plan;
+
+  const Plan& plan;
+  const Member& me;
+  const RnnForward<T>& p = plan.pass;
+  const NormState<T>& state = plan.state;
+  const RowShare& rows = me.rows;
+  const Blocks mine = blocks_of(me, plan.blocks);
+  const ptrdiff_t own = mine.begin * L, own_units = min_of(mine.end * L, plan.H) - own;
+  RowMoments<T>* const moments = plan.moments + me.thread * plan.B;
+  const Shared<T, 3> of_raw = Shared<T, 3>::of(plan.of_raw, me, plan.B);
+  const Shared<T, 3> of_c = Shared<T, 3>::of(plan.of_c, me, plan.B);
+  alignas(64) T pre[kChunk * kColumns * L];
+
+  NormForwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {}
+
+  // raw = W_hh h', and the moments of this thread's units.
+  void multiply(const ForwardStep& step) {
+    const ForwardState<T>& forward = state.forward;
+    const ptrdiff_t H = plan.H;
+    const T* const h_prev = forward.h[step.s & 1];
+    for_blocks(me, plan.blocks, step.s, step.running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
+      const int units = int(min_of(L, H - u * L));
+      plan.product(count, h_prev + rows.at(i) * forward.h_stride, rows.step * forward.h_stride, u, pre);
+      for (ptrdiff_t row = 0; row < count; ++row) {
+        T* const raw = state.raw + rows.at(i + row) * G * H + u * L;
+        for (int g = 0; g < G; ++g) store_some(raw + g * H, load(pre + (row * G + g) * L), units);
       }
-      give_state<Cell>(p, state, me);
-      fence_stores();
+    });
+    for (ptrdiff_t i = 0; i < step.running; ++i) {
+      share_moments(of_raw, me, i, moments_of(state.raw + rows.at(i) * G * H + own, own_units, G, H));
     }
   }
+
+  // The moments of whole rows, and keep(stats, moments) of each where a backward pass will want them.
+  template <class Keep>
+  SEQACCEL_INLINE void join(const ForwardStep& step, const Shared<T, 3>& shared, const Keep& keep) const {
+    for (ptrdiff_t i = 0; i < step.running; ++i) {
+      moments[i] = join_moments(shared, me, i);
+      if (p.stats && me.share.group == 0) keep(p.stats + p.rows.packed(step.t, rows.at(i)) * kNormStats, moments[i]);
+    }
+  }
+
+  // The cell, of raw normalised.
+  void cell_stage(const ForwardStep& step) {
+    join(step, of_raw, [](T* stats, const RowMoments<T>& of_row) {
+      stats[kScaleH] = of_row.scale;
+      stats[kMeanC] = stats[kScaleC] = T(0);
+    });
+    for_units<T>(me, plan.H, [&](ptrdiff_t unit, int) {
+      norm_update<Cell, T>(p, state, rows, step.s, step.t, step.running, unit, moments);
+    });
+  }
+
+  // c normalised, and h.
+  void finish_stage(const ForwardStep& step) {
+    for (ptrdiff_t i = 0; i < step.running; ++i) {
+      share_moments(of_c, me, i, moments_of(state.fresh + rows.at(i) * plan.H + own, own_units));
+    }
+    me.wait();
+    join(step, of_c, [](T* stats, const RowMoments<T>& of_row) {
+      stats[kMeanC] = of_row.mean;
+      stats[kScaleC] = of_row.scale;
+    });
+    for_units<T>(me, plan.H, [&](ptrdiff_t unit, int) {
+      norm_finish<Cell, T>(p, state, rows, step.s, step.t, step.running, unit, moments);
+    });
+  }
+
+  void run() {
+    for (ptrdiff_t s = 0; s < plan.steps; ++s) {
+      const ForwardStep step = forward_step(p.rows, p.reverse, rows, s);
+      fetch_rows(me, state.forward.h[s & 1], state.forward.h_stride, plan.H, step.running);
+      multiply(step);
+      me.wait();
+      cell_stage(step);
+      if constexpr (Cell::kNormC) finish_stage(step);
+      me.wait();
+    }
+    give_state<Cell>(p, state.forward, me);
+    fence_stores();
+  }
+};
+
+template <class Cell, typename T>
+bool norm_forward(const RnnForward<T>& p) {
+  NormForwardPlan<Cell, T> plan(p);
+  if (!plan.allocate()) return false;
+  plan.team.run([&](const Member& me) { plan.prepare(me); },
+                [&](const Member& me) { NormForwardWalk<Cell, T>(plan, me).run(); });
   return true;
 }
 
