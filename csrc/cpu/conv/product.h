@@ -1,9 +1,8 @@
 // The product of a dense causal convolution: a matrix times shifted rows of a signal (kernels.h says which).
 #pragma once
 
-#include "cpu/base/vec.h"
+#include "cpu/base/tile.h"
 #include "cpu/conv/conv.h"
-#include "cpu/matmul/tile.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
@@ -31,7 +30,7 @@ void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T
   for (ptrdiff_t block = 0; block < blocks; ++block) {
     const ptrdiff_t k = depth * block / blocks, n = depth * (block + 1) / blocks - k;
     Vec<T> acc[MR][NV] = {};
-    matmul::tile_multiply<T, MR, NV>(acc, a + k, a_stride, panel + k * NV * Lanes<T>, n);
+    add_products<T, MR, NV>(acc, a + k, a_stride, 1, panel + k * NV * Lanes<T>, NV * Lanes<T>, n);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
-// A whole matrix product, C [M, N] (+)= A [M, K] B [K, N], over the register tiles of tile.h: the products over all
-// time steps (input projections, weight gradients), beside the step-by-step ones that pack their own panels.
+// A whole matrix product, C [M, N] (+)= A [M, K] B [K, N], over the register tiles of base/tile.h: the products over
+// all time steps (input projections, weight gradients), beside the step-by-step ones that pack their own panels.
 #pragma once
 
 #include <cstddef>

@@ -72,7 +72,7 @@ struct ProbabilityTile {
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
-    tile<T, MR, NV>(acc, key + row * key_row, key_row, 1, query, kColumns<T>, D);
+    add_products<T, MR, NV>(acc, key + row * key_row, key_row, 1, query, kColumns<T>, D);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const Vec<T> shift = bias - load(lse + v * Lanes<T>);
@@ -105,7 +105,7 @@ struct ScoreGradTile {
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
-    tile<T, MR, NV>(acc, value + row * value_row, value_row, 1, grad, kColumns<T>, D);
+    add_products<T, MR, NV>(acc, value + row * value_row, value_row, 1, grad, kColumns<T>, D);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const Vec<T> d = load(delta + v * Lanes<T>);
@@ -152,7 +152,7 @@ struct AddProductTile {
     } else if (part == Part::kKFromRow) {
       tile_below_diagonal<T, MR, NV>(acc, a + row * (a_row + a_k), a_row, a_k, b + row * b_k, b_k, K - row);
     } else {
-      tile<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+      add_products<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
     }
     T* o = out + row * out_row;
 #pragma GCC unroll 8

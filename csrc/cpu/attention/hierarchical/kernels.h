@@ -94,7 +94,7 @@ struct ScoreTile {
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
-    tile<T, MR, NV>(acc, key + row * key_row, key_row, 1, query, kColumns<T>, D);
+    add_products<T, MR, NV>(acc, key + row * key_row, key_row, 1, query, kColumns<T>, D);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -127,7 +127,7 @@ struct OutputTile {
     if (masked) {
       tile_of_triangle<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
     } else {
-      tile<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
+      add_products<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
     }
     T* o = out + row * kColumns<T>;
 #pragma GCC unroll 8

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/base/shuffle.h"
+#include "cpu/base/tile.h"
 
 namespace seqaccel::SEQACCEL_ISA::attention::hierarchical {
 
@@ -17,26 +18,7 @@ constexpr int kTileVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 template <typename T>
 constexpr int kColumns = kTileVectors * Lanes<T>;
 
-// acc[m][v] += sum over k of a[m * a_row + k * a_k] * b[k * b_k + v * Lanes .. + Lanes)
-template <typename T, int MR, int NV>
-SEQACCEL_INLINE void tile(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b, ptrdiff_t b_k,
-                          ptrdiff_t K) {
-  for (ptrdiff_t k = 0; k < K; ++k) {
-    Vec<T> x[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) x[v] = load(b + v * Lanes<T>);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      const Vec<T> y = broadcast(a[m * a_row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] += y * x[v];
-    }
-    a += a_k;
-    b += b_k;
-  }
-}
-
-// The same for a triangle: of b's first vector only the lanes i >= k take part in row k. Zeros of b's in the others
+// add_products for a triangle: of b's first vector only the lanes i >= k take part in row k. Zeros of b's in the others
 // would not keep out a value of a's that is not finite.
 template <typename T, int MR, int NV>
 SEQACCEL_INLINE void tile_of_triangle(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b,
@@ -77,7 +59,7 @@ SEQACCEL_INLINE void tile_below_diagonal(Vec<T> (&acc)[MR][NV], const T* a, ptrd
       for (int v = 0; v < NV; ++v) acc[m][v] += y * x[v];
     }
   }
-  tile<T, MR, NV>(acc, a + (MR - 1) * a_k, a_row, a_k, b + (MR - 1) * b_k, b_k, K - (MR - 1));
+  add_products<T, MR, NV>(acc, a + (MR - 1) * a_k, a_row, a_k, b + (MR - 1) * b_k, b_k, K - (MR - 1));
 }
 
 // Calls f.template operator()<MR>(row) for the rows [0, n) in groups of at most kTileRows.
