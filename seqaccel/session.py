@@ -412,6 +412,8 @@ def _describe_recurrent(
         states += [(name, len(layers), part, module.hidden_size) for part in ("hc" if kind == "lstm" else "h")]
         layers.append((kind, sizes, [*weights, None] if kind == "lstm" else weights, _NO_NUMBERS))
         return
+    if "cpp" not in CELLS[module.cell].backends:
+        raise TypeError(f"module: a Session runs C++ kernels, which {type(module).__name__} has not")
     if module.bidirectional:
         raise ValueError(f"module: a bidirectional {type(module).__name__} cannot run step by step")
     session.batch_first = session.batch_first or module.batch_first

@@ -15,6 +15,70 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = "docs/adding-a-cell.md"
 TESTS = "coupled_lstm or CoupledLSTM or tables_agree or test_configurations or examples"
 
+# What a cell has beside the page's code: the definition once more, as a loop over scalars; the head and the docstring
+# of its module; its function.
+LOOP = '''def coupled_lstm_step(w, x, h, c):
+    """Greff et al.: what the forget gate leaves is the input gate."""
+    v = [
+        dot(w["weight_ih"][k], x) + dot(w["weight_hh"][k], h) + w["bias_ih"][k] + w["bias_hh"][k] for k in range(3 * H)
+    ]
+    f, g, o = (v[k * H : (k + 1) * H] for k in range(3))
+    c = [sigma(f[j]) * c[j] + (1 - sigma(f[j])) * math.tanh(g[j]) for j in range(H)]
+    return [sigma(o[j]) * math.tanh(c[j]) for j in range(H)], c
+
+
+'''
+HEAD = '''"""The LSTM whose input gate is what the forget gate leaves."""
+
+from typing import Any
+
+from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.nn.rnn._gru import _refuse
+
+
+'''
+DOCSTRING = r'''
+    r"""Multi-layer long short-term memory with coupled input and forget gates.
+
+    .. math::
+        f_t, o_t &= \sigma(W_{f,o} x_t + b_{f,o} + U_{f,o} h_{t-1} + b'_{f,o}) \\
+        g_t &= \tanh(W_g x_t + b_g + U_g h_{t-1} + b'_g) \\
+        c_t &= f_t \odot c_{t-1} + (1 - f_t) \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t)
+
+    Constructor, shapes, streams and errors are those of :class:`LSTM`, without ``proj_size`` and ``forget_bias``; its
+    parameters have 3 * H rows, f, g and o one after the other.
+
+    Source: Greff et al., *LSTM: a search space odyssey*, 2015, variant CIFG.
+
+    Example:
+        >>> import torch, seqaccel.nn
+        >>> lstm = seqaccel.nn.CoupledLSTM(10, 20)
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+        >>> output.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
+    """
+
+'''
+FUNCTION = '''def coupled_lstm(
+    input: Tensor,
+    state: Pair | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    zoneout: tuple[Factor, Factor] | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Pair]:
+    """One layer and direction of a long short-term memory with coupled gates."""
+    weights = [weight_ih, weight_hh, bias_ih, bias_hh]
+    return _with_cell_state("coupled_lstm", "coupled_lstm", input, state, weights, lengths, reverse, zoneout)
+
+
+'''
+
 
 def block(start: str) -> str:
     """The page's block of code that begins with ``start``."""
@@ -32,46 +96,28 @@ def on_the_page(text: str) -> str:
 
 def edits():
     """File, a line of it (its beginning), what is put before that line; if the line is empty the file is new."""
-    struct, triton = block("// Greff"), block("@triton.jit")
-    functions, row = triton.split('\n\n"coupled_lstm"')
-    kernel = f'"coupled_lstm"{row}'
-    yield "seqaccel/reference/rnn.py", "CELLS: dict", block("def coupled_lstm_cell") + "\n\n"
-    yield "seqaccel/reference/rnn.py", '    "rnn_tanh":', '    "coupled_lstm": coupled_lstm_cell,\n'
-    yield "tests/test_rnn_reference.py", "STEPS = {", block("def coupled_lstm_step") + "\n\n"
-    yield "tests/test_rnn_reference.py", '    "layer_norm_lstm":', '    "coupled_lstm": coupled_lstm_step,\n'
-    yield "seqaccel/functional/rnn/_cells.py", '    "rnn_tanh":', "    " + block('"coupled_lstm": CellSpec')
-    yield "csrc/common/product_cells.h", "// The GRU of normalised products", struct + "\n"
-    entry = on_the_page("kEntry<CoupledLstmCell>")
-    yield "csrc/cpu/rnn/kernels.h", "extern const RnnKernels", "", ("kEntry<LstmCell>", f"{entry}, kEntry<LstmCell>")
-    yield "csrc/cpu/packed/session.h", "  rnn_tanh,", "  coupled_lstm,\n"
-    spec = on_the_page('{LayerKind::coupled_lstm, 3, true, 3, 0, {"GI", "GP", "G", "G"}}')
-    yield "csrc/cpu/packed/program.cpp", '    {"rnn_tanh"', f'    {{"coupled_lstm", {spec}}},\n'
-    step = on_the_page("recurrent_step<CoupledLstmCell>")
-    case = f"    case LayerKind::coupled_lstm:\n      return recurrent_layer(t, l, {step});\n"
-    yield "csrc/cpu/packed/kernels.h", "    case LayerKind::rnn_tanh:", case
-    yield "kernels/rnn/cells.py", "# ---- traits ----", functions + "\n\n\n"
-    yield "kernels/rnn/cells.py", '    "rnn_tanh":', f"    {kernel}"
-    yield "kernels/rnn/checks.py", '    "rnn_tanh":', '    "coupled_lstm": _COMMON,\n'
-    yield "seqaccel/nn/rnn/_coupled.py", "", block('"""The LSTM whose')
-    yield (
-        "seqaccel/nn/rnn/__init__.py",
-        "from seqaccel.nn.rnn._gru",
-        "from seqaccel.nn.rnn._coupled import CoupledLSTM\n",
-    )
+    first, body = block("class CoupledLSTM").split("\n", 1)
+    row = on_the_page('"coupled_lstm": CellSpec(3, True),')
+    # The least: the reference serves.
+    yield "seqaccel/reference/rnn.py", "def project(", block("@_cell(") + "\n\n"
+    yield "seqaccel/functional/rnn/_cells.py", '    "rnn_tanh":', f"    {row}\n"
+    yield "seqaccel/nn/rnn/_coupled.py", "", HEAD + first + DOCSTRING + body
+    export = "from seqaccel.nn.rnn._coupled import CoupledLSTM\n"
+    yield "seqaccel/nn/rnn/__init__.py", "from seqaccel.nn.rnn._gru", export
     yield "seqaccel/nn/rnn/__init__.py", '    "GRUCell",', '    "CoupledLSTM",\n'
-    yield "seqaccel/nn/__init__.py", "    LSTM,", "    CoupledLSTM,\n"
-    yield "seqaccel/nn/__init__.py", '    "GRUCell",', '    "CoupledLSTM",\n'
-    yield "seqaccel/functional/rnn/_functions.py", "def peephole_lstm(", block("def coupled_lstm(") + "\n\n"
-    yield "seqaccel/functional/rnn/__init__.py", "    gru,", "    coupled_lstm,\n"
-    yield "seqaccel/functional/rnn/__init__.py", '    "gru",', '    "coupled_lstm",\n'
-    yield "seqaccel/functional/__init__.py", "    gru,", "    coupled_lstm,\n"
-    yield "seqaccel/functional/__init__.py", '    "gru",', '    "coupled_lstm",\n'
-    yield "tests/test_rnn_module.py", '    ("PeepholeLSTM", {}),', '    ("CoupledLSTM", {}),\n'
-    yield "tests/test_onnx.py", "        nn.MultiplicativeLSTM(4, 6,", "        nn.CoupledLSTM(4, 6),\n"
-    yield "tests/test_session.py", '    "peephole_lstm":', '    "coupled_lstm": seqaccel.nn.CoupledLSTM,\n'
+    # Its definition once more, by which it is tested.
+    yield "tests/test_rnn_reference.py", "STEPS = {", LOOP
+    yield "tests/test_rnn_reference.py", '    "layer_norm_lstm":', '    "coupled_lstm": coupled_lstm_step,\n'
+    # Kernels.
+    yield "csrc/common/product_cells.h", "// The GRU of normalised products", block("// Greff") + "\n"
+    yield "csrc/common/product_cells.h", "    RnnTanhCell,", "    CoupledLstmCell,\n"
+    yield "kernels/rnn/cells.py", "# ---- r, z = sigmoid", block("@triton.jit") + "\n\n"
+    # The public function.
+    yield "seqaccel/functional/rnn/_functions.py", "def peephole_lstm(", FUNCTION
+    yield "seqaccel/functional/rnn/_functions.py", '    "gru",', '    "coupled_lstm",\n'
 
 
-def put(root: Path, file: str, line: str, text: str, replaced: tuple[str, str] | None = None) -> None:
+def put(root: Path, file: str, line: str, text: str) -> None:
     path = root / file
     if not line:
         path.write_text(text)
@@ -79,9 +125,6 @@ def put(root: Path, file: str, line: str, text: str, replaced: tuple[str, str] |
     before = path.read_text()
     assert len(re.findall(f"^{re.escape(line)}", before, re.MULTILINE)) == 1, f"{file}: {line!r} is not there once"
     after = re.sub(f"^{re.escape(line)}", lambda found: text + found[0], before, flags=re.MULTILINE)
-    if replaced:
-        assert replaced[0] in after, f"{file}: {replaced[0]!r} is not there"
-        after = after.replace(*replaced, 1)
     path.write_text(after)
 
 

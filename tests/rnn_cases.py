@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import seqaccel
-from seqaccel import backends
+from seqaccel import backends, nn
 from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.rnn._layers import Direction, layer
+from seqaccel.nn.rnn._base import Recurrent
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # T, B, I, H: one row and one step, ragged units, whole vectors, rows beyond a tile and beyond a chunk, weights that a
@@ -49,6 +50,13 @@ def kinds(backend: str) -> list[tuple[str, bool]]:
             if spec.projects and backend not in spec.without_projection:
                 found.append((cell, True))
     return found
+
+
+def modules(backend: str = "reference") -> dict[str, type[Recurrent]]:
+    """The module of each cell that a backend runs, made without options."""
+    recurrent = [t for t in (getattr(nn.rnn, name) for name in nn.rnn.__all__) if issubclass(t, Recurrent)]
+    found = {t(1, 1).cell: t for t in recurrent}
+    return {cell: t for cell, t in found.items() if backend in CELLS[cell].backends}
 
 
 def each_kind(backend: str):

@@ -6,12 +6,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from rnn_cases import modules
 
 import seqaccel
 from seqaccel import functional as SF
 from seqaccel import nn
 from seqaccel.functional import _onnx
 from seqaccel.functional.attention import hierarchical
+from seqaccel.functional.rnn import _onnx as rnn_onnx
 
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
 
@@ -137,16 +139,25 @@ def test_a_model_with_a_converted_layer():
     assert_same(run, model, tokens)
 
 
+#: What no operator of ONNX has.
+SCANNED = [
+    nn.LayerNormLSTM(4, 6, num_layers=2),
+    nn.LayerNormLSTM(4, 6, normalize_cell=True),
+    nn.MultiplicativeLSTM(4, 6, bidirectional=True),
+    nn.LayerNormGRU(4, 6, bidirectional=True),
+    nn.LSTM(4, 6, zoneout=0.1, proj_size=3),
+    nn.GRU(4, 6, zoneout=0.1),
+]
+SCANNED += [
+    module(4, 6)
+    for cell, module in modules().items()
+    if not rnn_onnx.is_operator(cell) and module not in [type(model) for model in SCANNED]
+]
+
+
 @pytest.mark.parametrize(
     "model",
-    [
-        nn.LayerNormLSTM(4, 6, num_layers=2),
-        nn.LayerNormLSTM(4, 6, normalize_cell=True),
-        nn.MultiplicativeLSTM(4, 6, bidirectional=True),
-        nn.LayerNormGRU(4, 6, bidirectional=True),
-        nn.LSTM(4, 6, zoneout=0.1, proj_size=3),
-        nn.GRU(4, 6, zoneout=0.1),
-    ],
+    SCANNED,
     ids=lambda model: type(model).__name__,
 )
 def test_what_onnx_has_not_is_a_scan(model):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture
+from rnn_cases import ISAS, each_cell, isa_fixture
 from tolerances import assert_as_good_as, error
 
 import seqaccel
@@ -53,7 +53,7 @@ def case(cell, i):
     return tensors, options, *results
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@each_cell("cpp")
 def test_error_is_that_of_the_reference_in_bfloat16(cell, isa, poison):
     for i, shape in enumerate(SHAPES):
         tensors, options, expected, narrow = case(cell, i)
@@ -107,11 +107,14 @@ def test_the_operator_checks_what_it_is_given():
         (("lstm", input.float(), h_0, c_0, weights), "expected input to be bfloat16"),
         (("lstm", input, h_0, None, weights), "c_0 must be given"),
         (("lstm", input, h_0[:2], c_0, weights), "expected h_0 to have shape"),
-        (("lstm", input, h_0, c_0, [weights[0][:, :4], *weights[1:]]), "expected weight 0 to have shape"),
+        (("lstm", input, h_0, c_0, [weights[0][:, :4], *weights[1:]]), "expected weight_ih to have shape"),
         (("lstm", input, h_0, c_0, weights[:4]), "expected 5 weights"),
-        (("lstm", input, h_0, c_0, [None, *weights[1:]]), "expected 5 weights, the first two there"),
-        (("lstm", input, h_0[:, :7], c_0, [weights[0], weights[1][:, :7], *weights[2:]]), "weight_hh to have 20 col"),
-        (("sltm", input, h_0, c_0, weights), "unknown cell 'sltm'"),
+        (("lstm", input, h_0, c_0, [None, *weights[1:]]), "expected weight_ih of the cell 'lstm' to be given"),
+        (
+            ("lstm", input, h_0[:, :7], c_0, [weights[0], weights[1][:, :7], *weights[2:]]),
+            "weight_hh to have shape .80, 20.",
+        ),
+        (("sltm", input, h_0, c_0, weights), "there is no recurrent cell 'sltm'"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             run(*bad)

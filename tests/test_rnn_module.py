@@ -6,16 +6,17 @@ import pickle
 
 import pytest
 import torch
-from rnn_cases import one_thread
+from rnn_cases import modules, one_thread
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import seqaccel
 from seqaccel.functional import lstm
-from seqaccel.functional.rnn import _layers
+from seqaccel.functional.rnn import CELLS, CellSpec, _layers
+from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.reference import rnn as reference
 
 STOCK = {"RNN": {}, "GRU": {}, "LSTM": {}}
-#: Every module, with the options that make it another cell.
+#: Every module, and the options that make it another cell. Torch's come first.
 MODULES = [
     ("RNN", {}),
     ("RNN", {"nonlinearity": "relu"}),
@@ -23,13 +24,10 @@ MODULES = [
     ("LSTM", {}),
     ("LSTM", {"proj_size": 3}),
     ("GRU", {"reset_after": False}),
-    ("PeepholeLSTM", {}),
     ("PeepholeLSTM", {"proj_size": 3}),
-    ("LayerNormLSTM", {}),
     ("LayerNormLSTM", {"normalize_cell": True}),
-    ("LayerNormGRU", {}),
-    ("MultiplicativeLSTM", {}),
 ]
+MODULES += [(module.__name__, {}) for module in modules().values() if module.__name__ not in STOCK]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in MODULES]
 each_module = pytest.mark.parametrize("name, options", MODULES, ids=IDS)
 TORCH_MODULES = [row for row in MODULES if row[0] in STOCK and "reset_after" not in row[1]]
@@ -517,3 +515,26 @@ def test_inference_mode(name, options):
     with torch.inference_mode():
         found = flat(module(x))
     torch.testing.assert_close(found, flat(module(x)))
+
+
+def test_a_cell_of_the_reference_alone(monkeypatch):
+    """The least of docs/adding-a-cell.md: a definition, a row, a module."""
+
+    class Twin(Recurrent):
+        cell = "gru_twin"
+
+    monkeypatch.setitem(reference.CELLS, "gru_twin", reference.gru_cell)
+    monkeypatch.setitem(CELLS, "gru_twin", CellSpec(3, backends=("reference",)))
+    twin, gru = Twin("GRU", 4, 6, 2, bidirectional=True, zoneout=0.1), seqaccel.nn.GRU(4, 6, 2, bidirectional=True)
+    gru.load_state_dict(twin.state_dict())
+    gru.zoneout, x = 0.1, torch.randn(5, 3, 4, requires_grad=True)
+    with seqaccel.backend("reference"):
+        expected = flat(gru.eval()(x))
+    for found, wanted in zip(flat(twin.eval()(x)), expected, strict=True):
+        assert torch.equal(found, wanted)
+    twin.zoneout = 0.0
+    assert flat(twin(x))[0].requires_grad
+    with pytest.raises(RuntimeError, match="no backend 'cpp'; it has reference"), seqaccel.backend("cpp"):
+        twin(x)
+    with pytest.raises(TypeError, match="a Session runs C\\+\\+ kernels, which Twin has not"):
+        seqaccel.Session(twin)

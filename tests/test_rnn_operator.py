@@ -412,7 +412,7 @@ def test_messages_name_the_function():
         rnn(x, None, torch.zeros(5, 3), torch.zeros(5, 5))
     with pytest.raises(ValueError, match="rnn: expected nonlinearity to be 'tanh' or 'relu', but got 'sine'"):
         rnn(x, None, torch.zeros(5, 2), torch.zeros(5, 5), nonlinearity="sine")
-    with pytest.raises(TypeError, match="peephole_lstm: expected weight_peephole to be a tensor, but got None"):
+    with pytest.raises(TypeError, match="peephole_lstm: expected weight_peephole to be a Tensor, but got None"):
         seqaccel.functional.peephole_lstm(x, None, torch.zeros(20, 2), torch.zeros(20, 5), None, None, None)
 
 

@@ -11,36 +11,14 @@ import warnings
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture
+from rnn_cases import ISAS, isa_fixture, modules
 from tolerances import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqaccel
-from seqaccel import backends
+from seqaccel import backends, nn
 
 PRECISIONS = ["float32", "bfloat16", "int8"]
-
-#: Makes of (input_size, hidden_size, **keywords) a module that a session runs.
-CELLS = {
-    "rnn_tanh": seqaccel.nn.RNN,
-    "rnn_relu": lambda *sizes, **keywords: seqaccel.nn.RNN(*sizes, nonlinearity="relu", **keywords),
-    "lstm": seqaccel.nn.LSTM,
-    "lstm_projected": lambda *sizes, **keywords: seqaccel.nn.LSTM(*sizes, proj_size=(sizes[1] + 1) // 2, **keywords),
-    "lstm_zoned": lambda *sizes, **keywords: seqaccel.nn.LSTM(*sizes, zoneout=(0.2, 0.4), **keywords),
-    "gru": seqaccel.nn.GRU,
-    "gru_zoned": lambda *sizes, **keywords: seqaccel.nn.GRU(*sizes, zoneout=0.3, recurrent_dropout=0.5, **keywords),
-    "gru_reset_before": lambda *sizes, **keywords: seqaccel.nn.GRU(*sizes, reset_after=False, **keywords),
-    "peephole_lstm": seqaccel.nn.PeepholeLSTM,
-    "peephole_lstm_projected": lambda *sizes, **keywords: seqaccel.nn.PeepholeLSTM(
-        *sizes, proj_size=(sizes[1] + 1) // 2, **keywords
-    ),
-    "layer_norm_lstm": lambda *sizes, **keywords: random_norms(seqaccel.nn.LayerNormLSTM(*sizes, **keywords)),
-    "layer_norm_lstm_normalized_cell": lambda *sizes, **keywords: random_norms(
-        seqaccel.nn.LayerNormLSTM(*sizes, normalize_cell=True, zoneout=(0.2, 0.4), **keywords)
-    ),
-    "layer_norm_gru": lambda *sizes, **keywords: random_norms(seqaccel.nn.LayerNormGRU(*sizes, **keywords)),
-    "multiplicative_lstm": seqaccel.nn.MultiplicativeLSTM,
-}
 
 
 def random_norms(module):
@@ -51,6 +29,28 @@ def random_norms(module):
                 parameter.add_(0.3 * torch.randn_like(parameter))
                 parameter.mul_(1.0 if name.startswith("ln_c") else 0.3)
     return module
+
+
+def maker(module, projected=False, **options):
+    """Makes of (input_size, hidden_size, **keywords) a module that a session runs."""
+
+    def make(input_size, hidden_size, **keywords):
+        size = {"proj_size": (hidden_size + 1) // 2} if projected else {}
+        return random_norms(module(input_size, hidden_size, **size, **options, **keywords))
+
+    return make
+
+
+#: Every cell as it is, and with what else a session does.
+CELLS = {cell: maker(module) for cell, module in modules("cpp").items()} | {
+    "rnn_relu": maker(nn.RNN, nonlinearity="relu"),
+    "lstm_projected": maker(nn.LSTM, projected=True),
+    "lstm_zoned": maker(nn.LSTM, zoneout=(0.2, 0.4)),
+    "gru_zoned": maker(nn.GRU, zoneout=0.3, recurrent_dropout=0.5),
+    "gru_reset_before": maker(nn.GRU, reset_after=False),
+    "peephole_lstm_projected": maker(nn.PeepholeLSTM, projected=True),
+    "layer_norm_lstm_normalized_cell": maker(nn.LayerNormLSTM, normalize_cell=True, zoneout=(0.2, 0.4)),
+}
 
 
 isa = isa_fixture(ISAS)

@@ -243,7 +243,9 @@ std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, cons
                                                    const py::handle& h_0, const py::handle& c_0,
                                                    const py::list& weights, int64_t directions, bool reverse,
                                                    bool stacked, double dropout, double recurrent_dropout) {
-  const Cell& cell = cells().at(name);
+  const auto found = cells().find(name);
+  if (found == cells().end()) return {};
+  const Cell& cell = found->second;
   const size_t count = cell.shapes.size(), stack = weights.size();
   if (at::impl::torch_function_mode_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0)) return {};
   Optional x, h, c;

@@ -317,4 +317,55 @@ struct LayerNormGruCell : GruCell {
   static constexpr bool kNorm = true;
 };
 
+// Every cell: the loops, the operators' checks and the sessions' layers are made for these.
+template <class... Cells>
+struct CellList {};
+
+// clang-format off: a line each
+using ProductCells = CellList<
+    RnnTanhCell,
+    RnnReluCell,
+    LstmCell,
+    GruCell,
+    GruResetBeforeCell,
+    PeepholeLstmCell,
+    LayerNormLstmCell,
+    LayerNormLstmNormalizedCell,
+    LayerNormGruCell,
+    MultiplicativeLstmCell>;
+// clang-format on
+
+// The shape of a weight, a letter a dimension: G is kGates * H, and there are H, I (of the input), P (of h) and digits.
+struct WeightShape {
+  char rows, columns;  // columns 0: a vector
+  // Part of a product; the other weights hold values of units.
+  constexpr bool multiplies() const { return columns != 0 && !(rows >= '0' && rows <= '9'); }
+};
+
+// Shapes of a layer's weights in the operators' order: weight_ih, weight_hh, bias_ih, bias_hh, and the cell's own.
+struct WeightShapes {
+  int count = 4;
+  WeightShape shapes[10] = {{'G', 'I'}, {'G', 'P'}, {'G', 0}, {'G', 0}};
+  constexpr void add(char rows, char columns) { shapes[count++] = {rows, columns}; }
+  // Biases and the projection.
+  constexpr bool optional(int i) const { return i == 2 || i == 3 || shapes[i].rows == 'P'; }
+};
+
+template <class Cell>
+constexpr WeightShapes weight_shapes() {
+  WeightShapes found;
+  if (Cell::kProjects) found.add('P', 'H');
+  if (Cell::kExtra) found.add('H', 'I');
+  if (Cell::kExtra) found.add('H', 'H');
+  for (const int values : Cell::kWeightTensors) {
+    if (values == 0) break;
+    if (Cell::kNorm) {
+      found.add(values == Cell::kGates ? 'G' : 'H', 0);
+    } else {
+      found.add(char('0' + values), 'H');
+    }
+  }
+  return found;
+}
+
 }  // namespace seqaccel

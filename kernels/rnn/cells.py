@@ -27,6 +27,61 @@ from seqaccel.kernels._math import sigmoid, tanh
 EPSILON = tl.constexpr(1e-5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What the loops need to know of a cell.
+
+    Args:
+        forward, backward: the update and its derivative.
+        gates: G, the rows of weight_hh in units of H.
+        saved: tiles of s.
+        has_c: the state has a c.
+        uses_output: the derivative needs h_new.
+        uses_h: it needs h.
+        separate: dr is not dx.
+        norm: the input projection and the recurrent product are layer-normalised.
+        carries: the carried c is not ``fresh``.
+        vectors: tiles of v.
+        first: gates before this one have no part in the last product (theirs is a product before it).
+        projects: it may have weight_hr.
+        multiplies: the last product's operand is W_mx x times W_mh h'.
+        persistent: the persistent kernels have it.
+        weights: shapes of the weights, a letter a dimension: G for G * H, H, I, P, or a number. Biases and weight_hr
+            may be None.
+    """
+
+    forward: Any
+    backward: Any
+    gates: int = 4
+    saved: int = 4
+    has_c: bool = True
+    uses_output: bool = False
+    uses_h: bool = False
+    separate: bool = False
+    norm: bool = False
+    carries: bool = False
+    vectors: int = 0
+    first: int = 0
+    projects: bool = False
+    multiplies: bool = False
+    persistent: bool = False
+    weights: tuple[str, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        own: tuple[str, ...] = ("PH",) * self.projects + ("HI", "HH") * self.multiplies
+        if self.norm:
+            own += ("G", "G") + ("H",) * self.vectors
+        elif self.vectors:
+            own += (f"{self.vectors}H",)
+        object.__setattr__(self, "weights", ("GI", "GP", "G", "G", *own))
+
+
+#: The cells by name. Each row stands behind the two functions that it names.
+CELLS: dict[str, Cell] = {}
+_RNN: dict[str, Any] = {"gates": 1, "saved": 0, "has_c": False, "uses_output": True, "persistent": True}
+_GRU: dict[str, Any] = {"gates": 3, "has_c": False, "uses_h": True}
+
+
 # ---- layer norm of a row that a tuple of [H] tiles holds together ----
 
 
@@ -93,6 +148,10 @@ def rnn_relu_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     return (d,), (d,), tl.zeros_like(dh), dc, dc
 
 
+CELLS["rnn_tanh"] = Cell(rnn_tanh_forward, rnn_tanh_backward, **_RNN)
+CELLS["rnn_relu"] = Cell(rnn_relu_forward, rnn_relu_backward, **_RNN)
+
+
 # ---- i, f, o = sigmoid(x + r), g = tanh(x + r);  c = f c' + i g;  h = o tanh(c).  Gates in the order i, f, g, o ----
 
 
@@ -123,6 +182,10 @@ def lstm_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     return d, d, tl.zeros_like(dh), dc * s[1], dc
 
 
+CELLS["lstm"] = Cell(lstm_forward, lstm_backward, projects=True, persistent=True)
+CELLS["multiplicative_lstm"] = Cell(lstm_forward, lstm_backward, multiplies=True)
+
+
 # ---- peepholes v = p_i, p_f, p_o: i and f also see p c', o sees p_o c ----
 
 
@@ -142,6 +205,9 @@ def peephole_lstm_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     dc += dh * s[3] * (1.0 - tanh_c * tanh_c) + do * v[2]
     d = lstm_gates_backward(s, c, tanh_c, dh, dc)
     return d, d, tl.zeros_like(dh), dc * s[1] + d[0] * v[0] + d[1] * v[1], dc
+
+
+CELLS["peephole_lstm"] = Cell(peephole_lstm_forward, peephole_lstm_backward, vectors=3, projects=True, persistent=True)
 
 
 # ---- layer norm of c, v = scale, shift: h = o tanh(LN(c)); the carried c is c, or LN(c) ----
@@ -165,6 +231,9 @@ def layer_norm_lstm_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     return d, d, tl.zeros_like(dh), dc * s[1], dy
 
 
+CELLS["layer_norm_lstm"] = Cell(layer_norm_lstm_forward, layer_norm_lstm_backward, norm=True, vectors=2)
+
+
 @triton.jit
 def layer_norm_lstm_normalized_cell_forward(x, r, h, c, v, mask, H):
     s = lstm_gates(x, r)
@@ -182,6 +251,15 @@ def layer_norm_lstm_normalized_cell_backward(s, h_new, h, fresh, c, v, dh, dc, m
     dc = normalize_backward(hat, rstd, (dy * v[0],), mask, H)[0]
     d = lstm_gates_backward(s, c, tanh_c, dh, dc)
     return d, d, tl.zeros_like(dh), dc * s[1], dy
+
+
+CELLS["layer_norm_lstm_normalized_cell"] = Cell(
+    layer_norm_lstm_normalized_cell_forward,
+    layer_norm_lstm_normalized_cell_backward,
+    norm=True,
+    vectors=2,
+    carries=True,
+)
 
 
 # ---- r, z = sigmoid(x + r);  n = tanh(x + r r_n);  h = (1 - z) n + z h'.  Gates in the order r, z, n ----
@@ -204,6 +282,10 @@ def gru_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     return (d_reset, dz, dn), (d_reset, dz, dn * reset), dh * z, dc, dc
 
 
+CELLS["gru"] = Cell(gru_forward, gru_backward, **_GRU, separate=True, persistent=True)
+CELLS["layer_norm_gru"] = Cell(gru_forward, gru_backward, **_GRU, separate=True, norm=True)
+
+
 # ---- n = tanh(x + W_hn (r h')): r and z come activated, r[0] is the product behind r h' ----
 
 
@@ -221,65 +303,4 @@ def gru_reset_before_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     return (tl.zeros_like(dn), dh * (h - n) * z * (1.0 - z), dn), (dn,), dh * z, dc, dc
 
 
-# ---- traits ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What the loops need to know of a cell.
-
-    Args:
-        forward, backward: the update and its derivative.
-        gates: G, the rows of weight_hh in units of H.
-        saved: tiles of s.
-        has_c: the state has a c.
-        uses_output: the derivative needs h_new.
-        uses_h: it needs h.
-        separate: dr is not dx.
-        norm: the input projection and the recurrent product are layer-normalised.
-        carries: the carried c is not ``fresh``.
-        vectors: tiles of v.
-        first: gates before this one have no part in the last product (theirs is a product before it).
-        projects: it may have weight_hr.
-        multiplies: the last product's operand is W_mx x times W_mh h'.
-        persistent: the persistent kernels have it.
-    """
-
-    forward: Any
-    backward: Any
-    gates: int = 4
-    saved: int = 4
-    has_c: bool = True
-    uses_output: bool = False
-    uses_h: bool = False
-    separate: bool = False
-    norm: bool = False
-    carries: bool = False
-    vectors: int = 0
-    first: int = 0
-    projects: bool = False
-    multiplies: bool = False
-    persistent: bool = False
-
-
-_RNN: dict[str, Any] = {"gates": 1, "saved": 0, "has_c": False, "uses_output": True, "persistent": True}
-_GRU: dict[str, Any] = {"gates": 3, "has_c": False, "uses_h": True}
-
-CELLS = {
-    "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward, **_RNN),
-    "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward, **_RNN),
-    "lstm": Cell(lstm_forward, lstm_backward, projects=True, persistent=True),
-    "gru": Cell(gru_forward, gru_backward, **_GRU, separate=True, persistent=True),
-    "gru_reset_before": Cell(gru_reset_before_forward, gru_reset_before_backward, **_GRU, saved=3, first=2),
-    "peephole_lstm": Cell(peephole_lstm_forward, peephole_lstm_backward, vectors=3, projects=True, persistent=True),
-    "layer_norm_lstm": Cell(layer_norm_lstm_forward, layer_norm_lstm_backward, norm=True, vectors=2),
-    "layer_norm_lstm_normalized_cell": Cell(
-        layer_norm_lstm_normalized_cell_forward,
-        layer_norm_lstm_normalized_cell_backward,
-        norm=True,
-        vectors=2,
-        carries=True,
-    ),
-    "layer_norm_gru": Cell(gru_forward, gru_backward, **_GRU, separate=True, norm=True),
-    "multiplicative_lstm": Cell(lstm_forward, lstm_backward, multiplies=True),
-}
+CELLS["gru_reset_before"] = Cell(gru_reset_before_forward, gru_reset_before_backward, **_GRU, saved=3, first=2)

@@ -7,22 +7,6 @@ from torch import Tensor
 
 from seqaccel.kernels.rnn.cells import CELLS
 
-# Shapes of the weights, a letter a dimension: G for G * H, H, I, P, or a number. Biases and weight_hr may be None.
-_COMMON = ("GI", "GP", "G", "G")
-_LAYER_NORM_LSTM = (*_COMMON, "G", "G", "H", "H")
-WEIGHTS = {
-    "rnn_tanh": _COMMON,
-    "rnn_relu": _COMMON,
-    "lstm": (*_COMMON, "PH"),
-    "gru": _COMMON,
-    "gru_reset_before": _COMMON,
-    "peephole_lstm": (*_COMMON, "PH", "3H"),
-    "layer_norm_lstm": _LAYER_NORM_LSTM,
-    "layer_norm_lstm_normalized_cell": _LAYER_NORM_LSTM,
-    "layer_norm_gru": (*_COMMON, "G", "G"),
-    "multiplicative_lstm": (*_COMMON, "HI", "HH"),
-}
-
 
 def _refuse(message: str) -> None:
     raise RuntimeError(f"rnn: {message}")
@@ -41,7 +25,8 @@ def check(
     """The sizes, by their letters; RuntimeError if ranks, sizes, dtypes or devices do not fit together."""
     if cell not in CELLS:
         _refuse(f"no cell {cell!r}; there are {', '.join(CELLS)}")
-    shapes, spec = WEIGHTS[cell], CELLS[cell]
+    spec = CELLS[cell]
+    shapes = spec.weights
     if len(weights) != len(shapes):
         _refuse(f"expected {len(shapes)} weights of {cell}, but got {len(weights)}")
     if input.dim() != 3 or weights[1] is None or weights[1].dim() != 2 or weights[1].shape[0] % spec.gates:
@@ -98,5 +83,6 @@ def check_backward(
         dtype = torch.float32 if wide else output.dtype
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != output.device:
             _refuse(f"expected a saved tensor to be {dtype} of shape {shape}, but got {tuple(tensor.shape)}")
-    if len(needs) != 1 + len(WEIGHTS[cell]):
-        _refuse(f"expected {1 + len(WEIGHTS[cell])} needs, but got {len(needs)}")
+    weights = len(CELLS[cell].weights)
+    if len(needs) != 1 + weights:
+        _refuse(f"expected {1 + weights} needs, but got {len(needs)}")

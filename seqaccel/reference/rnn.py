@@ -8,7 +8,7 @@ that returns the new h and c.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,19 @@ Weights = Sequence[Any]  # of tensors, None where the layer does without
 State = tuple[Tensor, Tensor | None]
 
 EPSILON = 1e-5  # of layer norm
+
+CELLS: dict[str, Callable[..., State]] = {}
+_Update = TypeVar("_Update", bound=Callable[..., State])
+
+
+def _cell(name: str) -> Callable[[_Update], _Update]:
+    """Enters a function in ``CELLS``."""
+
+    def enter(update: _Update) -> _Update:
+        CELLS[name] = update
+        return update
+
+    return enter
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,16 +47,19 @@ def _lstm_gates(pre: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return f.sigmoid() * c + i.sigmoid() * g.tanh(), o.sigmoid()
 
 
+@_cell("rnn_tanh")
 def rnn_tanh_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh = weights
     return (_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh)).tanh(), None
 
 
+@_cell("rnn_relu")
 def rnn_relu_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh = weights
     return (_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh)).relu(), None
 
 
+@_cell("lstm")
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh, weight_hr = weights
     c, o = _lstm_gates(_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh), c)
@@ -51,6 +67,7 @@ def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
     return (h if weight_hr is None else F.linear(h, weight_hr)), c
 
 
+@_cell("gru")
 def gru_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh = weights
     x_r, x_z, x_n = _plus(x, bias_ih).chunk(3, -1)
@@ -60,6 +77,7 @@ def gru_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
     return (1 - z) * n + z * h, None
 
 
+@_cell("gru_reset_before")
 def gru_reset_before_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh = weights
     size = h.shape[-1]
@@ -69,6 +87,7 @@ def gru_reset_before_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> St
     return (1 - z) * n + z * h, None
 
 
+@_cell("peephole_lstm")
 def peephole_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole = weights
     p_i, p_f, p_o = weight_peephole
@@ -86,16 +105,19 @@ def _layer_norm_lstm(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> tuple
     return _norm(c, ln_c_weight, ln_c_bias), o, c
 
 
+@_cell("layer_norm_lstm")
 def layer_norm_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
     normalized, o, c = _layer_norm_lstm(x, h, c, weights)
     return o * normalized.tanh(), c
 
 
+@_cell("layer_norm_lstm_normalized_cell")
 def layer_norm_lstm_normalized_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
     normalized, o, _ = _layer_norm_lstm(x, h, c, weights)
     return o * normalized.tanh(), normalized
 
 
+@_cell("layer_norm_gru")
 def layer_norm_gru_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight = weights
     a_r, a_z, a_n = _plus(_norm(x, ln_ih_weight), bias_ih).chunk(3, -1)
@@ -105,6 +127,7 @@ def layer_norm_gru_cell(x: Tensor, h: Tensor, c: None, weights: Weights) -> Stat
     return (1 - z) * n + z * h, None
 
 
+@_cell("multiplicative_lstm")
 def multiplicative_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) -> State:
     """x is the projection by weight_ih and weight_mx together (B, 5H)."""
     _, weight_hh, bias_ih, bias_hh, _, weight_mh = weights
@@ -112,20 +135,6 @@ def multiplicative_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) 
     m = x_m * F.linear(h, weight_mh)
     c, o = _lstm_gates(_plus(x, bias_ih) + F.linear(m, weight_hh, bias_hh), c)
     return o * c.tanh(), c
-
-
-CELLS: dict[str, Callable[..., State]] = {
-    "rnn_tanh": rnn_tanh_cell,
-    "rnn_relu": rnn_relu_cell,
-    "lstm": lstm_cell,
-    "gru": gru_cell,
-    "gru_reset_before": gru_reset_before_cell,
-    "peephole_lstm": peephole_lstm_cell,
-    "layer_norm_lstm": layer_norm_lstm_cell,
-    "layer_norm_lstm_normalized_cell": layer_norm_lstm_normalized_cell,
-    "layer_norm_gru": layer_norm_gru_cell,
-    "multiplicative_lstm": multiplicative_lstm_cell,
-}
 
 
 def project(cell: str, input: Tensor, weights: Weights) -> Tensor:

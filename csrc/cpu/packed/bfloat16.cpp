@@ -69,32 +69,11 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
   const std::string& cell = name.value;
   STD_TORCH_CHECK(input.scalar_type() == kDtype, "seqaccel: expected input to be bfloat16");
   check_tensor(input, "input", {-1, -1, -1}, kDtype);
-  const SessionCell* const kind = session_cell(cell);
-  STD_TORCH_CHECK(kind != nullptr, "seqaccel: unknown cell '", cell, "'");
-  STD_TORCH_CHECK(weights.size() == kind->weights.size() && weights[0] && weights[1], "seqaccel: expected ",
-                  kind->weights.size(), " weights, the first two there, but got ", weights.size());
-  check_tensor(*weights[1], "weight_hh", {-1, -1}, kDtype);
+  const RnnCellEntry& kind = checked_rnn_cell(cell);
   const int64_t T = input.size(0), B = input.size(1), I = input.size(2);
-  const int64_t H = weights[1]->size(0) / kind->gates, P = weights[1]->size(1);
-  STD_TORCH_CHECK(H > 0 && P > 0, "seqaccel: expected weight_hh to have rows and columns");
-  bool projected = false;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const std::string which = "weight " + std::to_string(i);
-    if (!weights[i]) {
-      STD_TORCH_CHECK(SessionCell::optional(i, kind->weights[i]), "seqaccel: ", which, " is missing");
-      continue;
-    }
-    projected = projected || kind->weights[i] == "PH";
-    const std::vector<int64_t> shape = kind->shape(i, I, H, P);
-    if (shape.size() == 1) {
-      check_tensor(*weights[i], which.c_str(), {shape[0]}, kDtype);
-    } else {
-      check_tensor(*weights[i], which.c_str(), {shape[0], shape[1]}, kDtype);
-    }
-  }
-  STD_TORCH_CHECK(P == H || projected, "seqaccel: expected weight_hh to have ", H, " columns, but got ", P);
+  const auto [H, P] = check_weights(kind, weights, I, kDtype);
   check_tensor(h_0, "h_0", {B, P}, kDtype);
-  STD_TORCH_CHECK(bool(c_0) == kind->has_cell, "seqaccel: c_0 must be given just where the cell has it");
+  STD_TORCH_CHECK(bool(c_0) == kind.has_cell, "seqaccel: c_0 must be given just where the cell has it");
   if (c_0) check_tensor(*c_0, "c_0", {B, H}, kDtype);
   if (B >= float_rows()) {
     std::vector<OptionalTensor> wide;
@@ -127,8 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
   std::vector<std::vector<float>> vectors;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!weights[i]) continue;
-    const std::string& shape = kind->weights[i];
-    if (shape.size() == 2 && shape != "3H") {
+    if (kind.weights.shapes[i].multiplies()) {
       dense.push_back(to_contiguous(*weights[i]));
       layer.weights[i] = static_cast<const float*>(dense.back().const_data_ptr());
     } else {

@@ -182,16 +182,18 @@ SEQACCEL_INLINE WordRows first_half(const SessionThread& t, const SessionLayer& 
   return t.state_rows(m.precision, l.middle, l.stride, l.hidden);
 }
 
-inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
-                                     const WordRows& x, ptrdiff_t x_row, const float* projected) {
-  typedef MultiplicativeLstmCell Cell;
-  constexpr int L = kWordLanes;
+// Cells with kExtra. middle: the source of the main product.
+template <class Cell>
+void two_products_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                       ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes, V = Cell::kGates;
+  static_assert(Cell::kHasCell && V > 1);
   const WordRows m = first_half(t, l, step, x, x_row, projected, 1,
                                 [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
                                   Unit<Cell, Vec<float>> state;
                                   state.pre[Cell::kGates] = load(from_x);
                                   state.pre[Cell::kFirstPre] = load(from_h);
-                                  Cell::first<SessionFunctions>(state);
+                                  Cell::template first<SessionFunctions>(state);
                                   store(l.middle + b * l.stride + unit, state.source);
                                 });
   for_blocks(t, l.matrices[1], step, x, x_row, nullptr, m,
@@ -199,8 +201,8 @@ inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer&
                for (ptrdiff_t i = 0; i < rows; ++i) {
                  const ptrdiff_t b = b0 + i;
                  auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
-                 add_sums(state, from_x + i * 4 * L, from_m + i * 4 * L, 0, 4);
-                 Cell::forward<SessionFunctions>(state);
+                 add_sums(state, from_x + i * V * L, from_m + i * V * L, 0, V);
+                 Cell::template forward<SessionFunctions>(state);
                  keep_cell(t, l, step, b, u * L, state.c);
                  finish(t, l, step, b, u * L, state.h);
                }
@@ -208,20 +210,22 @@ inline void multiplicative_lstm_step(const SessionThread& t, const SessionLayer&
   t.wait();
 }
 
-// middle: r h', and z.
-inline void gru_reset_before_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
-                                  const WordRows& x, ptrdiff_t x_row, const float* projected) {
-  typedef GruResetBeforeCell Cell;
-  constexpr int L = kWordLanes;
+// Cells whose first product has the first rows of weight_hh. Of what first saves, forward reads the last value only.
+// middle: the source of the main product, and that value.
+template <class Cell>
+void split_product_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                        ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes, kLast = Cell::kFirst - 1;
+  static_assert(!Cell::kHasCell && kLast > 0 && kMain<Cell> == 1);
   float* const update = l.middle + t.run.batch * l.stride;
   const WordRows reset = first_half(t, l, step, x, x_row, projected, Cell::kFirst,
                                     [&](ptrdiff_t b, ptrdiff_t unit, const float* from_x, const float* from_h) {
                                       const ptrdiff_t row = b * l.stride;
                                       auto state = unit_at<Cell>(l, unit, step.h + row, nullptr);
                                       add_sums(state, from_x, from_h, 0, Cell::kFirst);
-                                      Cell::first<SessionFunctions>(state);
+                                      Cell::template first<SessionFunctions>(state);
                                       store(l.middle + row + unit, state.source);
-                                      store(update + row + unit, state.saved[1]);
+                                      store(update + row + unit, state.saved[kLast]);
                                     });
   for_blocks(t, l.matrices[1], step, x, x_row, nullptr, reset,
              [&](ptrdiff_t u, ptrdiff_t b0, ptrdiff_t rows, const float* from_x, const float* from_reset) {
@@ -230,8 +234,8 @@ inline void gru_reset_before_step(const SessionThread& t, const SessionLayer& l,
                    const ptrdiff_t unit = (u * 4 + v) * L, row = (b0 + i) * l.stride, sum = (i * 4 + v) * L;
                    auto state = unit_at<Cell>(l, unit, step.h + row, nullptr);
                    add_sums(state, from_x + sum, from_reset + sum, Cell::kMainPre, 1);
-                   state.saved[1] = load(update + row + unit);
-                   Cell::forward<SessionFunctions>(state);
+                   state.saved[kLast] = load(update + row + unit);
+                   Cell::template forward<SessionFunctions>(state);
                    finish(t, l, step, b0 + i, unit, state.h);
                  }
                }
@@ -296,28 +300,30 @@ inline void keep_sums(const SessionThread& t, const SessionLayer& l, const Sessi
   t.wait();
 }
 
-inline void layer_norm_gru_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
-                                const WordRows& x, ptrdiff_t x_row, const float* projected) {
+template <class Cell>
+void norm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+               ptrdiff_t x_row, const float* projected) {
   constexpr int L = kWordLanes;
+  static_assert(!Cell::kHasCell && Cell::kGates > 1);
   keep_sums(t, l, step, x, x_row, projected);
   for (ptrdiff_t b = 0; b < t.run.batch; ++b) {
     const Moments moments[2] = {moments_of_sums(t, l, b, 0), moments_of_sums(t, l, b, 1)};
     for (ptrdiff_t u = t.begin(l.matrices[0].blocks); u < t.end(l.matrices[0].blocks); ++u) {
-      auto state = unit_at<LayerNormGruCell>(l, u * L, step.h + b * l.stride, nullptr);
+      auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, nullptr);
       add_normalised(state, t, l, b, u, moments);
-      LayerNormGruCell::forward<SessionFunctions>(state);
+      Cell::template forward<SessionFunctions>(state);
       finish(t, l, step, b, u * L, state.h);
     }
   }
   t.wait();
 }
 
-// middle: o, and the new c.
-inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
-                                 const WordRows& x, ptrdiff_t x_row, const float* projected) {
-  typedef LayerNormLstmCell Cell;
-  constexpr int L = kWordLanes;
-  const bool normalized = l.kind == LayerKind::layer_norm_lstm_normalized_cell;
+// Cells with kNormC. Of what forward saves, finish reads the last value only. middle: that value, and the new c.
+template <class Cell>
+void norm_of_cell_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
+                       ptrdiff_t x_row, const float* projected) {
+  constexpr int L = kWordLanes, kLast = Cell::kSaved - 1;
+  static_assert(Cell::kHasCell && Cell::kGates > 1);
   const ptrdiff_t begin = t.begin(l.matrices[0].blocks), end = t.end(l.matrices[0].blocks);
   float* const new_c = l.middle + t.run.batch * l.stride;
   keep_sums(t, l, step, x, x_row, projected);
@@ -326,8 +332,8 @@ inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, 
     for (ptrdiff_t u = begin; u < end; ++u) {
       auto state = unit_at<Cell>(l, u * L, step.h + b * l.stride, l.c + b * l.stride);
       add_normalised(state, t, l, b, u, moments);
-      Cell::forward<SessionFunctions>(state);
-      store(l.middle + b * l.stride + u * L, state.saved[3]);
+      Cell::template forward<SessionFunctions>(state);
+      store(l.middle + b * l.stride + u * L, state.saved[kLast]);
       store(new_c + b * l.stride + u * L, state.c);
     }
   }
@@ -340,9 +346,9 @@ inline void layer_norm_lstm_step(const SessionThread& t, const SessionLayer& l, 
       const Vec<float> c = load(new_c + at);
       Unit<Cell, Vec<float>> state;
       state.c = (c - moments.mean) * moments.scale * load(gain + u * L) + load(gain + l.stride + u * L);
-      state.saved[3] = load(l.middle + at);
-      Cell::finish<SessionFunctions>(state);
-      keep_cell(t, l, step, b, u * L, normalized ? state.c : c);
+      state.saved[kLast] = load(l.middle + at);
+      Cell::template finish<SessionFunctions>(state);
+      keep_cell(t, l, step, b, u * L, Cell::kNormState ? state.c : c);
       finish(t, l, step, b, u * L, state.h);
     }
   }
@@ -367,6 +373,27 @@ inline void recurrent_layer(const SessionThread& t, const SessionLayer& l, StepF
     const SessionStep step = {at * t.run.batch, time, l.h[parity], l.h[parity ^ 1], parity == 1};
     run_step(t, l, step, x, step.row, projects ? t.run.projected : nullptr);
   }
+}
+
+template <class Cell>
+void cell_layer(const SessionThread& t, const SessionLayer& l) {
+  if constexpr (Cell::kNormC) {
+    recurrent_layer(t, l, norm_of_cell_step<Cell>);
+  } else if constexpr (Cell::kNorm) {
+    recurrent_layer(t, l, norm_step<Cell>);
+  } else if constexpr (Cell::kExtra) {
+    recurrent_layer(t, l, two_products_step<Cell>);
+  } else if constexpr (Cell::kFirst > 0) {
+    recurrent_layer(t, l, split_product_step<Cell>);
+  } else {
+    recurrent_layer(t, l, recurrent_step<Cell>);
+  }
+}
+
+template <class... Cells>
+inline void recurrent_layer_of(const SessionThread& t, const SessionLayer& l, CellList<Cells...>) {
+  static void (*const kLayers[])(const SessionThread&, const SessionLayer&) = {cell_layer<Cells>...};
+  kLayers[l.cell](t, l);
 }
 
 // ---------------------------------------------------------------- layers without a state
@@ -510,25 +537,8 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
       return row_layer(t, l);
     case LayerKind::activation:
       return activation_layer(t, l);
-    case LayerKind::rnn_tanh:
-      return recurrent_layer(t, l, recurrent_step<RnnTanhCell>);
-    case LayerKind::rnn_relu:
-      return recurrent_layer(t, l, recurrent_step<RnnReluCell>);
-    case LayerKind::gru:
-      return recurrent_layer(t, l, recurrent_step<GruCell>);
-    case LayerKind::gru_reset_before:
-      return recurrent_layer(t, l, gru_reset_before_step);
-    case LayerKind::peephole_lstm:
-      return recurrent_layer(t, l, recurrent_step<PeepholeLstmCell>);
-    case LayerKind::layer_norm_lstm:
-    case LayerKind::layer_norm_lstm_normalized_cell:
-      return recurrent_layer(t, l, layer_norm_lstm_step);
-    case LayerKind::layer_norm_gru:
-      return recurrent_layer(t, l, layer_norm_gru_step);
-    case LayerKind::multiplicative_lstm:
-      return recurrent_layer(t, l, multiplicative_lstm_step);
-    default:
-      return recurrent_layer(t, l, recurrent_step<LstmCell>);
+    case LayerKind::recurrent:
+      return recurrent_layer_of(t, l, ProductCells{});
   }
 }
 

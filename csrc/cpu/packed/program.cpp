@@ -15,20 +15,6 @@ namespace {
 constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
 constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
 
-const std::map<std::string, SessionCell> kCells = {
-    {"rnn_tanh", {LayerKind::rnn_tanh, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
-    {"rnn_relu", {LayerKind::rnn_relu, 1, false, 1, 0, {"GI", "GP", "G", "G"}}},
-    {"lstm", {LayerKind::lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH"}}},
-    {"gru", {LayerKind::gru, 3, false, 4, 0, {"GI", "GP", "G", "G"}}},
-    {"gru_reset_before", {LayerKind::gru_reset_before, 3, false, 3, 2, {"GI", "GP", "G", "G"}}},
-    {"peephole_lstm", {LayerKind::peephole_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "PH", "3H"}}},
-    {"layer_norm_lstm", {LayerKind::layer_norm_lstm, 4, true, 4, 2, {"GI", "GP", "G", "G", "G", "G", "H", "H"}}},
-    {"layer_norm_lstm_normalized_cell",
-     {LayerKind::layer_norm_lstm_normalized_cell, 4, true, 4, 2, {"GI", "GP", "G", "G", "G", "G", "H", "H"}}},
-    {"layer_norm_gru", {LayerKind::layer_norm_gru, 3, false, 4, 0, {"GI", "GP", "G", "G", "G", "G"}}},
-    {"multiplicative_lstm", {LayerKind::multiplicative_lstm, 4, true, 4, 1, {"GI", "GP", "G", "G", "HI", "HH"}}},
-};
-
 const char* const kActivations[] = {"relu",      "tanh",       "sigmoid", "silu",     "gelu",
                                     "gelu_tanh", "leaky_relu", "elu",     "hardswish"};
 
@@ -64,23 +50,6 @@ class Layout {
 };
 
 }  // namespace
-
-const SessionCell* session_cell(const std::string& name) {
-  const auto found = kCells.find(name);
-  return found == kCells.end() ? nullptr : &found->second;
-}
-
-std::vector<int64_t> SessionCell::shape(size_t weight, int64_t inputs, int64_t hidden, int64_t outputs) const {
-  std::vector<int64_t> sizes;
-  for (const char letter : weights[weight]) {
-    sizes.push_back(letter == 'G'   ? gates * hidden
-                    : letter == 'H' ? hidden
-                    : letter == 'P' ? outputs
-                    : letter == 'I' ? inputs
-                                    : 3);
-  }
-  return sizes;
-}
 
 void AlignedMemory::GiveBack::operator()(char* p) const { give_block({p, size}); }
 
@@ -149,55 +118,55 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
     layer.weights = keep(w[0], P);
     layer.bias = keep(w[1], P);
   } else {
-    const SessionCell* const cell = session_cell(name);
+    const rnn::RnnCellEntry* const cell = rnn::find_rnn_cell(from.kind);
     if (cell == nullptr) throw std::invalid_argument("unknown layer '" + name + "'");
     add_recurrent(layer, *cell, w, bfloat16);
   }
   layers_.push_back(layer);
 }
 
-void SessionProgram::add_recurrent(SessionLayer& layer, const SessionCell& cell, const float* const* w, bool bfloat16) {
+void SessionProgram::add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* w,
+                                   bool bfloat16) {
   const int64_t I = layer.inputs, H = layer.hidden, P = layer.outputs, gates = cell.gates;
-  layer.kind = cell.kind;
+  layer.kind = LayerKind::recurrent;
+  layer.cell = cell.index;
   layer.stride = round_up(std::max(H, P), kernels_.lanes) + kernels_.lanes;
-  layer.buffers = cell.buffers;
-  if (cell.kind == LayerKind::gru_reset_before) {
-    // r and z, then n.
-    const int64_t value = bfloat16 ? 2 : 4;
-    const auto rows_from = [&](const float* weight, int64_t columns) {
-      return reinterpret_cast<const char*>(weight) + 2 * H * columns * value;
-    };
-    add_matrix(layer, 0, 2, H, I, w[0], H, w[1], bfloat16);
-    add_matrix(layer, 1, 1, H, I, rows_from(w[0], I), H, rows_from(w[1], H), bfloat16);
-  } else if (cell.kind == LayerKind::multiplicative_lstm) {
+  layer.normalised = cell.norm;
+  if (layer.normalised) layer.parameter = 1e-5f;
+  if (cell.extra) {
     add_matrix(layer, 0, 1, H, I, w[4], H, w[5], bfloat16);
     add_matrix(layer, 1, gates, H, I, w[0], H, w[1], bfloat16);
+    layer.buffers = 1;
+  } else if (cell.first > 0) {
+    const int64_t value = bfloat16 ? 2 : 4;
+    const auto rest = [&](const float* weight, int64_t columns) {
+      return reinterpret_cast<const char*>(weight) + cell.first * H * columns * value;
+    };
+    add_matrix(layer, 0, cell.first, H, I, w[0], H, w[1], bfloat16);
+    add_matrix(layer, 1, gates - cell.first, H, I, rest(w[0], I), H, rest(w[1], H), bfloat16);
+    layer.buffers = 2;
   } else {
     add_matrix(layer, 0, gates, H, I, w[0], P, w[1], bfloat16);
+    if (cell.projects && w[4]) add_matrix(layer, 1, 1, P, H, w[4], 0, nullptr, bfloat16);
+    layer.buffers = cell.norm_c ? 2 : cell.projects ? 1 : 0;
   }
-  layer.normalised = cell.weights.size() > 4 && cell.weights[4] == "G";
-  if (layer.normalised) layer.parameter = 1e-5f;
   // Where h's part of the last gate is apart, so is its bias; else the two are summed.
-  std::vector<float> bias(size_t(cell.biases * layer.stride), 0.0f);
+  std::vector<float> bias(size_t((gates + cell.separate) * layer.stride), 0.0f);
   for (int64_t g = 0; g < gates; ++g) {
-    const bool separate = cell.biases > gates && g + 1 == gates;
+    const bool separate = cell.separate && g + 1 == gates;
     for (int64_t k = 0; k < H; ++k) {
       bias[size_t(g * layer.stride + k)] += w[2] ? w[2][g * H + k] : 0.0f;
       bias[size_t((g + separate) * layer.stride + k)] += w[3] ? w[3][g * H + k] : 0.0f;
     }
   }
   layer.bias = keep(bias.data(), int64_t(bias.size()));
+  // Weights of units, row after row: they are the last ones of the cell.
   std::vector<float> rows;
-  for (size_t i = 4; i < cell.weights.size(); ++i) {
-    const std::vector<int64_t> shape = cell.shape(i, I, H, P);
-    if (cell.weights[i] == "PH") {
-      if (w[i]) add_matrix(layer, 1, 1, P, H, w[i], 0, nullptr, bfloat16);
-      continue;
-    }
-    if (shape.size() == 2 && cell.weights[i] != "3H") continue;
-    const int64_t values = shape.size() == 1 ? shape[0] : shape[0] * shape[1];
-    for (int64_t k = 0; k < values; k += H) {
-      rows.insert(rows.end(), w[i] + k, w[i] + k + H);
+  int tensor = cell.weights.count;
+  for (int i = 0; i < 4 && cell.weight_tensors[i]; ++i) --tensor;
+  for (int i = 0; i < 4 && cell.weight_tensors[i]; ++i, ++tensor) {
+    for (const float *row = w[tensor], *end = row + cell.weight_tensors[i] * H; row < end; row += H) {
+      rows.insert(rows.end(), row, row + H);
       rows.insert(rows.end(), size_t(layer.stride - H), 0.0f);
     }
   }

@@ -9,6 +9,7 @@
 
 #include "common/session_table.h"
 #include "cpu/packed/session.h"
+#include "cpu/rnn/rnn.h"
 
 namespace seqaccel::packed {
 
@@ -26,22 +27,6 @@ class AlignedMemory {
   };
   std::unique_ptr<char, GiveBack> memory_{nullptr, GiveBack{0}};
 };
-
-// What a recurrent cell is made of.
-struct SessionCell {
-  LayerKind kind;
-  int gates;                         // G
-  bool has_cell;                     // has c
-  int biases;                        // pre-activations with one
-  int buffers;                       // [B, stride] buffers between the parts of a step
-  std::vector<std::string> weights;  // shapes in the operators' order, a letter a dimension: G is G * H, or H, P, I, 3
-  // The shape's sizes; empty for a weight that is missing here.
-  std::vector<int64_t> shape(size_t weight, int64_t inputs, int64_t hidden, int64_t outputs) const;
-  static bool optional(size_t weight, const std::string& shape) { return weight == 2 || weight == 3 || shape == "PH"; }
-};
-
-// Null: there is no such cell.
-const SessionCell* session_cell(const std::string& name);
 
 class SessionProgram {
  public:
@@ -75,7 +60,7 @@ class SessionProgram {
   SessionMatrix& add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units, int64_t columns_0,
                             const void* source_0, int64_t columns_1 = 0, const void* source_1 = nullptr,
                             bool bfloat16 = false);
-  void add_recurrent(SessionLayer& layer, const SessionCell& cell, const float* const* weights, bool bfloat16);
+  void add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* weights, bool bfloat16);
   const float* keep(const float* values, int64_t count);
   void start();
   void grow(int64_t chunk, int threads);

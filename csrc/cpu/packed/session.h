@@ -24,16 +24,7 @@ enum class LayerKind : int32_t {
   batch_norm,
   softmax,
   activation,
-  rnn_tanh,
-  rnn_relu,
-  lstm,
-  gru,
-  gru_reset_before,
-  peephole_lstm,
-  layer_norm_lstm,
-  layer_norm_lstm_normalized_cell,
-  layer_norm_gru,
-  multiplicative_lstm,
+  recurrent,
 };
 
 enum class Activation : int32_t { relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish };
@@ -66,6 +57,7 @@ struct SessionPack {
 struct SessionLayer {
   LayerKind kind;
   Activation activation;
+  int32_t cell;  // index in ProductCells
   int64_t inputs, hidden, outputs;
   SessionMatrix matrices[3];
   const float* bias;     // recurrent: [pre-activations, stride]; else [outputs] or null

@@ -32,10 +32,9 @@ void row_product(const RowProduct<T>& p) {
   }
 }
 
-constexpr RnnCellEntry kCells[] = {kEntry<LstmCell>, kEntry<GruCell>, kEntry<RnnTanhCell>, kEntry<RnnReluCell>};
+constexpr auto kTable = table_of<RnnGroup::plain>(ProductCells{}, []<class Cell>(Cell) { return kEntry<Cell>; });
 
 extern const RnnKernels rnn_kernels;
-const RnnKernels rnn_kernels = {kCells, int(sizeof(kCells) / sizeof(kCells[0])), row_product<float>,
-                                row_product<double>};
+const RnnKernels rnn_kernels = {kTable.cells, kTable.kCount, row_product<float>, row_product<double>};
 
 }  // namespace seqaccel::SEQACCEL_ISA::rnn

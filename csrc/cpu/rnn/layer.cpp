@@ -6,11 +6,8 @@
 namespace seqaccel::rnn {
 namespace {
 
-int64_t weight_count(const RnnCellEntry& cell) {
-  int64_t count = kCommonWeights + (cell.projects ? 1 : 0) + (cell.extra ? 2 : 0);
-  for (int i = 0; i < 4 && cell.weight_tensors[i]; ++i) ++count;
-  return count;
-}
+const char* const kWeightNames[] = {"weight_ih", "weight_hh", "bias_ih",  "bias_hh",  "weight 4",
+                                    "weight 5",  "weight 6",  "weight 7", "weight 8", "weight 9"};
 
 void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, const RnnLayer& layer, int64_t width) {
   if (!zoneout) return;
@@ -80,54 +77,59 @@ size_t value_bytes(const RnnLayer& layer) { return layer.single() ? 4 : 8; }
 
 }  // namespace
 
-RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
-                         const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
-                         const OptionalTensor& zoneout_c) {
-  const RnnCellEntry* const entry = find_rnn_cell(cell.c_str());
-  STD_TORCH_CHECK(entry != nullptr, "seqaccel: there is no recurrent cell '", cell, "'");
-  check_float_or_double(input, "input");
-  const ScalarType dtype = input.scalar_type();
-  if (input.dim() != 2) check_tensor(input, "input", {-1, -1, -1}, dtype);
-  const int64_t expected = weight_count(*entry);
-  STD_TORCH_CHECK(int64_t(weights.size()) == expected, "seqaccel: expected ", expected, " weights of the cell '", cell,
-                  "', but got ", int64_t(weights.size()));
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const bool optional = i == kBiasIh || i == kBiasHh || (i == kCommonWeights && entry->projects);
-    STD_TORCH_CHECK(weights[i] || optional, "seqaccel: expected weight ", int64_t(i), " of the cell '", cell,
-                    "' to be given");
+const RnnCellEntry& checked_rnn_cell(const std::string& name) {
+  const RnnCellEntry* const cell = find_rnn_cell(name.c_str());
+  STD_TORCH_CHECK(cell != nullptr, "seqaccel: there is no recurrent cell '", name, "'");
+  return *cell;
+}
+
+RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int64_t inputs, ScalarType dtype) {
+  const WeightShapes& expected = cell.weights;
+  STD_TORCH_CHECK(int64_t(weights.size()) == expected.count, "seqaccel: expected ", int64_t(expected.count),
+                  " weights of the cell '", cell.name, "', but got ", int64_t(weights.size()));
+  for (int i = 0; i < expected.count; ++i) {
+    STD_TORCH_CHECK(weights[size_t(i)] || expected.optional(i), "seqaccel: expected ", kWeightNames[i],
+                    " of the cell '", cell.name, "' to be given");
   }
   const Tensor& weight_hh = *weights[kWeightHh];
   check_tensor(weight_hh, "weight_hh", {-1, -1}, dtype);
-  STD_TORCH_CHECK(weight_hh.size(0) > 0 && weight_hh.size(0) % entry->gates == 0,
-                  "seqaccel: expected weight_hh to have ", int64_t(entry->gates), " H rows, but got shape ",
-                  shape_string(weight_hh));
-  const int64_t H = weight_hh.size(0) / entry->gates, P = weight_hh.size(1);
-  RnnLayer layer{entry, input.size(0), input.size(1), input.size(input.dim() - 1), H, P, input, h_0};
-  layer.packed_rows = layer.steps * layer.batch;
-  if (input.dim() == 2) check_packed(input, lengths, layer);
-  const int64_t rows = layer.gate_rows();
-  check_tensor(*weights[kWeightIh], "weight_ih", {rows, layer.inputs}, dtype);
-  if (weights[kBiasIh]) check_tensor(*weights[kBiasIh], "bias_ih", {rows}, dtype);
-  if (weights[kBiasHh]) check_tensor(*weights[kBiasHh], "bias_hh", {rows}, dtype);
-  if (entry->projects && weights[kCommonWeights]) {
-    STD_TORCH_CHECK(P > 0, "seqaccel: expected weight_hr to have at least one row");
-    check_tensor(*weights[kCommonWeights], "weight_hr", {P, H}, dtype);
-  } else {
-    check_tensor(weight_hh, "weight_hh", {rows, H}, dtype);
-  }
-  if (entry->extra) {
-    check_tensor(*weights[kCommonWeights], "weight_mx", {H, layer.inputs}, dtype);
-    check_tensor(*weights[kCommonWeights + 1], "weight_mh", {H, H}, dtype);
-  }
-  for (size_t i = 0; i < 4 && entry->weight_tensors[i]; ++i) {
-    const Tensor& weight = *weights[size_t(layer.first_unit_tensor()) + i];
-    const int64_t count = entry->weight_tensors[i];
-    if (entry->norm) {
-      check_tensor(weight, "weights of norms", {count * H}, dtype);
+  const int64_t rows = weight_hh.size(0), H = rows / cell.gates;
+  STD_TORCH_CHECK(rows > 0 && rows % cell.gates == 0, "seqaccel: expected weight_hh to have ", int64_t(cell.gates),
+                  " H rows, but got shape ", shape_string(weight_hh));
+  const bool projected = cell.projects && weights[kCommonWeights];
+  const RnnSizes sizes{H, projected ? weight_hh.size(1) : H};
+  STD_TORCH_CHECK(sizes.outputs > 0, "seqaccel: expected weight_hr to have at least one row");
+  for (int i = 0; i < expected.count; ++i) {
+    if (!weights[size_t(i)]) continue;
+    const auto [first, second] = expected.shapes[i];
+    const auto size = [&](char letter) -> int64_t {
+      return letter == 'G'   ? rows
+             : letter == 'H' ? H
+             : letter == 'I' ? inputs
+             : letter == 'P' ? sizes.outputs
+                             : letter - '0';
+    };
+    if (second == 0) {
+      check_tensor(*weights[size_t(i)], kWeightNames[i], {size(first)}, dtype);
     } else {
-      check_tensor(weight, "weights of units", {count, H}, dtype);
+      check_tensor(*weights[size_t(i)], kWeightNames[i], {size(first), size(second)}, dtype);
     }
   }
+  return sizes;
+}
+
+RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
+                         const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
+                         const OptionalTensor& zoneout_c) {
+  const RnnCellEntry* const entry = &checked_rnn_cell(cell);
+  check_float_or_double(input, "input");
+  const ScalarType dtype = input.scalar_type();
+  if (input.dim() != 2) check_tensor(input, "input", {-1, -1, -1}, dtype);
+  const int64_t I = input.size(input.dim() - 1);
+  const auto [H, P] = check_weights(*entry, weights, I, dtype);
+  RnnLayer layer{entry, input.size(0), input.size(1), I, H, P, input, h_0};
+  layer.packed_rows = layer.steps * layer.batch;
+  if (input.dim() == 2) check_packed(input, lengths, layer);
   check_tensor(h_0, "h_0", {layer.batch, layer.outputs}, dtype);
   STD_TORCH_CHECK(bool(c_0) == entry->has_cell, "seqaccel: expected c_0 to be ", entry->has_cell ? "given" : "None",
                   " for the cell '", cell, "'");

@@ -74,6 +74,16 @@ struct RnnLayer {
   }
 };
 
+// The cell of a name; checks that there is one.
+const RnnCellEntry& checked_rnn_cell(const std::string& name);
+
+struct RnnSizes {
+  int64_t hidden, outputs;  // H and P
+};
+
+// Sizes of a layer, from weight_hh; checks that the weights are those of the cell.
+RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int64_t inputs, ScalarType dtype);
+
 RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
                          const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
                          const OptionalTensor& zoneout_c);

@@ -9,11 +9,9 @@ template <class Cell>
 constexpr RnnCellEntry kNormEntry = rnn_entry<Cell>(norm_forward<Cell, float>, norm_forward<Cell, double>,
                                                     norm_backward<Cell, float>, norm_backward<Cell, double>);
 
-constexpr RnnCellEntry kNormCells[] = {kNormEntry<LayerNormLstmCell>, kNormEntry<LayerNormLstmNormalizedCell>,
-                                       kNormEntry<LayerNormGruCell>};
+constexpr auto kTable = table_of<RnnGroup::norm>(ProductCells{}, []<class Cell>(Cell) { return kNormEntry<Cell>; });
 
 extern const RnnNormKernels rnn_norm_kernels;
-const RnnNormKernels rnn_norm_kernels = {kNormCells, int(sizeof(kNormCells) / sizeof(kNormCells[0])),
-                                         normalize_rows<float>, normalize_rows<double>};
+const RnnNormKernels rnn_norm_kernels = {kTable.cells, kTable.kCount, normalize_rows<float>, normalize_rows<double>};
 
 }  // namespace seqaccel::SEQACCEL_ISA::rnn

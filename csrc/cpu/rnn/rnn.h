@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/product_cells.h"
 #include "cpu/base/dispatch.h"
 
 namespace seqaccel::rnn {
@@ -132,6 +133,8 @@ struct RnnCellEntry {
   bool (*forward_double)(const RnnForward<double>&);
   bool (*backward_float)(const RnnBackward<float>&);
   bool (*backward_double)(const RnnBackward<double>&);
+  WeightShapes weights;
+  int index;  // in ProductCells
 };
 
 struct RnnKernels {
@@ -141,7 +144,15 @@ struct RnnKernels {
   void (*row_product_double)(const RowProduct<double>&);
 };
 
-// The cells of several products or of layer norm, apart for the sake of compile time.
+// Which table has a cell: each is compiled by itself, so that none takes long.
+enum class RnnGroup { plain, staged, norm };
+
+// Staged: a step has two products, or weights of units.
+template <class Cell>
+constexpr RnnGroup kRnnGroup = Cell::kNorm                      ? RnnGroup::norm
+                               : Cell::kFirst || Cell::kWeights ? RnnGroup::staged
+                                                                : RnnGroup::plain;
+
 struct RnnStagedKernels {
   const RnnCellEntry* cells;
   int count;

@@ -3,10 +3,9 @@
 
 namespace seqaccel::SEQACCEL_ISA::rnn {
 
-constexpr RnnCellEntry kStagedCells[] = {kEntry<PeepholeLstmCell>, kEntry<MultiplicativeLstmCell>,
-                                         kEntry<GruResetBeforeCell>};
+constexpr auto kTable = table_of<RnnGroup::staged>(ProductCells{}, []<class Cell>(Cell) { return kEntry<Cell>; });
 
 extern const RnnStagedKernels rnn_staged_kernels;
-const RnnStagedKernels rnn_staged_kernels = {kStagedCells, int(sizeof(kStagedCells) / sizeof(kStagedCells[0]))};
+const RnnStagedKernels rnn_staged_kernels = {kTable.cells, kTable.kCount};
 
 }  // namespace seqaccel::SEQACCEL_ISA::rnn

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,8 @@ class CellSpec:
             measured faster on a CPU without autograd: then ``auto`` takes it for the modules of one step.
         weights: names and shapes of all weights, in the operators' order.
         projects: takes weight_hr.
+        norm: normalises both products.
+        saved: values of a unit that the C++ backend keeps for the backward pass, besides c. Default: the G gates.
     """
 
     gates: int
@@ -57,13 +59,18 @@ class CellSpec:
     without_zoneout: tuple[str, ...] = ("torch",)
     torch_is_faster: Callable[[Problem], bool] | None = None
     torch_steps: int = 0
+    saved: int | None = None
     weights: dict[str, str] = dataclasses.field(init=False)
     projects: bool = dataclasses.field(init=False)
+    norm: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         weights = {"weight_ih": "GI", "weight_hh": "GP", "bias_ih": "G", "bias_hh": "G"} | self.extra
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "projects", "weight_hr" in self.extra)
+        object.__setattr__(self, "norm", "ln_hh_weight" in self.extra)
+        if self.saved is None:
+            object.__setattr__(self, "saved", self.gates)
 
 
 def _cudnn_persists(gates: int, problem: Problem) -> bool:
@@ -106,9 +113,13 @@ _EVERY = ("reference", "cpp", "triton", "torch")
 _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
+_RNN: dict[str, Any] = {
+    "zoneout": False, "saved": 0, "backends": _EVERY, "torch_is_faster": _on_a_gpu(1), "torch_steps": 4096
+}  # fmt: skip
+
 CELLS: dict[str, CellSpec] = {
-    "rnn_tanh": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu(1), torch_steps=4096),
-    "rnn_relu": CellSpec(1, zoneout=False, backends=_EVERY, torch_is_faster=_on_a_gpu(1), torch_steps=4096),
+    "rnn_tanh": CellSpec(1, **_RNN),
+    "rnn_relu": CellSpec(1, **_RNN),
     "lstm": CellSpec(
         4,
         True,
@@ -118,13 +129,13 @@ CELLS: dict[str, CellSpec] = {
         torch_is_faster=_for_lstm,
         torch_steps=128,
     ),
-    "gru": CellSpec(3, backends=_EVERY, torch_is_faster=_on_a_gpu(3), torch_steps=128),
+    "gru": CellSpec(3, backends=_EVERY, torch_is_faster=_on_a_gpu(3), torch_steps=128, saved=4),
     "gru_reset_before": CellSpec(3),
     "peephole_lstm": CellSpec(4, True, {"weight_hr": "PH", "weight_peephole": "3H"}, _PROJECTION),
     "layer_norm_lstm": CellSpec(4, True, _LAYER_NORM_LSTM),
     "layer_norm_lstm_normalized_cell": CellSpec(4, True, _LAYER_NORM_LSTM),
-    "layer_norm_gru": CellSpec(3, False, {"ln_ih_weight": "G", "ln_hh_weight": "G"}),
-    "multiplicative_lstm": CellSpec(4, True, {"weight_mx": "HI", "weight_mh": "HH"}),
+    "layer_norm_gru": CellSpec(3, False, {"ln_ih_weight": "G", "ln_hh_weight": "G"}, saved=4),
+    "multiplicative_lstm": CellSpec(4, True, {"weight_mx": "HI", "weight_mh": "HH"}, saved=6),
 }
 
 
@@ -134,10 +145,9 @@ def saved_shapes(cell: str, lead: Sequence[int], H: int) -> list[tuple[int, ...]
     ``lead`` is (T, B), or (N,) of packed rows.
     """
     spec = CELLS[cell]
-    if cell in ("rnn_tanh", "rnn_relu"):
-        return []
-    values = {"gru": 4, "layer_norm_gru": 4, "multiplicative_lstm": 6}.get(cell, spec.gates)
-    shapes: list[tuple[int, ...]] = [(*lead, values * H), *([(*lead, H)] if spec.has_cell_state else [])]
-    if cell.startswith("layer_norm"):
+    shapes: list[tuple[int, ...]] = [(*lead, spec.saved * H)] if spec.saved else []
+    if spec.has_cell_state:
+        shapes.append((*lead, H))
+    if spec.norm:
         shapes += [(*lead, 2 * spec.gates * H), (*lead, 4)]  # both products normalised; statistics of the norms
     return shapes

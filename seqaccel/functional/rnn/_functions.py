@@ -5,6 +5,16 @@ from torch import Tensor
 from seqaccel import _arguments
 from seqaccel.functional.rnn._layers import Direction, layer
 
+__all__ = [
+    "gru",
+    "layer_norm_gru",
+    "layer_norm_lstm",
+    "lstm",
+    "multiplicative_lstm",
+    "peephole_lstm",
+    "rnn",
+]
+
 Pair = tuple[Tensor, Tensor]
 Factor = float | Tensor | None
 

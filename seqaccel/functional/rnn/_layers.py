@@ -23,8 +23,9 @@ States = tuple[Tensor, ...]
 
 if _extension.autograd is not None:
     for _name, _spec in CELLS.items():
-        _shapes = [shape + "?" * (weight in _spec.optional) for weight, shape in _spec.weights.items()]
-        _extension.autograd.add_cell(_name, _spec.gates, _spec.has_cell_state, _shapes)
+        if "cpp" in _spec.backends:
+            _shapes = [shape + "?" * (weight in _spec.optional) for weight, shape in _spec.weights.items()]
+            _extension.autograd.add_cell(_name, _spec.gates, _spec.has_cell_state, _shapes)
 
 
 class Direction(NamedTuple):
