@@ -1,14 +1,14 @@
 """Linear scan and SRU in Triton.
 
-Linear scan, h_t = a_t h_{t-1} + b_t: a step is the affine map (a_t, b_t), and maps compose, (a, b) then (a', b') being
-(a' a, a' b + b'). A program takes BD channels of one sequence and walks through time in tiles of BT steps: it loads a
-tile at once, so that BT * BD elements are in flight where a step-by-step loop would wait for memory at each step,
-composes it with an associative scan, and applies it to the carried state. A tile holds 1024 or 2048 elements.
+Linear scan, h_t = a_t h_{t-1} + b_t: a step is the affine map (a_t, b_t). Maps compose: (a, b), then (a', b'), is
+(a' a, a' b + b'). A program takes BD channels of one sequence and walks through time in tiles of BT steps. It loads a
+tile at once, composes its maps with an associative scan, and applies them to the carried state. So BT * BD elements are
+in flight, where a loop over steps would wait for memory at each step. A tile holds 1024 or 2048 elements.
 
-SRU feeds its state back through the gates, so its steps are sequential: a program takes BC columns (batch x channels),
-one a thread, and loads step s + 1 while it computes step s.
+SRU feeds its state back through the gates, so its steps are sequential. A program takes BC columns (batch x channels),
+one per thread, and loads step s + 1 while it computes step s.
 
-Both run one pass over memory. Gradients are deterministic: no atomics; what is summed over the batch torch sums.
+Both run one pass over memory. Gradients are deterministic: there are no atomics, and torch sums over the batch.
 """
 
 import torch

@@ -1,5 +1,5 @@
-// Recurrent layers without lengths and zoneout, and their autograd node: what functional/rnn/ does in Python, which
-// takes as long as the kernels of a small problem. Against torch's C++ API, so for one torch.
+// Recurrent layers without lengths and zoneout, and their autograd node. functional/rnn/ does the same in Python, but
+// Python takes as long as the kernels of a small problem. It uses torch's C++ API, so a build serves one torch version.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>

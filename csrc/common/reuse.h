@@ -1,5 +1,6 @@
-// Whether memory is kept for the next one who asks for as much. A build with sanitizers (SEQACCEL_SANITIZE in setup.py)
-// keeps none and fills what is fresh with 0xFF, a NaN: reading past an end, after a free, or what nobody wrote shows.
+// Whether freed memory is kept for the next request of its size. A build with sanitizers (SEQACCEL_SANITIZE in
+// setup.py) keeps none, and fills fresh memory with 0xFF, which is a NaN: a read past an end, after a free, or of
+// memory that nobody wrote then shows in the results.
 #pragma once
 
 #include <stddef.h>

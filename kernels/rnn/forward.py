@@ -1,8 +1,8 @@
 """The forward operator, and what both share: which kernels run, what is allocated, what is saved.
 
-The input projection and the weight gradients are matrix products over all steps. Between them, for one step after the
-other, ``torch.mm`` into buffers allocated before the loop and one launch (two for cells with two dependent products, or
-with a projection), or one launch for all steps where ``tiles.py`` has the size. Nothing waits for the GPU.
+The input projection and the weight gradients are matrix products over all steps. Between them runs either one launch
+for all steps, where ``tiles.py`` has the size, or, for each step, ``torch.mm`` into buffers allocated before the loop
+and one launch (two for cells with two dependent products, or with a projection). Nothing waits for the GPU.
 
 Both operators are opaque custom operators: under torch.compile a traced loop over steps would be unrolled.
 """

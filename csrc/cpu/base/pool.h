@@ -1,6 +1,5 @@
-// Memory that is kept for the next one who asks for as much: of sessions, and of a recurrent layer's tensors: outputs,
-// what a forward pass saves for its backward pass, gradients of inputs. Touching fresh pages costs more than much that
-// is done in them.
+// Keeps freed memory for the next request of its size. Sessions use it, and the tensors of recurrent layers: outputs,
+// activations saved for the backward pass, gradients of inputs. block.h says why, and which other memory is kept.
 #pragma once
 
 #include "common/tensor.h"

@@ -3,19 +3,21 @@
 // Rows of A are broadcast, rows of B are vectors, and acc stays in registers while K runs. MR * NV accumulators and the
 // NV vectors of B must fit the register file: 6 x 4 with 32 registers, 4 x 2 or 6 x 2 with 16.
 //
-// Its users differ in what surrounds the tile:
-//   matmul/kernels.h        B in panels, A in strips or by rows; or both where they lie, with a prefetch at each k
-//   conv/product.h          B in panels of shifted rows
-//   attention/hierarchical/ neither operand is packed
+// Who uses it:
+//
+// - matmul/kernels.h: B lies in panels, A in strips or rows; or both stay in place, with a prefetch at each k.
+// - conv/product.h: B lies in panels of shifted rows.
+// - attention/hierarchical/: neither operand is packed.
+//
 // Three kinds of products have a loop of their own:
-//   rnn_tile (rnn/products.h) prefetches in three ways as K runs, and holds the vectors of B in registers where rows
-//   are
-//     two. With this tile a step took up to 2% longer (LSTM forward and training (T, B, H) = (128, 1, 128), forward
-//     (128, 16, 256); Zen 4).
-//   word_tile (packed/products.h) multiplies words of 1, 2 or 4 values, and runs up to 8 sums along K where rows are
-//     few, to hide the latency of a multiply-add.
-//   dot_tile (rnn/products.h, conv/product.h) sums along the rows of both operands, where packing B would cost more
-//     than the product.
+//
+// - rnn_tile (rnn/products.h) prefetches in three ways as K runs, and holds the vectors of B in registers for two rows.
+//   With the shared tile a step took up to 2% longer (LSTM, (T, B, H) = (128, 1, 128) forward and training,
+//   (128, 16, 256) forward; Zen 4).
+// - word_tile (packed/products.h) multiplies words of 1, 2 or 4 values. With few rows it runs up to 8 sums along K, to
+//   hide the latency of a multiply-add.
+// - dot_tile (rnn/products.h, conv/product.h) sums along the rows of both operands, where packing B would cost more
+//   than the product.
 #pragma once
 
 #include "cpu/base/vec.h"

@@ -1,5 +1,5 @@
 // What surrounds the convolution's product, row by row: y = relu?(residual + dropout(activation(v))), v = conv + bias,
-// and the gradient of v from that of y. The derivative of the activation a comes from the least that tells it:
+// and the gradient of v from that of y. The derivative of the activation a needs, at least:
 //
 //   a           saved by the forward                          derivative
 //   none        nothing                                       1

@@ -4,16 +4,19 @@
 //   data       dx[c, t]    = sum_{o,k} W[o, c, k] g[o, t + s_k]        g = the gradient of conv + bias
 //   weight     dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]
 //
-// All three run on one register tile, kRows x kVectors vectors: rows are broadcast, columns are vectors.
-// forward and data: rows are output channels (W in its own layout; for data, transposed once a call), columns are time
-// steps of the flattened batch. The columns' operand is copied into a panel [taps of channels, columns] that stays in
-// the caches; the copy shifts, pads, takes the history in, and is used by every output channel (it costs 1 / (4
-// channels) of the product). weight: rows are (c, k), read from x where it lies; columns are output channels, the
-// operand is g transposed by blocks. Partial sums are kept a thread and added in the order of the threads: the result
-// depends on the number of threads, not on timing. The backward runs through all of it item by item (BackwardItems).
+// All three use one register tile of kRows x kVectors vectors: rows are broadcast, columns are vectors.
 //
-// 6 x 4 of 32 registers (6 x 2 of 16) keeps 24 (12) independent sums, more than latency times throughput needs, and
-// divides the usual lengths and channel counts: four vectors are 64 columns.
+// forward and data: rows are output channels (W in its own layout; for data, transposed once per call). Columns are the
+// time steps of the flattened batch. Their operand is copied into a panel [taps of channels, columns] that stays in the
+// caches. The copy shifts, pads and inserts the history; every output channel uses it, so it costs 1 / (4 channels) of
+// the product.
+//
+// weight: rows are (c, k), read from x in place; columns are output channels, and their operand is g, transposed by
+// blocks. Each thread keeps a partial sum, and the sums are added in the order of the threads: the result depends on
+// the number of threads, not on timing. The backward pass runs through all of this item by item (BackwardItems).
+//
+// A tile of 6 x 4 with 32 registers (6 x 2 with 16) keeps 24 (12) independent sums, more than latency times throughput
+// needs, and divides the usual lengths and channel counts: four vectors are 64 columns.
 #pragma once
 
 #include "cpu/base/vec.h"

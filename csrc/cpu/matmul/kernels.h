@@ -1,15 +1,15 @@
-// Two ways, for operands of two kinds.
+// A matrix product has two ways, by the layout of its operands.
 //
-// Packed: K runs in blocks of kDepth. For each block the team packs B into panels of NV vectors and, unless its rows
-// are contiguous, A into strips of MR rows; then every thread takes a share of the tiles of A, and for each of them
-// goes through a chunk of panels, so that the tile stays in L1 and the chunk (8 panels of 256 x 64 floats, 512 KB) in
-// L2. The inner loop reads 256 bytes of L2 and does 24 vector multiply-adds a step of k, so it is bound by arithmetic.
-// What comes from further away is prefetched: the tile of C and the next tile of A.
+// Packed: K runs in blocks of kDepth. For each block the team packs B into panels of NV vectors and, unless the rows of
+// A are contiguous, A into strips of MR rows. Each thread then takes a share of the tiles of A, and multiplies each
+// tile by a chunk of panels: the tile stays in L1 and the chunk (8 panels of 256 x 64 floats, 512 KB) in L2. The inner
+// loop reads 256 bytes of L2 and does 24 vector multiply-adds per k, so arithmetic binds it. It prefetches what lies
+// further away: the tile of C and the next tile of A.
 //
-// Direct, where A is given by columns, B by rows, and C and the rows of B are small: both are read where they lie,
-// kChain of k at a time, which are few enough pages and lines to stay in the caches, and the next ones are prefetched
-// meanwhile. Each thread has a part of C, which stays in its L2 while all of K goes by, and waits for no other. Weight
-// gradients of 128 units over 8192 steps: 94% of the machine's peak, where packing gave 72%.
+// Direct, where A is given by columns, B by rows, and C and the rows of B are small: both operands are read in place,
+// kChain values of k at a time. These are few enough pages and lines to stay in the caches; the next ones are
+// prefetched meanwhile. Each thread owns a part of C, keeps it in its L2 while all of K passes, and waits for no other
+// thread. Weight gradients of 128 units over 8192 steps reach 94% of the machine's peak (packed: 72%).
 #include "cpu/base/integers.h"
 #include "cpu/base/shuffle.h"
 #include "cpu/base/tile.h"

@@ -1,7 +1,6 @@
-// Operator rnn_forward_bfloat16: one layer, one direction, in bfloat16, where nothing is kept for a backward pass.
-// Weights and what they multiply are bfloat16; sums, biases, the cell's functions and the state are float32. Where
-// products of bfloat16 are no faster than those of float32, and there are rows enough for arithmetic to bind, it is the
-// operator of float32 that runs.
+// Operator rnn_forward_bfloat16: one layer, one direction, in bfloat16, without a backward pass. Weights and what they
+// multiply are bfloat16; sums, biases, the cell's functions and the state are float32. The float32 operator runs
+// instead where products of bfloat16 are no faster and the rows are enough for arithmetic to bind.
 #include <algorithm>
 #include <cstring>
 #include <limits>

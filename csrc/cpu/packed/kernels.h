@@ -1,12 +1,13 @@
 // The loops of a session: every layer of a program, for a chunk of steps, in one parallel region.
 //
-// A step of a recurrent layer, for a block of L units (4 L with one gate):
-//   sums [rows, G, L] = [x | h'] * panel [words, G, L]    one packed array, x's part and h's part of it kept apart
-//   c, h = update(sums + bias, c')                        right behind the product
-// With more than one step at a time, x's part of all of them comes first. Threads own blocks, a contiguous part of the
-// packed array each, so that what fits stays in a core's L2; every other step runs backwards over it. They meet at a
-// barrier after each part of a step that all units of the next one need: once for most cells. Vectors that a product
-// reads as bfloat16 or int8 are converted by every thread for itself, which is cheaper than one more barrier.
+// A step of a recurrent layer computes, for each block of L units (4 L for a cell with one gate):
+//   sums [rows, G, L] = [x | h'] * panel [words, G, L]    one packed array; the parts of x and h' are kept apart in it
+//   c, h = update(sums + bias, c')                        immediately after the product
+// With more than one step at a time, the part of x is computed first for all of them. Each thread owns a contiguous
+// part of the packed array, so that what fits stays in its core's L2; every other step runs backwards over it. Threads
+// meet at a barrier after each part of a step whose units the next part all needs: once per step for most cells. Every
+// thread converts the vectors that a product reads as bfloat16 or int8 for itself, which is cheaper than another
+// barrier.
 #include <math.h>
 
 #include "cpu/packed/cells.h"

@@ -1,14 +1,16 @@
 // The recurrence of a layer, backward, for every cell of product_cells.h without layer norm.
 //
-// A step, for a block of 4 L units:
+// A step computes, for each block of 4 L units:
 //   grad_h [rows, 4 L] = grad_pre[t+1] [rows, G*H] * panel [G*H, 4 L]
 //   grad_pre[t], grad_c = Cell::backward(saved[t], c', grad_h + grad_output[t], grad_c)
-// With weight_hr, the grad_h of the first line has P units, and its product with weight_hr is what Cell::backward
-// takes. With two products, grad_pre[t+1] there is of the first one; grad_pre[t] of the main one, times its weight,
-// goes to Cell::first_backward. Columns of W_hh are packed once a call, or 4 vectors of each row of W_hh itself are
-// read (ColumnProduct::of). Threads share the work as in the forward pass (forward.h), but split the batch earlier
-// (backward_rows). The weights' gradients are products over all steps, after the pass; those of biases and unit weights
-// are summed here.
+// With weight_hr, the grad_h of the first line has P units; Cell::backward takes its product with weight_hr. With two
+// products, the first line reads the gradient of the first product. The gradient of the main product, times its weight,
+// goes to Cell::first_backward.
+//
+// The columns of W_hh are packed once per call, or 4 vectors of each row of W_hh are read in place
+// (ColumnProduct::of). Threads share the work as in the forward pass (forward.h), but split the batch earlier
+// (backward_rows). The gradients of the weights are products over all steps, computed after the pass. The gradients of
+// biases and of the cell's own weights are summed here.
 #pragma once
 
 #include "cpu/rnn/blocks.h"

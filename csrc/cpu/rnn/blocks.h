@@ -1,5 +1,4 @@
-// Parts that every loop over steps is made of: the rows of a thread, the product of a block of units, and where its
-// values lie.
+// What every loop over steps uses: the rows of a thread, the product of a block of units, and where its values lie.
 #pragma once
 
 #include "common/product_cells.h"

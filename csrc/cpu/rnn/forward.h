@@ -1,19 +1,21 @@
 // The recurrence of a layer, forward, for every cell of product_cells.h without layer norm.
 //
-// A step, for a block of L = Lanes<T> hidden units (4 L with one gate):
+// A step computes, for each block of L = Lanes<T> hidden units (4 L for a cell with one gate):
 //   pre [rows, G, L] = h' [rows, P] * panel [P, G, L]     all gates of the block's units lie side by side
-//   saved, c, h = Cell::forward(pre + x[t] + bias, ...)   right behind the product, from L1
-// A cell of two products has such a stage for each: source = Cell::first(h' panel + x[t]), then as above with source
-// for h'. With weight_hr, Cell::forward's h is the source of a last stage. Panels of W_hh and W_ih are packed once a
-// call. The input's part comes from before the pass (x), or is calculated some steps ahead (InputAhead), or with rows
-// enough beside the recurrent part, and then never leaves L1. Up to kDirectRows rows in all a product is bound by
-// reading W_hh, and dot products along its own rows do as well; nothing is packed.
+//   saved, c, h = Cell::forward(pre + x[t] + bias, ...)   immediately after the product, from L1
+// A cell with two products has a stage for each: source = Cell::first(h' panel + x[t]), then the two lines above with
+// source in place of h'. With weight_hr, the h of Cell::forward is the source of a last stage.
 //
-// Threads share the units, each its half of the weights in its own L2, and meet after every stage at a barrier that
-// yields after a bounded spin; the batch is split only where a part has rows enough (kRowsPerThread; kRowsFromL2 where
-// all weights fit in L2), and its parts never wait for each other. On odd steps the blocks run backwards, so that those
-// read last, still in L2, come first: 24.1 us a step instead of 26.6 for the backward product of 1 row, H = 512, on two
-// Zen 4 cores with 1 MB of L2 each.
+// Panels of W_hh and W_ih are packed once per call. The input's part of pre, x, is computed in one of three places:
+// before the pass, some steps ahead (InputAhead), or, with many rows, together with the recurrent part, so that it
+// never leaves L1. Up to kDirectRows rows a product is bound by reading W_hh. Dot products along the rows of W_hh are
+// then as fast, and nothing is packed.
+//
+// Threads share the units. Each keeps its part of the weights in its own L2, and all meet after every stage at a
+// barrier, which yields after a bounded spin. The batch is split only where a part has enough rows (kRowsPerThread;
+// kRowsFromL2 where all weights fit in L2); the parts never wait for each other. On odd steps the blocks run backwards:
+// the last ones of the step before are still in L2 (backward product of 1 row, H = 512, two Zen 4 cores with 1 MB of L2
+// each: 24.1 us per step instead of 26.6).
 #pragma once
 
 #include "cpu/rnn/blocks.h"

@@ -1,7 +1,7 @@
-// The recurrence of a layer whose cell normalises its products (kNorm), backward. A step has the stages
-//   grad_h [rows, 4 L] = dL/d(W_hh h')[t+1] [rows, G*H] * panel [G*H, 4 L], and behind it
+// The recurrence of a layer whose cell normalises its products (kNorm), backward. A step has these stages:
+//   grad_h [rows, 4 L] = dL/d(W_hh h')[t+1] [rows, G*H] * panel [G*H, 4 L], and immediately after it
 //     with kNormC: Cell::finish_backward, and grad_y = dL/d(LN(c)) of the row
-//     else: Cell::backward, and grad_pre of the row
+//     otherwise: Cell::backward, and grad_pre of the row
 //   with kNormC: dL/dc through the norm, Cell::backward, grad_pre of the row
 //   dL/d(W_ih x), dL/d(W_hh h') through their norms
 #pragma once

@@ -1,9 +1,9 @@
-// The recurrence of a layer whose cell normalises its products (kNorm), forward. A step has the stages
+// The recurrence of a layer whose cell normalises its products (kNorm), forward. A step has these stages:
 //   raw [rows, G, L] = h' [rows, H] * panel [H, G, L]           for every block of units
 //   saved, c = Cell::forward(gamma_1 x[t] + gamma_2 LN(raw) + bias, c')
-//   h = Cell::finish(gamma LN(c) + beta)                        with kNormC; else the second stage gives h
-// with x[t] normalised beforehand. Threads that share the units meet after each; of a row's statistics each has those
-// of its own units, and joins them with the others' behind the barrier.
+//   h = Cell::finish(gamma LN(c) + beta)                        with kNormC; otherwise the second stage gives h
+// x[t] is normalised before the pass. Threads that share the units meet after each stage. Each thread has the
+// statistics of its own units of a row, and joins them with the others' after the barrier.
 #pragma once
 
 #include "cpu/rnn/forward.h"

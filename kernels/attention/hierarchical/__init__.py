@@ -4,11 +4,13 @@ Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_
 
     |c_l - j| >= w (level >= 1), and its parent does not exist, is not complete, or is nearer than w to c_{l+1},
 
-and, where causal, it ends at t or before. So for a tile of queries of one aligned block the nodes of a level are one
-run (causal: all on the left) or at most three, and for a tile of nodes the queries are one run (causal) or two; both
-follow from the tile's place alone. A program takes BM queries (forward, gradient of the query) or BN nodes of any level
-(gradients of key and value, no atomics: the parts of a node's queries are summed on the way down); the gradient then
-flows down the pyramid, a program a node.
+and, where causal, it ends at t or before. A tile of queries of one aligned block therefore sees one run of nodes per
+level (causal: all on the left), or at most three. A tile of nodes is seen by one run of queries (causal), or two. Both
+follow from the tile's position alone.
+
+Forward, and for the gradient of the query, a program takes BM queries. For the gradients of key and value a program
+takes BN nodes of any level; the parts of a node's queries are summed on the way down, without atomics. The gradient
+then flows down the pyramid, one program per node.
 
     p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 

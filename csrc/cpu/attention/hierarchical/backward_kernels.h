@@ -2,16 +2,17 @@
 //
 //   p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 //   grad_value += p grad_out, grad_key += scale ds query, grad_query += scale ds key
-// with the keys of all levels, and then down the pyramid: a node with children c, weights w and scores
+// for the keys of all levels, and then down the pyramid. A node with children c, weights w and scores
 // scale * pool_query . key_c passes on
 //   grad_w_c = grad_key . key_c + grad_value . value_c, e_c = w_c (grad_w_c - sum w grad_w)
-//   grad_value_c += w_c grad_value, grad_key_c += w_c grad_key + scale e_c pool_query, grad_pool_query += scale e_c
-//   key_c
+//   grad_value_c += w_c grad_value, grad_key_c += w_c grad_key + scale e_c pool_query,
+//   grad_pool_query += scale e_c key_c
 //
-// p is computed once and serves all three products: five products a pair of query and key. A task is a segment of a key
-// head's query blocks, for all query heads of that key head. It owns the gradients of the segment's tokens and adds up
-// the others that its queries see (all nodes, and the tokens of local_blocks - 1 blocks before) in rows of its own;
-// those are then added in the order of the segments: no atomics, the same bits however many threads run.
+// p is computed once and serves all three gradients: five products per pair of query and key. A task is a segment of a
+// key head's query blocks, for all query heads of that key head. It owns the gradients of the segment's tokens. It adds
+// up the other gradients that its queries contribute to (all nodes, and the tokens of the local_blocks - 1 blocks
+// before) in rows of its own. Those rows are then added in the order of the segments: no atomics, and the same bits for
+// any number of threads.
 #include <math.h>
 
 #include "cpu/attention/hierarchical/levels.h"

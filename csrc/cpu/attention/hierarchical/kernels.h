@@ -1,15 +1,15 @@
 // Hierarchical attention, forward.
 //
-//   pyramid   each node pools its children: key = sum w key_child, value = sum w value_child, with w the softmax over
-//   the
-//             children of scale * pool_query . key_child, or 1 / children
-//   attention one softmax over the nodes of the query's cover (cover.h), logit = scale * query . key + bias of the
-//   level:
-//             m' = max(m, max s), p = e^(s - m'), l = l e^(m - m') + sum p, out = out e^(m - m') + p value; lse = m +
-//             log l
+// Pyramid: each node pools its children, key = sum w key_child, value = sum w value_child. The weights w are the
+// softmax over the children of scale * pool_query . key_child, or 1 / children.
 //
-// A task is one tile of kColumns queries of one aligned block: no barrier between tasks. Keys pass in chunks of kKeys,
-// so that the chunk's scores (64 x 64 floats, 16 KB), the transposed queries and the keys stay near the core.
+// Attention: one softmax over the nodes of the query's cover (cover.h), with the score
+//   s = scale * query . key + bias of the level
+// computed as
+//   m' = max(m, max s), p = e^(s - m'), l = l e^(m - m') + sum p, out = out e^(m - m') + p value; lse = m + log l
+//
+// A task is one tile of kColumns queries of one aligned block; tasks need no barrier. Keys pass in chunks of kKeys, so
+// that the scores of a chunk (64 x 64 floats, 16 KB), the transposed queries and the keys stay in the near caches.
 #include <float.h>
 #include <math.h>
 
