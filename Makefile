@@ -86,7 +86,7 @@ sanitize: sanitize-memory sanitize-threads
 sanitize-memory: $(VENV)/.installed
 	$(call build_sanitized,memory,address$(comma)undefined)
 	cd tests && $(MEMORY) $(abspath $(BIN)/python) fuzz_operators.py --calls 5000
-	cd tests && $(MEMORY) $(abspath $(BIN)/pytest) -q -x -m "not gpu and not timed" -k "not triton and not configurations" \
+	cd tests && $(MEMORY) $(abspath $(BIN)/pytest) -q -x -m "not gpu and not timed" -k "not triton and not configurations and not memory_of_dead_ones" \
 		$(SANITIZED_TESTS:%=test_%.py) $(ARGS)
 
 sanitize-threads: $(VENV)/.installed
