@@ -7,28 +7,19 @@
 #pragma once
 
 #include "cpu/base/intrinsics.h"
+#include "cpu/base/narrow.h"
 #include "cpu/base/workspace.h"
 #include "cpu/packed/session.h"
 #include "cpu/rnn/products.h"
 
 namespace seqaccel::SEQACCEL_ISA::packed {
 
-typedef VecTypes<float>::Bits Words;
-typedef VecTypes<float>::Int Ints;
 constexpr int kWordLanes = Lanes<float>;
 typedef uint8_t Bytes __attribute__((vector_size(kWordLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kWordLanes)));
 
 SEQACCEL_INLINE Words load_words(const uint32_t* p) { return (Words)load(reinterpret_cast<const float*>(p)); }
 SEQACCEL_INLINE void store_words(uint32_t* p, Words v) { store(reinterpret_cast<float*>(p), (Vec<float>)v); }
 SEQACCEL_INLINE Words broadcast_word(uint32_t word) { return word - Words{}; }
-
-// To bfloat16, round to nearest even; a NaN stays one.
-SEQACCEL_INLINE Words bfloat16_bits(Vec<float> x) {
-  const Words bits = (Words)x;
-  const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return x == x ? rounded : (bits >> 16) | 0x40;
-}
 
 // ---------------------------------------------------------------- precisions
 //
