@@ -141,6 +141,8 @@ inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
   return t;
 }
 
+inline Tensor new_like(const Tensor& t) { return new_tensor(t, sizes_of(t)); }
+
 template <typename T>
 const T* data_or_null(const OptionalTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;

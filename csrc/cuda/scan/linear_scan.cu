@@ -1,4 +1,4 @@
-// Linear scan on a GPU, for the operators that csrc/cpu/scan/scan.cpp declares.
+// Linear scan on a GPU, for the operators that csrc/cpu/scan/linear_scan.cpp declares.
 //
 // A block takes kChannels adjacent channels of one sequence and walks through time in tiles of kThreads / kChannels
 // lanes times kSteps steps. A thread composes the affine maps of its kSteps steps in registers, the lanes compose
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same scan against time, its coefficients one step off; see csrc/cpu/scan/kernels.h.
+// The same scan against time, its coefficients one step off; see csrc/cpu/scan/linear_scan.h.
 template <typename T, int kChannels, Pass kPass>
 __global__ void __launch_bounds__(kThreads, 2)
     linear_scan_backward_kernel(const LinearScanBackward<T> p, const Chunks<T> chunks) {

@@ -1,14 +1,9 @@
-"""Linear scan and SRU in Triton.
-
-Linear scan, h_t = a_t h_{t-1} + b_t: a step is the affine map (a_t, b_t). Maps compose: (a, b), then (a', b'), is
-(a' a, a' b + b'). A program takes BD channels of one sequence and walks through time in tiles of BT steps. It loads a
-tile at once, composes its maps with an associative scan, and applies them to the carried state. So BT * BD elements are
-in flight, where a loop over steps would wait for memory at each step. A tile holds 1024 or 2048 elements.
+"""SRU in Triton.
 
 SRU feeds its state back through the gates, so its steps are sequential. A program takes BC columns (batch x channels),
 one per thread, and loads step s + 1 while it computes step s.
 
-Both run one pass over memory. Gradients are deterministic: there are no atomics, and torch sums over the batch.
+It runs one pass over memory. Gradients are deterministic: there are no atomics, and torch sums over the batch.
 """
 
 import torch
@@ -18,188 +13,9 @@ from torch import Tensor
 
 from seqaccel.kernels._launch import Configuration, operator, wrap_triton
 from seqaccel.kernels._math import sigmoid, tanh
+from seqaccel.kernels.scan.checks import check, pointers
 
-__all__ = ["CONFIGURATIONS", "linear_scan_backward", "linear_scan_forward", "sru_backward", "sru_forward"]
-
-# ---- linear scan ----
-
-
-@triton.jit
-def _compose(a_1, b_1, a_2, b_2):
-    return a_2 * a_1, a_2 * b_1 + b_2
-
-
-@triton.jit
-def linear_scan_forward_kernel(
-    p_a,  # [B, T, D]
-    p_b,  # [B, T, D]
-    p_h_0,  # [B, D]
-    p_h,  # [B, T, D]
-    T,
-    D,
-    HAS_H_0: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
-    i_b = tl.program_id(1).to(tl.int64)
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    b_h = tl.zeros([BD], dtype=p_h.dtype.element_ty)
-    if HAS_H_0:
-        b_h += tl.load(p_h_0 + i_b * D + o_d, mask=m_d, other=0)
-    o_i = tl.arange(0, BT)
-    for i_t in range(tl.cdiv(T, BT)):
-        o_s = i_t * BT + o_i
-        o_t = T - 1 - o_s if REVERSE else o_s
-        mask = (o_s < T)[:, None] & m_d[None, :]
-        offset = (i_b * T + o_t)[:, None] * D + o_d[None, :]  # [BT, BD]
-        b_a = tl.load(p_a + offset, mask=mask, other=1)
-        b_b = tl.load(p_b + offset, mask=mask, other=0)
-        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
-        b_hs = b_a * b_h[None, :] + b_b
-        tl.store(p_h + offset, b_hs, mask=mask)
-        b_h = tl.sum(tl.where((o_i == BT - 1)[:, None], b_hs, 0), 0)
-
-
-@triton.jit
-def linear_scan_backward_kernel(
-    p_grad_h,  # [B, T, D]
-    p_a,  # [B, T, D]
-    p_h,  # [B, T, D]
-    p_h_0,  # [B, D]
-    p_grad_a,  # [B, T, D]
-    p_grad_b,  # [B, T, D]
-    p_grad_h_0,  # [B, D]
-    T,
-    D,
-    HAS_H_0: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
-    # grad_b_t = grad_h_t + a_{t+1} grad_b_{t+1}, grad_a_t = grad_b_t h_{t-1}, in the order of the forward scan.
-    i_b = tl.program_id(1).to(tl.int64)
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    b_g = tl.zeros([BD], dtype=p_grad_h.dtype.element_ty)
-    o_i = tl.arange(0, BT)
-    for i_t in range(tl.cdiv(T, BT)):
-        o_s = i_t * BT + o_i
-        if REVERSE:
-            o_t = o_s
-            step = -1
-        else:
-            o_t = T - 1 - o_s
-            step = 1
-        mask = (o_s < T)[:, None] & m_d[None, :]
-        offset = (i_b * T + o_t)[:, None] * D + o_d[None, :]  # [BT, BD]
-        b_a = tl.load(p_a + offset + step * D, mask=mask & (o_s > 0)[:, None], other=1)
-        b_b = tl.load(p_grad_h + offset, mask=mask, other=0)
-        b_h = tl.load(p_h + offset - step * D, mask=mask & (o_s < T - 1)[:, None], other=0)
-        if HAS_H_0:
-            last = (o_s == T - 1)[:, None] & m_d[None, :]
-            p_first = p_h_0 + i_b * D + o_d[None, :] + tl.zeros([BT, 1], dtype=tl.int32)
-            b_h += tl.load(p_first, mask=last, other=0)
-        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
-        b_gs = b_a * b_g[None, :] + b_b
-        tl.store(p_grad_b + offset, b_gs, mask=mask)
-        tl.store(p_grad_a + offset, b_gs * b_h, mask=mask)
-        b_g = tl.sum(tl.where((o_i == BT - 1)[:, None], b_gs, 0), 0)
-    p_first_a = p_a + (i_b * T + (T - 1 if REVERSE else 0)) * D
-    tl.store(p_grad_h_0 + i_b * D + o_d, b_g * tl.load(p_first_a + o_d, mask=m_d, other=0), mask=m_d)
-
-
-# Channels of a tile -> (steps of a tile, warps).
-_TILES = {32: (64, 4), 16: (128, 8), 8: (256, 8), 1: (1024, 4)}
-
-
-def _tile(batch: int, width: int) -> tuple[int, int, int]:
-    """(BT, BD, warps): narrower and longer where there are fewer sequences and channels than programs run at once."""
-    many = batch * width >= 32 * 264
-    channels = 32 if width > 16 and many else 16 if width > 8 else 8 if width > 1 else 1
-    steps, warps = _TILES[channels]
-    return steps, channels, warps
-
-
-def _check_batch(operator: str, batch: int) -> None:
-    if batch > 65535:
-        raise ValueError(f"{operator}: expected a batch of at most 65535, but got {batch}; the CUDA kernels take more")
-
-
-def _check(operator: str, first: Tensor, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    if first.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{operator}: expected float32 or float64, but got {first.dtype}")
-    for name, (t, shape) in tensors.items():
-        if t is None:
-            continue
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{operator}: expected {name} to have shape {shape}, but got {tuple(t.shape)}")
-        if t.device != first.device or (t.dtype != first.dtype and name != "mask_pad"):
-            raise ValueError(f"{operator}: expected {name} to have the dtype and the device of the first tensor")
-
-
-@operator(torch.library.triton_op, "seqaccel::linear_scan_forward_triton", mutates_args={})
-def linear_scan_forward(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool) -> Tensor:
-    batch, steps, width = a.shape
-    _check_batch("linear_scan_forward_triton", batch)
-    shape = (batch, steps, width)
-    _check("linear_scan_forward_triton", a, {"b": (b, shape), "h_0": (h_0, (batch, width))})
-    a, b = a.contiguous(), b.contiguous()
-    h = torch.empty_like(a)
-    if h.numel() == 0:
-        return h
-    BT, BD, warps = _tile(batch, width)
-    wrap_triton(linear_scan_forward_kernel)[(triton.cdiv(width, BD), batch)](
-        a,
-        b,
-        a if h_0 is None else h_0.contiguous(),
-        h,
-        steps,
-        width,
-        HAS_H_0=h_0 is not None,
-        REVERSE=reverse,
-        BT=BT,
-        BD=BD,
-        num_warps=warps,
-    )
-    return h
-
-
-@operator(torch.library.triton_op, "seqaccel::linear_scan_backward_triton", mutates_args={})
-def linear_scan_backward(
-    grad_h: Tensor, a: Tensor, h: Tensor, h_0: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, steps, width = a.shape
-    _check_batch("linear_scan_backward_triton", batch)
-    shape = (batch, steps, width)
-    _check("linear_scan_backward_triton", a, {"grad_h": (grad_h, shape), "h": (h, shape), "h_0": (h_0, (batch, width))})
-    grad_h, a, h = grad_h.contiguous(), a.contiguous(), h.contiguous()
-    grad_a, grad_b = torch.empty_like(a), torch.empty_like(a)
-    if a.numel() == 0:
-        return grad_a, grad_b, a.new_zeros(batch, width)
-    grad_h_0 = a.new_empty(batch, width)
-    BT, BD, warps = _tile(batch, width)
-    wrap_triton(linear_scan_backward_kernel)[(triton.cdiv(width, BD), batch)](
-        grad_h,
-        a,
-        h,
-        a if h_0 is None else h_0.contiguous(),
-        grad_a,
-        grad_b,
-        grad_h_0,
-        steps,
-        width,
-        HAS_H_0=h_0 is not None,
-        REVERSE=reverse,
-        BT=BT,
-        BD=BD,
-        num_warps=warps,
-    )
-    return grad_a, grad_b, grad_h_0
-
-
-# ---- SRU ----
+__all__ = ["CONFIGURATIONS", "sru_backward", "sru_forward"]
 
 NO_SKIP, INPUT, PROJECTED = 0, 1, 2  # what stands for the input in the highway connection: HIGHWAY
 _BC, _WARPS = 64, 2  # one column a thread; 8192 columns (B = 32, H = 256) make 128 programs
@@ -413,7 +229,7 @@ def _highway(operator, u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, dir
         "mask_pad": (mask_pad, (steps, batch)),
         "scale_x": (scale_x, (1,)),
     }
-    _check(operator, u, shapes | {f"operand {i}": (t, (steps, batch, channels)) for i, t in enumerate(others)})
+    check(operator, u, shapes | {f"operand {i}": (t, (steps, batch, channels)) for i, t in enumerate(others)})
     return PROJECTED if features == 4 * channels else NO_SKIP if x is None else INPUT
 
 
@@ -533,42 +349,16 @@ def sru_backward(
     return grad_u, grad_x, sums[:2].sum(1).view(-1), sums[2:].sum(1).view(-1), grad_c_0
 
 
-# ---- what is shipped ----
-
-
-def _pointers(names: str) -> dict[str, str]:
-    return {f"p_{name}": "*u8" if name == "mask_pad" else "*fp32" for name in names.split()}
-
-
-_LINEAR_SIZES = {"T": "i32", "D": "i32"}
-_SRU_SIZES = {"T": "i32", "B": "i32", "C": "i32", "H": "i32"}
-_SRU_OPERANDS = "u x weight_c bias c_0 mask_c mask_pad scale_x"
+_SIZES = {"T": "i32", "B": "i32", "C": "i32", "H": "i32"}
+_OPERANDS = "u x weight_c bias c_0 mask_c mask_pad scale_x"
 _ALL_MASKS = {"TANH": True, "HAS_MASK_C": True, "HAS_MASK_PAD": True, "HAS_SCALE_X": True, "BC": _BC}
 
-#: Every tile of the linear scan, and every highway of SRU with everything optional switched on.
+#: Every highway, with everything optional switched on.
 CONFIGURATIONS = [
     *(
         Configuration(
-            linear_scan_forward_kernel,
-            _pointers("a b h_0 h") | _LINEAR_SIZES,
-            {"HAS_H_0": True, "REVERSE": reverse, "BT": steps, "BD": channels},
-            num_warps=warps,
-        )
-        for reverse, (channels, (steps, warps)) in zip((False, True, False, True), _TILES.items(), strict=True)
-    ),
-    *(
-        Configuration(
-            linear_scan_backward_kernel,
-            _pointers("grad_h a h h_0 grad_a grad_b grad_h_0") | _LINEAR_SIZES,
-            {"HAS_H_0": True, "REVERSE": reverse, "BT": steps, "BD": channels},
-            num_warps=warps,
-        )
-        for reverse, (channels, (steps, warps)) in zip((False, True, False, True), _TILES.items(), strict=True)
-    ),
-    *(
-        Configuration(
             sru_forward_kernel,
-            _pointers(_SRU_OPERANDS + " h c_n c") | _SRU_SIZES,
+            pointers(_OPERANDS + " h c_n c") | _SIZES,
             {"HIGHWAY": highway, "SAVE_C": True, **_ALL_MASKS},
             num_warps=_WARPS,
         )
@@ -577,7 +367,7 @@ CONFIGURATIONS = [
     *(
         Configuration(
             sru_backward_kernel,
-            _pointers("grad_h grad_c_n " + _SRU_OPERANDS + " c grad_u grad_x sums grad_c_0") | _SRU_SIZES,
+            pointers("grad_h grad_c_n " + _OPERANDS + " c grad_u grad_x sums grad_c_0") | _SIZES,
             {"HIGHWAY": highway, "HAS_GRAD_C_N": True, **_ALL_MASKS},
             num_warps=_WARPS,
         )
