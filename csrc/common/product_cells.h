@@ -17,11 +17,7 @@
 // with dL/dc in u.grad_c and gives the rest.
 #pragma once
 
-#if defined(__CUDACC__)
-#define SEQACCEL_CELL __host__ __device__ __forceinline__ static
-#else
-#define SEQACCEL_CELL static inline __attribute__((always_inline))
-#endif
+#include "common/cell_list.h"
 
 namespace seqaccel {
 
@@ -318,9 +314,6 @@ struct LayerNormGruCell : GruCell {
 };
 
 // Every cell: the loops, the operators' checks and the sessions' layers are made for these.
-template <class... Cells>
-struct CellList {};
-
 // clang-format off: a line each
 using ProductCells = CellList<
     RnnTanhCell,

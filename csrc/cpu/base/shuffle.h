@@ -1,7 +1,7 @@
 // Fixed permutations of the lanes of vectors, for any vector length.
 #pragma once
 
-#include "cpu/base/vec.h"
+#include "cpu/base/narrow.h"
 
 namespace seqaccel::SEQACCEL_ISA::inline base {
 
@@ -69,18 +69,21 @@ SEQACCEL_INLINE Vec<T> zip2(Vec<T> a, Vec<T> b, LaneList<I...>) {
 }
 
 // out[k][i] = p[K * i + k]
-template <typename T>
-SEQACCEL_INLINE void load_interleaved(const T* p, Vec<T> (&out)[3]) {
-  const Vec<T> a = load(p), b = load(p + Lanes<T>), c = load(p + 2 * Lanes<T>);
+template <typename S>
+SEQACCEL_INLINE void load_interleaved(const S* p, Vec<Compute<S>> (&out)[3]) {
+  typedef Compute<S> T;
+  const Vec<T> a = load_wide(p), b = load_wide(p + Lanes<T>), c = load_wide(p + 2 * Lanes<T>);
   const LaneIndices<Lanes<T>> lanes;
   out[0] = unzip3<T, 0>(a, b, c, lanes);
   out[1] = unzip3<T, 1>(a, b, c, lanes);
   out[2] = unzip3<T, 2>(a, b, c, lanes);
 }
 
-template <typename T>
-SEQACCEL_INLINE void load_interleaved(const T* p, Vec<T> (&out)[4]) {
-  const Vec<T> a = load(p), b = load(p + Lanes<T>), c = load(p + 2 * Lanes<T>), d = load(p + 3 * Lanes<T>);
+template <typename S>
+SEQACCEL_INLINE void load_interleaved(const S* p, Vec<Compute<S>> (&out)[4]) {
+  typedef Compute<S> T;
+  const Vec<T> a = load_wide(p), b = load_wide(p + Lanes<T>);
+  const Vec<T> c = load_wide(p + 2 * Lanes<T>), d = load_wide(p + 3 * Lanes<T>);
   const LaneIndices<Lanes<T>> lanes;
   const Vec<T> even_low = unzip2<T, 0>(a, b, lanes), even_high = unzip2<T, 0>(c, d, lanes);
   const Vec<T> odd_low = unzip2<T, 1>(a, b, lanes), odd_high = unzip2<T, 1>(c, d, lanes);
@@ -91,23 +94,25 @@ SEQACCEL_INLINE void load_interleaved(const T* p, Vec<T> (&out)[4]) {
 }
 
 // p[K * i + k] = v[k][i]
-template <typename T>
-SEQACCEL_INLINE void store_interleaved(T* p, const Vec<T> (&v)[3]) {
+template <typename S>
+SEQACCEL_INLINE void store_interleaved(S* p, const Vec<Compute<S>> (&v)[3]) {
+  typedef Compute<S> T;
   const LaneIndices<Lanes<T>> lanes;
-  store(p, zip3<T, 0>(v[0], v[1], v[2], lanes));
-  store(p + Lanes<T>, zip3<T, 1>(v[0], v[1], v[2], lanes));
-  store(p + 2 * Lanes<T>, zip3<T, 2>(v[0], v[1], v[2], lanes));
+  store_narrow(p, zip3<T, 0>(v[0], v[1], v[2], lanes));
+  store_narrow(p + Lanes<T>, zip3<T, 1>(v[0], v[1], v[2], lanes));
+  store_narrow(p + 2 * Lanes<T>, zip3<T, 2>(v[0], v[1], v[2], lanes));
 }
 
-template <typename T>
-SEQACCEL_INLINE void store_interleaved(T* p, const Vec<T> (&v)[4]) {
+template <typename S>
+SEQACCEL_INLINE void store_interleaved(S* p, const Vec<Compute<S>> (&v)[4]) {
+  typedef Compute<S> T;
   const LaneIndices<Lanes<T>> lanes;
   const Vec<T> even_low = zip2<T, 0>(v[0], v[2], lanes), even_high = zip2<T, 1>(v[0], v[2], lanes);
   const Vec<T> odd_low = zip2<T, 0>(v[1], v[3], lanes), odd_high = zip2<T, 1>(v[1], v[3], lanes);
-  store(p, zip2<T, 0>(even_low, odd_low, lanes));
-  store(p + Lanes<T>, zip2<T, 1>(even_low, odd_low, lanes));
-  store(p + 2 * Lanes<T>, zip2<T, 0>(even_high, odd_high, lanes));
-  store(p + 3 * Lanes<T>, zip2<T, 1>(even_high, odd_high, lanes));
+  store_narrow(p, zip2<T, 0>(even_low, odd_low, lanes));
+  store_narrow(p + Lanes<T>, zip2<T, 1>(even_low, odd_low, lanes));
+  store_narrow(p + 2 * Lanes<T>, zip2<T, 0>(even_high, odd_high, lanes));
+  store_narrow(p + 3 * Lanes<T>, zip2<T, 1>(even_high, odd_high, lanes));
 }
 
 template <typename T, int DISTANCE, bool kReverse, int... I>

@@ -1,0 +1,70 @@
+// The operators of the column cells on a CPU.
+#include "cpu/scan/columns.h"
+
+#include "common/column_arguments.h"
+
+namespace seqaccel::scan {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> column_forward(std::string cell, Tensor u, OptionalTensor x, OptionalTensor weight,
+                                                  OptionalTensor bias, Tensor c_0, OptionalTensor mask,
+                                                  OptionalTensor scale, OptionalTensor mask_pad, OptionalTensor reset,
+                                                  OptionalTensor cu_seqlens, int64_t directions, bool save) {
+  ColumnTensors t = {u, x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens};
+  const ColumnCall call = ColumnCall::check(cell, t, directions);
+  ColumnResults made(call, t, save);
+  const ColumnForward p = {call.operands(t), made.h.mutable_data_ptr(), made.c_n.mutable_data_ptr(),
+                           made.kept ? made.c.mutable_data_ptr() : nullptr};
+  active_column_table().cells[call.cell].forward[call.dtype](p);
+  return {made.h, made.c_n, made.c};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> column_backward(
+    std::string cell, Tensor grad_h, OptionalTensor grad_c_n, Tensor u, OptionalTensor x, OptionalTensor weight,
+    OptionalTensor bias, Tensor c_0, OptionalTensor mask, OptionalTensor scale, OptionalTensor mask_pad,
+    OptionalTensor reset, OptionalTensor cu_seqlens, Tensor c, int64_t directions) {
+  ColumnTensors t = {u, x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens};
+  const ColumnCall call = ColumnCall::check(cell, t, directions);
+  const int64_t channels = t.c_0.size(1);
+  const ScalarType dtype = t.u.scalar_type();
+  check_operand(grad_h, "grad_h", {call.shape.steps, call.rows, channels}, t.u, dtype);
+  check_operand(grad_c_n, "grad_c_n", {call.shape.batch, channels}, t.u, dtype);
+  check_operand(c, "c", {call.shape.steps, call.rows, channels}, t.u, dtype);
+  grad_h = to_contiguous(grad_h);
+  grad_c_n = to_contiguous(grad_c_n);
+  c = to_contiguous(c);
+  ColumnGradients g(t);
+  const auto out = [](Tensor& to, bool wanted) { return wanted ? to.mutable_data_ptr() : nullptr; };
+  const ColumnBackward p = {call.operands(t),
+                            grad_h.const_data_ptr(),
+                            grad_c_n ? grad_c_n->const_data_ptr() : nullptr,
+                            c.const_data_ptr(),
+                            out(g.u, true),
+                            out(g.x, t.x.has_value()),
+                            out(g.weight, t.weight.has_value()),
+                            out(g.bias, t.bias.has_value()),
+                            out(g.c_0, true)};
+  STD_TORCH_CHECK(active_column_table().cells[call.cell].backward[call.dtype](p),
+                  "seqaccel: not enough memory for the gradients of the parameters");
+  return {g.u, g.x, g.weight, g.bias, g.c_0};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
+  m.def(
+      "column_forward(str cell, Tensor u, Tensor? x, Tensor? weight, Tensor? bias, Tensor c_0, Tensor? mask, "
+      "Tensor? scale, Tensor? mask_pad, Tensor? reset, Tensor? cu_seqlens, int directions, bool save) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "column_backward(str cell, Tensor grad_h, Tensor? grad_c_n, Tensor u, Tensor? x, Tensor? weight, Tensor? bias, "
+      "Tensor c_0, Tensor? mask, Tensor? scale, Tensor? mask_pad, Tensor? reset, Tensor? cu_seqlens, Tensor c, "
+      "int directions) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {
+  m.impl("column_forward", TORCH_BOX(&column_forward));
+  m.impl("column_backward", TORCH_BOX(&column_backward));
+}
+
+}  // namespace seqaccel::scan
