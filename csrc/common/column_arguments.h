@@ -137,28 +137,34 @@ struct ColumnCall {
   }
 };
 
+// Makes an uninitialised tensor.
+typedef Tensor (*NewTensor)(const Tensor& like, const Extents& sizes);
+
 // The results of the forward pass: h, c_n and c; c is empty where it is not kept, or is h.
 struct ColumnResults {
   Tensor h, c_n, c;
   bool kept;
-  ColumnResults(const ColumnCall& call, const ColumnTensors& t, bool save)
-      : h(new_tensor(t.u, {call.shape.steps, call.rows, t.c_0.size(1)})),
-        c_n(new_tensor(t.c_0, {call.shape.batch, t.c_0.size(1)})),
-        c(new_tensor(t.u, {0})),
+  ColumnResults(const ColumnCall& call, const ColumnTensors& t, bool save, NewTensor make)
+      : h(make(t.u, {call.shape.steps, call.rows, t.c_0.size(1)})),
+        c_n(make(t.c_0, sizes_of(t.c_0))),
+        c(make(t.u, {0})),
         kept(save && (!call.traits.output_is_state || t.mask_pad)) {
-    if (kept) c = new_tensor(t.u, {call.shape.steps, call.rows, t.c_0.size(1)});
+    if (kept) c = make(t.u, sizes_of(h));
   }
 };
 
 // The gradients of u, x, weight, bias and c_0; empty of what there is not.
 struct ColumnGradients {
   Tensor u, x, weight, bias, c_0;
-  explicit ColumnGradients(const ColumnTensors& t)
-      : u(fresh(t.u)), x(fresh(t.x, t.u)), weight(fresh(t.weight, t.u)), bias(fresh(t.bias, t.u)), c_0(fresh(t.c_0)) {}
+  ColumnGradients(const ColumnTensors& t, NewTensor make)
+      : u(make(t.u, sizes_of(t.u))),
+        x(make(t.u, sizes_of(t.x))),
+        weight(make(t.u, sizes_of(t.weight))),
+        bias(make(t.u, sizes_of(t.bias))),
+        c_0(make(t.u, sizes_of(t.c_0))) {}
 
  private:
-  static Tensor fresh(const Tensor& t) { return new_tensor(t, sizes_of(t)); }
-  static Tensor fresh(const OptionalTensor& t, const Tensor& like) { return t ? fresh(*t) : new_tensor(like, {0}); }
+  static Extents sizes_of(const OptionalTensor& t) { return t ? seqaccel::sizes_of(*t) : Extents{0}; }
 };
 
 }  // namespace seqaccel::scan

@@ -21,9 +21,9 @@ enum class Mask { none, column, step };
 struct ColumnTraits {
   // Inputs of a column: rows of the product's weight.
   // static constexpr int kInputs;
-  static constexpr bool kInterleaved = false;    // the inputs of a column are adjacent, (..., H, kInputs); else they
-                                                 // are rows, (..., kInputs, H)
-  static constexpr int kBiases = 0;              // biases of a column: of the inputs from kFirstBias on
+  static constexpr bool kInterleaved = false;  // the inputs of a column are adjacent, (..., H, kInputs); else they
+                                               // are rows, (..., kInputs, H)
+  static constexpr int kBiases = 0;            // biases of a column: of the inputs from kFirstBias on
   static constexpr int kFirstBias = 0;
   static constexpr int kWeights = 0;             // weights of a column that multiply its state
   static constexpr bool kReadsX = false;         // reads the layer's input, u.x
@@ -98,8 +98,8 @@ struct SruCell : ColumnTraits {
   }
 };
 
-// The pooling of a QRNN (Bradbury et al. 2017), fo or f: z = tanh, f, o = sigmoid; k = scale m (1 - f), with m and scale
-// those of zoneout; c = c' + k (z - c'); h = o c, or c. Inputs: z, f, o.
+// The pooling of a QRNN (Bradbury et al. 2017), fo or f: z = tanh, f, o = sigmoid; k = scale m (1 - f), with m and
+// scale those of zoneout; c = c' + k (z - c'); h = o c, or c. Inputs: z, f, o.
 template <bool kOutputGate>
 struct PoolCell : ColumnTraits {
   static constexpr const char* kName = kOutputGate ? "fo_pool" : "f_pool";

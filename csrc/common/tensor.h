@@ -133,7 +133,7 @@ inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t end = begin + uintptr_t(t.numel()) * (t.scalar_type() == ScalarType::Double ? 8 : 4);
+  const uintptr_t end = begin + uintptr_t(t.numel()) * t.element_size();
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif

@@ -76,15 +76,15 @@ void give_block(Block block) noexcept {
 }
 
 Tensor new_pooled(const Tensor& like, const Extents& sizes) {
-  const bool single = like.scalar_type() == ScalarType::Float;
-  size_t bytes = single ? 4 : 8;
+  size_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= size_t(size);
   if (bytes < kSmallest || from_blob() == nullptr) return new_tensor(like, sizes);
   const Block block = take_block(bytes);
   if (block.data == nullptr) return new_tensor(like, sizes);  // which says what torch says
   AtenTensorHandle tensor = nullptr;
-  TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), 0,
-                                     single ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(from_blob()(block.data, int64_t(sizes.size()), sizes.data(), row_major(sizes).data(), 0, dtype,
                                      aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
                                      give_back, reinterpret_cast<void*>(block.size)));
   return Tensor(tensor);

@@ -293,9 +293,8 @@ struct ColumnLoop {
         } else {
           const C* before = initial + run.local;
           if (!starts) before = state_before(c + value(run, line.at(run, time + (run.direction ? 1 : -1))), prev, run);
-          backward_strip<Cell>(strip(run, at, before),
-                               {grad_h + to, c + to, grad_u + input(run, at), grad_x ? grad_x + to : nullptr, grad,
-                                sums + run.local});
+          backward_strip<Cell>(strip(run, at, before), {grad_h + to, c + to, grad_u + input(run, at),
+                                                        grad_x ? grad_x + to : nullptr, grad, sums + run.local});
         }
         if (starts && step) {
           add_row(grad_c_0 + run.local, grad, run.length);

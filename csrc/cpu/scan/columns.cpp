@@ -2,6 +2,7 @@
 #include "cpu/scan/columns.h"
 
 #include "common/column_arguments.h"
+#include "cpu/base/pool.h"
 
 namespace seqaccel::scan {
 namespace {
@@ -12,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> column_forward(std::string cell, Tensor u, Op
                                                   OptionalTensor cu_seqlens, int64_t directions, bool save) {
   ColumnTensors t = {u, x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens};
   const ColumnCall call = ColumnCall::check(cell, t, directions);
-  ColumnResults made(call, t, save);
+  ColumnResults made(call, t, save, new_pooled);
   const ColumnForward p = {call.operands(t), made.h.mutable_data_ptr(), made.c_n.mutable_data_ptr(),
                            made.kept ? made.c.mutable_data_ptr() : nullptr};
   active_column_table().cells[call.cell].forward[call.dtype](p);
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> column_backward(
   grad_h = to_contiguous(grad_h);
   grad_c_n = to_contiguous(grad_c_n);
   c = to_contiguous(c);
-  ColumnGradients g(t);
+  ColumnGradients g(t, new_pooled);
   const auto out = [](Tensor& to, bool wanted) { return wanted ? to.mutable_data_ptr() : nullptr; };
   const ColumnBackward p = {call.operands(t),
                             grad_h.const_data_ptr(),
