@@ -10,6 +10,7 @@ from rnn_cases import kinds, problem, weights_of, zoneout_masks
 from seqaccel.functional.rnn import CELLS
 from seqaccel.kernels import conv, rnn, scan
 from seqaccel.kernels.attention import hierarchical
+from seqaccel.kernels.scan.cells import CELLS as COLUMN_CELLS
 
 
 def _rnn(cell, projected, T=3, B=2):
@@ -32,6 +33,29 @@ def _linear_scan(T=3, B=2):
     yield "linear_scan_forward", scan.linear_scan_forward, (a, b, h_0, False)
     h = scan.linear_scan_forward(a, b, h_0, False)
     yield "linear_scan_backward", scan.linear_scan_backward, (torch.randn_like(h), a, h, h_0, False)
+
+
+def _columns(cell, T=3, B=2, packed=False):
+    spec, sequences, B = COLUMN_CELLS[cell], 3 if packed else B, 1 if packed else B
+    C = 4
+    mask = {"": None, "BC": torch.rand(sequences, C), "TBC": torch.rand(T, B, C)}[spec.mask]
+    given = (
+        torch.randn(T, B, spec.inputs * C),
+        torch.randn(T, B, C) if spec.highway else None,
+        torch.randn(spec.weights * C) if spec.weights else None,
+        torch.randn(spec.biases * C),
+        torch.randn(sequences, C),
+        mask,
+        None if mask is None else torch.tensor([1.5]),
+        None if packed else torch.arange(T)[:, None] >= torch.arange(B),
+        None if packed else torch.arange(T)[:, None] == torch.arange(B),
+        torch.tensor([0, T // 2, T // 2, T]) if packed else None,
+        2,
+    )
+    yield "column_forward", scan.column_forward, (cell, *given, True)
+    h, c_n, c = scan.column_forward(cell, *given, True)
+    given = (torch.randn_like(h), torch.randn_like(c_n), *given[:-1], c if c.numel() else h, 2)
+    yield "column_backward", scan.column_backward, (cell, *given)
 
 
 def _sru(T=3, B=2):
@@ -75,6 +99,8 @@ TABLE = {
         for cell, projected in kinds("triton")
     },
     "linear_scan": _linear_scan,
+    **{f"columns {cell}": functools.partial(_columns, cell) for cell in COLUMN_CELLS},
+    "columns packed": functools.partial(_columns, "fo_pool", packed=True),
     "sru": _sru,
     "conv": functools.partial(_conv, 6, 1),
     "conv depthwise": functools.partial(_conv, 4, 4),
