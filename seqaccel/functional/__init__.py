@@ -6,7 +6,7 @@ from seqaccel.functional.attention import hierarchical_attention
 from seqaccel.functional.conv import causal_conv1d
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
-from seqaccel.functional.scan import linear_scan, sru, sru_layer
+from seqaccel.functional.scan import column_layer, fo_pool, indrnn, linear_scan, min_gru, min_lstm, sru, sru_layer
 
-__all__ = ["causal_conv1d", "hierarchical_attention", "linear_scan", "sru", "sru_layer"]
-__all__ += _recurrent.__all__
+__all__ = ["causal_conv1d", "column_layer", "fo_pool", "hierarchical_attention", "indrnn", "linear_scan", "min_gru"]
+__all__ += ["min_lstm", "sru", "sru_layer", *_recurrent.__all__]

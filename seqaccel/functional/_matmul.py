@@ -1,4 +1,7 @@
-"""Matrix products by torch's library or by our C++ kernels, whichever is faster on a CPU's cores."""
+"""Matrix products by torch's library or by our C++ kernels, whichever is faster on a CPU's cores.
+
+Ours are of float32 and float64; torch multiplies narrower types.
+"""
 
 import torch
 from torch import Tensor
@@ -7,14 +10,18 @@ from seqaccel import _common
 from seqaccel.functional._registration import Operator, call, register
 
 
+def _has_ours(a: Tensor, backend: str) -> bool:
+    return backend == "cpp" and a.dtype in (torch.float32, torch.float64)
+
+
 def mm(a: Tensor, b: Tensor, backend: str) -> Tensor:
     """a @ b."""
-    return torch.ops.seqaccel.fastest_mm.default(a, b) if backend == "cpp" else torch.mm(a, b)
+    return torch.ops.seqaccel.fastest_mm.default(a, b) if _has_ours(a, backend) else torch.mm(a, b)
 
 
 def add_mm_(out: Tensor, a: Tensor, b: Tensor, backend: str) -> Tensor:
     """out += a @ b."""
-    if backend != "cpp" or _common.is_batched(a):
+    if not _has_ours(a, backend) or _common.is_batched(a):
         return out.addmm_(a, b)
     torch.ops.seqaccel.add_fastest_mm_.default(out, a, b)
     return out

@@ -28,11 +28,11 @@ def detached(*tensors: Tensor | None) -> list[Any]:
 
 
 def loop(
-    step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], Tensor]],
+    step: Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], Any]],
     state: Sequence[Tensor],
     inputs: Sequence[Tensor],
     reverse: bool = False,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Any]:
     """The last state, and the outputs (T, ...) of ``step(state, inputs of one step)``, as one Scan for any T.
 
     A step returns new tensors: no output may be an input or another output.
@@ -55,50 +55,73 @@ def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool) -> Tens
     return loop(step, [start], [a.transpose(0, 1), b.transpose(0, 1)], reverse)[1].transpose(0, 1)
 
 
-def sru(
+def columns(
+    cell: str,
     u: Tensor,
     x: Tensor | None,
-    weight_c: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     c_0: Tensor,
-    mask_c: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
     mask_pad: Tensor | None,
-    scale_x: Tensor | None,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
     directions: int,
-    use_tanh: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``seqaccel.reference.scan.sru``: each direction is a loop over calls of it with one step."""
-    u, x, weight_c, bias, c_0, mask_c, scale_x = detached(u, x, weight_c, bias, c_0, mask_c, scale_x)
-    x = x if x is None or scale_x is None else x * scale_x
+    """``seqaccel.reference.scan.columns``: each direction is a loop over calls of it with one step."""
+    u, x, weight, bias, c_0, mask, scale = detached(u, x, weight, bias, c_0, mask, scale)
+    scale = None if scale is None else scale.reshape(())  # in a loop's graph a size of 1 is a symbol
+    packed, fresh = cu_seqlens is not None, c_0
+    if cu_seqlens is not None:
+        fresh, mask, mask_pad, reset = reference.packed_steps(cu_seqlens, c_0, mask, u.shape[0])
     channels = c_0.shape[-1]
-    hidden = channels // directions
+    hidden, width = channels // directions, u.shape[-1] // directions
     outputs, states = [], []
     for d in range(directions):
         half = slice(d * hidden, (d + 1) * hidden)
-        k = u.shape[-1] // channels
-        inputs = [u[..., d * hidden * k : (d + 1) * hidden * k]]
-        for optional, width in ((x, 1), (weight_c if weight_c.dim() == 3 else None, 2)):
-            if optional is not None:
-                inputs.append(optional[..., d * hidden * width : (d + 1) * hidden * width])
-        if mask_pad is not None:
-            inputs.append(mask_pad)
-        own_weight = None if weight_c.dim() == 3 else weight_c.view(2, directions, hidden)[:, d].reshape(-1)
-        own_bias = bias.view(2, directions, hidden)[:, d].reshape(-1)
-        own_mask = None if mask_c is None else mask_c[:, half]
+
+        def rows(t: Tensor | None, d: int = d) -> Tensor | None:
+            return t if t is None or t.dim() == 3 else t.view(-1, directions, hidden)[:, d].reshape(-1)
+
+        begins = reset
+        if reset is not None and d == 1:  # against time a sequence begins before the step it meets
+            begins = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+        own_weight, own_bias, own_mask = rows(weight), rows(bias), None if mask is None else mask[..., half]
+        of_steps = {
+            "u": u[..., d * width : (d + 1) * width],
+            "x": None if x is None else x[..., half],
+            "weight": own_weight[..., 2 * d * hidden : 2 * (d + 1) * hidden]
+            if own_weight is not None and own_weight.dim() == 3
+            else None,
+            "mask": own_mask if own_mask is not None and own_mask.dim() == 3 else None,
+            "mask_pad": mask_pad,
+            "begins": begins,
+            "fresh": fresh[:, half] if packed else None,
+        }
+        of_steps = {name: t for name, t in of_steps.items() if t is not None}
+        of_all = {"weight": own_weight, "mask": own_mask, "fresh": c_0[:, half]}
 
         def step(
-            state: list[Tensor], inputs: list[Tensor], own_weight=own_weight, own_bias=own_bias, own_mask=own_mask
-        ) -> tuple[list[Tensor], Tensor]:
-            rest = [t.unsqueeze(0) for t in inputs]
-            u_t = rest.pop(0)
-            x_t = None if x is None else rest.pop(0)
-            weight_t = rest.pop(0) if own_weight is None else own_weight
-            pad_t = rest.pop(0) if rest else None
-            h, c = reference.sru(u_t, x_t, weight_t, own_bias, state[0], own_mask, pad_t, None, 1, use_tanh)
-            return [c], h.squeeze(0)
+            state: list[Tensor], inputs: list[Tensor], of_steps=of_steps, of_all=of_all, own_bias=own_bias
+        ) -> tuple[list[Tensor], list[Tensor]]:
+            at: dict[str, Any] = of_all | {
+                name: t.unsqueeze(0) for name, t in zip(of_steps, inputs, strict=True)
+            }
+            c = state[0]
+            if "begins" in at:
+                c = torch.where(at["begins"][0].unsqueeze(1), at["fresh"], c)
+            h, c = reference.columns(
+                cell, at["u"], at.get("x"), at["weight"], own_bias, c, at["mask"], scale, at.get("mask_pad")
+            )
+            return [c], ([h.squeeze(0), c.clone()] if packed else h.squeeze(0))
 
-        (c_n,), h = loop(step, [c_0[:, half]], inputs, d == 1)
-        outputs.append(h)
+        start = fresh[-1 if d else 0, None, half] if packed else c_0[:, half]
+        (c_n,), found = loop(step, [start], list(of_steps.values()), d == 1)
+        if cu_seqlens is not None:
+            found, after = found
+            c_n = reference.last_states(cu_seqlens, c_0[:, half], after.squeeze(1), d == 1)
+        outputs.append(found)
         states.append(c_n)
     return torch.cat(outputs, -1), torch.cat(states, -1)
 

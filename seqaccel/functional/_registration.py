@@ -37,10 +37,10 @@ class Operator:
             calculates gradients: gradients of those come from the forward operator.
         recorded: its results as its kernel returns them, recorded by autograd. Default: the gradient is the
             definition's.
-        batch: the dimension of the batch, of arguments by name and of results by index; what is not listed has none.
-            The first argument gives the batch's size.
+        batch: the dimension of the batch, of arguments by name and of results by index; what is not listed has none. A
+            negative one counts from the last. The first argument gives the batch's size.
         summed: results that are sums over the batch, as gradients of weights are.
-        packs: the argument that may hold the rows of packed sequences (N, ·): then there is no batch dimension.
+        packs: an argument and how many dimensions it has in calls with packed sequences: these have no batch dimension.
         from_row: the arguments for a part of the batch, from the arguments and the part's first row: of an operator
             that draws random numbers by the position in the batch. Default: as they are.
         autocast: the dtype that autocast casts to; None: autocast's own. Default: float32, in which the CPU's kernels
@@ -55,7 +55,7 @@ class Operator:
     recorded: Callable[..., Any] | None = None
     batch: dict[str | int, int] = dataclasses.field(default_factory=dict)
     summed: tuple[int, ...] = ()
-    packs: str | None = None
+    packs: tuple[str, int] | None = None
     from_row: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     autocast: torch.dtype | None = torch.float32
     mutates: bool = False
@@ -67,9 +67,24 @@ class Operator:
     def named(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         return {a.name: value for a, value in zip(self.overload._schema.arguments, arguments, strict=False)}
 
+    def batch_dim(self, key: str | int, dims: int) -> int | None:
+        """The dimension of the batch of an argument or a result of ``dims`` dimensions; None where there is none."""
+        d = self.batch.get(key)
+        d = d + dims if d is not None and d < 0 else d
+        return d if d is not None and 0 <= d < dims else None
+
+    def is_packed(self, name: str, value: Any, mapped: bool = False) -> bool:
+        """Whether an argument, which may have a dimension of vmap, makes the call one of packed sequences."""
+        return (
+            self.packs is not None
+            and name == self.packs[0]
+            and value is not None
+            and value.dim() == self.packs[1] + mapped
+        )
+
     def batch_size(self, named: dict[str, Any]) -> int | None:
         """The size of the batch; None where there is no batch dimension."""
-        if not self.batch or (self.packs is not None and named[self.packs].dim() == 2):
+        if not self.batch or any(self.is_packed(name, value) for name, value in named.items()):
             return None
         name, d = next((key, d) for key, d in self.batch.items() if isinstance(key, str))
         return named[name].shape[d]
@@ -193,25 +208,22 @@ def _fold(operator: Operator, n: int, arguments: tuple[Any, ...], dims: tuple[An
         return None
     folded = []
     for (name, value), dim in zip(operator.named(arguments).items(), dims, strict=True):
-        if name == operator.packs and value.dim() == (2 if dim is None else 3):
+        if operator.is_packed(name, value, dim is not None):
             return None
         if name == "seed" and value is not None:  # dropout draws by the position in the batch
             return None
-        d = operator.batch.get(name)
-        if not isinstance(value, Tensor) or d is None:
+        d = None
+        if isinstance(value, Tensor) and name in operator.batch:
+            d = operator.batch_dim(name, value.dim() - (dim is not None))
+            if d is None and (dim is not None or value.numel() != 1):  # of one value: one for all
+                return None
+        if d is None:
             if dim is not None and any(entry is not None for entry in tree_leaves(dim)):
                 return None
             folded.append(value)
-        elif dim is not None:
-            if value.dim() - 1 <= d:
-                return None
-            folded.append(value.movedim(dim, d).flatten(d, d + 1))
-        elif value.dim() > d:
-            folded.append(torch.stack([value] * n, d).flatten(d, d + 1))
-        elif value.numel() == 1:  # one for all
-            folded.append(value)
         else:
-            return None
+            moved = torch.stack([value] * n, d) if dim is None else value.movedim(dim, d)
+            folded.append(moved.flatten(d, d + 1))
     return folded
 
 
@@ -238,11 +250,11 @@ def _vmap_rule(operator: Operator) -> Callable[..., Any]:
         results = operator.overload(*folded)
         found, dims = [], []
         for i, result in enumerate(_tuple(results)):
-            d = operator.batch.get(i)
             parts = result if isinstance(result, (list, tuple)) else [result]
-            mapped = d is not None
-            split = [p.unflatten(d, (n, p.shape[d] // n)) if mapped and p.dim() > d else p for p in parts]
-            out = [d if mapped and p.dim() > d else None for p in parts]
+            out = [operator.batch_dim(i, p.dim()) for p in parts]
+            split = [
+                p if d is None else p.unflatten(d, (n, p.shape[d] // n)) for p, d in zip(parts, out, strict=True)
+            ]
             found.append(split if isinstance(result, (list, tuple)) else split[0])
             dims.append(out if isinstance(result, (list, tuple)) else out[0])
         return (found[0], dims[0]) if isinstance(results, Tensor) else (tuple(found), tuple(dims))

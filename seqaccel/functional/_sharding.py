@@ -50,8 +50,8 @@ def _run(operator: Operator, overload: Any, arguments: tuple[Any, ...], keywords
     size = operator.batch_size(named)
 
     def batch_dim(key: str | int, t: Tensor, size: int | None) -> int | None:
-        d = operator.batch.get(key)
-        return d if d is not None and t.dim() > d and t.shape[d] == size else None
+        d = operator.batch_dim(key, t.dim())
+        return d if d is not None and t.shape[d] == size else None
 
     deciding = list(named.items())[: 1 if operator.mutates else None]
     dims = [

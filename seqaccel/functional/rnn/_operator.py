@@ -185,7 +185,7 @@ def _register(backend: str) -> None:
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
             batch=named | {0: 1, 1: 0, 2: 0, 3: 1},
-            packs="input",
+            packs=("input", 2),
             autocast=autocast,
         )
     )
@@ -197,7 +197,7 @@ def _register(backend: str) -> None:
             _backward_flops,
             batch=named | of_grads | {0: 1, 1: 0, 2: 0},
             summed=(3,),
-            packs="input",
+            packs=("input", 2),
             autocast=autocast,
         )
     )

@@ -20,6 +20,13 @@ def _operator(name: str, backend: str) -> Callable[..., Any]:
     return operator(name, backend, _register)
 
 
+def _reference(u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, directions, use_tanh):
+    cell = "sru_tanh" if use_tanh else "sru"
+    return reference.columns(
+        cell, u, x, weight_c, bias, c_0, mask_c, scale_x, mask_pad, None, None, directions
+    )  # fmt: skip
+
+
 class _SRU(torch.autograd.Function):
     """Saves u, x and c: (k + 2) * H values a step and direction; the gates are computed again in backward.
     A list ``kept`` takes c."""
@@ -42,7 +49,7 @@ class _SRU(torch.autograd.Function):
         u, x, weight_c, bias, c_0, mask_c, mask_pad, scale_x, c = ctx.saved_tensors
         if torch.is_grad_enabled():
             grads = _common.differentiable_backward(
-                lambda *inputs: reference.sru(*inputs, mask_c, mask_pad, scale_x, ctx.directions, ctx.use_tanh),
+                lambda *inputs: _reference(*inputs, mask_c, mask_pad, scale_x, ctx.directions, ctx.use_tanh),
                 (u, x, weight_c, bias, c_0),
                 (grad_h, grad_c_n),
                 ctx.needs_input_grad[:5],
@@ -89,7 +96,7 @@ class _SRULayer(torch.autograd.Function):
 
             def layer(input, weight, x, *rest):
                 x = input if ctx.same else x
-                return reference.sru(input @ weight, x, *rest, mask_c, mask_pad, scale_x, ctx.directions, ctx.use_tanh)
+                return _reference(input @ weight, x, *rest, mask_c, mask_pad, scale_x, ctx.directions, ctx.use_tanh)
 
             inputs = (input, weight, None if ctx.same else x, weight_c, bias, c_0)
             grads = _common.differentiable_backward(layer, inputs, (grad_h, grad_c_n), ctx.needs_input_grad[:6])
@@ -263,16 +270,18 @@ def _sru(
     computed = [t.to(compute) if t is not None and t.is_floating_point() else t for t in (u, *operands)]
     inputs: tuple[Any, ...] = (*computed, directions, use_tanh)
     if _common.transforms_active():
-        h, c_n = reference.sru(*inputs)
+        h, c_n = _reference(*inputs)
     elif _onnx.exporting():
-        h, c_n = _onnx.sru(*inputs)
+        *first, mask_c, mask_pad, scale_x, directions, use_tanh = inputs
+        cell = "sru_tanh" if use_tanh else "sru"
+        h, c_n = _onnx.columns(cell, *first, mask_c, scale_x, mask_pad, None, None, directions)
     else:
         if weight_c.dim() == 3:
             backend = backends.choose("sru with weights of each step", u, ("reference",))
         else:
             backend = backends.choose("sru", u, BACKENDS)
         if backend == "reference":
-            h, c_n = reference.sru(*inputs)
+            h, c_n = _reference(*inputs)
         elif torch.compiler.is_compiling():  # autograd records the operator itself
             h, c_n, _ = _operator("sru_forward", backend)(*inputs, False)
         elif _common.needs_grad(*inputs[:5]):
@@ -376,7 +385,7 @@ def _sru_backward_fake(grad_h, grad_c_n, u, x, weight_c, bias, c_0, mask_c, mask
 
 
 def _sru_definition(*arguments):
-    return reference.sru(*arguments[:10])
+    return _reference(*arguments[:10])
 
 
 def _sru_recorded(backend, *arguments):
