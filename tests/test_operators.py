@@ -62,6 +62,16 @@ def sru_backward_arguments():
     return torch.randn_like(h), torch.randn_like(c_n), *operands[:8], c, *operands[8:]
 
 
+def column_arguments(save=False):
+    return "fo_pool", double(3, 2, 15), None, None, double(15), double(2, 5), *[None] * 5, 1, save
+
+
+def column_backward_arguments():
+    *operands, _ = column_arguments()
+    h, c_n, c = torch.ops.seqaccel.column_forward(*operands, True)
+    return "fo_pool", torch.randn_like(h), torch.randn_like(c_n), *operands[1:-1], c, 1
+
+
 def attention_arguments():
     return double(2, 4, 9, 3), double(2, 2, 9, 3), double(2, 2, 9, 3), double(1, 2, 3), *OPTIONS
 
@@ -80,6 +90,8 @@ ARGUMENTS = {
     "causal_conv1d_backward": conv_backward_arguments,
     "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), False),
     "linear_scan_backward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3), False),
+    "column_forward": column_arguments,
+    "column_backward": column_backward_arguments,
     "sru_forward": sru_arguments,
     "sru_backward": sru_backward_arguments,
     "hierarchical_attention_forward": attention_arguments,

@@ -88,7 +88,7 @@ def columns(
         if reset is not None and d == 1:  # against time a sequence begins before the step it meets
             begins = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
         own_weight, own_bias, own_mask = rows(weight), rows(bias), None if mask is None else mask[..., half]
-        of_steps = {
+        optional = {
             "u": u[..., d * width : (d + 1) * width],
             "x": None if x is None else x[..., half],
             "weight": own_weight[..., 2 * d * hidden : 2 * (d + 1) * hidden]
@@ -99,15 +99,13 @@ def columns(
             "begins": begins,
             "fresh": fresh[:, half] if packed else None,
         }
-        of_steps = {name: t for name, t in of_steps.items() if t is not None}
+        of_steps = {name: t for name, t in optional.items() if t is not None}
         of_all = {"weight": own_weight, "mask": own_mask, "fresh": c_0[:, half]}
 
         def step(
             state: list[Tensor], inputs: list[Tensor], of_steps=of_steps, of_all=of_all, own_bias=own_bias
-        ) -> tuple[list[Tensor], list[Tensor]]:
-            at: dict[str, Any] = of_all | {
-                name: t.unsqueeze(0) for name, t in zip(of_steps, inputs, strict=True)
-            }
+        ) -> tuple[list[Tensor], Any]:
+            at: dict[str, Any] = of_all | {name: t.unsqueeze(0) for name, t in zip(of_steps, inputs, strict=True)}
             c = state[0]
             if "begins" in at:
                 c = torch.where(at["begins"][0].unsqueeze(1), at["fresh"], c)

@@ -252,9 +252,7 @@ def _vmap_rule(operator: Operator) -> Callable[..., Any]:
         for i, result in enumerate(_tuple(results)):
             parts = result if isinstance(result, (list, tuple)) else [result]
             out = [operator.batch_dim(i, p.dim()) for p in parts]
-            split = [
-                p if d is None else p.unflatten(d, (n, p.shape[d] // n)) for p, d in zip(parts, out, strict=True)
-            ]
+            split = [p if d is None else p.unflatten(d, (n, p.shape[d] // n)) for p, d in zip(parts, out, strict=True)]
             found.append(split if isinstance(result, (list, tuple)) else split[0])
             dims.append(out if isinstance(result, (list, tuple)) else out[0])
         return (found[0], dims[0]) if isinstance(results, Tensor) else (tuple(found), tuple(dims))

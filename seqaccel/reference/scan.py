@@ -45,7 +45,7 @@ def linear_scan_gradients(
     return grad_b * h_prev[:, :steps], grad_b, (through[:, -1:] if reverse else through[:, :1]).sum(1)
 
 
-Rows = Sequence[Tensor | float]  # of one kind: inputs, recurrent weights or biases; 0 where there are none
+Rows = Sequence[Any]  # of one kind: inputs, recurrent weights or biases; 0 where there are none
 
 
 def _sru(u: Rows, c: Tensor, weight: Rows, bias: Rows, x: Any, mask: Any, scale: Any, tanh: bool = False) -> Any:
@@ -199,8 +199,8 @@ def columns(
     channels = c_0.shape[-1]
     hidden, dtype = channels // directions, u.dtype
     if dtype in (torch.float16, torch.bfloat16):
-        floats = (u, x, weight, bias, c_0, mask, scale)
-        u, x, weight, bias, c_0, mask, scale = (t if t is None else t.float() for t in floats)
+        u, c_0 = u.float(), c_0.float()
+        x, weight, bias, mask, scale = (t if t is None else t.float() for t in (x, weight, bias, mask, scale))
     if cell.startswith("sru"):
         parts = u.reshape(steps, batch, directions, hidden, features // channels).unbind(-1)
     else:

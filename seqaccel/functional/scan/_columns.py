@@ -4,7 +4,7 @@ The functions of single cells (``sru``, ``fo_pool``, ...) name their arguments a
 """
 
 import functools
-import math
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class Caller(NamedTuple):
     """The public function whose arguments are checked, and what it calls the operands where that is another name."""
 
     name: str
-    names: dict[str, str] = {}
+    names: dict[str, str]
 
     def called(self, operand: str) -> str:
         return self.names.get(operand, operand)
@@ -186,7 +186,7 @@ def _check_offsets(name: str, cu_seqlens: Tensor, u: Tensor, steps: int, batch: 
     if torch.compiler.is_compiling() or _common.is_distributed(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != steps or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] != 0 or ends[-1] != steps or any(b < a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"{name}: expected cu_seqlens to ascend from 0 to {steps}, but got {ends!r:.60}")
 
 
@@ -298,7 +298,7 @@ def recurrence(caller: Caller, cell: str, u: Tensor, *operands: Any) -> tuple[Te
         return reference.columns(cell, u, *checked)
     if torch.compiler.is_compiling():  # autograd records the operator itself
         h, c_n, _ = _operator("column_forward", backend)(cell, u, *checked, False)
-    elif _common.needs_grad(u, *checked[: _DIFFERENTIABLE - 1]):
+    elif _common.needs_grad(u, checked.x, checked.weight, checked.bias, checked.c_0):
         h, c_n = _Columns.apply(None, cell, backend, u, *checked)
     else:
         h, c_n, _ = call(_operator("column_forward", backend), cell, u, *checked, False)

@@ -11,8 +11,8 @@ _MIN_GRU, _MIN_LSTM = Caller("min_gru", {"c_0": "h_0"}), Caller("min_lstm", {"c_
 
 
 def _minimal(
-    caller: Caller, cell: str, u: Tensor, bias: Any, h_0: Any, mask_pad: Any, reset: Any, cu_seqlens: Any, directions: Any,
-    candidate: Any,
+    caller: Caller, cell: str, u: Tensor, bias: Any, h_0: Any, mask_pad: Any, reset: Any, cu_seqlens: Any,
+    directions: Any, candidate: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _arguments.tensor(caller.name, "u", u)
     if candidate not in ("linear", "g"):

@@ -5,7 +5,7 @@ from torch import Tensor
 from seqaccel import _arguments
 from seqaccel.functional.scan._columns import Caller, check_types, recurrence
 
-_FO_POOL = Caller("fo_pool")
+_FO_POOL = Caller("fo_pool", {})
 
 
 def fo_pool(

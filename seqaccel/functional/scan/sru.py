@@ -272,9 +272,8 @@ def _sru(
     if _common.transforms_active():
         h, c_n = _reference(*inputs)
     elif _onnx.exporting():
-        *first, mask_c, mask_pad, scale_x, directions, use_tanh = inputs
         cell = "sru_tanh" if use_tanh else "sru"
-        h, c_n = _onnx.columns(cell, *first, mask_c, scale_x, mask_pad, None, None, directions)
+        h, c_n = _onnx.columns(cell, *computed[:6], computed[7], computed[6], None, None, directions)  # type: ignore[call-arg]
     else:
         if weight_c.dim() == 3:
             backend = backends.choose("sru with weights of each step", u, ("reference",))
