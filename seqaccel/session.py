@@ -17,6 +17,7 @@ from seqaccel.convert import REPLACEMENTS
 from seqaccel.functional.rnn import CELLS
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
+from seqaccel.nn.scan import SRU, SRUCell
 
 __all__ = ["Session"]
 
@@ -34,8 +35,10 @@ _ACTIVATIONS = {
     torch.nn.Hardswish: "hardswish",
 }
 
-# Kind; inputs, hidden, outputs; weights; zoneout of h and c, parameter.
-_Layer = tuple[str, tuple[int, int, int], list[Tensor | None], tuple[float, float, float]]
+# Kind; inputs, hidden, outputs, and of a column cell matrices and skip; weights; zoneout of h and c, parameter.
+_Layer = tuple[str, tuple[int, ...], list[Tensor | None], tuple[float, float, float]]
+# Name, layer, part, width.
+_State = tuple[str, int, str, int]
 
 
 class Session:
@@ -51,12 +54,12 @@ class Session:
 
     Args:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
-            :class:`~seqaccel.nn.LSTMCell`, …) or of :mod:`torch.nn`, in float32 on the CPU, any number of layers, one
-            direction (the output of a cell is h); or a :class:`torch.nn.Sequential` of those with
-            ``Linear``, ``Embedding`` (first), ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d``
-            (of the features of a step, by its running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``,
-            ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and
-            ``Dropout`` do nothing.
+            :class:`~seqaccel.nn.LSTMCell`, :class:`~seqaccel.nn.SRU`, …) or of :mod:`torch.nn`, in float32 on the CPU,
+            any number of layers, one direction (the output of a cell is h); or a :class:`torch.nn.Sequential` of those
+            with ``Linear``, ``Embedding`` (first), ``LayerNorm`` and ``RMSNorm`` (of the last dimension),
+            ``BatchNorm1d`` (of the features of a step, by its running statistics), and, not first, ``Softmax``
+            (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``, ``LeakyReLU`` and
+            ``ELU``; ``Identity`` and ``Dropout`` do nothing.
         batch_size: number of independent streams B. Default: 1
         weights: precision of the packed matrices. ``"float32"``; ``"bfloat16"``: half the memory, weights and the
             values they multiply are rounded to 8 bits; ``"int8"``: a quarter of the memory, each row of a weight, and
@@ -88,7 +91,7 @@ class Session:
             raise ValueError(f"weights: expected 'float32', 'bfloat16' or 'int8', but got {weights!r}")
         _check_batch_size(batch_size)
         layers: list[_Layer] = []
-        self._states: list[tuple[str, int, str, int]] = []  # name, layer, part, width
+        self._states: list[_State] = []
         self.batch_first = False
         _describe(module, layers, self._states, self)
         if not layers:
@@ -306,7 +309,7 @@ def _made(batch_size: int, weights: str, layers: list[_Layer]) -> Any:
     from seqaccel import _session  # type: ignore[attr-defined]
 
     described = [
-        (kind, sizes, [0 if t is None else t.data_ptr() for t in tensors], numbers)
+        (kind, (*sizes, 0, 0)[:5], [0 if t is None else t.data_ptr() for t in tensors], numbers)
         for kind, sizes, tensors, numbers in layers
     ]
     return _session.Session(_table(), batch_size, weights, described)
@@ -320,7 +323,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _describe(
     module: torch.nn.Module,
     layers: list[_Layer],
-    states: list[tuple[str, int, str, int]],
+    states: list[_State],
     session: Session,
     name: str = "",
 ) -> None:
@@ -330,6 +333,13 @@ def _describe(
             _describe(part, layers, states, session, f"{name}{child}.")
     elif isinstance(module, Recurrent):
         _describe_recurrent(module, layers, states, session, name)
+    elif isinstance(module, SRU):
+        if module.input_to_hidden is not None:
+            _describe(module.input_to_hidden, layers, states, session)
+        for cell in module.rnn_lst:
+            _describe(cell, layers, states, session, name)
+    elif isinstance(module, SRUCell):
+        _describe_sru(module, layers, states, name)
     elif isinstance(module, torch.nn.Linear):
         sizes = (module.in_features, 0, module.out_features)
         layers.append(("linear", sizes, [module.weight, module.bias], _NO_NUMBERS))
@@ -358,6 +368,40 @@ def _describe(
             raise TypeError(f"module: a Sequential must not begin with {type(module).__name__}")
         width = layers[-1][1][2]
         layers.append((kind, (width, 0, width), [], (0.0, 0.0, parameter)))
+
+
+def _describe_sru(module: SRUCell, layers: list[_Layer], states: list[_State], name: str) -> None:
+    """A layer norm or a projection that stands before the product is a layer of its own; of both, the projection is
+    multiplied into the weight, since the skip term reaches back over one layer."""
+    if module.custom_m is not None:
+        raise TypeError("module: a Session does not run an SRU with custom_m")
+    if module.bidirectional:
+        raise ValueError("module: a bidirectional SRU cannot run step by step")
+    inputs, hidden, matrices = module.input_size, module.hidden_size, module.num_matrices
+    weight, projection, norm = module.weight.detach(), module.weight_proj, module.layer_norm
+    norm_first = norm is not None and not module.normalize_after
+    skips = module.has_skip_term and matrices == 3
+    before = len(layers)
+    if norm is not None and norm_first:
+        layers.append(("layer_norm", (inputs, 0, inputs), [norm.weight, norm.bias], (0.0, 0.0, norm.eps)))
+    if projection is not None and norm_first and skips:
+        weight = projection.detach() @ weight
+    elif projection is not None:
+        layers.append(("linear", (inputs, 0, projection.shape[1]), [projection.t(), None], _NO_NUMBERS))
+    weight = weight.view(weight.shape[0], hidden, matrices).permute(2, 1, 0).flatten(0, 1)
+    scale = module.scale_x.item() if module.rescale and skips else 1.0
+    skip = 1 + len(layers) - before if skips else 0
+    states.append((name, len(layers), "c", hidden))
+    layers.append(
+        (
+            "sru_tanh" if module.use_tanh else "sru",
+            (weight.shape[1], hidden, hidden, matrices, skip),
+            [weight, None, module.bias, module.weight_c],
+            (0.0, 0.0, scale),
+        )
+    )
+    if norm is not None and not norm_first:
+        layers.append(("layer_norm", (hidden, 0, hidden), [norm.weight, norm.bias], (0.0, 0.0, norm.eps)))
 
 
 def _describe_batch_norm(module: torch.nn.BatchNorm1d, layers: list[_Layer]) -> None:
@@ -399,9 +443,7 @@ def _activation(module: torch.nn.Module) -> tuple[str, float]:
     )
 
 
-def _describe_recurrent(
-    module: Any, layers: list[_Layer], states: list[tuple[str, int, str, int]], session: Session, name: str
-) -> None:
+def _describe_recurrent(module: Any, layers: list[_Layer], states: list[_State], session: Session, name: str) -> None:
     if type(module) in REPLACEMENTS:  # torch's own: seen as ours, which has the same attributes
         torch_s, module = module, copy.copy(module)
         module.__class__ = REPLACEMENTS[type(torch_s)]

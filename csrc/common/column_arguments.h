@@ -4,26 +4,10 @@
 
 #include <optional>
 
-#include "common/column_cells.h"
+#include "common/column_list.h"
 #include "common/scan_arguments.h"
 
 namespace seqaccel::scan {
-
-// A cell's traits.
-struct ColumnCell {
-  const char* name;
-  int inputs, weights, biases;
-  bool reads_x, scale, output_is_state;
-  Mask mask;
-};
-
-template <class... Cells>
-constexpr std::array<ColumnCell, sizeof...(Cells)> traits_of(CellList<Cells...>) {
-  return {{{Cells::kName, Cells::kInputs, Cells::kWeights, Cells::kBiases, Cells::kReadsX, Cells::kScale,
-            Cells::kOutputIsState, Cells::kMask}...}};
-}
-
-inline constexpr auto kColumnCells = traits_of(ColumnCells{});
 
 struct ColumnTensors {
   Tensor u;
@@ -123,17 +107,11 @@ struct ColumnCall {
 
  private:
   static size_t find(const std::string& name, const ColumnTensors& t, int64_t channels) {
-    bool known = false;
-    for (size_t i = 0; i < kColumnCells.size(); ++i) {
-      const ColumnCell& cell = kColumnCells[i];
-      if (name != cell.name) continue;
-      known = true;
-      if (cell.inputs * channels == t.u.size(2) && cell.reads_x == t.x.has_value()) return i;
-    }
-    STD_TORCH_CHECK(known, "seqaccel: unknown cell '", name, "'");
-    STD_TORCH_CHECK(false, "seqaccel: expected u of ", name, " to have its number of inputs times the ", channels,
-                    " channels of c_0, and x where the cell reads it, but got ", shape_string(t.u),
-                    t.x ? " and x" : " and no x");
+    const bool divides = t.u.size(2) % channels == 0;
+    const ColumnCell* const cell = find_column_cell(name, divides ? t.u.size(2) / channels : 0, t.x.has_value());
+    STD_TORCH_CHECK(cell, "seqaccel: there is no cell '", name, "' whose u has the features of ", shape_string(t.u),
+                    " for the ", channels, " channels of c_0", t.x ? ", with x" : ", without x");
+    return size_t(cell - kColumnCells.data());
   }
 };
 

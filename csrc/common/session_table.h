@@ -14,15 +14,20 @@ extern "C" {
 //   softmax                  none
 //   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish     none; parameter: slope or alpha
 //   the recurrent cells      as the operator rnn_forward has them
+//   the column cells         weight [matrices * hidden, inputs], that of the input of the step before, bias [., hidden],
+//                            weight of the state [., hidden]; parameter: the operator column_forward's scale
 struct SeqaccelSessionLayer {
   const char* kind;
   int64_t inputs, hidden, outputs;
+  int64_t matrices;  // column cells: inputs of a unit
+  int64_t skip;      // column cells: 1, the highway adds the input; 2, that of the layer before; 0, none
   const float* weights[10];
   double zoneout_h, zoneout_c;  // expected share of the old state
   double parameter;
 };
 
-// A part ('h' or 'c') of the state of a layer, [batch, outputs or hidden]: to `out`, or from `from` if it is null.
+// A part of the state of a layer, to `out`, or from `from` if it is null: h [batch, outputs], c [batch, hidden] or, of a
+// column cell, x [batch, inputs], the input of the step before.
 struct SeqaccelSessionPart {
   int64_t layer;
   char part;
@@ -58,7 +63,7 @@ struct SeqaccelSessionTable {
 };
 
 // The version counts changes of these structs: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 4
+#define SEQACCEL_SESSION_TABLE_VERSION 5
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

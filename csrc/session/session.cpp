@@ -15,11 +15,11 @@ namespace py = pybind11;
 
 namespace {
 
-// Kind; inputs, hidden, outputs; addresses of the weights (0: none); zoneout of h and of c, parameter.
-using Layer = std::tuple<std::string, std::tuple<int64_t, int64_t, int64_t>, std::vector<uintptr_t>,
+// Kind; inputs, hidden, outputs, matrices, skip; addresses of the weights (0: none); zoneout of h and of c, parameter.
+using Layer = std::tuple<std::string, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>, std::vector<uintptr_t>,
                          std::tuple<double, double, double>>;
 
-// Layer, 'h' or 'c', address of the values.
+// Layer, 'h', 'c' or 'x', address of the values.
 using Part = std::tuple<int64_t, char, uintptr_t>;
 
 class Session {
@@ -33,7 +33,7 @@ class Session {
     for (const auto& [kind, sizes, weights, numbers] : layers) {
       SeqaccelSessionLayer layer{};
       layer.kind = kind.c_str();
-      std::tie(layer.inputs, layer.hidden, layer.outputs) = sizes;
+      std::tie(layer.inputs, layer.hidden, layer.outputs, layer.matrices, layer.skip) = sizes;
       for (size_t i = 0; i < weights.size() && i < std::size(layer.weights); ++i) {
         layer.weights[i] = reinterpret_cast<const float*>(weights[i]);
       }

@@ -11,52 +11,12 @@
 #include <math.h>
 
 #include "cpu/packed/cells.h"
-#include "cpu/packed/products.h"
-#include "cpu/rnn/team.h"
+#include "cpu/packed/columns.h"
 
 #define SEQACCEL_QUOTED(name) #name
 #define SEQACCEL_NAME_OF(name) SEQACCEL_QUOTED(name)
 
 namespace seqaccel::SEQACCEL_ISA::packed {
-
-constexpr ptrdiff_t kRowChunk = 24;  // rows between a product and its update: 6 KB of L1 for each segment
-
-// What a thread knows while it runs a layer on a chunk.
-struct SessionThread {
-  const SessionRun& run;
-  int thread, team;
-  Barrier& barrier;
-  uint32_t* scratch;
-  ptrdiff_t done, steps;  // before the chunk, in the chunk
-  const void* x;          // [steps, B, inputs]
-  void* y;                // [steps, B, outputs]
-  bool narrow_x, narrow_y;
-  ptrdiff_t rows() const { return steps * run.batch; }
-  ptrdiff_t begin(ptrdiff_t count) const { return count * thread / team; }
-  ptrdiff_t end(ptrdiff_t count) const { return count * (thread + 1) / team; }
-  void wait() const { wait_for_all(barrier, team); }
-
-  WordRows input_rows(Precision precision, ptrdiff_t K) const {
-    if (narrow_x) return prepare_rows(static_cast<const uint16_t*>(x), K, rows(), scratch);
-    return prepare_rows(precision, static_cast<const float*>(x), K, K, rows(), scratch,
-                        reinterpret_cast<float*>(scratch + run.scales_at));
-  }
-  WordRows state_rows(Precision precision, const float* from, ptrdiff_t stride, ptrdiff_t K) const {
-    return prepare_rows(precision, from, stride, K, run.batch, scratch + run.scratch_rows_at,
-                        reinterpret_cast<float*>(scratch + run.scales_at) + run.chunk * run.batch);
-  }
-  void store_output(ptrdiff_t row, ptrdiff_t width, ptrdiff_t unit, Vec<float> value, int units) const {
-    if (!narrow_y) return store_some(static_cast<float*>(y) + row * width + unit, value, units);
-    if (units == kWordLanes) {
-      const Halves narrow = __builtin_convertvector(bfloat16_bits(value), Halves);
-      memcpy(static_cast<uint16_t*>(y) + row * width + unit, &narrow, sizeof(narrow));
-      return;
-    }
-    alignas(64) uint32_t bits[kWordLanes];
-    store_words(bits, bfloat16_bits(value));
-    for (int i = 0; i < units; ++i) static_cast<uint16_t*>(y)[row * width + unit + i] = uint16_t(bits[i]);
-  }
-};
 
 // ---------------------------------------------------------------- recurrent layers
 
@@ -540,6 +500,8 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
       return activation_layer(t, l);
     case LayerKind::recurrent:
       return recurrent_layer_of(t, l, ProductCells{});
+    case LayerKind::column:
+      return column_layer_of(t, l, ColumnCells{});
   }
 }
 
@@ -559,13 +521,15 @@ inline void session_run(const SessionRun* pointer) {
     for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
       const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
       const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
-      const void* x = static_cast<const char*>(run.x) + at * in_row;
+      const void *x = static_cast<const char*>(run.x) + at * in_row, *before = nullptr;
       for (int64_t i = 0; i < run.count; ++i) {
+        const void* const skip = run.layers[i].skip_before ? before : x;
         const bool ends = i + 1 == run.count;
         void* const y = ends ? static_cast<void*>(static_cast<char*>(run.y) + at * out_row) : run.buffers[i % 2];
         session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps, x, y,
-                       run.bfloat16 && i == 0, run.bfloat16 && ends},
+                       run.bfloat16 && i == 0, run.bfloat16 && ends, static_cast<const float*>(skip)},
                       run.layers[i]);
+        before = x;
         x = y;
       }
     }

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "common/column_list.h"
 #include "cpu/base/pool.h"
 #include "cpu/base/threads.h"
 
@@ -119,8 +120,11 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
     layer.bias = keep(w[1], P);
   } else {
     const rnn::RnnCellEntry* const cell = rnn::find_rnn_cell(from.kind);
-    if (cell == nullptr) throw std::invalid_argument("unknown layer '" + name + "'");
-    add_recurrent(layer, *cell, w, bfloat16);
+    if (cell) {
+      add_recurrent(layer, *cell, w, bfloat16);
+    } else {
+      add_column(layer, from);
+    }
   }
   layers_.push_back(layer);
 }
@@ -171,6 +175,28 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry&
     }
   }
   if (!rows.empty()) layer.weights = keep(rows.data(), int64_t(rows.size()));
+}
+
+void SessionProgram::add_column(SessionLayer& layer, const SeqaccelSessionLayer& from) {
+  const int64_t I = layer.inputs, H = layer.hidden;
+  const auto* const cell = scan::find_column_cell(from.kind, from.matrices, from.skip > 0);
+  if (cell == nullptr) throw std::invalid_argument(std::string("unknown layer '") + from.kind + "'");
+  const bool window = from.weights[1] != nullptr;
+  layer.kind = LayerKind::column;
+  layer.cell = int32_t(cell - scan::kColumnCells.data());
+  layer.skip_before = from.skip == 2;
+  layer.stride = round_up(std::max(H, window ? I : 0), kernels_.lanes) + kernels_.lanes;
+  add_matrix(layer, 0, cell->inputs, H, I, from.weights[0], window ? I : 0, from.weights[1]);
+  std::vector<float> rows(size_t((cell->inputs + cell->weights) * layer.stride), 0.0f);
+  const auto put = [&](const float* values, int64_t first, int64_t count) {
+    for (int64_t k = 0; values && k < count; ++k) {
+      std::copy(values + k * H, values + (k + 1) * H, rows.begin() + (first + k) * layer.stride);
+    }
+  };
+  put(from.weights[2], cell->first_bias, cell->biases);
+  put(from.weights[3], cell->inputs, cell->weights);
+  layer.bias = keep(rows.data(), int64_t(rows.size()));
+  layer.weights = layer.bias + cell->inputs * layer.stride;
 }
 
 void SessionProgram::finish() {

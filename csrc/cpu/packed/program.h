@@ -61,6 +61,7 @@ class SessionProgram {
                             const void* source_0, int64_t columns_1 = 0, const void* source_1 = nullptr,
                             bool bfloat16 = false);
   void add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* weights, bool bfloat16);
+  void add_column(SessionLayer& layer, const SeqaccelSessionLayer& from);
   const float* keep(const float* values, int64_t count);
   void start();
   void grow(int64_t chunk, int threads);

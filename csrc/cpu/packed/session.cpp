@@ -95,8 +95,8 @@ int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
     for (int64_t i = 0; i < count; ++i) {
       const auto& [layer, part, out, from] = parts[i];
       const SessionLayer& l = p->layers()[size_t(layer)];
-      float* const rows = part == 'h' ? p->h(layer) : p->c(layer);
-      const int64_t width = part == 'h' ? l.outputs : l.hidden;
+      float* const rows = part == 'c' ? p->c(layer) : p->h(layer);
+      const int64_t width = part == 'c' ? l.hidden : part == 'x' ? l.inputs : l.outputs;
       for (int64_t b = 0; b < p->batch(); ++b) {
         float* const row = rows + b * l.stride;
         if (out) {

@@ -25,6 +25,7 @@ enum class LayerKind : int32_t {
   softmax,
   activation,
   recurrent,
+  column,
 };
 
 enum class Activation : int32_t { relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish };
@@ -57,15 +58,16 @@ struct SessionPack {
 struct SessionLayer {
   LayerKind kind;
   Activation activation;
-  int32_t cell;  // index in ProductCells
+  int32_t cell;      // index in ProductCells, or in ColumnCells
+  bool skip_before;  // column: its highway adds the input of the layer before, not its own
   int64_t inputs, hidden, outputs;
   SessionMatrix matrices[3];
-  const float* bias;     // recurrent: [pre-activations, stride]; else [outputs] or null
+  const float* bias;     // recurrent, column: [pre-activations, stride]; else [outputs] or null
   const float* weights;  // of a unit or row, [., stride]; embedding: the table
   float zoneout_h, zoneout_c;
-  float parameter;  // epsilon, or the slope of an activation
+  float parameter;  // epsilon, the slope of an activation, or what scales in a column cell
   int64_t stride;   // between the rows of the state and of the buffers below
-  float* h[2];      // [B, stride]; h[parity] is the state
+  float* h[2];      // [B, stride]; h[parity] is the state; column: the input of the step before
   float* c;         // [B, stride]
   int32_t buffers;
   bool normalised;  // layer norm between the product and the update
