@@ -79,7 +79,7 @@ struct ColumnCall {
     none(t.weight, "weight", traits.weights > 0);
     none(t.bias, "bias", traits.biases > 0);
     none(t.mask, "mask", traits.mask != Mask::none);
-    none(t.scale, "scale", traits.scale || traits.inputs == 3);  // (of an SRU without x it scales nothing)
+    none(t.scale, "scale", traits.scale || traits.mask == Mask::column);  // (of an SRU without x it scales nothing)
     t.u = to_contiguous(t.u);
     t.c_0 = to_contiguous(t.c_0);
     for (OptionalTensor* operand :

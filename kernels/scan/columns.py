@@ -23,7 +23,6 @@ from seqaccel.kernels.scan.checks import check_columns
 __all__ = ["CONFIGURATIONS", "column_backward", "column_forward"]
 
 _BC, _WARPS = 64, 2  # 8192 columns (B = 32, H = 256) make 128 programs
-_AHEAD = 4
 
 
 @triton.jit
@@ -38,8 +37,8 @@ def _columns(
     """The program's columns, [BC] each, and their walk through time; AGAINST: the other way.
 
     Returns column (sequence * C + channel), channel, whether it exists and whether it runs against time, its row of
-    the batch and number of steps; the first time of the walk and the way to the next; the same of the place in
-    [T, B, C]; and o_u and stride: value k of a step is at place * U + o_u + k * stride in u.
+    the batch and number of steps, the first time of the walk and the way to the next; and o_u and stride: value k of a
+    column is at o_u + k * stride in a row of u.
     """
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
     m_c = column < tl.cast(N, tl.int64) * C
@@ -54,14 +53,12 @@ def _columns(
         end = tl.maximum(tl.minimum(end, T), begin)
         row = tl.zeros_like(n)
     from_end = ~backwards if AGAINST else backwards
-    t = tl.where(from_end, end - 1, begin)
-    dt = tl.where(from_end, -1, 1).to(tl.int64)
+    first, dt = tl.where(from_end, end - 1, begin), tl.where(from_end, -1, 1)
     if HIGHWAY:
-        o_u, stride = tl.zeros_like(n), 1
+        o_u, stride = channel * U, 1
     else:
-        o_u, stride = (tl.where(backwards, H, 0) - channel) * (U - 1), H
-    o = (t * B + row) * C + channel
-    return column, channel, m_c, backwards, row, tl.where(m_c, end - begin, 0), t, dt, o, dt * B * C, o_u, stride
+        o_u, stride = channel + tl.where(backwards, (U - 1) * H, 0), H
+    return column, channel, m_c, backwards, row, tl.where(m_c, end - begin, 0), first, dt, o_u, stride
 
 
 @triton.jit
@@ -76,14 +73,16 @@ def _load_rows(p, channel, C, m_c, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_step(
-    p_u, p_x, p_mask, p_mask_pad, p_reset, t, o, row, backwards, o_u, stride, inside, T, B,
+    p_u, p_x, p_mask, p_mask_pad, p_reset, t, row, channel, backwards, o_u, stride, inside, T, B, C,
     U: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """What the step at time t and place o reads: tiles of u, x and mask as they are stored, whether it is padding, and
+    """What the step at time t reads: tiles of u, x and mask as they are stored, whether it is padding, and
     whether the state before it is c_0. What the call does not have may be anything."""
+    o_row = t * B + row
+    o = o_row * C + channel
     b_u = ()
     for k in tl.static_range(U):
-        b_u += (tl.load(p_u + o * U + o_u + k * stride, mask=inside, other=0),)
+        b_u += (tl.load(p_u + o_row * C * U + o_u + k * stride, mask=inside, other=0),)
     b_x, b_mask = b_u[0], b_u[0]
     if p_x is not None:
         b_x = tl.load(p_x + o, mask=inside, other=0)
@@ -91,7 +90,7 @@ def _load_step(
         b_mask = tl.load(p_mask + o, mask=inside, other=0)
     padding, start = ~inside, ~inside
     if p_mask_pad is not None:
-        padding = tl.load(p_mask_pad + t * B + row, mask=inside, other=1) != 0
+        padding = tl.load(p_mask_pad + o_row, mask=inside, other=1) != 0
     if p_reset is not None:
         # A sequence begins at t. Against time begins the one that ends there.
         begin = tl.where(backwards, t + 1, t)
@@ -129,15 +128,16 @@ def _operands(
 
 @triton.jit
 def _load_step_backward(
-    p_grad_h, p_c, p_u, p_x, p_mask, p_mask_pad, p_reset, s, length, t, o, d, row, backwards, o_u, stride, T, B,
-    U: tl.constexpr, MASK: tl.constexpr,
+    p_grad_h, p_c, p_u, p_x, p_mask, p_mask_pad, p_reset, s, length, first, dt, row, channel, backwards, o_u, stride,
+    T, B, C, U: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """That of ``_load_step``, the gradient of h, and the state after the step before; s counts from the last step."""
+    t = first + dt * s
     b_step = _load_step(
-        p_u, p_x, p_mask, p_mask_pad, p_reset, t, o, row, backwards, o_u, stride, s < length, T, B, U, MASK
+        p_u, p_x, p_mask, p_mask_pad, p_reset, t, row, channel, backwards, o_u, stride, s < length, T, B, C, U, MASK
     )
-    b_dh = tl.load(p_grad_h + o, mask=s < length, other=0)
-    b_earlier = tl.load(p_c + o + d, mask=s + 1 < length, other=0)
+    b_dh = tl.load(p_grad_h + (t * B + row) * C + channel, mask=s < length, other=0)
+    b_earlier = tl.load(p_c + ((t + dt) * B + row) * C + channel, mask=s + 1 < length, other=0)
     return b_step, b_dh, b_earlier
 
 
@@ -173,7 +173,7 @@ def column_forward_kernel(
     BC: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    column, channel, m_c, backwards, row, length, t, dt, o, d, o_u, stride = _columns(
+    column, channel, m_c, backwards, row, length, first, dt, o_u, stride = _columns(
         p_cu_seqlens, T, B, C, H, N, U, HIGHWAY, False, BC
     )
     b_weight, b_bias = _load_rows(p_weight, channel, C, m_c, WEIGHTS), _load_rows(p_bias, channel, C, m_c, BIASES)
@@ -187,8 +187,8 @@ def column_forward_kernel(
     b_steps = ()
     for i in tl.static_range(AHEAD):
         b_steps += (_load_step(
-            p_u, p_x, p_mask, p_mask_pad, p_reset, t + i * dt, o + i * d, row, backwards, o_u, stride, i < length, T,
-            B, U, MASK,
+            p_u, p_x, p_mask, p_mask_pad, p_reset, first + dt * i, row, channel, backwards, o_u, stride, i < length, T,
+            B, C, U, MASK,
         ),)  # fmt: skip
     for s_0 in range(0, T if p_cu_seqlens is None else tl.max(length), AHEAD):
         b_ahead = ()
@@ -196,8 +196,8 @@ def column_forward_kernel(
             s = s_0 + i
             inside = s < length
             b_ahead += (_load_step(
-                p_u, p_x, p_mask, p_mask_pad, p_reset, t + AHEAD * dt, o + AHEAD * d, row, backwards, o_u, stride,
-                s + AHEAD < length, T, B, U, MASK,
+                p_u, p_x, p_mask, p_mask_pad, p_reset, first + dt * (s + AHEAD), row, channel, backwards, o_u, stride,
+                s + AHEAD < length, T, B, C, U, MASK,
             ),)  # fmt: skip
             if p_reset is not None:
                 b_c = tl.where(b_steps[i][4], b_c_0, b_c)
@@ -206,11 +206,10 @@ def column_forward_kernel(
             b_c = tl.where(inside, b_state, b_c) if p_mask_pad is None else tl.where(b_steps[i][3], b_c, b_state)
             if p_mask_pad is not None:
                 b_h = tl.where(b_steps[i][3], 0.0, b_h)
+            o = ((first + dt * s) * B + row) * C + channel
             tl.store(p_h + o, b_h, mask=inside)
             if p_c is not None:
                 tl.store(p_c + o, b_c, mask=inside)
-            t += dt
-            o += d
         b_steps = b_ahead
     tl.store(p_c_n + column, b_c, mask=m_c)
 
@@ -251,7 +250,7 @@ def column_backward_kernel(
     BC: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    column, channel, m_c, backwards, row, length, t, dt, o, d, o_u, stride = _columns(
+    column, channel, m_c, backwards, row, length, first, dt, o_u, stride = _columns(
         p_cu_seqlens, T, B, C, H, N, U, HIGHWAY, True, BC
     )
     b_weight, b_bias = _load_rows(p_weight, channel, C, m_c, WEIGHTS), _load_rows(p_bias, channel, C, m_c, BIASES)
@@ -270,12 +269,12 @@ def column_backward_kernel(
         b_dweight += (tl.zeros_like(b_c_0),)
     for _ in tl.static_range(len(b_bias)):
         b_dbias += (tl.zeros_like(b_c_0),)
-    b_state = tl.load(p_c + o, mask=length > 0, other=0)  # after a step
+    b_state = tl.load(p_c + (first * B + row) * C + channel, mask=length > 0, other=0)  # after a step
     b_steps = ()
     for i in tl.static_range(AHEAD):
         b_steps += (_load_step_backward(
-            p_grad_h, p_c, p_u, p_x, p_mask, p_mask_pad, p_reset, i, length, t + i * dt, o + i * d, d, row, backwards,
-            o_u, stride, T, B, U, MASK,
+            p_grad_h, p_c, p_u, p_x, p_mask, p_mask_pad, p_reset, i, length, first, dt, row, channel, backwards, o_u,
+            stride, T, B, C, U, MASK,
         ),)  # fmt: skip
     for s_0 in range(0, T if p_cu_seqlens is None else tl.max(length), AHEAD):
         b_ahead = ()
@@ -283,8 +282,8 @@ def column_backward_kernel(
             s = s_0 + i
             inside = s < length
             b_ahead += (_load_step_backward(
-                p_grad_h, p_c, p_u, p_x, p_mask, p_mask_pad, p_reset, s + AHEAD, length, t + AHEAD * dt,
-                o + AHEAD * d, d, row, backwards, o_u, stride, T, B, U, MASK,
+                p_grad_h, p_c, p_u, p_x, p_mask, p_mask_pad, p_reset, s + AHEAD, length, first, dt, row, channel,
+                backwards, o_u, stride, T, B, C, U, MASK,
             ),)  # fmt: skip
             b_step, b_dh, b_earlier = b_steps[i]
             b_c = tl.where(s + 1 < length, _widen(b_earlier), b_c_0)  # before the step
@@ -292,6 +291,7 @@ def column_backward_kernel(
                 b_c = tl.where(b_step[4], b_c_0, b_c)
             v, m, skip = _operands(b_step, b_c, b_bias, b_weight, b_drop, scale, p_x, p_mask, U, K, FIRST, MASK)
             dv, b_through, b_dskip = cell_backward(v, b_c, _widen(b_state), m, skip, _widen(b_dh), b_dc, CELL)
+            o_row = (first + dt * s) * B + row
             held = ~inside if p_mask_pad is None else b_step[3]
             b_du, b_sums, b_products = (), (), ()
             for k in tl.static_range(K):
@@ -308,16 +308,14 @@ def column_backward_kernel(
             if U > K:
                 b_du += (b_dskip,)
             elif p_grad_x is not None:
-                tl.store(p_grad_x + o, b_dskip * scale, mask=inside)
+                tl.store(p_grad_x + o_row * C + channel, b_dskip * scale, mask=inside)
             for k in tl.static_range(U):
-                tl.store(p_grad_u + o * U + o_u + k * stride, b_du[k], mask=inside)
+                tl.store(p_grad_u + o_row * C * U + o_u + k * stride, b_du[k], mask=inside)
             b_dc = tl.where(held, b_dc, b_through)
             if p_reset is not None:
                 b_dc_0 += tl.where(b_step[4], b_dc, 0.0)
                 b_dc = tl.where(b_step[4], 0.0, b_dc)
             b_state = b_earlier
-            t += dt
-            o += d
         b_steps = b_ahead
     for k in tl.static_range(len(b_dweight)):
         tl.store(p_grad_weight + k * tl.cast(N, tl.int64) * C + column, b_dweight[k], mask=m_c)
@@ -326,12 +324,16 @@ def column_backward_kernel(
     tl.store(p_grad_c_0 + column, b_dc_0 + b_dc, mask=m_c)
 
 
-def _constants(cell: str, values: int) -> dict[str, Any]:
-    """Constexprs of the kernels, for u of so many values a column and step."""
+def _constants(cell: str, values: int, double: bool) -> dict[str, Any]:
+    """Constexprs of the kernels, for u of so many values a column and step.
+
+    Of float64 fewer steps are loaded ahead: their values take twice the registers.
+    """
     spec = CELLS[cell]
     return {
         "CELL": cell, "U": values, "K": spec.inputs, "FIRST": spec.first, "WEIGHTS": spec.weights,
-        "BIASES": spec.biases, "HIGHWAY": spec.highway, "MASK": spec.mask, "BC": _BC, "AHEAD": _AHEAD,
+        "BIASES": spec.biases, "HIGHWAY": spec.highway, "MASK": spec.mask, "BC": _BC,
+        "AHEAD": 2 if double else 4,
     }  # fmt: skip
 
 
@@ -368,7 +370,7 @@ def column_forward(
     u, *operands = _contiguous(u, *given.values())
     wrap_triton(column_forward_kernel)[(triton.cdiv(sequences * channels, _BC),)](
         u, *operands, h, c_n, c if save else None, steps, batch, channels, channels // directions, sequences,
-        **_constants(cell, values), num_warps=_WARPS,
+        **_constants(cell, values, u.dtype == torch.float64), num_warps=_WARPS,
     )  # fmt: skip
     return h, c_n, c
 
@@ -400,7 +402,8 @@ def column_backward(
     if u.numel() == 0:
         grad_c_0 = torch.zeros_like(c_0) if grad_c_n is None else grad_c_n.clone()
         return grad_u, grad_x, grad_weight.zero_(), grad_bias.zero_(), grad_c_0
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    double = u.dtype == torch.float64
+    wide = torch.float64 if double else torch.float32
     sums = [
         None if t is None else t.new_empty(t.shape[0] // channels, sequences, channels, dtype=wide)
         for t in (weight, bias)
@@ -408,7 +411,7 @@ def column_backward(
     u, *operands, c, grad_h, grad_c_n = _contiguous(u, *given.values())
     wrap_triton(column_backward_kernel)[(triton.cdiv(sequences * channels, _BC),)](
         grad_h, grad_c_n, u, *operands, c, grad_u, None if x is None else grad_x, *sums, grad_c_0, steps, batch,
-        channels, channels // directions, sequences, **_constants(cell, values), num_warps=_WARPS,
+        channels, channels // directions, sequences, **_constants(cell, values, double), num_warps=_WARPS,
     )  # fmt: skip
     grad_weight, grad_bias = (
         empty if s is None else s.sum(1).view(-1).to(u.dtype)
@@ -432,7 +435,7 @@ def _configuration(kernel: Any, cell: str, values: int, kind: str) -> Configurat
         "p_cu_seqlens": packed,
     }
     absent = {name: None for name in kernel.arg_names if not has.get(name, True)}
-    constants = _constants(cell, values) | absent
+    constants = _constants(cell, values, kind == "fp64") | absent
     types = {
         **dict.fromkeys("TBCHN", "i32"),
         **dict.fromkeys(("p_mask_pad", "p_reset"), "*u8"),
