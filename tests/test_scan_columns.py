@@ -164,9 +164,9 @@ def cast(operands, dtype):
     }
 
 
-def check(backend, cell, operands, dtypes):
-    """Outputs and gradients are the definition's."""
-    forward, backward = operators_of(backend)
+def check(operators, cell, operands, dtypes):
+    """Outputs and gradients of (forward, backward) are the definition's."""
+    forward, backward = operators
     leaves = {name: operands[name] for name in ("u", "x", "weight", "bias", "c_0") if operands[name] is not None}
     for t in leaves.values():
         t.requires_grad_()
@@ -203,7 +203,7 @@ def kinds(cell, sizes, directions):
 @each_cell
 def test_operators_are_the_definition(cell, backend, poison):
     for operands in kinds(cell, (6, 2, 3), 2):
-        check(backend, cell, operands, (DOUBLE,))
+        check(operators_of(backend), cell, operands, (DOUBLE,))
 
 
 @pytest.mark.parametrize("backend", [CPP, TRITON])
@@ -212,19 +212,22 @@ def test_few_steps(backend, steps, poison):
     """About as many as are loaded ahead; without what may be left out, in float32."""
     for cell in ("sru", "fo_pool", "indrnn_tanh", "minlstm_g"):
         operands = problem(cell, steps, 2, 3, 1, 3 if CELLS[cell].skip else None)
-        check(backend, cell, operands | dict.fromkeys(("x", "weight", "bias")), (torch.float32,))
+        check(operators_of(backend), cell, operands | dict.fromkeys(("x", "weight", "bias")), (torch.float32,))
 
 
-@pytest.mark.parametrize("backend", [CPP, TRITON])
-def test_offsets_out_of_range_or_order(backend):
-    """They reach nothing beyond the tensors."""
-    forward, backward = operators_of(backend)
+def check_offsets(forward, backward):
+    """Offsets out of range or order reach nothing beyond the tensors."""
     for offsets in ([-5, 3, 99], [4, 2, 4], [9, -9, 9]):
         *given, directions = cast(problem("fo_pool", 4, 1, 3, 2, offsets=offsets), torch.float32).values()
         h, c_n, c = forward("fo_pool", *given, directions, True)
         assert h.shape == (4, 1, 6) and c_n.isfinite().all()
         grads = backward("fo_pool", torch.ones_like(h), None, *given, c, directions)
         assert grads[4].shape == (2, 6)
+
+
+@pytest.mark.parametrize("backend", [CPP, TRITON])
+def test_offsets_out_of_range_or_order(backend):
+    check_offsets(*operators_of(backend))
 
 
 @pytest.mark.gpu
@@ -235,4 +238,4 @@ def test_on_a_gpu(cell, backend, dtype, poison):
     with torch.device("cuda"):
         for directions, sizes in itertools.product((1, 2), ((5, 2, 3), (33, 3, 17), (64, 2, 300))):
             for operands in kinds(cell, sizes, directions):
-                check(backend, cell, operands, (dtype,))
+                check(operators_of(backend), cell, operands, (dtype,))

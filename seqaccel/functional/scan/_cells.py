@@ -30,7 +30,7 @@ class ColumnSpec:
     interleaved: bool = False
     mask: str = ""
     output_is_state: bool = True
-    backends: tuple[str, ...] = ("reference", "cpp", "triton")
+    backends: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
 
     def saves_states(self, padded: bool) -> bool:
         """Whether the backward pass needs the states beside h. ``padded``: there is a mask_pad."""

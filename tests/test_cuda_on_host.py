@@ -1,0 +1,147 @@
+"""CUDA kernels whose threads do not meet, run on the CPU: one thread after another.
+
+The source is compiled by the C++ compiler, with a header in the place of CUDA's and launches as loops. So the
+arithmetic and the addresses are tested where there is no GPU; what is not tested is nvcc, and how fast it is.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.utils.cpp_extension
+from scan_cases import DOUBLE, needs_cpp
+from test_scan_columns import cast, check, check_offsets, each_cell, kinds
+
+CSRC = pathlib.Path(__file__).parents[1] / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+pytestmark = [
+    needs_cpp,
+    pytest.mark.skipif(COMPILER is None or not CSRC.is_dir(), reason="no compiler, or no sources"),
+]
+
+LAUNCH = """
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include "common/tensor.h"
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+using std::max;
+using std::min;
+typedef void* cudaStream_t;
+struct Index {
+  unsigned x;
+};
+inline Index blockIdx, threadIdx, blockDim;
+
+template <class Kernel, class... Arguments>
+void launch(unsigned blocks, unsigned threads, Kernel kernel, Arguments... arguments) {
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(arguments...);
+  }
+}
+
+template <typename To, typename From>
+To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+inline float __uint_as_float(uint32_t x) { return bits<float>(x); }
+inline _Float16 __ushort_as_half(uint16_t x) { return bits<_Float16>(x); }
+inline uint16_t __half_as_ushort(_Float16 x) { return bits<uint16_t>(x); }
+inline float __half2float(_Float16 x) { return float(x); }
+inline _Float16 __float2half_rn(float x) { return _Float16(x); }
+inline uint16_t __bfloat16_as_ushort(uint16_t x) { return x; }
+inline uint16_t __float2bfloat16_rn(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+namespace seqaccel::cuda {
+constexpr int kThreads = 256;
+inline unsigned grid_size(int64_t blocks) { return unsigned(blocks); }
+inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline Tensor fresh(const Tensor& like, const Extents& sizes) { return new_tensor(like, sizes); }
+}  // namespace seqaccel::cuda
+"""
+
+
+def compiled(source, folder):
+    """A library with the operators of a .cu file as those of a CPU, in the namespace ``seqaccel_on_host``."""
+    text = (CSRC / source).read_text()
+    schemas = re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", (CSRC / "cpu/scan/columns.cpp").read_text())
+    text = re.sub(r"(\w+<[^<>;]*>)\s*<<<(.*?), (\w+), 0, stream>>>\(", r"launch(\2, \3, \1, ", text, flags=re.S)
+    text = re.sub(r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);|const torch::stable::accelerator::DeviceGuard guard.*;", "", text)
+    text = text.replace(
+        "STABLE_TORCH_LIBRARY_IMPL(seqaccel, CUDA, m)",
+        f"STABLE_TORCH_LIBRARY(seqaccel_on_host, m) {{ {' '.join(f'm.def({schema});' for schema in schemas)} }}\n"
+        "STABLE_TORCH_LIBRARY_IMPL(seqaccel_on_host, CPU, m)",
+    )
+    for name, content in {"source.cpp": text, "cuda/launch.cuh": LAUNCH, "cuda_bf16.h": "", "cuda_fp16.h": ""}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    include = [f"-I{path}" for path in (folder, CSRC, *torch.utils.cpp_extension.include_paths())]
+    libraries = [f"-L{path}" for path in torch.utils.cpp_extension.library_paths()] + [
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", *abi, *include, "source.cpp", "-o", "library.so"]
+    done = subprocess.run([*command, *libraries], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "library.so"
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory):
+    torch.ops.load_library(compiled("cuda/scan/columns.cu", tmp_path_factory.mktemp("columns")))
+    operators = torch.ops.seqaccel_on_host
+    return operators.column_forward, operators.column_backward
+
+
+@each_cell
+def test_column_cells(cell, columns, poison):
+    for operands in kinds(cell, (6, 2, 3), 2):
+        check(columns, cell, operands, (DOUBLE, torch.float32))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5])
+def test_few_steps_of_column_cells(steps, columns):
+    for cell in ("sru", "minlstm"):
+        for operands in kinds(cell, (steps, 2, 3), 1):
+            check(columns, cell, operands, (DOUBLE, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_cell
+def test_column_cells_in_16_bits(cell, dtype, columns):
+    """As the C++ kernels of the CPU, but for a rounding of the results."""
+    pairs = list(zip(columns, (torch.ops.seqaccel.column_forward, torch.ops.seqaccel.column_backward), strict=True))
+    for operands in kinds(cell, (6, 2, 3), 2):
+        *given, directions = cast(operands, dtype).values()
+        ours, expected = (forward(cell, *given, directions, True) for forward in pairs[0])
+        h, c_n, c = expected
+        grads = torch.randn_like(h), torch.randn_like(c_n)
+        saved = c if c.numel() else h
+        ours_too, expected_too = (backward(cell, *grads, *given, saved, directions) for backward in pairs[1])
+        for found, wanted in zip((*ours, *ours_too), (*expected, *expected_too), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+def test_offsets_out_of_range_or_order_of_column_cells(columns):
+    check_offsets(*columns)
