@@ -15,8 +15,12 @@ import subprocess
 import pytest
 import torch
 import torch.utils.cpp_extension
-from scan_cases import DOUBLE, needs_cpp
-from test_scan_columns import cast, check, check_offsets, each_cell, kinds
+from scan_cases import DOUBLE, needs_cpp, rounded
+from test_scan_columns import each_cell, problem
+from tolerances import assert_close
+
+from seqaccel.functional.scan import CELLS
+from seqaccel.reference import scan as reference
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -114,6 +118,47 @@ def columns(tmp_path_factory):
     return operators.column_forward, operators.column_backward
 
 
+def cast(operands, dtype):
+    return {
+        k: t.detach().to(dtype) if hasattr(t, "dtype") and t.is_floating_point() else t for k, t in operands.items()
+    }
+
+
+def kinds(cell, sizes, directions):
+    """Operands without masks, with all of them, and of packed sequences, one of them empty; of each form of u."""
+    steps, batch, hidden = sizes
+    for inputs in (3, 4) if CELLS[cell].skip else (None,):
+        yield problem(cell, steps, batch, hidden, directions, inputs)
+        yield problem(cell, steps, batch, hidden, directions, inputs, masks=True)
+        offsets = [0, 0, steps // 3, steps]
+        yield problem(cell, steps, 1, hidden, directions, inputs, masks=True, offsets=offsets)
+
+
+def check(operators, cell, operands, dtypes):
+    """Outputs and gradients of (forward, backward) are the definition's."""
+    forward, backward = operators
+    leaves = {name: operands[name] for name in ("u", "x", "weight", "bias", "c_0") if operands[name] is not None}
+    for t in leaves.values():
+        t.requires_grad_()
+    expected = reference.columns(cell, **operands)
+    grads = [rounded(*t.shape) for t in expected]
+    wanted = torch.autograd.grad(expected, leaves.values(), grads, allow_unused=True, materialize_grads=True)
+    for dtype in dtypes:
+        *given, directions = cast(operands, dtype).values()
+        h, c_n, c = forward(cell, *given, directions, True)
+        saved = CELLS[cell].saves_states(operands["mask_pad"] is not None)
+        assert c.shape == (h.shape if saved else (0,))
+        for found, again in zip((h, c_n, c.new_empty(0)), forward(cell, *given, directions, False), strict=True):
+            assert found.dtype == dtype and torch.equal(found, again)
+        found = backward(cell, *(g.to(dtype) for g in grads), *given, c if saved else h, directions)
+        for name, ours, value in zip(("h", "c_n"), (h, c_n), expected, strict=True):
+            assert_close(ours, value.detach(), "scan", dtype, what=f"{cell} {name}")
+        gradients = dict(zip(("u", "x", "weight", "bias", "c_0"), found, strict=True))
+        for name, value in zip(leaves, wanted, strict=True):
+            assert_close(gradients.pop(name), value, "scan", dtype, backward=True, what=f"{cell} gradient of {name}")
+        assert all(t.numel() == 0 for t in gradients.values())
+
+
 @each_cell
 def test_column_cells(cell, columns, poison):
     for operands in kinds(cell, (6, 2, 3), 2):
@@ -144,4 +189,11 @@ def test_column_cells_in_16_bits(cell, dtype, columns):
 
 
 def test_offsets_out_of_range_or_order_of_column_cells(columns):
-    check_offsets(*columns)
+    """They reach nothing beyond the tensors."""
+    forward, backward = columns
+    for offsets in ([-5, 3, 99], [4, 2, 4], [9, -9, 9]):
+        *given, directions = cast(problem("fo_pool", 4, 1, 3, 2, offsets=offsets), torch.float32).values()
+        h, c_n, c = forward("fo_pool", *given, directions, True)
+        assert h.shape == (4, 1, 6) and c_n.isfinite().all()
+        grads = backward("fo_pool", torch.ones_like(h), None, *given, c, directions)
+        assert grads[4].shape == (2, 6)

@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scan_cases import CPP, DOUBLE, TRITON, rounded
-from tolerances import assert_close
+from scan_cases import DOUBLE, rounded
 
 from seqaccel.functional.scan import CELLS
 from seqaccel.reference import scan as reference
@@ -145,97 +144,3 @@ def test_the_definition_is_the_loop(cell, directions, kind):
         expected = loop(cell, **operands)
         for found, wanted in zip(reference.columns(cell, **operands), expected, strict=True):
             np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=1e-14)
-
-
-# ---- the operators ----
-
-
-def operators_of(backend):
-    if backend == "triton":
-        from seqaccel.kernels import scan
-
-        return scan.column_forward, scan.column_backward
-    return torch.ops.seqaccel.column_forward, torch.ops.seqaccel.column_backward
-
-
-def cast(operands, dtype):
-    return {
-        k: t.detach().to(dtype) if hasattr(t, "dtype") and t.is_floating_point() else t for k, t in operands.items()
-    }
-
-
-def check(operators, cell, operands, dtypes):
-    """Outputs and gradients of (forward, backward) are the definition's."""
-    forward, backward = operators
-    leaves = {name: operands[name] for name in ("u", "x", "weight", "bias", "c_0") if operands[name] is not None}
-    for t in leaves.values():
-        t.requires_grad_()
-    expected = reference.columns(cell, **operands)
-    grads = [rounded(*t.shape) for t in expected]
-    wanted = torch.autograd.grad(expected, leaves.values(), grads, allow_unused=True, materialize_grads=True)
-    for dtype in dtypes:
-        *given, directions = cast(operands, dtype).values()
-        h, c_n, c = forward(cell, *given, directions, True)
-        saved = CELLS[cell].saves_states(operands["mask_pad"] is not None)
-        assert c.shape == (h.shape if saved else (0,))
-        for found, again in zip((h, c_n, c.new_empty(0)), forward(cell, *given, directions, False), strict=True):
-            assert found.dtype == dtype and torch.equal(found, again)
-        found = backward(cell, *(g.to(dtype) for g in grads), *given, c if saved else h, directions)
-        for name, ours, value in zip(("h", "c_n"), (h, c_n), expected, strict=True):
-            assert_close(ours, value.detach(), "scan", dtype, what=f"{cell} {name}")
-        gradients = dict(zip(("u", "x", "weight", "bias", "c_0"), found, strict=True))
-        for name, value in zip(leaves, wanted, strict=True):
-            assert_close(gradients.pop(name), value, "scan", dtype, backward=True, what=f"{cell} gradient of {name}")
-        assert all(t.numel() == 0 for t in gradients.values())
-
-
-def kinds(cell, sizes, directions):
-    """Operands without masks, with all of them, and of packed sequences, one of them empty; of each form of u."""
-    steps, batch, hidden = sizes
-    for inputs in (3, 4) if CELLS[cell].skip else (None,):
-        yield problem(cell, steps, batch, hidden, directions, inputs)
-        yield problem(cell, steps, batch, hidden, directions, inputs, masks=True)
-        offsets = [0, 0, steps // 3, steps]
-        yield problem(cell, steps, 1, hidden, directions, inputs, masks=True, offsets=offsets)
-
-
-@pytest.mark.parametrize("backend", [CPP, TRITON])
-@each_cell
-def test_operators_are_the_definition(cell, backend, poison):
-    for operands in kinds(cell, (6, 2, 3), 2):
-        check(operators_of(backend), cell, operands, (DOUBLE,))
-
-
-@pytest.mark.parametrize("backend", [CPP, TRITON])
-@pytest.mark.parametrize("steps", [0, 1, 3, 4, 5])
-def test_few_steps(backend, steps, poison):
-    """About as many as are loaded ahead; without what may be left out, in float32."""
-    for cell in ("sru", "fo_pool", "indrnn_tanh", "minlstm_g"):
-        operands = problem(cell, steps, 2, 3, 1, 3 if CELLS[cell].skip else None)
-        check(operators_of(backend), cell, operands | dict.fromkeys(("x", "weight", "bias")), (torch.float32,))
-
-
-def check_offsets(forward, backward):
-    """Offsets out of range or order reach nothing beyond the tensors."""
-    for offsets in ([-5, 3, 99], [4, 2, 4], [9, -9, 9]):
-        *given, directions = cast(problem("fo_pool", 4, 1, 3, 2, offsets=offsets), torch.float32).values()
-        h, c_n, c = forward("fo_pool", *given, directions, True)
-        assert h.shape == (4, 1, 6) and c_n.isfinite().all()
-        grads = backward("fo_pool", torch.ones_like(h), None, *given, c, directions)
-        assert grads[4].shape == (2, 6)
-
-
-@pytest.mark.parametrize("backend", [CPP, TRITON])
-def test_offsets_out_of_range_or_order(backend):
-    check_offsets(*operators_of(backend))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@each_cell
-def test_on_a_gpu(cell, backend, dtype, poison):
-    with torch.device("cuda"):
-        for directions, sizes in itertools.product((1, 2), ((5, 2, 3), (33, 3, 17), (64, 2, 300))):
-            for operands in kinds(cell, sizes, directions):
-                check(operators_of(backend), cell, operands, (dtype,))
