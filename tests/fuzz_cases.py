@@ -15,11 +15,13 @@ from torch import Tensor
 
 import seqaccel
 from seqaccel.functional.rnn import CELLS
+from seqaccel.functional.scan import CELLS as COLUMN_CELLS
 
 Arguments = dict[str, Any]  # by the schema's names
 Generator = Callable[[random.Random], Arguments]
 
 OPERATORS = torch.ops.seqaccel
+NARROW = [torch.bfloat16, torch.float16]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
@@ -126,33 +128,50 @@ def linear_scan_backward(rng: random.Random) -> Arguments:
     return arguments | {"h": h, "grad_h": torch.randn_like(h)}
 
 
-def sru_forward(rng: random.Random) -> Arguments:
+def column_forward(rng: random.Random) -> Arguments:
+    cell = rng.choice(list(COLUMN_CELLS))
+    spec = COLUMN_CELLS[cell]
     T, B, d = sizes(rng, 40, 8, 40)
-    directions = rng.choice([1, 2])
-    channels, dtype, matrices = max(1, d) * directions, floating(rng), rng.choice([3, 4])
+    directions, packed = rng.choice([1, 2]), rng.random() < 0.3
+    channels, dtype = max(1, d) * directions, rng.choice([torch.float32] * 3 + [*NARROW, torch.float64])
+    sequences, B = B, 1 if packed else B
+    inputs = rng.choice([3, 4]) if spec.skip else spec.inputs
+    wide = (T, B, channels)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x = maybe(rng, lambda: random(*wide)) if inputs < spec.inputs else None
+    mask = (sequences, channels) if spec.mask == "BC" else wide
+    scaled = spec.mask and (not spec.skip or x is not None)
+    ends = sorted(rng.randint(0, T) for _ in range(sequences - 1))
+    offsets = torch.tensor([0, *ends, T] if sequences else [0])
     return {
-        "u": torch.randn(T, B, matrices * channels, dtype=dtype),
-        "x": maybe(rng, lambda: torch.randn(T, B, channels, dtype=dtype)) if matrices == 3 else None,
-        "weight_c": torch.randn(2 * channels, dtype=dtype),
-        "bias": torch.randn(2 * channels, dtype=dtype),
-        "c_0": torch.randn(B, channels, dtype=dtype),
-        "mask_c": maybe(rng, lambda: torch.rand(B, channels, dtype=dtype)),
-        "mask_pad": maybe(rng, lambda: torch.rand(T, B) < 0.3),
-        "scale_x": maybe(rng, lambda: torch.rand(1, dtype=dtype)),
+        "cell": cell,
+        "u": random(T, B, inputs * channels),
+        "x": x,
+        "weight": maybe(rng, lambda: random(spec.weights * channels)) if spec.weights else None,
+        "bias": maybe(rng, lambda: random(spec.biases * channels)),
+        "c_0": random(sequences, channels),
+        "mask": maybe(rng, lambda: torch.rand(mask).to(dtype)) if spec.mask else None,
+        "scale": maybe(rng, lambda: torch.rand(1).to(dtype)) if scaled else None,
+        "mask_pad": None if packed else maybe(rng, lambda: torch.rand(T, B) < 0.3),
+        "reset": None if packed else maybe(rng, lambda: torch.rand(T, B) < 0.3),
+        "cu_seqlens": offsets if packed else None,
         "directions": directions,
-        "use_tanh": boolean(rng),
-        "save_c": boolean(rng),
+        "save": boolean(rng),
     }
 
 
-def sru_backward(rng: random.Random) -> Arguments:
-    arguments = sru_forward(rng) | {"save_c": True}
-    h, c_n, c = OPERATORS.sru_forward(**arguments)
-    del arguments["save_c"]
+def column_backward(rng: random.Random) -> Arguments:
+    arguments = column_forward(rng) | {"save": True}
+    h, c_n, c = OPERATORS.column_forward(**arguments)
+    del arguments["save"]
+    saved = COLUMN_CELLS[arguments["cell"]].saves_states(arguments["mask_pad"] is not None)
     return arguments | {
         "grad_h": torch.randn_like(h),
         "grad_c_n": maybe(rng, lambda: torch.randn_like(c_n)),
-        "c": c,
+        "c": c if saved else h,
     }
 
 
@@ -247,6 +266,8 @@ GENERATORS: dict[str, Generator] = {
     "best_isa": lambda rng: {},
     "causal_conv1d_backward": causal_conv1d_backward,
     "causal_conv1d_forward": causal_conv1d_forward,
+    "column_backward": column_backward,
+    "column_forward": column_forward,
     "elementwise": elementwise,
     "fastest_mm": matrices,
     "hierarchical_attention_backward": hierarchical_attention_backward,
@@ -260,8 +281,6 @@ GENERATORS: dict[str, Generator] = {
     "rnn_forward": rnn_forward,
     "rnn_forward_bfloat16": lambda rng: rnn_problem(rng, torch.bfloat16),
     "set_isa": lambda rng: {"name": rng.choice(available_isas())},
-    "sru_backward": sru_backward,
-    "sru_forward": sru_forward,
     "threads": lambda rng: {},
 }
 

@@ -291,6 +291,10 @@ def calls_with_text():
     out, kept = ops.causal_conv1d_forward(*conv, *[None] * 4, 1, 1, "tanh", False, 0.0, True)
     arguments = (out, out, kept, *conv, None, None, None, 1, 1, "tanh", False, 0.0, False, 7)
     yield "causal_conv1d_backward", lambda: ops.causal_conv1d_backward(*arguments)
+    operands = torch.ones(3, 2, 6), *[None] * 3, torch.zeros(2, 2), *[None] * 5
+    yield "column_forward", lambda: ops.column_forward("fo_pool", *operands, 1, True)
+    h = torch.ones(3, 2, 2)
+    yield "column_backward", lambda: ops.column_backward("fo_pool", h, None, *operands, h, 1)
 
 
 def test_strings_do_not_leak():
@@ -356,15 +360,8 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.hierarchical_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, None, 2, 2, 1, 1, True, True, 1.0
         ),
-        lambda: ops.sru_forward(
-            torch.empty(size, 0, 3 * 2**12),
-            None,
-            *[torch.ones(2**13)] * 2,
-            torch.empty(0, 2**12),
-            *[None] * 3,
-            1,
-            True,
-            True,
+        lambda: ops.column_forward(
+            "fo_pool", torch.empty(size, 0, 3 * 2**12), *[None] * 3, torch.empty(0, 2**12), *[None] * 5, 1, True
         ),
     ):
         with pytest.raises(RuntimeError, match=r"not enough memory|too large"):
@@ -404,10 +401,10 @@ def test_nothing_to_do_takes_no_time():
         False,
         [True] * 5,
     )
-    steps = torch.empty(many, 0, 6)
-    assert ops.sru_forward(steps, None, torch.ones(4), torch.ones(4), torch.empty(0, 2), *[None] * 3, 1, True, True)[
-        0
-    ].shape == (many, 0, 2)
+    steps, c_0 = torch.empty(many, 0, 6), torch.empty(0, 2)
+    h, _, c = ops.column_forward("fo_pool", steps, *[None] * 3, c_0, *[None] * 5, 1, True)
+    assert h.shape == c.shape == (many, 0, 2)
+    ops.column_backward("fo_pool", h, None, steps, *[None] * 3, c_0, *[None] * 5, c, 1)
 
 
 def test_tensors_without_memory_are_refused():

@@ -52,16 +52,6 @@ def conv_backward_arguments():
     return torch.randn_like(y), y, saved, x, weight, None, None, None, 1, 2, "tanh", True, 0.0, True, 31
 
 
-def sru_arguments(save=False):
-    return double(3, 2, 15), double(3, 2, 5), double(10), double(10), double(2, 5), None, None, None, 1, True, save
-
-
-def sru_backward_arguments():
-    *operands, _ = sru_arguments()
-    h, c_n, c = torch.ops.seqaccel.sru_forward(*operands, True)
-    return torch.randn_like(h), torch.randn_like(c_n), *operands[:8], c, *operands[8:]
-
-
 def column_arguments(save=False):
     return "fo_pool", double(3, 2, 15), None, None, double(15), double(2, 5), *[None] * 5, 1, save
 
@@ -92,8 +82,6 @@ ARGUMENTS = {
     "linear_scan_backward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3), False),
     "column_forward": column_arguments,
     "column_backward": column_backward_arguments,
-    "sru_forward": sru_arguments,
-    "sru_backward": sru_backward_arguments,
     "hierarchical_attention_forward": attention_arguments,
     "hierarchical_attention_backward": attention_backward_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),

@@ -38,14 +38,6 @@ def test_operators_pass_opcheck(suffix):
         torch.library.opcheck(forward, (x["a"], x["b"], h_0, reverse), **options)
         backward = getattr(operators, "linear_scan_backward" + suffix)
         torch.library.opcheck(backward, (x["b"], x["a"], x["b"], h_0, reverse), **options)
-    for highway, masks in itertools.product(("none", "input", "projected"), (False, True)):
-        s = to(sru_inputs(4, 2, 3, 2, highway, masks), torch.float32, grad=False)
-        forward = getattr(operators, "sru_forward" + suffix)
-        for save_c in (False, True):
-            torch.library.opcheck(forward, (*s.values(), 2, True, save_c), **options)
-        h, c_n, c = forward(*s.values(), 2, True, True)
-        backward = getattr(operators, "sru_backward" + suffix)
-        torch.library.opcheck(backward, (h, c_n if masks else None, *s.values(), c, 2, True), **options)
 
 
 @needs_cpp
@@ -63,34 +55,6 @@ def test_operators_refuse_what_does_not_fit():
             operators.linear_scan_forward(*arguments)
     with pytest.raises(RuntimeError, match="expected h to have shape"):
         operators.linear_scan_backward(a, a, a[:, :2], None, False)
-    good = {
-        "u": torch.ones(4, 2, 9),
-        "x": torch.ones(4, 2, 3),
-        "weight_c": torch.ones(6),
-        "bias": torch.ones(6),
-        "c_0": torch.ones(2, 3),
-        "mask_c": torch.ones(2, 3),
-        "mask_pad": torch.ones(4, 2, dtype=torch.bool),
-        "scale_x": torch.ones(1),
-    }
-    operators.sru_forward(*good.values(), 1, False, True)
-    for name, bad in {
-        "u": torch.ones(4, 2, 10),
-        "x": torch.ones(4, 2, 2),
-        "weight_c": torch.ones(5),
-        "bias": torch.ones(3, 2),
-        "c_0": torch.ones(1, 3),
-        "mask_c": torch.ones(2, 3).double(),
-        "mask_pad": torch.ones(4, 2),
-        "scale_x": torch.ones(2),
-    }.items():
-        with pytest.raises(RuntimeError, match="seqaccel: "):
-            operators.sru_forward(*(good | {name: bad}).values(), 1, False, True)
-    with pytest.raises(RuntimeError, match="directions"):
-        operators.sru_forward(*good.values(), 2, False, True)
-    c = torch.ones(4, 2, 3)
-    with pytest.raises(RuntimeError, match="expected c to have shape"):
-        operators.sru_backward(c, None, *good.values(), c[:3], 1, False)
 
 
 @needs_cpp

@@ -299,7 +299,7 @@ def test_empty_sequences_and_batches():
         (lambda m: m(torch.zeros(4, 2, 5)), ValueError, "Expected 3, got 5"),
         (lambda m: m(torch.zeros(4, 2, 3), torch.zeros(2, 3, 4)), ValueError, r"Expected hidden size \(2, 2, 4\)"),
         (lambda m: m(torch.zeros(4, 2, 3), None, torch.zeros(2, 4)), ValueError, r"mask_pad to have shape \(4, 2\)"),
-        (lambda m: m(torch.zeros(4, 2, 3), torch.zeros(2, 2, 4).double()), TypeError, "c_0 to have the dtype of u"),
+        (lambda m: m(torch.zeros(4, 2, 3), torch.zeros(2, 2, 4).double()), TypeError, "c_0 to have the dtype of input"),
         (lambda m: m.step(torch.zeros(1, 2, 3), m.init_state(2)), ValueError, "x_t to be 2-D"),
         (lambda m: m.reset(m.init_state(2), torch.zeros(3, dtype=torch.bool)), ValueError, "mask to be bool of shape"),
         (lambda m: SRU(0, 4), ValueError, "input_size must be greater than zero"),

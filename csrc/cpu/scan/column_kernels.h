@@ -6,6 +6,17 @@
 
 namespace seqaccel::SEQACCEL_ISA::scan {
 
+// The value, calculated by itself: without this a compiler may make one operation of a product and the sum it goes
+// into, in one loop and not in another, and gradients would depend on how columns lie in blocks.
+template <typename V>
+SEQACCEL_INLINE V rounded(V value) {
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(value);
+#else
+  return value;
+#endif
+}
+
 constexpr int64_t kFlushSteps = 64;  // gradients of parameters are summed in two levels: error grows with 64 + T / 64
 
 template <typename T>
@@ -113,7 +124,7 @@ SEQACCEL_INLINE void backward_vector(const Strip<T>& s, const StripGradients<T>&
   if constexpr (Cell::kReadsX) store_column<kWhole>(g.grad_x + i, u.grad_x, n);
   C* sum = g.sums;
   for (int k = 0; k < Cell::kWeights; ++k, sum += kBlockColumns) {
-    store_column<kWhole>(sum + i, wide(sum) + u.grad_weight[k], n);
+    store_column<kWhole>(sum + i, wide(sum) + rounded(u.grad_weight[k]), n);
   }
   for (int k = 0; k < Cell::kBiases; ++k, sum += kBlockColumns) {
     store_column<kWhole>(sum + i, wide(sum) + u.grad_in[Cell::kFirstBias + k], n);

@@ -7,12 +7,12 @@
 namespace seqaccel::scan {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> column_forward(std::string cell, Tensor u, OptionalTensor x, OptionalTensor weight,
+std::tuple<Tensor, Tensor, Tensor> column_forward(Text cell, Tensor u, OptionalTensor x, OptionalTensor weight,
                                                   OptionalTensor bias, Tensor c_0, OptionalTensor mask,
                                                   OptionalTensor scale, OptionalTensor mask_pad, OptionalTensor reset,
                                                   OptionalTensor cu_seqlens, int64_t directions, bool save) {
   ColumnTensors t = {u, x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens};
-  const ColumnCall call = ColumnCall::check(cell, t, directions);
+  const ColumnCall call = ColumnCall::check(cell.value, t, directions);
   ColumnResults made(call, t, save, new_pooled);
   const ColumnForward p = {call.operands(t), made.h.mutable_data_ptr(), made.c_n.mutable_data_ptr(),
                            made.kept ? made.c.mutable_data_ptr() : nullptr};
@@ -20,12 +20,14 @@ std::tuple<Tensor, Tensor, Tensor> column_forward(std::string cell, Tensor u, Op
   return {made.h, made.c_n, made.c};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> column_backward(
-    std::string cell, Tensor grad_h, OptionalTensor grad_c_n, Tensor u, OptionalTensor x, OptionalTensor weight,
-    OptionalTensor bias, Tensor c_0, OptionalTensor mask, OptionalTensor scale, OptionalTensor mask_pad,
-    OptionalTensor reset, OptionalTensor cu_seqlens, Tensor c, int64_t directions) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> column_backward(Text cell, Tensor grad_h, OptionalTensor grad_c_n,
+                                                                   Tensor u, OptionalTensor x, OptionalTensor weight,
+                                                                   OptionalTensor bias, Tensor c_0, OptionalTensor mask,
+                                                                   OptionalTensor scale, OptionalTensor mask_pad,
+                                                                   OptionalTensor reset, OptionalTensor cu_seqlens,
+                                                                   Tensor c, int64_t directions) {
   ColumnTensors t = {u, x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens};
-  const ColumnCall call = ColumnCall::check(cell, t, directions);
+  const ColumnCall call = ColumnCall::check(cell.value, t, directions);
   const int64_t channels = t.c_0.size(1);
   const ScalarType dtype = t.u.scalar_type();
   check_operand(grad_h, "grad_h", {call.shape.steps, call.rows, channels}, t.u, dtype);

@@ -279,33 +279,39 @@ def check(
 # ---- the calls ----
 
 
-def recurrence(caller: Caller, cell: str, u: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    """h and the last state from u and the operands (``Operands``, which may lack c_0), of the right types."""
-    x, weight, bias, c_0, mask, scale, *rest = operands
+def _run(cell: str, backend: str, u: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return reference.columns(cell, u, *operands)
+    if torch.compiler.is_compiling():  # autograd records the operator itself
+        h, c_n, _ = _operator("column_forward", backend)(cell, u, *operands, False)
+    elif _common.needs_grad(u, operands.x, operands.weight, operands.bias, operands.c_0):
+        h, c_n = _Columns.apply(None, cell, backend, u, *operands)
+    else:
+        h, c_n, _ = call(_operator("column_forward", backend), cell, u, *operands, False)
+    return h, c_n
+
+
+def recurrence(caller: Caller, cell: str, u: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """h and the last state from u and operands of the right types: ``Operands``, of which c_0 may be left out."""
+    x, weight, bias, c_0, mask, scale, *rest = given
     u, x, weight, bias, c_0, mask = in_float32_under_autocast(u, x, weight, bias, c_0, mask)
     if isinstance(scale, Tensor):
         (scale,) = in_float32_under_autocast(scale)
-    checked = check(caller, cell, tuple(u.shape), "u", u, x, weight, bias, c_0, mask, scale, *rest)
+    operands = check(caller, cell, tuple(u.shape), "u", u, x, weight, bias, c_0, mask, scale, *rest)
     if _common.transforms_active():
-        return reference.columns(cell, u, *checked)
+        return reference.columns(cell, u, *operands)
     if _onnx.exporting():
-        return _onnx.columns(cell, u, *checked)
+        return _onnx.columns(cell, u, *operands)
     if weight is not None and weight.dim() == 3:
         backend = backends.choose(f"{caller.name} with weights of each step", u, ("reference",))
     else:
         backend = backends.choose(cell, u, CELLS[cell].backends)
-    if backend == "reference":
-        return reference.columns(cell, u, *checked)
-    if torch.compiler.is_compiling():  # autograd records the operator itself
-        h, c_n, _ = _operator("column_forward", backend)(cell, u, *checked, False)
-    elif _common.needs_grad(u, checked.x, checked.weight, checked.bias, checked.c_0):
-        h, c_n = _Columns.apply(None, cell, backend, u, *checked)
-    else:
-        h, c_n, _ = call(_operator("column_forward", backend), cell, u, *checked, False)
-    return h, c_n
+    return _run(cell, backend, u, operands)
 
 
-def layer(caller: Caller, cell: str, input: Tensor, weight: Tensor, x: Tensor | None, *operands: Any) -> Any:
+def layer(
+    caller: Caller, cell: str, input: Tensor, weight: Tensor, x: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor]:
     """``recurrence`` of the product of the input with the weight, with one backward for both."""
     name, interleaved = caller.name, CELLS[cell].interleaved
     if input.dim() != 3 or weight.dim() != 2 or input.shape[2] != weight.shape[0 if interleaved else 1]:
@@ -316,29 +322,24 @@ def layer(caller: Caller, cell: str, input: Tensor, weight: Tensor, x: Tensor | 
         )
     autocast = _common.autocast_on(input.device.type)
     check_alike(name, "input", input, {} if autocast else {"weight": weight})
-    recurrent = operands[0]
-    plain = (
-        not autocast
-        and (recurrent is None or recurrent.dim() == 1)
-        and not _common.transforms_active()
-        and not _onnx.exporting()
-        and not _common.is_distributed(input)
-    )
-    backend = backends.choose(cell, input, CELLS[cell].backends) if plain else "reference"
     matrix = weight if interleaved else weight.t()
+    if autocast or _common.transforms_active() or _onnx.exporting() or _common.is_distributed(input):
+        return recurrence(caller, cell, input @ matrix, x, *given)
     shape = (input.shape[0], input.shape[1], matrix.shape[1])
-    compiling = torch.compiler.is_compiling()
-    if backend == "reference" or compiling or not _common.needs_grad(input, weight, x, *operands[:3]):
-        if backend == "reference":
-            u = input @ matrix
-        elif compiling:  # autograd records the product itself
-            u = mm(input.flatten(0, 1), matrix, backend).view(shape)
-        else:
-            u = call(mm, input.flatten(0, 1), matrix, backend).view(shape)
-        return recurrence(caller, cell, u, x, *operands)
-    checked = check(caller, cell, shape, "input", input, x, *operands)
-    same = x is input
-    return _ColumnLayer.apply(cell, backend, same, input, weight, None if same else x, *checked[1:])
+    operands = check(caller, cell, shape, "input", input, x, *given)
+    if operands.weight is not None and operands.weight.dim() == 3:
+        return recurrence(caller, cell, input @ matrix, *operands)
+    backend = backends.choose(cell, input, CELLS[cell].backends)
+    if backend == "reference":
+        return reference.columns(cell, input @ matrix, *operands)
+    if torch.compiler.is_compiling():  # autograd records the product itself
+        u = mm(input.flatten(0, 1), matrix, backend).view(shape)
+    elif _common.needs_grad(input, weight, x, operands.weight, operands.bias, operands.c_0):
+        same = x is input
+        return _ColumnLayer.apply(cell, backend, same, input, weight, None if same else x, *operands[1:])
+    else:
+        u = call(mm, input.flatten(0, 1), matrix, backend).view(shape)
+    return _run(cell, backend, u, operands)
 
 
 # ---- the operators' facts ----
