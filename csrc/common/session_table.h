@@ -8,26 +8,39 @@ extern "C" {
 
 // A layer of a session. Kinds and their weights, in order (float32, contiguous, null: not there):
 //   linear                   weight [outputs, inputs], bias [outputs]
+//   conv                     weight [outputs, taps, inputs], bias [outputs]; the last tap meets the present
+//   depthwise                weight [taps, outputs], bias [outputs]
+//   glu, gated               linear or conv of 2 * outputs rows, whose second half gates the first, or its tanh: they
+//                            are activations of these
 //   embedding                weight [inputs, outputs]
 //   layer_norm, rms_norm     weight [outputs], bias [outputs]; parameter: epsilon
 //   batch_norm               gain [outputs], bias [outputs]: by its running statistics
 //   softmax                  none
 //   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish     none; parameter: slope or alpha
 //   the recurrent cells      as the operator rnn_forward has them
-//   the column cells         weight [matrices * hidden, inputs], that of the input of the step before, bias [., hidden],
+//   the column cells         weight [matrices * hidden, inputs], that of the input of the step before, bias [.,
+//   hidden],
 //                            weight of the state [., hidden]; parameter: the operator column_forward's scale
+//
+// A layer reads the output of the layer `source` before it, 1 being the last one, and past the first one the session's
+// input; 0 is 1. `skip` counts as `source`, 0 being none: what a linear, conv or depthwise layer adds to its
+// activation, and what a column cell's highway adds.
 struct SeqaccelSessionLayer {
   const char* kind;
   int64_t inputs, hidden, outputs;
   int64_t matrices;  // column cells: inputs of a unit
-  int64_t skip;      // column cells: 1, the highway adds the input; 2, that of the layer before; 0, none
+  int64_t source, skip;
+  int64_t taps, dilation;  // conv, depthwise
+  const char* activation;  // linear, conv, depthwise: as the kinds, or "none"
+  int64_t relu;            // linear, conv, depthwise: after the addition
   const float* weights[10];
   double zoneout_h, zoneout_c;  // expected share of the old state
   double parameter;
 };
 
-// A part of the state of a layer, to `out`, or from `from` if it is null: h [batch, outputs], c [batch, hidden] or, of a
-// column cell, x [batch, inputs], the input of the step before.
+// A part of the state of a layer, to `out`, or from `from` if it is null: h [batch, outputs], c [batch, hidden]; of a
+// column cell x [batch, inputs], the input of the step before; of conv r [batch, (taps - 1) * dilation, inputs], the
+// inputs before, oldest first.
 struct SeqaccelSessionPart {
   int64_t layer;
   char part;
@@ -53,8 +66,9 @@ struct SeqaccelSessionTable {
   const char* (*isa)(void* session);
   void (*destroy)(void* session);
   // x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], the state
-  // moving on. Of one that is not OK see error; nothing has moved then.
-  int (*extend)(void* session, const void* x, int64_t steps, float* y);
+  // moving on; with advance [batch], that of the streams where it is true only, and y is zero for the others. Of one
+  // that is not OK see error; nothing has moved then.
+  int (*extend)(void* session, const void* x, int64_t steps, float* y, const bool* advance);
   int (*state)(void* session, int64_t count, const struct SeqaccelSessionPart* parts);
   // Stream b becomes what stream indices[b] was; -1 starts it anew.
   int (*select)(void* session, const int64_t* indices);

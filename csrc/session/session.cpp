@@ -15,29 +15,42 @@ namespace py = pybind11;
 
 namespace {
 
-// Kind; inputs, hidden, outputs, matrices, skip; addresses of the weights (0: none); zoneout of h and of c, parameter.
-using Layer = std::tuple<std::string, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>, std::vector<uintptr_t>,
-                         std::tuple<double, double, double>>;
-
-// Layer, 'h', 'c' or 'x', address of the values.
+// Layer, part, address of the values.
 using Part = std::tuple<int64_t, char, uintptr_t>;
 
 class Session {
  public:
-  Session(uintptr_t table, int64_t batch, const std::string& precision, const std::vector<Layer>& layers)
+  Session(uintptr_t table, int64_t batch, const std::string& precision, const std::vector<py::dict>& layers)
       : table_(reinterpret_cast<const SeqaccelSessionTable*>(table)), batch_(batch) {
     if (table_->version != SEQACCEL_SESSION_TABLE_VERSION) {
       throw std::runtime_error("seqaccel._session and seqaccel._C come from different builds: reinstall seqaccel");
     }
     std::vector<SeqaccelSessionLayer> described;
-    for (const auto& [kind, sizes, weights, numbers] : layers) {
+    std::vector<std::string> texts;
+    texts.reserve(2 * layers.size());
+    for (const py::dict& given : layers) {
+      const auto integer = [&](const char* key) { return given[key].cast<int64_t>(); };
+      const auto number = [&](const char* key) { return given[key].cast<double>(); };
+      const auto text = [&](const char* key) { return texts.emplace_back(given[key].cast<std::string>()).c_str(); };
       SeqaccelSessionLayer layer{};
-      layer.kind = kind.c_str();
-      std::tie(layer.inputs, layer.hidden, layer.outputs, layer.matrices, layer.skip) = sizes;
+      layer.kind = text("kind");
+      layer.activation = text("activation");
+      layer.inputs = integer("inputs");
+      layer.hidden = integer("hidden");
+      layer.outputs = integer("outputs");
+      layer.matrices = integer("matrices");
+      layer.source = integer("source");
+      layer.skip = integer("skip");
+      layer.taps = integer("taps");
+      layer.dilation = integer("dilation");
+      layer.relu = given["relu"].cast<bool>();
+      layer.zoneout_h = number("zoneout_h");
+      layer.zoneout_c = number("zoneout_c");
+      layer.parameter = number("parameter");
+      const auto weights = given["weights"].cast<std::vector<uintptr_t>>();
       for (size_t i = 0; i < weights.size() && i < std::size(layer.weights); ++i) {
         layer.weights[i] = reinterpret_cast<const float*>(weights[i]);
       }
-      std::tie(layer.zoneout_h, layer.zoneout_c, layer.parameter) = numbers;
       described.push_back(layer);
     }
     session_ = table_->create(batch, precision.c_str(), int64_t(described.size()), described.data());
@@ -56,8 +69,9 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  void extend(uintptr_t x, int64_t steps, uintptr_t y) {
-    check(table_->extend(session_, reinterpret_cast<const void*>(x), steps, reinterpret_cast<float*>(y)));
+  void extend(uintptr_t x, int64_t steps, uintptr_t y, uintptr_t advance) {
+    check(table_->extend(session_, reinterpret_cast<const void*>(x), steps, reinterpret_cast<float*>(y),
+                         reinterpret_cast<const bool*>(advance)));
   }
 
   void read_state(const std::vector<Part>& to) {
@@ -97,13 +111,13 @@ class Session {
 PYBIND11_MODULE(_session, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<Session>(m, "Session")
-      .def(py::init<uintptr_t, int64_t, const std::string&, const std::vector<Layer>&>())
+      .def(py::init<uintptr_t, int64_t, const std::string&, const std::vector<py::dict>&>())
       .def("fork", &Session::fork, Unlocked())
       .def("weights_size", &Session::weights_size, Unlocked())
       .def("read_weights", &Session::read_weights, Unlocked())
       .def("write_weights", &Session::write_weights, Unlocked())
       .def("isa", &Session::isa, Unlocked())
-      .def("extend", &Session::extend, Unlocked())
+      .def("extend", &Session::extend, py::arg("x"), py::arg("steps"), py::arg("y"), py::arg("advance") = 0, Unlocked())
       .def("read_state", &Session::read_state, Unlocked())
       .def("write_state", &Session::write_state, Unlocked())
       .def("select", &Session::select, Unlocked());

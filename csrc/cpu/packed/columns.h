@@ -26,7 +26,7 @@ SEQACCEL_INLINE void column_step(const SessionThread& t, const SessionLayer& l, 
   u.scale = l.parameter;
   u.prev = load(state);
   Cell::template forward<SessionFunctions>(u);
-  store(state, u.state);
+  if (t.advances(row % t.run.batch)) store(state, u.state);
   t.store_output(row, l.outputs, unit, Cell::kOutputIsState ? u.state : u.h, units);
 }
 
@@ -55,8 +55,9 @@ void column_layer(const SessionThread& t, const SessionLayer& l) {
   if (!window) return;
   float* const kept = l.h[l.parity ^ ((t.done + t.steps) & 1)];
   for (ptrdiff_t b = t.begin(B); b < t.end(B); ++b) {
-    memcpy(kept + b * l.stride, static_cast<const float*>(t.x) + (rows - B + b) * l.inputs,
-           size_t(l.inputs) * sizeof(float));
+    const float* const from = t.advances(b) ? static_cast<const float*>(t.x) + (rows - B + b) * l.inputs
+                                            : l.h[l.parity ^ (t.done & 1)] + b * l.stride;
+    if (from != kept + b * l.stride) memcpy(kept + b * l.stride, from, size_t(l.inputs) * sizeof(float));
   }
   t.wait();
 }

@@ -12,6 +12,7 @@
 
 #include "cpu/packed/cells.h"
 #include "cpu/packed/columns.h"
+#include "cpu/packed/dense.h"
 
 #define SEQACCEL_QUOTED(name) #name
 #define SEQACCEL_NAME_OF(name) SEQACCEL_QUOTED(name)
@@ -30,7 +31,7 @@ struct SessionStep {
 };
 
 inline bool running(const SessionThread& t, const SessionStep& step, ptrdiff_t b) {
-  return t.run.lengths == nullptr || step.time < t.run.lengths[b];
+  return t.advances(b) && (t.run.lengths == nullptr || step.time < t.run.lengths[b]);
 }
 
 // The new h of units of a stream: blended, kept and put out.
@@ -359,28 +360,6 @@ inline void recurrent_layer_of(const SessionThread& t, const SessionLayer& l, Ce
 
 // ---------------------------------------------------------------- layers without a state
 
-inline void linear_layer(const SessionThread& t, const SessionLayer& l) {
-  constexpr int L = kWordLanes;
-  const SessionMatrix& m = l.matrices[0];
-  const WordRows x = t.input_rows(m.precision, l.inputs);
-  alignas(64) float sums[kRowChunk * 4 * L];
-  for (ptrdiff_t u = t.begin(m.blocks); u < t.end(m.blocks); ++u) {
-    for (ptrdiff_t r = 0; r < t.rows(); r += kRowChunk) {
-      const ptrdiff_t rows = min_of(kRowChunk, t.rows() - r);
-      session_product(m, u, 0, x, r, rows, sums);
-      for (int v = 0; v < 4 && (u * 4 + v) * L < l.outputs; ++v) {
-        const ptrdiff_t unit = (u * 4 + v) * L;
-        const int units = int(min_of(L, l.outputs - unit));
-        const Vec<float> bias = l.bias ? load_some(l.bias + unit, units) : Vec<float>{};
-        for (ptrdiff_t i = 0; i < rows; ++i) {
-          t.store_output(r + i, l.outputs, unit, load(sums + (i * 4 + v) * L) + bias, units);
-        }
-      }
-    }
-  }
-  t.wait();
-}
-
 inline void embedding_layer(const SessionThread& t, const SessionLayer& l) {
   const int64_t* const indices = static_cast<const int64_t*>(t.x);
   for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
@@ -440,38 +419,6 @@ inline void row_layer(const SessionThread& t, const SessionLayer& l) {
   t.wait();
 }
 
-inline Vec<float> activate(Activation which, Vec<float> x, float parameter) {
-  switch (which) {
-    case Activation::relu:
-      return x < 0.0f ? Vec<float>{} : x;
-    case Activation::tanh:
-      return tanh_vec<float>(x);
-    case Activation::sigmoid:
-      return sigmoid_vec<float>(x);
-    case Activation::silu:
-      return x * sigmoid_vec<float>(x);
-    case Activation::gelu_tanh:
-      return 0.5f * x * (1.0f + tanh_vec<float>(0.7978845608f * (x + 0.044715f * x * x * x)));
-    case Activation::hardswish: {
-      const Vec<float> gate = x + 3.0f;
-      return x * (gate < 0.0f ? Vec<float>{} : gate > 6.0f ? Vec<float>{} + 6.0f : gate) * (1.0f / 6.0f);
-    }
-    case Activation::leaky_relu:
-      return x < 0.0f ? x * parameter : x;
-    case Activation::elu: {
-      Vec<float> scale, p;
-      exp_parts<float>(x, scale, p);
-      return x < 0.0f ? parameter * (scale * p + (scale - 1.0f)) : x;
-    }
-    default: {
-      alignas(64) float lanes[kWordLanes];
-      store(lanes, x);
-      for (float& value : lanes) value *= 0.5f * (1.0f + erff(value * 0.7071067812f));
-      return load(lanes);
-    }
-  }
-}
-
 inline void activation_layer(const SessionThread& t, const SessionLayer& l) {
   const ptrdiff_t count = t.rows() * l.outputs, vectors = panel_count(count, kWordLanes);
   for (ptrdiff_t i = t.begin(vectors); i < t.end(vectors); ++i) {
@@ -488,7 +435,11 @@ inline void activation_layer(const SessionThread& t, const SessionLayer& l) {
 inline void session_layer(const SessionThread& t, const SessionLayer& l) {
   switch (l.kind) {
     case LayerKind::linear:
-      return linear_layer(t, l);
+      return dense_layer(t, l, t.input_rows(l.matrices[0].precision, l.inputs));
+    case LayerKind::conv:
+      return conv_layer(t, l);
+    case LayerKind::depthwise:
+      return depthwise_layer(t, l);
     case LayerKind::embedding:
       return embedding_layer(t, l);
     case LayerKind::layer_norm:
@@ -521,20 +472,26 @@ inline void session_run(const SessionRun* pointer) {
     for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
       const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
       const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
-      const void *x = static_cast<const char*>(run.x) + at * in_row, *before = nullptr;
+      const void* const input = static_cast<const char*>(run.x) + at * in_row;
+      void* const output = static_cast<char*>(run.y) + at * out_row;
+      const auto made_by = [&](int32_t layer) { return layer < 0 ? input : run.layers[layer].output; };
       for (int64_t i = 0; i < run.count; ++i) {
-        const void* const skip = run.layers[i].skip_before ? before : x;
-        const bool ends = i + 1 == run.count;
-        void* const y = ends ? static_cast<void*>(static_cast<char*>(run.y) + at * out_row) : run.buffers[i % 2];
-        session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps, x, y,
-                       run.bfloat16 && i == 0, run.bfloat16 && ends, static_cast<const float*>(skip)},
-                      run.layers[i]);
-        before = x;
-        x = y;
+        const SessionLayer& l = run.layers[i];
+        const void* const skip = l.skip == kNoSkip ? nullptr : made_by(l.skip);
+        session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps,
+                       made_by(l.source), l.output ? l.output : output, run.bfloat16 && l.source < 0,
+                       run.bfloat16 && l.output == nullptr, static_cast<const float*>(skip)},
+                      l);
       }
     }
   }
-  for (int64_t i = 0; i < run.count; ++i) run.layers[i].parity ^= int(run.steps & 1);
+  for (int64_t i = 0; i < run.count; ++i) {
+    SessionLayer& l = run.layers[i];
+    l.parity ^= int(run.steps & 1);
+    for (ptrdiff_t b = 0; l.position && b < run.batch; ++b) {
+      if (run.advance == nullptr || run.advance[b]) l.position[b] = (l.position[b] + run.steps) % l.slots;
+    }
+  }
 }
 
 extern const SessionKernels session_kernels;

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
 constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
 
-const char* const kActivations[] = {"relu",      "tanh",       "sigmoid", "silu",     "gelu",
-                                    "gelu_tanh", "leaky_relu", "elu",     "hardswish"};
+const char* const kActivations[] = {"none", "glu",  "gated",     "relu",       "tanh", "sigmoid",
+                                    "silu", "gelu", "gelu_tanh", "leaky_relu", "elu",  "hardswish"};
 
 // Layers of a row at a time, with a gain and a bias an element.
 const std::map<std::string, LayerKind> kRowLayers = {
@@ -26,6 +26,13 @@ const std::map<std::string, LayerKind> kRowLayers = {
     {"batch_norm", LayerKind::batch_norm},
     {"softmax", LayerKind::softmax},
 };
+
+// Its index, or -1.
+int activation_of(const char* name) {
+  const auto* const end = std::end(kActivations);
+  const auto* const found = std::find(std::begin(kActivations), end, std::string(name));
+  return found == end ? -1 : int(found - std::begin(kActivations));
+}
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -48,6 +55,33 @@ class Layout {
  private:
   size_t bytes_ = 0;
   bool fits_ = true;
+};
+
+// Which layers' outputs lie in one place, because no later layer reads the earlier of them any more.
+struct Shares {
+  std::vector<int64_t> widths;
+  std::vector<size_t> of_layer;
+
+  explicit Shares(const std::vector<SessionLayer>& layers) {
+    std::vector<size_t> last_use(layers.size());
+    for (size_t i = 0; i < layers.size(); ++i) {
+      for (const int32_t from : {layers[i].source, layers[i].skip}) {
+        if (from >= 0) last_use[size_t(from)] = i;
+      }
+    }
+    std::vector<size_t> busy;  // until this layer has run
+    for (size_t i = 0; i + 1 < layers.size(); ++i) {
+      size_t place = 0;
+      while (place < widths.size() && busy[place] >= i) ++place;
+      if (place == widths.size()) {
+        widths.push_back(0);
+        busy.push_back(0);
+      }
+      widths[place] = std::max(widths[place], layers[i].outputs);
+      busy[place] = std::max(last_use[i], i);
+      of_layer.push_back(place);
+    }
+  }
 };
 
 }  // namespace
@@ -89,6 +123,17 @@ const float* SessionProgram::keep(const float* values, int64_t count) {
   return weights_->kept.back().data();
 }
 
+int32_t SessionProgram::reached(int64_t back, int64_t features) const {
+  const int64_t layer = int64_t(layers_.size()) - back;
+  if (layer < -1) throw std::invalid_argument("a layer reaches back past the input of the session");
+  const bool first = layer < 0 && layers_.empty();
+  const bool indices = layer < 0 && !first && layers_[0].kind == LayerKind::embedding;
+  if (indices || (!first && features != (layer < 0 ? layers_[0].inputs : layers_[size_t(layer)].outputs))) {
+    throw std::invalid_argument("a layer reads or adds an output that has another number of features");
+  }
+  return int32_t(layer);
+}
+
 void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   const std::string name = from.kind;
   SessionLayer layer{};
@@ -98,18 +143,28 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   layer.zoneout_h = float(from.zoneout_h);
   layer.zoneout_c = float(from.zoneout_c);
   layer.parameter = float(from.parameter);
-  const auto activation = std::find(std::begin(kActivations), std::end(kActivations), name);
-  if (activation != std::end(kActivations)) {
+  layer.taps = std::max<int64_t>(from.taps, 1);
+  layer.dilation = std::max<int64_t>(from.dilation, 1);
+  layer.relu = from.relu != 0;
+  layer.source = reached(from.source > 0 ? from.source : 1, layer.inputs);
+  layer.skip = from.skip > 0 ? reached(from.skip, layer.outputs) : kNoSkip;
+  if (const int found = activation_of(from.kind); found > int(Activation::gated)) {
     layer.kind = LayerKind::activation;
-    layer.activation = Activation(activation - std::begin(kActivations));
+    layer.activation = Activation(found);
     layers_.push_back(layer);
     return;
   }
+  layer.activation = Activation(std::max(activation_of(from.activation ? from.activation : "none"), 0));
   const int64_t I = layer.inputs, P = layer.outputs;
   const float* const* const w = from.weights;
-  if (name == "linear") {
-    layer.kind = LayerKind::linear;
-    add_matrix(layer, 0, 1, P, I, w[0], 0, nullptr, bfloat16);
+  const bool gated = layer.activation == Activation::glu || layer.activation == Activation::gated;
+  if (name == "linear" || name == "conv") {
+    layer.kind = name == "conv" && layer.taps > 1 ? LayerKind::conv : LayerKind::linear;
+    add_matrix(layer, 0, gated ? 2 : 1, P, I * layer.taps, w[0], 0, nullptr, bfloat16);
+    layer.bias = keep(w[1], gated ? 2 * P : P);
+  } else if (name == "depthwise") {
+    layer.kind = LayerKind::depthwise;
+    layer.weights = keep(w[0], layer.taps * P);
     layer.bias = keep(w[1], P);
   } else if (name == "embedding") {
     layer.kind = LayerKind::embedding;
@@ -184,7 +239,6 @@ void SessionProgram::add_column(SessionLayer& layer, const SeqaccelSessionLayer&
   const bool window = from.weights[1] != nullptr;
   layer.kind = LayerKind::column;
   layer.cell = int32_t(cell - scan::kColumnCells.data());
-  layer.skip_before = from.skip == 2;
   layer.stride = round_up(std::max(H, window ? I : 0), kernels_.lanes) + kernels_.lanes;
   add_matrix(layer, 0, cell->inputs, H, I, from.weights[0], window ? I : 0, from.weights[1]);
   std::vector<float> rows(size_t((cell->inputs + cell->weights) * layer.stride), 0.0f);
@@ -230,18 +284,23 @@ void SessionProgram::finish() {
 void SessionProgram::start() {
   Layout state;
   std::vector<size_t> at;
-  for (const SessionLayer& l : layers_) {
+  for (SessionLayer& l : layers_) {
     for (int i = 0; i < 3; ++i) at.push_back(state.add({batch_, l.stride}));
     at.push_back(state.add({l.buffers, batch_, l.stride}));
     const SessionMatrix& m = l.matrices[0];
     at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
+    const bool rings = l.kind == LayerKind::conv || l.kind == LayerKind::depthwise;
+    l.slots = rings ? (l.taps - 1) * l.dilation + longest_chunk() : 0;
+    at.push_back(state.add({batch_, l.slots, l.inputs}));
+    at.push_back(state.add({rings ? 2 : 0, batch_}));
   }
   state_ = AlignedMemory(state.bytes());
   for (size_t i = 0; i < layers_.size(); ++i) {
     SessionLayer& l = layers_[i];
     l.parity = 0;
-    float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums};
-    for (size_t j = 0; j < 5; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + at[5 * i + j]);
+    float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums, &l.ring};
+    for (size_t j = 0; j < 6; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + at[7 * i + j]);
+    l.position = l.slots ? reinterpret_cast<int64_t*>(state_.get() + at[7 * i + 6]) : nullptr;
   }
   run_.layers = layers_.data();
   run_.count = int64_t(layers_.size());
@@ -273,42 +332,49 @@ size_t SessionProgram::weights(char* out, const char* from) {
   return bytes;
 }
 
+int64_t SessionProgram::longest_chunk() const { return std::max<int64_t>(1, kChunkRows / batch_); }
+
 void SessionProgram::grow(int64_t chunk, int threads) {
   if (chunk <= chunk_ && threads <= threads_) return;
   chunk = std::max(chunk, chunk_);
   threads = std::max(threads, threads_);
   const int64_t rows = chunk * batch_;
-  int64_t widest = 0, projected = 0, words_of_x = 0, words_of_h = 0;
+  int64_t projected = 0, words_of_x = 0, words_of_h = 0, gathered = 0;
   for (const SessionLayer& l : layers_) {
-    widest = std::max(widest, l.outputs);
     for (const SessionMatrix& m : l.matrices) {
       words_of_x = std::max(words_of_x, m.words[0]);
       words_of_h = std::max({words_of_h, m.words[0], m.words[1]});
       projected = std::max(projected, m.blocks * m.vectors * kernels_.lanes);
     }
+    if (l.kind == LayerKind::conv) gathered = std::max(gathered, l.taps * l.inputs);
   }
   if (precision_ == Precision::float32) words_of_x = words_of_h = 0;
   run_.scratch_rows_at = round_up(rows * words_of_x, 16);
   run_.scales_at = run_.scratch_rows_at + round_up(batch_ * words_of_h, 16);
-  run_.scratch_words = run_.scales_at + round_up(rows + batch_, 16) + 16;
+  run_.gathered_at = run_.scales_at + round_up(rows + batch_, 16) + 16;
+  run_.scratch_words = run_.gathered_at + round_up(rows * gathered, 16);
   Layout layout;
-  const int64_t between = layers_.size() > 1 ? rows : 0;
-  const size_t at[] = {layout.add({between, widest}), layout.add({between, widest}),
-                       layout.add({chunk > 1 ? rows : 0, projected}), layout.add({threads, run_.scratch_words})};
+  const size_t projected_at = layout.add({chunk > 1 ? rows : 0, projected});
+  const size_t scratch_at = layout.add({threads, run_.scratch_words});
+  std::vector<size_t> outputs_at;
+  const Shares shares(layers_);
+  for (const int64_t width : shares.widths) outputs_at.push_back(layout.add({rows, width}));
   chunk_ = threads_ = 0;  // should there be no memory
   buffers_ = AlignedMemory();
   buffers_ = AlignedMemory(layout.bytes(), false);
-  run_.buffers[0] = reinterpret_cast<float*>(buffers_.get() + at[0]);
-  run_.buffers[1] = reinterpret_cast<float*>(buffers_.get() + at[1]);
-  run_.projected = reinterpret_cast<float*>(buffers_.get() + at[2]);
-  run_.scratch = reinterpret_cast<uint32_t*>(buffers_.get() + at[3]);
+  const auto at = [&](size_t offset) { return reinterpret_cast<float*>(buffers_.get() + offset); };
+  run_.projected = at(projected_at);
+  run_.scratch = reinterpret_cast<uint32_t*>(at(scratch_at));
+  for (size_t i = 0; i + 1 < layers_.size(); ++i) layers_[i].output = at(outputs_at[shares.of_layer[i]]);
+  layers_.back().output = nullptr;
   chunk_ = chunk;
   threads_ = threads;
 }
 
-void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, bool reverse, const int64_t* lengths) {
+void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, bool reverse, const int64_t* lengths,
+                         const bool* advance) {
   if (steps == 0) return;
-  const int64_t chunk = std::min(steps, std::max<int64_t>(1, kChunkRows / batch_));
+  const int64_t chunk = std::min(steps, longest_chunk());
   run_.threads = run_.work * double(batch_) < kSmall ? 1 : team_size();
   grow(chunk, run_.threads);
   run_.chunk = chunk;
@@ -318,6 +384,7 @@ void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, b
   run_.bfloat16 = bfloat16;
   run_.reverse = reverse;
   run_.lengths = lengths;
+  run_.advance = advance;
   kernels_.run(&run_);
 }
 

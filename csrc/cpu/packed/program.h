@@ -46,7 +46,7 @@ class SessionProgram {
   const char* isa() const { return kernels_.isa; }
 
   void run(const void* x, int64_t steps, void* y, bool bfloat16 = false, bool reverse = false,
-           const int64_t* lengths = nullptr);
+           const int64_t* lengths = nullptr, const bool* advance = nullptr);
 
   const std::vector<SessionLayer>& layers() const { return layers_; }
   int64_t batch() const { return batch_; }
@@ -63,6 +63,9 @@ class SessionProgram {
   void add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* weights, bool bfloat16);
   void add_column(SessionLayer& layer, const SeqaccelSessionLayer& from);
   const float* keep(const float* values, int64_t count);
+  // The layer that the one to be added reaches so far back; throws if it gives another number of features.
+  int32_t reached(int64_t back, int64_t features) const;
+  int64_t longest_chunk() const;
   void start();
   void grow(int64_t chunk, int threads);
 

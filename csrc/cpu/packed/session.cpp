@@ -65,7 +65,7 @@ const char* isa(void* session) { return Program(session)->isa(); }
 
 void destroy(void* session) { delete static_cast<SessionProgram*>(session); }
 
-int extend(void* session, const void* x, int64_t steps, float* y) {
+int extend(void* session, const void* x, int64_t steps, float* y, const bool* advance) {
   return guarded([&] {
     const Program p(session);
     const SessionLayer& first = p->layers().front();
@@ -82,8 +82,27 @@ int extend(void* session, const void* x, int64_t steps, float* y) {
         }
       }
     }
-    p->run(x, steps, y);
+    p->run(x, steps, y, false, false, nullptr, advance);
+    const int64_t width = p->layers().back().outputs;
+    for (int64_t i = 0; advance && i < steps * p->batch(); ++i) {
+      if (!advance[i % p->batch()]) std::memset(y + i * width, 0, size_t(width) * sizeof(float));
+    }
   });
+}
+
+// The inputs that a convolution keeps, [batch, (taps - 1) * dilation, inputs], oldest first.
+void ring(const SessionLayer& l, int64_t batch, float* out, const float* from) {
+  const int64_t seen = (l.taps - 1) * l.dilation;
+  for (int64_t i = 0; i < batch * seen; ++i) {
+    const int64_t b = i / seen, slot = (l.position[b] - seen + i % seen + l.slots) % l.slots;
+    float* const row = l.ring + (b * l.slots + slot) * l.inputs;
+    const size_t bytes = size_t(l.inputs) * sizeof(float);
+    if (out) {
+      std::memcpy(out + i * l.inputs, row, bytes);
+    } else {
+      std::memcpy(row, from + i * l.inputs, bytes);
+    }
+  }
 }
 
 int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
@@ -95,6 +114,10 @@ int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
     for (int64_t i = 0; i < count; ++i) {
       const auto& [layer, part, out, from] = parts[i];
       const SessionLayer& l = p->layers()[size_t(layer)];
+      if (part == 'r') {
+        ring(l, p->batch(), out, from);
+        continue;
+      }
       float* const rows = part == 'c' ? p->c(layer) : p->h(layer);
       const int64_t width = part == 'c' ? l.hidden : part == 'x' ? l.inputs : l.outputs;
       for (int64_t b = 0; b < p->batch(); ++b) {
@@ -113,8 +136,22 @@ int select(void* session, const int64_t* indices) {
   return guarded([&] {
     const Program p(session);
     std::vector<float> kept;
+    std::vector<int64_t> positions;
     for (size_t i = 0; i < p->layers().size(); ++i) {
       const SessionLayer& l = p->layers()[i];
+      for (int64_t b = 0; b < p->batch() && l.position; ++b) {
+        if (b == 0) {
+          kept.assign(l.ring, l.ring + p->batch() * l.slots * l.inputs);
+          positions.assign(l.position, l.position + p->batch());
+        }
+        const int64_t size = l.slots * l.inputs, from = indices[b];
+        l.position[b] = from < 0 ? 0 : positions[size_t(from)];
+        if (from < 0) {
+          std::memset(l.ring + b * size, 0, size_t(size) * sizeof(float));
+        } else {
+          std::memcpy(l.ring + b * size, kept.data() + from * size, size_t(size) * sizeof(float));
+        }
+      }
       if (l.stride == 0) continue;
       for (float* const rows : {p->h(int64_t(i)), p->c(int64_t(i))}) {
         kept.assign(rows, rows + p->batch() * l.stride);

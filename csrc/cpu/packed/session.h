@@ -18,6 +18,8 @@ enum class Precision : int32_t { float32, bfloat16, int8 };
 
 enum class LayerKind : int32_t {
   linear,
+  conv,
+  depthwise,
   embedding,
   layer_norm,
   rms_norm,
@@ -28,7 +30,21 @@ enum class LayerKind : int32_t {
   column,
 };
 
-enum class Activation : int32_t { relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish };
+// glu, gated: of a product with twice the rows; the second half gates the first, or its tanh.
+enum class Activation : int32_t {
+  none,
+  glu,
+  gated,
+  relu,
+  tanh,
+  sigmoid,
+  silu,
+  gelu,
+  gelu_tanh,
+  leaky_relu,
+  elu,
+  hardswish
+};
 
 // [W_0 | W_1], one product a block of units: columns of segment 0 multiply one vector, of segment 1 another, and the
 // two sums stay apart. Vector v, lane q of block u is row v * vector_rows + u * block_rows + q, if it is one of the
@@ -58,8 +74,11 @@ struct SessionPack {
 struct SessionLayer {
   LayerKind kind;
   Activation activation;
-  int32_t cell;      // index in ProductCells, or in ColumnCells
-  bool skip_before;  // column: its highway adds the input of the layer before, not its own
+  int32_t cell;    // index in ProductCells, or in ColumnCells
+  int32_t source;  // the layer whose output it reads; -1: the session's input
+  int32_t skip;    // the layer whose output it adds, or its highway; -1: the session's input; kNoSkip
+  bool relu;       // linear, conv, depthwise: after the addition
+  float* output;   // [chunk * B, outputs]; null: the session's output
   int64_t inputs, hidden, outputs;
   SessionMatrix matrices[3];
   const float* bias;     // recurrent, column: [pre-activations, stride]; else [outputs] or null
@@ -74,6 +93,11 @@ struct SessionLayer {
   float* middle;    // [buffers, B, stride]: what passes from a part of a step to the next
   float* sums;      // layer norm: [blocks, B, 2, vectors, L]
   int parity;
+  // conv and depthwise. Input of time t of stream b is at slot t % slots of ring [B, slots, inputs]; there is room for
+  // all that an output sees and for a chunk. `position` [B]: time of the next input.
+  int64_t taps, dilation, slots;
+  float* ring;
+  int64_t* position;
 };
 
 struct SessionRun {
@@ -85,15 +109,18 @@ struct SessionRun {
   bool bfloat16;            // x and y
   bool reverse;             // one recurrent layer: from the last step to the first
   const int64_t* lengths;   // one recurrent layer: [B], or null
+  const bool* advance;      // [B], or null; false: the stream keeps its state
   double work;              // products of a step and row, to choose the number of threads by
-  float* buffers[2];        // [chunk * B, widest output]
   float* projected;         // [blocks, chunk * B, vectors, L], where chunk > 1
   uint32_t* scratch;        // [threads, scratch_words]
   int64_t scratch_words;    // thread's own: rows of x and of h as words, and their scales
   int64_t scratch_rows_at;  // word that rows of h begin at
   int64_t scales_at;        // word that the scales begin at
+  int64_t gathered_at;      // word that gathered taps begin at
   int threads;
 };
+
+constexpr int32_t kNoSkip = -2;
 
 struct SessionKernels {
   const char* isa;

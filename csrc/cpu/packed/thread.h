@@ -18,7 +18,7 @@ struct SessionThread {
   const void* x;          // [steps, B, inputs]
   void* y;                // [steps, B, outputs]
   bool narrow_x, narrow_y;
-  const float* skip;  // what a highway of a column cell adds, [steps, B, outputs]
+  const float* skip;  // [steps, B, outputs], or null
   ptrdiff_t rows() const { return steps * run.batch; }
   ptrdiff_t begin(ptrdiff_t count) const { return count * thread / team; }
   ptrdiff_t end(ptrdiff_t count) const { return count * (thread + 1) / team; }
@@ -33,6 +33,7 @@ struct SessionThread {
     return prepare_rows(precision, from, stride, K, run.batch, scratch + run.scratch_rows_at,
                         reinterpret_cast<float*>(scratch + run.scales_at) + run.chunk * run.batch);
   }
+  bool advances(ptrdiff_t b) const { return run.advance == nullptr || run.advance[b]; }
   void store_output(ptrdiff_t row, ptrdiff_t width, ptrdiff_t unit, Vec<float> value, int units) const {
     if (!narrow_y) return store_some(static_cast<float*>(y) + row * width + unit, value, units);
     if (units == kWordLanes) {

@@ -1,0 +1,153 @@
+// Products of a session without a state between them, with what follows in the same pass: linear layers, and causal
+// convolutions, whose rows are the taps of an output. A convolution's inputs stay in a ring.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/packed/thread.h"
+
+namespace seqaccel::SEQACCEL_ISA::packed {
+
+inline Vec<float> activate(Activation which, Vec<float> x, float parameter) {
+  switch (which) {
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < 0.0f ? Vec<float>{} : x;
+    case Activation::tanh:
+      return tanh_vec<float>(x);
+    case Activation::sigmoid:
+      return sigmoid_vec<float>(x);
+    case Activation::silu:
+      return x * sigmoid_vec<float>(x);
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanh_vec<float>(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case Activation::hardswish: {
+      const Vec<float> gate = x + 3.0f;
+      return x * (gate < 0.0f ? Vec<float>{} : gate > 6.0f ? Vec<float>{} + 6.0f : gate) * (1.0f / 6.0f);
+    }
+    case Activation::leaky_relu:
+      return x < 0.0f ? x * parameter : x;
+    case Activation::elu: {
+      Vec<float> scale, p;
+      exp_parts<float>(x, scale, p);
+      return x < 0.0f ? parameter * (scale * p + (scale - 1.0f)) : x;
+    }
+    default: {
+      alignas(64) float lanes[kWordLanes];
+      store(lanes, x);
+      for (float& value : lanes) value *= 0.5f * (1.0f + erff(value * 0.7071067812f));
+      return load(lanes);
+    }
+  }
+}
+
+// Adds what is added and stores.
+SEQACCEL_INLINE void put_out(const SessionThread& t, const SessionLayer& l, ptrdiff_t row, ptrdiff_t unit,
+                             Vec<float> value) {
+  const int units = int(min_of(kWordLanes, l.outputs - unit));
+  if (t.skip) value += load_some(t.skip + row * l.outputs + unit, units);
+  if (l.relu) value = value < 0.0f ? Vec<float>{} : value;
+  t.store_output(row, l.outputs, unit, value, units);
+}
+
+// What of a product is a thread's: blocks of units, or where those are fewer than the team, rows.
+struct DenseShare {
+  ptrdiff_t blocks[2], rows[2];
+  DenseShare(const SessionThread& t, const SessionMatrix& m) {
+    const bool by_rows = m.blocks < t.team && t.rows() >= 4 * t.team;
+    blocks[0] = by_rows ? 0 : t.begin(m.blocks);
+    blocks[1] = by_rows ? m.blocks : t.end(m.blocks);
+    rows[0] = by_rows ? t.begin(t.rows()) : 0;
+    rows[1] = by_rows ? t.end(t.rows()) : t.rows();
+  }
+};
+
+// x begins with row `first`.
+inline void dense_layer(const SessionThread& t, const SessionLayer& l, const WordRows& x, ptrdiff_t first = 0) {
+  constexpr int L = kWordLanes;
+  const SessionMatrix& m = l.matrices[0];
+  const ptrdiff_t V = m.vectors, N = l.outputs;
+  const bool gated = m.interleaved;
+  const auto biased = [&](const float* sum, ptrdiff_t row) {
+    const int units = int(min_of(L, N - row % N));
+    return l.bias ? load(sum) + load_some(l.bias + row, units) : load(sum);
+  };
+  const DenseShare share(t, m);
+  alignas(64) float sums[kRowChunk * 4 * L];
+  for (ptrdiff_t u = share.blocks[0]; u < share.blocks[1]; ++u) {
+    for (ptrdiff_t r = share.rows[0]; r < share.rows[1]; r += kRowChunk) {
+      const ptrdiff_t rows = min_of(kRowChunk, share.rows[1] - r);
+      session_product(m, u, 0, x, r - first, rows, sums);
+      for (ptrdiff_t i = 0; i < rows; ++i) {
+        const float* const sum = sums + i * V * L;
+        if (gated) {
+          const Vec<float> value = biased(sum, u * L), gate = sigmoid_vec<float>(biased(sum + L, N + u * L));
+          put_out(t, l, r + i, u * L, gate * (l.activation == Activation::gated ? tanh_vec<float>(value) : value));
+          continue;
+        }
+        for (ptrdiff_t v = 0; v < V && (u * V + v) * L < N; ++v) {
+          const ptrdiff_t unit = (u * V + v) * L;
+          put_out(t, l, r + i, unit, activate(l.activation, biased(sum + v * L, unit), l.parameter));
+        }
+      }
+    }
+  }
+  t.wait();
+}
+
+// The input that an output of row (s, b) sees at tap k: of the chunk, or kept.
+SEQACCEL_INLINE const float* tap_of(const SessionThread& t, const SessionLayer& l, ptrdiff_t s, ptrdiff_t b,
+                                    ptrdiff_t k) {
+  const ptrdiff_t before = (l.taps - 1 - k) * l.dilation;
+  if (before <= s) return static_cast<const float*>(t.x) + ((s - before) * t.run.batch + b) * l.inputs;
+  return l.ring + (b * l.slots + (l.position[b] + t.done + s - before + l.slots) % l.slots) * l.inputs;
+}
+
+// Keeps those of the chunk's inputs that later outputs see. No thread reads their slots in this chunk.
+inline void keep_inputs(const SessionThread& t, const SessionLayer& l) {
+  const ptrdiff_t B = t.run.batch, seen = min_of((l.taps - 1) * l.dilation, t.steps);
+  for (ptrdiff_t i = t.begin(seen * B); i < t.end(seen * B); ++i) {
+    const ptrdiff_t s = t.steps - seen + i / B, b = i % B;
+    if (!t.advances(b)) continue;
+    memcpy(l.ring + (b * l.slots + (l.position[b] + t.done + s) % l.slots) * l.inputs, tap_of(t, l, s, b, l.taps - 1),
+           size_t(l.inputs) * sizeof(float));
+  }
+}
+
+// The rows are all taps of an output, one after the other.
+inline void conv_layer(const SessionThread& t, const SessionLayer& l) {
+  const DenseShare share(t, l.matrices[0]);
+  const ptrdiff_t width = l.taps * l.inputs, B = t.run.batch;
+  float* const gathered = reinterpret_cast<float*>(t.scratch + t.run.gathered_at);
+  for (ptrdiff_t r = share.rows[0]; r < share.rows[1]; ++r) {
+    for (ptrdiff_t k = 0; k < l.taps; ++k) {
+      memcpy(gathered + (r - share.rows[0]) * width + k * l.inputs, tap_of(t, l, r / B, r % B, k),
+             size_t(l.inputs) * sizeof(float));
+    }
+  }
+  keep_inputs(t, l);
+  const WordRows x = prepare_rows(l.matrices[0].precision, gathered, width, width, share.rows[1] - share.rows[0],
+                                  t.scratch, reinterpret_cast<float*>(t.scratch + t.run.scales_at));
+  dense_layer(t, l, x, share.rows[0]);
+}
+
+inline void depthwise_layer(const SessionThread& t, const SessionLayer& l) {
+  constexpr int L = kWordLanes;
+  const ptrdiff_t N = l.outputs;
+  for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
+    for (ptrdiff_t unit = 0; unit < N; unit += L) {
+      const int units = int(min_of(L, N - unit));
+      Vec<float> sum = l.bias ? load_some(l.bias + unit, units) : Vec<float>{};
+      for (ptrdiff_t k = 0; k < l.taps; ++k) {
+        const float* const x = tap_of(t, l, i / t.run.batch, i % t.run.batch, k);
+        sum += load_some(l.weights + k * N + unit, units) * load_some(x + unit, units);
+      }
+      put_out(t, l, i, unit, activate(l.activation, sum, l.parameter));
+    }
+  }
+  keep_inputs(t, l);
+  t.wait();
+}
+
+}  // namespace seqaccel::SEQACCEL_ISA::packed

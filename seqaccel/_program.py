@@ -1,0 +1,326 @@
+"""The layers that a Session runs, as its kernels know them, from a module."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqaccel.convert import REPLACEMENTS
+from seqaccel.functional.rnn import CELLS
+from seqaccel.nn.conv import TCN, CausalConv1d, TemporalBlock
+from seqaccel.nn.rnn._base import Recurrent
+from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
+from seqaccel.nn.scan import SRU, SRUCell
+
+__all__ = ["Layer", "Program", "State", "described"]
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+
+@dataclasses.dataclass
+class Layer:
+    """A layer, as ``csrc/common/session_table.h`` describes it."""
+
+    kind: str
+    inputs: int
+    outputs: int
+    weights: list[Tensor | None] = dataclasses.field(default_factory=list)
+    hidden: int = 0
+    matrices: int = 0
+    source: int = 1
+    skip: int = 0
+    taps: int = 1
+    dilation: int = 1
+    activation: str = "none"
+    relu: bool = False
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    parameter: float = 0.0
+
+
+@dataclasses.dataclass
+class State:
+    """A part of the state: of which tensor, of which layer, its letter, and its shape without the batch.
+
+    Tensors of one name, but for a convolution's ``history``, are stacked by layers.
+    """
+
+    name: str
+    layer: int
+    part: str
+    shape: tuple[int, ...]
+
+
+class Program:
+    """Layers in the order in which they run, and the parts of their states."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.states: list[State] = []
+        self.batch_first = False  # of recurrent layers
+        self.channels_first = False  # begins with a convolution: (B, C, T)
+
+    def add(self, kind: str, inputs: int, outputs: int, *weights: Tensor | None, **options: Any) -> int:
+        """Returns the layer's number."""
+        self.layers.append(Layer(kind, inputs, outputs, list(weights), **options))
+        return len(self.layers) - 1
+
+    def back(self, layer: int) -> int:
+        """How far the next layer to be added is behind this one."""
+        return len(self.layers) - layer
+
+    @property
+    def last(self) -> int:
+        """Number of the last layer; -1 is the session's input."""
+        return len(self.layers) - 1
+
+    def keep(self, name: str, part: str, *shape: int) -> None:
+        """The next layer has this part of a state."""
+        self.states.append(State(name, len(self.layers), part, shape))
+
+
+def described(module: nn.Module) -> Program:
+    """The layers of a module.
+
+    Raises:
+        TypeError, ValueError: a session does not run it.
+    """
+    program = Program()
+    _describe(module, program, "")
+    return program
+
+
+@functools.singledispatch
+def _describe(module: nn.Module, program: Program, name: str) -> None:
+    """Appends the layers of a module; ``name`` begins the names of its states."""
+    if type(module) in REPLACEMENTS:  # torch's own: seen as ours, which has the same attributes
+        seen = copy.copy(module)
+        seen.__class__ = REPLACEMENTS[type(module)]
+        return _describe(seen, program, name)
+    kind, parameter = _activation(module)
+    if not program.layers:
+        raise TypeError(f"module: a Sequential must not begin with {type(module).__name__}")
+    width = program.layers[-1].outputs
+    program.add(kind, width, width, parameter=parameter)
+
+
+def _activation(module: nn.Module) -> tuple[str, float]:
+    if type(module) in _ACTIVATIONS:
+        return _ACTIVATIONS[type(module)], 0.0
+    if isinstance(module, nn.Softmax):
+        if module.dim != -1:
+            raise ValueError(f"module: a Session runs a Softmax of dim=-1, but got dim={module.dim}")
+        return "softmax", 0.0
+    if isinstance(module, nn.GELU):
+        return ("gelu" if module.approximate == "none" else "gelu_tanh"), 0.0
+    if isinstance(module, nn.LeakyReLU):
+        return "leaky_relu", module.negative_slope
+    if isinstance(module, nn.ELU):
+        return "elu", module.alpha
+    raise TypeError(
+        "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, a causal convolution, or a Sequential "
+        "of them and of Linear, Embedding, LayerNorm, RMSNorm, BatchNorm1d, Softmax and activations, "
+        f"but got {type(module).__name__}"
+    )
+
+
+@_describe.register
+def _sequential(module: nn.Sequential, program: Program, name: str) -> None:
+    for child, part in module.named_children():
+        _describe(part, program, f"{name}{child}.")
+
+
+@_describe.register(nn.Identity)
+@_describe.register(nn.Dropout)
+def _nothing(module: nn.Module, program: Program, name: str) -> None:
+    pass
+
+
+@_describe.register
+def _linear(module: nn.Linear, program: Program, name: str) -> None:
+    program.add("linear", module.in_features, module.out_features, module.weight, module.bias)
+
+
+@_describe.register
+def _embedding(module: nn.Embedding, program: Program, name: str) -> None:
+    if module.max_norm is not None:
+        raise ValueError("module: a Session does not run an Embedding with max_norm")
+    program.add("embedding", module.num_embeddings, module.embedding_dim, module.weight)
+
+
+@_describe.register(nn.LayerNorm)
+@_describe.register(nn.RMSNorm)
+def _norm(module: Any, program: Program, name: str) -> None:
+    if len(module.normalized_shape) != 1:
+        title, shape = type(module).__name__, tuple(module.normalized_shape)
+        raise ValueError(f"module: a Session runs a {title} of the last dimension, but got {shape}")
+    (width,) = module.normalized_shape
+    if isinstance(module, nn.LayerNorm):
+        program.add("layer_norm", width, width, module.weight, module.bias, parameter=module.eps)
+    else:
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        program.add("rms_norm", width, width, module.weight, None, parameter=eps)
+
+
+@_describe.register
+def _batch_norm(module: nn.BatchNorm1d, program: Program, name: str) -> None:
+    """In eval mode it is a gain and a bias a feature: those of the Linear before it, or a layer."""
+    if module.running_mean is None or module.running_var is None:
+        raise ValueError("module: a Session runs a BatchNorm1d with running statistics only")
+    gain = (module.running_var.detach() + module.eps).rsqrt()
+    if module.weight is not None:
+        gain = gain * module.weight.detach()
+    shift = -module.running_mean.detach() * gain
+    if module.bias is not None:
+        shift = shift + module.bias.detach()
+    before = program.layers[-1] if program.layers else None
+    if before is None or before.kind != "linear" or before.outputs != module.num_features:
+        program.add("batch_norm", module.num_features, module.num_features, gain, shift)
+        return
+    weight, bias = before.weights
+    assert weight is not None
+    before.weights = [
+        weight.detach() * gain.unsqueeze(1),
+        shift if bias is None else shift + bias.detach() * gain,
+    ]
+
+
+# ---- recurrent layers and cells ----
+
+
+@_describe.register(RNNCell)
+@_describe.register(LSTMCell)
+@_describe.register(GRUCell)
+def _recurrent_cell(module: Any, program: Program, name: str) -> None:
+    kind = {RNNCell: "", LSTMCell: "lstm", GRUCell: "gru"}[type(module)] or f"rnn_{module.nonlinearity}"
+    weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
+    hidden = module.hidden_size
+    for part in "hc" if kind == "lstm" else "h":
+        program.keep(name + part, part, hidden)
+    program.add(kind, module.input_size, hidden, *weights, *[None] * (kind == "lstm"), hidden=hidden)
+
+
+@_describe.register
+def _recurrent(module: Recurrent, program: Program, name: str) -> None:
+    if "cpp" not in CELLS[module.cell].backends:
+        raise TypeError(f"module: a Session runs C++ kernels, which {type(module).__name__} has not")
+    if module.bidirectional:
+        raise ValueError(f"module: a bidirectional {type(module).__name__} cannot run step by step")
+    program.batch_first = program.batch_first or module.batch_first
+    hidden, outputs = module.hidden_size, module.proj_size or module.hidden_size
+    zoneout_h, zoneout_c = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout, module.zoneout)
+    for layer in range(module.num_layers):
+        program.keep(name + "h", "h", outputs)
+        if CELLS[module.cell].has_cell_state:
+            program.keep(name + "c", "c", hidden)
+        program.add(
+            module.cell,
+            module.input_size if layer == 0 else outputs,
+            outputs,
+            *module._layer_weights(layer),
+            hidden=hidden,
+            zoneout_h=zoneout_h,
+            zoneout_c=zoneout_c,
+        )
+
+
+# ---- column cells ----
+
+
+@_describe.register
+def _sru(module: SRU, program: Program, name: str) -> None:
+    if module.input_to_hidden is not None:
+        _describe(module.input_to_hidden, program, name)
+    for cell in module.rnn_lst:
+        _describe(cell, program, name)
+
+
+@_describe.register
+def _sru_cell(module: SRUCell, program: Program, name: str) -> None:
+    if module.custom_m is not None:
+        raise TypeError("module: a Session does not run an SRU with custom_m")
+    if module.bidirectional:
+        raise ValueError("module: a bidirectional SRU cannot run step by step")
+    inputs, hidden, matrices, norm = module.input_size, module.hidden_size, module.num_matrices, module.layer_norm
+    weight, source = module.weight.detach(), program.last
+    if norm is not None and not module.normalize_after:
+        _describe(norm, program, name)
+    if module.weight_proj is not None:
+        program.add("linear", inputs, module.weight_proj.shape[1], module.weight_proj.t(), None)
+    skips = module.has_skip_term and matrices == 3
+    program.keep(name + "c", "c", hidden)
+    program.add(
+        "sru_tanh" if module.use_tanh else "sru",
+        weight.shape[0],
+        hidden,
+        weight.view(-1, hidden, matrices).permute(2, 1, 0).flatten(0, 1),
+        None,
+        module.bias,
+        module.weight_c,
+        hidden=hidden,
+        matrices=matrices,
+        skip=program.back(source) if skips else 0,
+        parameter=module.scale_x.item() if module.rescale and skips else 1.0,
+    )
+    if norm is not None and module.normalize_after:
+        _describe(norm, program, name)
+
+
+# ---- convolutions ----
+
+
+def _convolution(module: CausalConv1d, program: Program, name: str, **options: Any) -> int:
+    weight = module.weight.detach()
+    outputs, _, taps = weight.shape
+    inputs, groups = module.in_channels, module.groups
+    shape = {"taps": taps, "dilation": module.dilation, "activation": module.activation or "none"}
+    if not program.layers:
+        program.channels_first = True
+    if taps > 1:
+        program.keep(name + "history", "r", module.context, inputs)
+    if groups == inputs == outputs and groups > 1:
+        return program.add("depthwise", inputs, outputs, weight[:, 0].t(), module.bias, **shape, **options)
+    if groups > 1:  # the blocks of a matrix
+        blocks = [block.permute(0, 2, 1) for block in weight.chunk(groups)]
+        whole = weight.new_zeros(outputs, taps, inputs)
+        for i, block in enumerate(blocks):
+            rows, columns = block.shape[0], block.shape[2]
+            whole[i * rows : (i + 1) * rows, :, i * columns : (i + 1) * columns] = block
+    else:
+        whole = weight.permute(0, 2, 1)
+    return program.add("conv", inputs, outputs, whole.flatten(1), module.bias, **shape, **options)
+
+
+@_describe.register
+def _causal_conv(module: CausalConv1d, program: Program, name: str) -> None:
+    _convolution(module, program, name)
+
+
+@_describe.register
+def _temporal_block(module: TemporalBlock, program: Program, name: str) -> None:
+    source = program.last
+    _convolution(module.conv1, program, f"{name}conv1.")
+    first = program.last
+    residual = source
+    if module.downsample is not None:
+        residual = _convolution(module.downsample, program, f"{name}downsample.", source=program.back(source))
+    _convolution(
+        module.conv2, program, f"{name}conv2.", source=program.back(first), skip=program.back(residual), relu=True
+    )
+
+
+@_describe.register
+def _tcn(module: TCN, program: Program, name: str) -> None:
+    for i, block in enumerate(module.network):
+        _describe(block, program, f"{name}network.{i}.")
