@@ -48,39 +48,40 @@ def interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.runtime.JITFunction)
 
 
-#: Every operator, by its name: what ``operator`` returned.
+#: The registered operators by name.
 OPERATORS: dict[str, Callable[..., Any]] = {}
 
 _here = threading.local()
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """What an operator launches: the kernel in traceable form, or as it is where nothing traces.
+    """The kernel for an operator to launch: wrapped so that torch can trace it, or itself where nothing traces.
 
-    torch finds the kernels of a ``triton_op``, whose sources are part of its caches' keys, by this function's name.
+    torch looks for calls of a function of this name to find an operator's kernels. Their sources are part of the keys
+    of its caches.
     """
     plain = interpreted(kernel) or getattr(_here, "plain", False)
     return kernel if plain else torch.library.wrap_triton(kernel)
 
 
 def precision(dtype: torch.dtype, switch: Any) -> str:
-    """Of a product: ``"tf32"`` in float32 where torch's switch (an ``fp32_precision``) says so, else ``"ieee"``.
+    """The precision of a product: ``"tf32"`` in float32 if torch's switch (an ``fp32_precision``) allows it.
 
-    Triton takes TF32 for few AMD GPUs.
+    Else it is ``"ieee"``, and so it is on AMD GPUs: Triton supports TF32 on few of them.
     """
     tf32 = dtype == torch.float32 and switch.fp32_precision == "tf32" and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
 
 def _plain(argument: Any) -> bool:
-    """Whether a kernel may read it: not a subclass of Tensor, nor a list that holds one."""
+    """Whether a kernel may read the argument: it is no subclass of Tensor and no list that holds one."""
     if isinstance(argument, (list, tuple)):
         return all(map(_plain, argument))
     return not isinstance(argument, torch.Tensor) or type(argument) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _traced(arguments: tuple[Any, ...]) -> bool:
-    """Whether anything must see the operator: a compiler, a tracer, a transform or mode, a subclass of Tensor."""
+    """Whether the dispatcher must see the call: for a compiler, tracer, transform, mode or subclass of Tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -95,14 +96,14 @@ def _is_elsewhere(t: torch.Tensor) -> bool:
 
 
 def _resolved(argument: Any) -> Any:
-    """Without torch's negative bit, which a kernel does not see."""
+    """The argument with torch's negative bits applied: a kernel reads memory without them."""
     if isinstance(argument, (list, tuple)):
         return [_resolved(a) for a in argument]
     return argument.resolve_neg() if isinstance(argument, torch.Tensor) and argument.is_neg() else argument
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; a tensor may be on another."""
+    """Makes the device of the tensors the current one, on which Triton launches."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
@@ -123,7 +124,7 @@ def operator(register: Callable[..., Any], name: str, **kwargs: Any) -> Callable
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        function.__annotations__ = inspect.get_annotations(function, eval_str=True)  # torch reads them elsewhere
+        function.__annotations__ = inspect.get_annotations(function, eval_str=True)  # torch needs types, not text
         guarded = _on_its_device(function)
         registered = register(name, **kwargs)(guarded)
 

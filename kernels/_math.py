@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(x):
-    # Where e^-x overflows, 1 / inf is 0.
+    # e^-x may overflow: 1 / inf is 0, the limit.
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -21,7 +21,7 @@ def tanh(x):
     far = tl.where(x < 0, -far, far)
     y = x * x
     if x.dtype == tl.float64:
-        # The Pade approximant [7/6]: error below 1e-17 for |x| < 0.25.
+        # The Pade approximant [7/6] has an error below 1e-17 for |x| < 0.25.
         near = x * (135135.0 + y * (17325.0 + y * (378.0 + y))) / (135135.0 + y * (62370.0 + y * (3150.0 + y * 28.0)))
         return tl.where(tl.abs(x) < 0.25, near, far)
     # The series to x^9 is exact to rounding for |x| < 0.2.

@@ -24,8 +24,8 @@ from torch import Tensor
 from seqaccel.kernels._launch import Configuration, operator, precision, wrap_triton
 from seqaccel.kernels._math import sigmoid, silu, tanh
 
-_STRIP = 1024  # time steps of a program of the elementwise and depthwise kernels
-_PROGRAMS = 264  # of a weight gradient, at least: 2 a multiprocessor of an H100
+_STRIP = 1024  # time steps per program in the elementwise and depthwise kernels
+_PROGRAMS = 264  # the least number of programs for a weight gradient: 2 per multiprocessor of an H100
 
 
 @triton.jit
@@ -130,7 +130,8 @@ def conv_product_kernel(
     )  # fmt: skip
 
 
-# An integer that becomes 1, or divisible by 16, is another compilation: T and S are worth it, by 16 they load vectors.
+# Triton compiles anew where an integer becomes 1 or divisible by 16. That is avoided for B and per_split. It pays for T
+# and S: where 16 divides them, the kernel loads vectors.
 @triton.jit(do_not_specialize=["B", "per_split"])
 def conv_weight_kernel(
     p_g,  # [B, G * O, T]
@@ -253,18 +254,18 @@ def conv_gradient_kernel(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """By torch's own switch for convolutions; TF32 is its default."""
+    """torch's own switch for convolutions decides; its default is TF32."""
     return precision(dtype, torch.backends.cudnn.conv)
 
 
-#: (time steps, channels of one multiplication, warps, stages) of a product's tile, by its output channels, and (time
-#: steps of one multiplication, warps, stages) of a weight gradient's, by its sides. TF32 and 16 bits as measured on an
-#: H100; without tensor cores larger tiles spill registers.
+#: Tiles of products: output channels -> (time steps, channels per multiplication, warps, stages). TF32 and 16 bits were
+#: tuned on an H100. Without tensor cores larger tiles spill registers.
 _PRODUCT = {
     "ieee": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 8, 2)},
     "tf32": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 4, 3), 128: (64, 16, 4, 3)},
     "half": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
 }
+#: Tiles of weight gradients: channels of a side -> (time steps per multiplication, warps, stages).
 _WEIGHT = {
     "ieee": {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 8, 2)},
     "tf32": {16: (32, 4, 2), 32: (32, 4, 2), 64: (32, 4, 3), 128: (32, 8, 3)},
@@ -277,12 +278,12 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _side(table: dict[int, tuple[int, ...]], channels: int) -> int:
-    """Of a tile for this many channels: the first that holds them, else the largest."""
+    """The side of the tile for this many channels: the smallest that holds them, or the largest there is."""
     return next((side for side in table if side >= channels), max(table))
 
 
 def _splits(tiles: int, programs: int) -> tuple[int, int]:
-    """Parts of the sum over ``tiles`` (b, tile of t) so that there are programs enough, and tiles of a part."""
+    """How many parts to cut the sum over ``tiles`` (b, tile of t) into for enough programs, and the tiles per part."""
     splits = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(_PROGRAMS, max(1, programs))))
     return splits, triton.cdiv(tiles, splits)
 
@@ -334,7 +335,7 @@ def _check(x: Tensor, weight: Tensor, dilation: int, groups: int) -> None:
 
 
 def fits(x: Sequence[int], weight: Sequence[int], dilation: int, groups: int) -> bool:
-    """Whether offsets within a sequence have 32 bits, and each launch, forward and backward, room for its programs."""
+    """Whether offsets within a sequence fit 32 bits, and the grids of forward and backward fit CUDA's limits."""
     length = x[2] + (weight[2] - 1) * dilation
     programs = max(x[0] * groups, weight[2] * groups, triton.cdiv(length, _STRIP))
     return max(x[1], weight[0]) * length < 1 << 31 and programs <= 65535
@@ -345,7 +346,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def saved_kind(activation: str, relu: bool, dropout: float, has_residual: bool) -> str:
-    """What the forward keeps for the backward beside y: ``"nothing"``, ``"active"`` (bytes) or ``"pre"``."""
+    """What the forward pass saves beside y: ``"nothing"``, ``"active"`` (bytes) or ``"pre"``."""
     if activation == "none":
         return "nothing"
     if activation == "relu":
@@ -368,7 +369,7 @@ def causal_conv1d_forward(
     dropout: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As ``seqaccel::causal_conv1d_forward``: y, and what the backward needs beside it."""
+    """Like ``seqaccel::causal_conv1d_forward``: y, and what the backward pass needs beside it."""
     _check(x, weight, dilation, groups)
     shape = (x.shape[0], weight.shape[0], x.shape[2])
     first = 0
@@ -401,7 +402,7 @@ def causal_conv1d_backward(
     has_residual: bool,
     wants: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty if not wanted."""
+    """Like ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty if unwanted."""
     _check(x, weight, dilation, groups)
     grad_y, y, saved, x, weight, addend = _contiguous(grad_y, y, saved, x, weight, addend)
     batch, channels, length = x.shape
@@ -422,7 +423,7 @@ def causal_conv1d_backward(
                 ACTIVATION=activation, RELU=relu, DROPOUT=dropout > 0, BT=_STRIP, num_warps=4,
             )  # fmt: skip
 
-    # The data product's weight: [G * C, O, K], group by group.
+    # The product for the gradient of x has the weight [G * C, O, K]: O and C change places within each group.
     blocks = weight.view(groups, outputs // groups, group_channels, taps)
     transposed = blocks.transpose(1, 2).reshape(channels, outputs // groups, taps)
     plain = (dilation, groups, "none", False, 0.0)

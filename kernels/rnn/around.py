@@ -102,7 +102,7 @@ def multiply_backward_kernel(
     mask = unit < H
     read = mask
     if p_lengths is not None:
-        read = mask & (tl.zeros_like(unit) + t < tl.load(p_lengths + b))  # past the end the gradients are 0
+        read = mask & (tl.zeros_like(unit) + t < tl.load(p_lengths + b))  # gradients are 0 past the end of a row
     o = (tl.cast(t, tl.int64) * B + b) * H + unit
     b_d = tl.load(p_product + b * H + unit, mask=mask, other=0.0).to(tl.float32)
     b_x = tl.load(p_m_x + o, mask=read, other=0.0).to(tl.float32)

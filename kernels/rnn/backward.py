@@ -114,11 +114,11 @@ class _Sweep:
         self.grad_projected = None if self.weight_hr is None else torch.empty_like(output)
         self.grad_m_x = torch.empty_like(self.m_x) if spec.multiplies else None
         self.grad_m_h = torch.empty_like(self.m_h) if spec.multiplies else None
-        # what W_hh multiplies, transposed
+        # The gradient of the product with W_hh, which the transposed W_hh multiplies.
         self.grad_last = next(g for g in (self.grad_products, self.grad_r, self.grad_x) if g is not None)
 
     def run(self, grad_output: Tensor | None) -> Tensor:
-        """The gradient of h_0; that of c_0 is left in dc."""
+        """Returns the gradient of h_0 and leaves that of c_0 in ``dc``."""
         spec, hidden = self.spec, self.hidden
         steps, batch, outputs = self.output.shape
         vectors = vectors_of(spec, self.extra)
@@ -145,7 +145,7 @@ class _Sweep:
         grid = grid_of(batch, hidden, options["BLOCK"])
         gamma = self.extra[1] if spec.norm else None
         product = self.output.new_zeros(batch, outputs)
-        through = product  # the gradient of o tanh(c) where there is a projection
+        through = product  # with a projection: the gradient of o tanh(c)
         if self.weight_hr is not None:
             through = self.output.new_empty(batch, hidden)
         split = spec.first * hidden
@@ -187,7 +187,7 @@ class _Sweep:
         """Gradients of input and of the weights."""
         spec, hidden, extra = self.spec, self.hidden, self.extra
         grads: list[Tensor | None] = [None] * (len(needs) - 1)
-        wants = [*needs[1:], False, False, False, False, False, False]  # by the weights' order
+        wants = [*needs[1:], False, False, False, False, False, False]  # in the order of the weights
         flat = self.input.flatten(0, 1)
         grad_x = self.grad_x.view(-1, spec.gates * hidden)
         grad_last = self.grad_last.view(grad_x.shape)
@@ -238,7 +238,7 @@ class _Sweep:
         return grad_input, grads
 
     def _peepholes(self) -> Tensor:
-        """Gradient of the peepholes: i and f saw c', o saw c."""
+        """Gradient of the peepholes: i and f read the c before the step, o the one after it."""
         hidden, first = self.hidden, self.c_0.float().unsqueeze(0)
         c = self.cells if self.carried is None else self.carried
         c_prev = torch.cat((c[1:], first) if self.reverse else (first, c[:-1]))

@@ -24,7 +24,7 @@ def _configuration(
     num_stages: int = 3,
     aligned: bool = True,
 ) -> Configuration:
-    """``constants`` and ``absent`` may name what the kernel does not have."""
+    """Names in ``constants`` and ``absent`` that the kernel does not have are ignored."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants |= {name: None for name in absent if name in kernel.arg_names}
     types = {
@@ -67,7 +67,7 @@ def _one_step() -> list[Configuration]:
     rows = []
     for name, spec in CELLS.items():
         if name == "multiplicative_lstm":
-            continue  # lstm's
+            continue  # it runs the kernels of lstm
         constants, absent = _cell(name, zoneout=spec.saved > 0)
         options = forward.point_options(spec, 2048)
         for kernel in (step.forward_kernel, step.backward_kernel):
@@ -116,7 +116,7 @@ def _one_program() -> list[Configuration]:
                 if (kernel, steps) not in tried:
                     tried.add((kernel, steps))
                     constants |= tiles.Tiles(tiles.BLOCK_B, block, block, num_warps, steps).constants()
-                    # More than 64 units go by 16; fewer need not, which takes more registers.
+                    # Above 64 the number of units is a multiple of 16. Others take more registers.
                     row = _configuration(kernel, kind, constants, (*absent, *_SPREAD), num_warps, 1, aligned=block > 64)
                     rows.append(dataclasses.replace(row, least_arch=arch, least_shared=memory, spills=64))
     return rows
@@ -142,7 +142,7 @@ def _cooperative() -> list[Configuration]:
             (persistent.persistent_forward_kernel, persistent.persistent_backward_kernel), both, strict=True
         ):
             row = _configuration(kernel, kind, constants | one.constants(), absent, one.warps, 1)
-            row = dataclasses.replace(row, least_arch=90, least_shared=227 << 10, spills=832)  # by Triton 3.6; 3.9: 424
+            row = dataclasses.replace(row, least_arch=90, least_shared=227 << 10, spills=832)  # Triton 3.9: 424
             rows.append(row)
     return rows
 

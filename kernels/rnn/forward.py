@@ -20,21 +20,21 @@ from seqaccel.kernels.rnn.cells import CELLS, Cell
 from seqaccel.kernels.rnn.checks import check
 from seqaccel.kernels.rnn.tiles import precision_of, refuse, tiles_of
 
-POINTS = 256  # hidden units of a program of one step
+POINTS = 256  # hidden units per program in the kernels of one step
 
 
 def row_warps(block: int) -> int:
-    """Warps of a program that runs a step of a row of ``block`` normalised units: no spills up to 2048."""
+    """Warps for one step of a row of ``block`` normalised units, so that up to 2048 units do not spill."""
     return 4 if block <= 512 else 8 if block <= 2048 else 16
 
 
 def norm_warps(block: int) -> int:
-    """Warps of a program that normalises rows of ``block`` elements: no spills up to 8192."""
+    """Warps for rows of ``block`` elements to normalise, so that up to 8192 elements do not spill."""
     return max(4, min(32, block // 256))
 
 
 def point_options(spec: Cell, hidden: int) -> dict[str, int]:
-    """A block of units, or the whole row where it is normalised."""
+    """A block of units; the whole row if the cell normalises it."""
     if not spec.norm:
         return {"BLOCK": POINTS, "num_warps": 4}
     block = max(POINTS, triton.next_power_of_2(hidden))
@@ -63,7 +63,7 @@ def zoneout_of(z: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _biases(spec: Cell, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the input projection, and to the product."""
+    """The biases of the input projection and of the recurrent product."""
     return (bias_ih, bias_hh) if spec.separate else (_sum(bias_ih, bias_hh), None)
 
 
@@ -144,7 +144,7 @@ def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, r
         if spec.norm:
             _layer_norm_rows(x, extra[0], bias_x)
     shapes = saved_shapes(cell, zoneout_c, steps, batch, hidden) if save else []
-    in_place = x is not None and save and spec.saved == spec.gates  # the gates are activated where x lies
+    in_place = x is not None and save and spec.saved == spec.gates  # the activated gates overwrite x
     saved = [x] if in_place else []
     for shape, wide in shapes[len(saved) :]:
         saved.append(input.new_empty(shape, dtype=torch.float32 if wide else dtype))
@@ -188,7 +188,7 @@ def _run_forward(
     options = point_options(spec, hidden)
     transposed = weight_hh.t()
     gamma = extra[1] if spec.norm else None
-    # h in the products' dtype: h itself where that is float32
+    # Products read h in their own dtype. In float32 this is h itself.
     operand = h if dtype == torch.float32 else h.to(dtype)
     operand_out = None if operand is h else operand
     product = x.new_empty(batch, (spec.gates - spec.first) * hidden)

@@ -32,14 +32,14 @@ mov.u32 $0, 0;
 
 @triton.jit
 def arrive(p_arrived):
-    """Counts this program in: who waits for it sees all that it has stored."""
+    """Increments the counter. Programs that wait for it then see all that this program has stored."""
     tl.debug_barrier()
     tl.atomic_add(p_arrived, 1, sem="release", scope="gpu")
 
 
 @triton.jit
 def wait(p_arrived, count):
-    """Until ``count`` programs have arrived. One thread looks; one program need not wait for itself."""
+    """Waits until ``count`` programs have arrived. One thread polls; a lone program does not wait."""
     if tl.num_programs(1) > 1:
         tl.inline_asm_elementwise(_WAIT, "=r,l,r", [p_arrived.to(tl.int64), count], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
@@ -124,7 +124,7 @@ def cooperative_product(
     return first, second, third, fourth
 
 
-# An integer that becomes 1, or divisible by 16, would be another compilation.
+# Triton compiles anew where an integer becomes 1 or divisible by 16; not for these.
 _NUMBERS = ["T", "B", "b_first"]
 
 
@@ -158,11 +158,11 @@ def persistent_forward_kernel(
     HAS_C: tl.constexpr,
     REVERSE: tl.constexpr,
     COOPERATIVE: tl.constexpr,
-    QUARTERS: tl.constexpr,  # where COOPERATIVE: 4 with one gate, else 1
+    QUARTERS: tl.constexpr,  # COOPERATIVE: 4 with one gate, else 1
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,  # where COOPERATIVE: tiles that the sum is cut into, or each of its quarters
+    PARTS: tl.constexpr,  # COOPERATIVE: the sum, or each quarter of it, is cut into so many tiles
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -266,7 +266,7 @@ def persistent_backward_kernel(
     USES_H: tl.constexpr,
     REVERSE: tl.constexpr,
     COOPERATIVE: tl.constexpr,
-    QUARTERS: tl.constexpr,  # 4 where COOPERATIVE
+    QUARTERS: tl.constexpr,  # COOPERATIVE: 4
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -313,7 +313,7 @@ def persistent_backward_kernel(
             SAVED, HAS_C, USES_OUTPUT, USES_H,
         )  # fmt: skip
         if COOPERATIVE:
-            # Through r of the step before in this pass, of which the first has none.
+            # The gradient through r comes from the step that this pass ran before. The first step has none.
             wait(p_arrived, s * tl.num_programs(1))
             t_last = t - 1 if REVERSE else t + 1
             b_fourths = cooperative_product(

@@ -30,7 +30,7 @@ def store_tiles(p, o, H, b, mask):
 
 @triton.jit
 def keep(b, running):
-    """b, and 0 where a row's sequence is over; running is None if none has a length."""
+    """b where the row's sequence is running, else 0. ``running`` is None without lengths."""
     return b if running is None else tl.where(running, b, 0.0)
 
 
@@ -110,7 +110,7 @@ def store_forward(
     HAS_C: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):
-    """Stores what ``step_forward`` gives."""
+    """Stores the results of ``step_forward``."""
     o = row * H + unit
     if HAS_C:
         if p_carried is not None:
@@ -232,7 +232,7 @@ def forward_kernel(
     t,
     B,
     H,
-    zoneout_h_stride,  # 0: one element for all
+    zoneout_h_stride,  # 0: one number for all units
     zoneout_c_stride,
     FORWARD: tl.constexpr,
     GATES: tl.constexpr,
@@ -290,7 +290,7 @@ def forward_kernel(
 
 @triton.jit
 def arriving(p_grad_output, p_product, p_dh, o, o_state, mask):
-    """Gradient of h from all that reads it, and without grad_output's part."""
+    """The gradient of h from all that reads it, and the same without the part of grad_output."""
     b_dh = tl.load(p_dh + o_state, mask=mask, other=0.0)
     b_dh += tl.load(p_product + o_state, mask=mask, other=0.0).to(tl.float32)
     b_held = b_dh
@@ -322,7 +322,7 @@ def backward_kernel(
     p_grad_products,  # [T, B, G*H] gradient of p_products, or None
     p_grad_norm,  # [T, B, H] float32: gradient of the layer norm of c, or None
     t,
-    earlier,  # the step that came before, or -1
+    earlier,  # time of the step before in the forward pass, or -1
     B,
     H,
     zoneout_h_stride,

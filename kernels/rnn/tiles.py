@@ -13,11 +13,11 @@ from torch import Tensor
 from seqaccel.kernels._launch import precision
 from seqaccel.kernels.rnn.cells import Cell
 
-BLOCK_B = 16  # rows of a program that has all units: the least that tl.dot takes
-BLOCK_U = 16  # units of a program that shares them with others: four rows of W_hh each, tensor cores want 64
+BLOCK_B = 16  # rows of a program that has all units; tl.dot takes no fewer
+BLOCK_U = 16  # units of a cooperative program: with four rows of W_hh per unit they fill a tensor core's 64 rows
 
-# Warps of a program with all units, forward and backward, by (bytes of an element, block of units, gates). float32 only
-# in TF32: without tensor cores the dot products spill, and with 64 units so do four gates.
+# Warps of a program that has all units: (bytes per element, block of units, gates) -> (forward, backward). float32 is
+# for TF32 only: without tensor cores the dot products spill. Missing combinations spill too, as 64 units of four gates.
 PERSISTENT_WARPS = {
     (2, 32, 1): (4, 4),
     (2, 32, 3): (4, 4),
@@ -81,7 +81,7 @@ class Tiles:
             yield first, (blocks, self.groups or 1), arrived
 
 
-#: Devices that refused a cooperative launch, as a share of a GPU may (a green context, MPS).
+#: Devices that refused a cooperative launch. A share of a GPU may do so (green contexts, MPS).
 refused: set[torch.device] = set()
 
 _REFUSALS = ("too many blocks in cooperative launch", "operation not supported", "operation not permitted")
@@ -96,7 +96,7 @@ def refuse(error: RuntimeError, tiles: Tiles, device: torch.device) -> None:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """By torch's own switch for recurrent layers; TF32 is its default."""
+    """torch's own switch for recurrent layers decides; its default is TF32."""
     return precision(dtype, torch.backends.cudnn.rnn)
 
 
@@ -111,7 +111,7 @@ _shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """In Triton's interpreter one: it runs one program after the other."""
+    """How many there are. Triton's interpreter counts as one: it runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -119,7 +119,7 @@ _multiprocessors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def stages(gates: int, block: int, arch: int) -> tuple[int, int]:
-    """Steps in flight, forward and backward, of a block of units: what shared memory holds beside the weights."""
+    """Steps in flight, forward and backward: as many as shared memory holds beside the weights of a block of units."""
     if block <= 64 or gates < 4:
         return 3, 3 if block <= 64 or gates == 1 or arch >= 90 else 1
     return (3, 2) if arch >= 90 else (2, 1)
@@ -139,7 +139,7 @@ def one_program(gates: int, hidden: int, item: int, memory: int) -> tuple[Tiles,
         return None
     if block * item > 128 and memory <= 160 << 10:
         return None
-    arch = 90 if memory > 224 << 10 else 80  # as on an H100 where a block may use as much
+    arch = 90 if memory > 224 << 10 else 80  # GPUs with as much shared memory as an H100 get its settings
     both = zip(PERSISTENT_WARPS[item, block, gates], stages(gates, block, arch), strict=True)
     forward, backward = (Tiles(BLOCK_B, block, block, warps, steps) for warps, steps in both)
     return forward, backward
@@ -162,7 +162,8 @@ def cooperative(
     for terms, quarters, most in ((hidden, 1 if gates > 1 else 4, 64), (gates * hidden, 4, 32)):
         block_k = max(16, triton.next_power_of_2(triton.cdiv(terms, quarters)))
         block_b = 16
-        while block_b < most and block_b * blocks < batch:  # comparisons, which a compiler keeps as bounds of the batch
+        # Only comparisons with the batch: torch.compile then keeps bounds of it, and not its value.
+        while block_b < most and block_b * blocks < batch:
             block_b *= 2
         tile = quarters * block_b * block_k * item
         parts = max(1, tile // (64 << 10))
@@ -192,7 +193,7 @@ def persistent(
 
 
 def tiles_of(spec: Cell, weight_hh: Tensor, batch: int, projected: bool) -> tuple[Tiles, Tiles] | None:
-    """As ``persistent``, for a cell with its weights."""
+    """Like ``persistent``, for a cell with its weights."""
     if not spec.persistent or projected:
         return None
     return persistent(spec.gates, weight_hh.shape[1], batch, weight_hh.dtype, weight_hh.device)

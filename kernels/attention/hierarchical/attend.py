@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def _above(span, factor, T):
-    """Tokens of a node one level up, at most T + 1: wider ones are alike."""
+    """Tokens per node one level up, at most T + 1: there is no difference between wider nodes."""
     return tl.minimum(tl.cast(span, tl.int64) * factor, T + 1).to(tl.int32)
 
 
 @triton.jit
 def _narrow(T, nodes, block_size, fanout, levels, w, scale):
-    """What Inductor may pass as int64 and float64."""
+    """Inductor may pass these as int64 and float64."""
     return (
         tl.cast(T, tl.int32), tl.cast(nodes, tl.int32), tl.cast(block_size, tl.int32), tl.cast(fanout, tl.int32),
         tl.cast(levels, tl.int32), tl.cast(w, tl.int32), tl.cast(scale, tl.float32),
@@ -21,7 +21,7 @@ def _narrow(T, nodes, block_size, fanout, levels, w, scale):
 
 @triton.jit
 def _product_below(a, b, most):
-    """min(a * b, most), where a * b may have more than 32 bits."""
+    """min(a * b, most); a * b may have more than 32 bits."""
     return tl.minimum(tl.cast(a, tl.int64) * b, most).to(tl.int32)
 
 
@@ -66,7 +66,7 @@ def _is_spoilt(b):
 
 @triton.jit
 def _scores(b_a, b_b, PRECISION: tl.constexpr):
-    """b_a [M, BD] @ b_b [N, BD]^T; of one row without tensor cores, which take 16."""
+    """b_a [M, BD] @ b_b [N, BD]^T. A single row does not use tensor cores, which need 16."""
     if b_a.shape[0] == 1:
         b = tl.sum(b_a.to(tl.float32) * b_b.to(tl.float32), 1)[None, :]
     else:
@@ -76,7 +76,7 @@ def _scores(b_a, b_b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _weighted(b_w, b_rows, PRECISION: tl.constexpr):
-    """b_w [M, N] @ b_rows [N, BD], likewise."""
+    """b_w [M, N] @ b_rows [N, BD]. A single row does not use tensor cores."""
     if b_w.shape[0] == 1:
         b = tl.sum(tl.trans(b_w) * b_rows.to(tl.float32), 0)[None, :]
     else:
@@ -142,7 +142,7 @@ def _attend_all(
     return b_out, b_most, b_sum
 
 
-# A number that is 1 would be a constant, of no type.
+# Without do_not_specialize Triton makes a number that is 1 a constant, and `_narrow` could not cast it.
 _NUMBERS = ["H", "G", "T", "nodes", "block_size", "fanout", "levels", "w"]
 
 
@@ -193,7 +193,8 @@ def attention_forward_kernel(
     tl.store(p_lse + i_bh * T + o_t, b_most + tl.log(b_sum), mask=o_t < t_end)
     if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
         if spoilt:
-            # 0 times NaN is NaN: rows one by one read nothing of their future.
+            # A NaN in the future of a row reaches it through the mask, since 0 times NaN is NaN. The rows run again one
+            # by one, and read nothing of their future.
             tl.debug_barrier()
             for row in range(t, t_end):
                 o_row = (i_bh * T + row) * D + o_d[None, :]
@@ -360,8 +361,8 @@ def attention_key_gradient_kernel(
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A node's queries are many times a token's, and more at each level: they are cut into SPLITS parts, and the top
-    # comes first.
+    # More queries see a node than a token, and more at each level. So a node's queries are cut into SPLITS parts. The
+    # programs of the top level take longest and come first.
     T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
     i_bg = tl.program_id(1).to(tl.int64)
     group = H // G
@@ -396,7 +397,7 @@ def attention_key_gradient_kernel(
     bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
     b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
 
-    # Queries past the nodes, and before them; each run holds all that see one of the nodes, and a mask says which.
+    # Two runs of queries, after the nodes and before them, hold all that see any of the nodes. A mask says which.
     after = tl.where(level == 0, tile * BN, tl.minimum(span.to(tl.int64) * (tile * BN + w), T).to(tl.int32))
     after_end = tl.where(top, T, tl.minimum(above.to(tl.int64) * (last // factor + w), T).to(tl.int32))
     before = tl.where(

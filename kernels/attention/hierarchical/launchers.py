@@ -19,9 +19,9 @@ def _block(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-#: (query rows BM, key rows BN, warps, stages) by kernel, element size and padded head dimension: forward, gradient of
-#: the query, gradients of key and value. What spills on sm_80, sm_90 and sm_100 is said below; those of 16 bits as
-#: measured on an H100.
+#: Tiles: (kernel, bytes per element) -> padded head dimension -> (query rows BM, key rows BN, warps, stages). "query"
+#: is the gradient of the query, "key" those of key and value. The tiles for 16 bits were tuned on an H100.
+#: `_configuration` says which of them spill registers.
 _TILES = {
     ("forward", 4): {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
     ("forward", 2): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
@@ -44,12 +44,12 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _splits(T: int, nodes: int) -> int:
-    """Parts of a node's queries in the gradients of key and value; all nodes' parts are at most as many as tokens."""
+    """How many parts a node's queries are cut into in the gradients of key and value: for all nodes at most T parts."""
     return max(1, min(16, triton.next_power_of_2(T // 1024), T // max(1, nodes)))
 
 
 def _sizes(T: int, block_size: int, fanout: int, levels: int, w: int) -> tuple[int, int, int, list[int]]:
-    """block_size, fanout and w cut to what changes nothing, and the spans S_0, S_1, … of the levels that hold nodes."""
+    """block_size, fanout and w, limited where more makes no difference, and the spans S_0, S_1, … of the levels."""
     block_size, fanout = min(block_size, T + 1), min(fanout, T + 1)
     spans, factor = [1], block_size
     while (levels < 0 or len(spans) <= levels) and spans[-1] * factor <= T:
@@ -71,7 +71,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | None)
 
 
 def refusal(query: Tensor) -> str | None:
-    """Why the kernels do not take queries of this dtype and shape, or None."""
+    """Why the kernels do not support queries of this dtype and shape, or None."""
     B, H, T, D = query.shape
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16, but got {query.dtype}"
@@ -248,7 +248,7 @@ def hierarchical_attention_backward(
         num_stages=stages,
     )
     for level in range(len(spans) - 1, 0, -1):
-        row = sum(counts[:level])  # of this level in grad_key
+        row = sum(counts[:level])  # first row of this level in grad_key
         below = (key, value) if level == 1 else (pooled_key, pooled_value)
         pool = None if pool_query is None else min(level, pool_query.shape[0]) - 1
         share = None if pool is None else lse.new_empty(B, G, counts[level], D)
@@ -305,7 +305,8 @@ def _configuration(kind: str, dtype: str, D: int, causal: bool, product: str = "
     constexprs = dict(CAUSAL=causal, MASS_BIAS=True, D=D, BD=_block(D), BM=BM, BN=BN, PRECISION=product)
     if kind == "key":
         constexprs["SPLITS"] = 4
-    # 24 on sm_80 in float32, 72 on sm_100 in 16 bits: mostly addresses, stored before the loops and loaded behind them.
+    # Bytes spilled: 24 in float32 on sm_80, 72 in 16 bits on sm_100. Most are addresses, stored before the loops and
+    # loaded after them.
     return Configuration(kernel, signature, constexprs, warps, stages, spills=72)
 
 
@@ -324,7 +325,8 @@ CONFIGURATIONS = [
         for kind in ("forward", "query", "key")
         for dtype, D, causal in (("fp32", 64, True), ("bf16", 64, False), ("bf16", 128, True))
     ),
-    # Where shared memory is least; in float32 of 256 no tile of the query's gradient has room for its registers.
+    # Only for sm_80, whose GPUs have the least shared memory. In float32 with 256 dimensions every tile of the query's
+    # gradient spills.
     *(
         dataclasses.replace(_configuration(kind, dtype, D, True, product), most_arch=80, spills=spills)
         for kind in ("forward", "query", "key")

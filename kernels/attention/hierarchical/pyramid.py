@@ -11,8 +11,8 @@ def pool_kernel(
     p_pool,  # [G, D] of this level, or None
     p_pooled_key,  # [B*G, nodes, D]
     p_pooled_value,
-    head_rows,  # rows of a head in p_key
-    first_row,  # of the level below
+    head_rows,  # rows per head in p_key
+    first_row,  # first row of the level below
     nodes,
     offset,  # first row of this level in p_pooled
     children,
@@ -65,11 +65,11 @@ def unpool_kernel(
     p_grad_value,
     p_grad_pool,  # [B*G, N, D], float32: a share a node, or None
     head_rows,
-    first_row,  # of the children in p_key
+    first_row,  # first row of the children in p_key
     grad_rows,
-    node_row,  # of this level in p_grad
-    child_row,  # of the children in p_grad
-    nodes,  # rows of a part
+    node_row,  # first row of this level in p_grad
+    child_row,  # first row of the children in p_grad
+    nodes,  # rows per part
     children,
     G,
     scale,
