@@ -58,17 +58,6 @@ def _columns(cell, T=3, B=2, packed=False):
     yield "column_backward", scan.column_backward, (cell, *given)
 
 
-def _sru(T=3, B=2):
-    C = 4
-    u, x, weight_c, bias = torch.randn(T, B, 3 * C), torch.randn(T, B, C), torch.randn(2 * C), torch.randn(2 * C)
-    masks = (torch.rand(B, C), torch.arange(T)[:, None] >= torch.arange(B), torch.tensor([1.5]))
-    given = (u, x, weight_c, bias, torch.randn(B, C), *masks)
-    yield "sru_forward", scan.sru_forward, (*given, 2, True, True)
-    h, c_n, c = scan.sru_forward(*given, 2, True, True)
-    grads = torch.randn_like(h), torch.randn_like(c_n)
-    yield "sru_backward", scan.sru_backward, (*grads, *given, c, 2, True)
-
-
 def _conv(channels, groups, T=9, B=2):
     x, weight, bias = torch.randn(B, channels, T), torch.randn(4, channels // groups, 3), torch.randn(4)
     residual, history, seed = torch.randn(B, 4, T), torch.randn(B, channels, 4), torch.tensor([7])
@@ -101,7 +90,6 @@ TABLE = {
     "linear_scan": _linear_scan,
     **{f"columns {cell}": functools.partial(_columns, cell) for cell in COLUMN_CELLS},
     "columns packed": functools.partial(_columns, "fo_pool", packed=True),
-    "sru": _sru,
     "conv": functools.partial(_conv, 6, 1),
     "conv depthwise": functools.partial(_conv, 4, 4),
     "attention": _attention,

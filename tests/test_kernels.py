@@ -28,7 +28,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the ker
 
 
 every_call = pytest.mark.parametrize("calls", TABLE)
-one_of_each = pytest.mark.parametrize("calls", ["rnn lstm", "linear_scan", "sru", "conv", "attention"])
+one_of_each = pytest.mark.parametrize("calls", ["rnn lstm", "linear_scan", "columns sru", "conv", "attention"])
 
 
 def flat(found):
@@ -97,7 +97,7 @@ def negated(value):
 
 @interpreted
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, Through], ids=["plain", "dispatched"])
-@pytest.mark.parametrize("calls", ["rnn lstm", "sru", "conv"])
+@pytest.mark.parametrize("calls", ["rnn lstm", "columns sru", "conv"])
 def test_tensors_with_the_negative_bit(calls, mode):
     for name, operator, arguments in calls_of(calls):
         expected = flat(operator(*arguments))

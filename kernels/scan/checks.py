@@ -16,7 +16,7 @@ def check(operator: str, first: Tensor, tensors: dict[str, tuple[Tensor | None, 
             continue
         if tuple(t.shape) != shape:
             raise ValueError(f"{operator}: expected {name} to have shape {shape}, but got {tuple(t.shape)}")
-        if t.device != first.device or (t.dtype != first.dtype and name != "mask_pad"):
+        if t.device != first.device or t.dtype != first.dtype:
             raise ValueError(f"{operator}: expected {name} to have the dtype and the device of the first tensor")
 
 
@@ -70,4 +70,4 @@ def check_columns(operator: str, cell: str, u: Tensor, directions: int, tensors:
 
 def pointers(names: str) -> dict[str, str]:
     """Types of a kernel's pointers, for ``CONFIGURATIONS``."""
-    return {f"p_{name}": "*u8" if name == "mask_pad" else "*fp32" for name in names.split()}
+    return {f"p_{name}": "*fp32" for name in names.split()}
