@@ -585,7 +585,7 @@ def test_operators_refuse_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match="seqaccel: "):
             forward("fo_pool", *(good | change).values(), True)
-    with pytest.raises(RuntimeError, match="unknown cell 'lstm'"):
+    with pytest.raises(RuntimeError, match="there is no cell 'lstm'"):
         forward("lstm", *good.values(), True)
     *given, directions = good.values()
     with pytest.raises(RuntimeError, match="expected c to have shape"):
