@@ -149,6 +149,45 @@ CALLS = {
             "directions": (0, "1"),
         },
     ),
+    **{
+        name: (
+            getattr(SF, name),
+            lambda rows=rows, weights=weights: {
+                "u": torch.randn(T, B, rows * H),
+                **dict.fromkeys(weights, torch.zeros(H)),
+            },
+            {
+                "u": TENSOR,
+                **dict.fromkeys(weights, TENSOR),
+                "bias": OPTIONAL,
+                "c_0" if name == "fo_pool" else "h_0": OPTIONAL,
+                "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.zeros(2, dtype=torch.bool)),
+                "reset": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.zeros(2, dtype=torch.bool)),
+                "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.zeros(2), torch.tensor([0, T])),
+                "directions": (0, 3, "1", None),
+                **own,
+            },
+        )
+        for name, rows, weights, own in (
+            ("fo_pool", 3, (), {"mask": OPTIONAL, "scale": ("1", [1.0], torch.zeros(2)), "output_gate": NOT_FLAGS}),
+            ("indrnn", 1, ("weight",), {"nonlinearity": ("sine", None)}),
+            ("min_gru", 2, (), {"candidate": ("h", None)}),
+            ("min_lstm", 3, (), {"candidate": ("h", None)}),
+        )
+    },
+    "column_layer": (
+        SF.column_layer,
+        lambda: {"cell": "indrnn_relu", "input": torch.randn(T, B, I), "weight": torch.randn(H, I)},
+        {
+            "cell": ("lstm", None, 3),
+            "input": TENSOR,
+            "weight": TENSOR,
+            "weight_hh": OPTIONAL,
+            "bias": OPTIONAL,
+            "c_0": OPTIONAL,
+            "directions": (0, "1"),
+        },
+    ),
     "causal_conv1d": (
         SF.causal_conv1d,
         lambda: {"x": torch.randn(B, I, T), "weight": torch.randn(H, I, 3)},
@@ -240,6 +279,46 @@ CALLS = {
         )
         for name in ("SRU", "SRUCell")
     },
+    **{
+        name: (
+            getattr(nn, name),
+            lambda: {"input_size": I, "hidden_size": H},
+            {
+                "input_size": ("4", 2.5, None, 0, -1),
+                "hidden_size": ("4", 2.5, None, 0),
+                "num_layers": (0, -1, 1.5, "2", None),
+                "bias": NOT_FLAGS,
+                "batch_first": NOT_FLAGS,
+                "dropout": ("0.5", NAN, 2, -1, None, True),
+                "bidirectional": NOT_FLAGS,
+                **own,
+            },
+        )
+        for name, own in {
+            "QRNN": {"window": (0, 3, "1", 1.5), "zoneout": ("0.1", NAN, 2), "output_gate": NOT_FLAGS},
+            "MinGRU": {"candidate": ("h", None)},
+            "MinLSTM": {"candidate": ("h", None)},
+            "IndRNN": {"nonlinearity": ("sine", None)},
+        }.items()
+    },
+    "SRUpp": (
+        nn.SRUpp,
+        lambda: {"input_size": I, "hidden_size": H, "proj_size": 4},
+        {
+            "input_size": ("4", 2.5, None, 0),
+            "proj_size": ("4", 2.5, None, 0),
+            "num_heads": (0, "1", 3),
+            "num_layers": (0, "2", 1.5),
+            "dropout": ("0.5", NAN, 2),
+            "attn_dropout": ("0.5", NAN, -1),
+            "bidirectional": NOT_FLAGS,
+            "attn_layer_norm": NOT_FLAGS,
+            "highway_bias": NOT_NUMBERS,
+            "weight_c_init": NOT_NUMBERS,
+            "attention_every_n_layers": (0, "1", 1.5),
+            "attention_last_n_layers": ("1", 1.5),
+        },
+    ),
     "CausalConv1d": (
         nn.CausalConv1d,
         lambda: {"in_channels": I, "out_channels": H, "kernel_size": 3},
@@ -335,6 +414,9 @@ ALSO = {
     "source": "source|weights",
     "a": "a|a and b",
     "c0": "c0|c_0|hidden size",
+    "cu_seqlens": "cu_seqlens|a batch of 1",
+    "attention_last_n_layers": "attention_last_n_layers",
+    "memory_mask_pad": "memory_mask_pad",
 }
 
 #: Modules with the arguments of ``forward``, the streaming state, and an input of one step.
@@ -364,6 +446,30 @@ FORWARDS = {
     "LSTMCell": (lambda: nn.LSTMCell(I, H), {"input": torch.randn(B, I)}, {"input": TENSOR, "hx": HIDDENS}),
     "SRU": (lambda: nn.SRU(I, H), {"input": torch.randn(T, B, I)}, SRU_INPUT),
     "SRUCell": (lambda: nn.SRUCell(I, H), {"input": torch.randn(T, B, I)}, SRU_INPUT),
+    "SRUpp": (
+        lambda: nn.SRUpp(I, H, 4),
+        {"input": torch.randn(T, B, I)},
+        {
+            **SRU_INPUT,
+            "attn_mask": OPTIONAL,
+            "memory": (3, [torch.zeros(1)], [3, 3], [torch.zeros(1)] * 2),
+            "memory_mask_pad": OPTIONAL,
+        },
+    ),
+    **{
+        name: (
+            lambda name=name: getattr(nn, name)(I, H),
+            {"input": torch.randn(T, B, I)},
+            {
+                "input": TENSOR,
+                "hx": HIDDEN,
+                "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.ones(2, dtype=torch.bool)),
+                "reset": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.ones(2, dtype=torch.bool)),
+                "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.zeros(2), torch.tensor([0, T])),
+            },
+        )
+        for name in ("QRNN", "MinGRU", "MinLSTM", "IndRNN")
+    },
     "CausalConv1d": (
         lambda: nn.CausalConv1d(I, H, 3),
         {"x": torch.randn(B, I, T)},
@@ -428,7 +534,8 @@ def test_the_valid_calls_are_valid():
     assert len(list(cases())) > 200
 
 
-STREAMS = {name: FORWARDS[name][0] for name in ("RNN", "GRU", "LSTM", "SRU", "CausalConv1d", "TCN")}
+STREAMS = {name: FORWARDS[name][0] for name in ("RNN", "GRU", "LSTM", "SRU", "SRUpp", "MinGRU", "CausalConv1d", "TCN")}
+STREAMS["QRNN"] = lambda: nn.QRNN(I, H, window=2)
 STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
 
 

@@ -97,6 +97,11 @@ CASES = {
     "LSTMCell": Case("rnn", lambda: nn.LSTMCell(5, 6), ("B5",)),
     "SRU": Case("scan", lambda: nn.SRU(5, 6, num_layers=2), ("TB5",)),
     "SRUCell": Case("scan", lambda: nn.SRUCell(5, 6, bidirectional=True), ("TB5",)),
+    "SRUpp": Case("scan", lambda: nn.SRUpp(5, 6, 4, num_heads=2), ("TB5",), {"memory_length": 48}),
+    "QRNN": Case("scan", lambda: nn.QRNN(5, 6, num_layers=2, window=2), ("TB5",)),
+    "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True, bidirectional=True), ("BT5",)),
+    "MinLSTM": Case("scan", lambda: nn.MinLSTM(5, 6, num_layers=2), ("TB5",)),
+    "IndRNN": Case("scan", lambda: nn.IndRNN(5, 6, num_layers=2), ("TB5",)),
     "linear_scan": Case("scan", LinearScan, ("BT5", "BT5")),
     "CausalConv1d": Case("conv", lambda: nn.CausalConv1d(4, 6, 3, dilation=4, activation="relu"), ("B4T",)),
     "TCN": Case("conv", lambda: nn.TCN(4, [6, 6], 3), ("B4T",)),
@@ -116,6 +121,8 @@ STREAMS = {
     "GRU": Case("rnn", lambda: nn.GRU(5, 6, batch_first=True), ("BT5",)),
     **{name: CASES[name] for name in ("LSTM", "PeepholeLSTM", "LayerNormLSTM", "MultiplicativeLSTM", "SRU")},
     "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6), ("TB5",)),
+    **{name: CASES[name] for name in ("SRUpp", "QRNN", "MinLSTM", "IndRNN")},
+    "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
     **{name: CASES[name] for name in ("CausalConv1d", "TCN", "HierarchicalAttention")},
 }
 
@@ -302,6 +309,11 @@ class Convolution(nn.CausalConv1d):
         return super().forward(x, residual=residual, output_activation="relu", history=history)
 
 
+class Masked(nn.QRNN):
+    def forward(self, x: Tensor, hx: Tensor, padding: Tensor, reset: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, hx, mask_pad=padding, reset=reset)
+
+
 class StartedScan(torch.nn.Module):
     def forward(self, a: Tensor, b: Tensor, h_0: Tensor) -> Tensor:
         return SF.linear_scan(a, b, h_0, reverse=True)
@@ -324,6 +336,9 @@ OPTIONAL = {
     "LSTMCell": Case("rnn", lambda: nn.LSTMCell(5, 6), ("B5", ("B6", "B6"))),
     "SRU": Case("scan", lambda: nn.SRU(5, 6, num_layers=2, layer_norm=True), ("TB5", "2B6", "padding:TB")),
     "SRUCell": Case("scan", lambda: nn.SRUCell(5, 4, bidirectional=True), ("TB5", "B8", "padding:TB")),
+    "SRUpp": Case("scan", lambda: nn.SRUpp(5, 4, 4, bidirectional=True), ("TB5", "2B8", "padding:TB")),
+    "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, num_layers=2), ("TB5", "2B6")),
+    "QRNN": Case("scan", lambda: Masked(5, 6, 2, window=2), ("TB5", "2B6", "padding:TB", "padding:TB")),
     "linear_scan": Case("scan", StartedScan, ("BT5", "BT5", "B5")),
     "CausalConv1d": Case("conv", lambda: Convolution(4, 6, 3, dilation=4), ("B4T", "B6T", "B48")),
     "HierarchicalAttention": Case(
@@ -489,8 +504,8 @@ def test_dimensions_found_by_export_stay_general(name):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "linear_scan"])
 def test_skip_init(name):
     kind = getattr(nn, name)
-    sizes = {"CausalConv1d": (4, 6, 3), "TCN": (4, [6]), "HierarchicalAttention": (8, 2)}.get(name, (5, 6))
-    module = torch.nn.utils.skip_init(kind, *sizes, dtype=torch.float64)
+    sizes = {"CausalConv1d": (4, 6, 3), "TCN": (4, [6]), "HierarchicalAttention": (8, 2), "SRUpp": (5, 6, 4)}
+    module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())
 
 

@@ -277,6 +277,8 @@ MODULES = {
     "LSTM": (lambda: snn.LSTM(8, 6, proj_size=3), (5, 2, 8)),
     "LayerNormLSTM": (lambda: snn.LayerNormLSTM(8, 6), (5, 2, 8)),
     "SRU": (lambda: snn.SRU(8, 8, num_layers=1), (5, 2, 8)),
+    "QRNN": (lambda: snn.QRNN(8, 6, window=2), (5, 2, 8)),
+    "MinLSTM": (lambda: snn.MinLSTM(8, 6), (5, 2, 8)),
     "CausalConv1d": (lambda: snn.CausalConv1d(8, 6, 3), (2, 8, 9)),
     "HierarchicalAttention": (lambda: snn.HierarchicalAttention(8, 2, block_size=4), (2, 9, 8)),
 }
@@ -321,6 +323,7 @@ def functions():
     yield "scan", lambda x: SF.linear_scan(x, x * 2).square().sum(), torch.randn(1, 4, 3)
     s, b = torch.randn(4, 12), torch.randn(8)
     yield "sru", lambda x: SF.sru_layer(x, s, x, b, b)[0].square().sum(), torch.randn(3, 2, 4)
+    yield "columns", lambda x: SF.column_layer("mingru_g", x, s[:, :6].t())[0].square().sum(), torch.randn(3, 2, 4)
     yield (
         "attention",
         lambda x: SF.hierarchical_attention(x, x * 2, x, block_size=2).square().sum(),
@@ -342,7 +345,11 @@ TRANSFORMS = {
 @pytest.mark.parametrize(
     "name, transform",
     [("gru", transform) for transform in TRANSFORMS]
-    + [(name, transform) for name in ("conv", "scan", "sru", "attention") for transform in ("jvp", "vmap_grad")],
+    + [
+        (name, transform)
+        for name in ("conv", "scan", "sru", "columns", "attention")
+        for transform in ("jvp", "vmap_grad")
+    ],
 )
 def test_compiled_transforms(name, transform):
     torch.manual_seed(0)

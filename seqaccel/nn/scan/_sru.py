@@ -3,23 +3,43 @@
 import copy
 import math
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from seqaccel import _arguments, functional
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.checkpoints import Checkpoints
+from seqaccel.nn.scan._packed import padded, repacked
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["SRU", "SRUCell"]
 
 
-def _check_padding(mask_pad: Tensor | None) -> None:
-    if mask_pad is not None and mask_pad.is_floating_point():
-        raise TypeError(f"SRU: expected mask_pad to be bool or integers, but got {mask_pad.dtype}")
+def check_masks(title: str, input: Tensor, mask_pad: Tensor | None, reset: Tensor | None) -> None:
+    """(T, B) for an input (T, B, I); padding may be marked by integers."""
+    for name, mask in (("mask_pad", mask_pad), ("reset", reset)):
+        if mask is None:
+            continue
+        if tuple(mask.shape) != tuple(input.shape[:2]):
+            raise ValueError(
+                f"{title}: expected {name} to have shape {tuple(input.shape[:2])}, but got {tuple(mask.shape)}"
+            )
+        if mask.is_floating_point():
+            raise TypeError(f"{title}: expected {name} to be bool or integers, but got {mask.dtype}")
+
+
+def by_direction(states: Tensor, directions: int) -> Tensor:
+    """(layers * directions, B, H) from (layers, B, directions * H), as torch.nn has them."""
+    layers, batch, width = states.shape
+    split = states.view(layers, batch, directions, width // directions)
+    return split.transpose(1, 2).reshape(layers * directions, batch, width // directions)
+
+
+def _order(indices: Tensor | None) -> Any:
+    return slice(None) if indices is None else indices
 
 
 class SRUCell(Leaf, Checkpoints, nn.Module):
@@ -45,6 +65,7 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
         amp_recurrence_fp16: under autocast to float16, return float16 and not float32. Default: ``False``.
         normalize_after: with ``layer_norm``, normalise the output and not the input. Default: ``False``.
         weight_c_init: recurrent weights start uniform in [-weight_c_init, weight_c_init]. Default: variance 1/2.
+        nn_rnn_compatible_return: return the state as (directions, B, hidden_size). Default: ``False``.
         device, dtype: of the parameters.
 
     Example:
@@ -57,6 +78,9 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
 
     layer_norm: nn.LayerNorm | None
     scale_x: Tensor
+    custom_m: Any
+
+    _custom: ClassVar[str] = "custom_m"  # the attribute that has the module in the product's place
 
     def __init__(
         self,
@@ -77,10 +101,12 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
         normalize_after: bool = False,
         weight_c_init: float | None = None,
         *,
+        nn_rnn_compatible_return: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        _arguments.flags("SRU", nn_rnn_compatible_return=nn_rnn_compatible_return)
         _arguments.flags(
             "SRU", bidirectional=bidirectional, use_tanh=use_tanh, has_skip_term=has_skip_term, layer_norm=layer_norm,
             rescale=rescale, v1=v1, amp_recurrence_fp16=amp_recurrence_fp16, normalize_after=normalize_after,
@@ -110,10 +136,11 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
         self.has_skip_term = has_skip_term
         self.rescale = rescale
         self.v1 = v1
-        self.custom_m: Any = custom_m
+        setattr(self, self._custom, custom_m)
         self.amp_recurrence_fp16 = amp_recurrence_fp16
         self.normalize_after = normalize_after
         self.weight_c_init = weight_c_init
+        self.nn_rnn_compatible_return = nn_rnn_compatible_return
         self.projection_size = n_proj if 0 < n_proj < min(input_size, self.output_size) else 0
         self.num_matrices = 4 if has_skip_term and input_size != self.output_size else 3
         where = {"device": device, "dtype": dtype}
@@ -134,11 +161,12 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
     def reset_parameters(self) -> None:
         """Draws the parameters as the package does: unit variance of u, smaller gates, variance 1/2 of ``weight_c``."""
         scale = math.sqrt(1 + 2 * math.exp(self.highway_bias)) if self.rescale and self.has_skip_term else 1.0
+        custom_m = getattr(self, self._custom)
         with torch.no_grad():
             self.bias.zero_()
             self.bias[self.output_size :] = self.highway_bias
             self.scale_x.fill_(scale)
-            if self.custom_m is None:
+            if custom_m is None:
                 for weight in (self.weight, self.weight_proj):
                     if weight is not None:
                         bound = math.sqrt(3.0 / weight.shape[0])
@@ -152,11 +180,11 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
                     matrices[..., 3] *= scale
                 if not self.v1:
                     matrices[..., 1:3] *= math.sqrt(0.5)
-            elif hasattr(self.custom_m, "reset_parameters"):
-                self.custom_m.reset_parameters()
+            elif hasattr(custom_m, "reset_parameters"):
+                custom_m.reset_parameters()
             else:
                 warnings.warn(
-                    f"custom_m was not reset: {type(self.custom_m).__name__} has no reset_parameters()", stacklevel=2
+                    f"custom_m was not reset: {type(custom_m).__name__} has no reset_parameters()", stacklevel=2
                 )
             if self.v1:
                 self.weight_c.zero_()
@@ -165,21 +193,45 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
                 bound = math.sqrt(1.5) if self.weight_c_init is None else self.weight_c_init
                 self.weight_c.uniform_(-bound, bound)
 
-    def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        c0: Tensor | None = None,
+        mask_pad: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs the layer.
 
         Args:
-            input: (T, B, input_size), or (B, input_size) for one step.
+            input: (T, B, input_size), (B, input_size) for one step, or a ``PackedSequence``.
             c0: (B, output_size). Default: zero.
             mask_pad: (T, B), nonzero at padding. Default: no padding.
+            reset: (T, B), nonzero where a sequence begins: the state before that step is ``c0``. Default: only the
+                first step does.
 
         Returns:
-            The output (T, B, output_size), and the last state (B, output_size).
+            The output (T, B, output_size), packed if the input was; and the last state (B, output_size), or
+            (directions, B, hidden_size) with ``nn_rnn_compatible_return``.
         """
+        if isinstance(input, PackedSequence):
+            x, mask_pad = padded(type(self).__name__, input, mask_pad, reset)
+            h, c_n = self._run(x, c0 if c0 is None else c0[_order(input.sorted_indices)], mask_pad, None)
+            return repacked(h, input), self._laid_out(c_n[_order(input.unsorted_indices)])
         if not isinstance(input, Tensor):
-            return self._instead("input", input, c0=c0, mask_pad=mask_pad)
-        _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad)
-        _check_padding(mask_pad)
+            return self._instead("input", input, c0=c0, mask_pad=mask_pad, reset=reset)
+        h, c_n = self._run(input, c0, mask_pad, reset)
+        return h, self._laid_out(c_n)
+
+    def _laid_out(self, c_n: Tensor) -> Tensor:
+        if not self.nn_rnn_compatible_return:
+            return c_n
+        return by_direction(c_n.unsqueeze(0), 2 if self.bidirectional else 1)
+
+    def _run(
+        self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, reset: Tensor | None, **attention: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The output and the last state (B, output_size)."""
+        _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad, reset=reset)
         if input.dim() not in (2, 3):
             raise ValueError(f"SRU: expected input to be 2-D or 3-D, but got {input.dim()}-D")
         if input.shape[-1] != self.input_size:
@@ -187,6 +239,8 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
         x = input if input.dim() == 3 else input.unsqueeze(0)
+        if mask_pad is not None or reset is not None:
+            check_masks("SRU", x, mask_pad, reset)
         batch = x.shape[1]
         skip = x if self.has_skip_term and self.num_matrices == 3 else None
         if self.layer_norm is not None and not self.normalize_after:
@@ -202,14 +256,9 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
             "scale_x": self.scale_x if self.rescale and skip is not None else None,
             "directions": 2 if self.bidirectional else 1,
             "use_tanh": self.use_tanh,
+            "reset": None if reset is None else reset.to(torch.bool),
         }
-        if self.custom_m is None:
-            if self.weight_proj is not None:
-                x = x @ self.weight_proj
-            h, c_n = functional.sru_layer(x, self.weight, skip, self.weight_c, self.bias, c0, **options)
-        else:
-            u, weight_c = self._custom(x)
-            h, c_n = functional.sru(u, skip, weight_c, self.bias, c0, **options)
+        h, c_n = self._layer(x, skip, c0, options, **attention)
         half = self.amp_recurrence_fp16 and torch.is_autocast_enabled(x.device.type)
         if half and torch.get_autocast_dtype(x.device.type) == torch.float16:
             h, c_n = h.half(), c_n.half()
@@ -217,7 +266,18 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
             h = self.layer_norm(h)
         return h, c_n
 
-    def _custom(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _layer(
+        self, x: Tensor, skip: Tensor | None, c0: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The product and the recurrence."""
+        if self.custom_m is not None:
+            u, weight_c = self._product(x)
+            return functional.sru(u, skip, weight_c, self.bias, c0, **options)
+        if self.weight_proj is not None:
+            x = x @ self.weight_proj
+        return functional.sru_layer(x, self.weight, skip, self.weight_c, self.bias, c0, **options)
+
+    def _product(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """u (T, B, output_size * k) of ``custom_m``, and the recurrent weights."""
         result = self.custom_m(x)
         parts = tuple(result) if isinstance(result, (tuple, list)) else (result,)
@@ -399,7 +459,11 @@ class SRU(Leaf, Streaming, nn.Module):
             self.input_to_hidden.reset_parameters()
 
     def forward(
-        self, input: Tensor | PackedSequence, c0: Tensor | None = None, mask_pad: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        c0: Tensor | None = None,
+        mask_pad: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs all layers.
 
@@ -408,6 +472,8 @@ class SRU(Leaf, Streaming, nn.Module):
             c0: (num_layers, B, output_size), output_size = directions * hidden_size. Default: zero.
             mask_pad: (T, B), nonzero at padding, where the state is carried over and the output is 0.
                 Default: no padding.
+            reset: (T, B), nonzero where a sequence begins: the state before that step is ``c0``. Default: only the
+                first step does.
 
         Returns:
             The output (T, B, output_size), packed if the input was; and the last state (num_layers, B, output_size), or
@@ -417,16 +483,22 @@ class SRU(Leaf, Streaming, nn.Module):
             ValueError: shapes that do not fit.
         """
         if isinstance(input, PackedSequence):
-            padded, lengths = pad_packed_sequence(input)
-            mask_pad = torch.arange(padded.shape[0], device=lengths.device)[:, None] >= lengths
-            output, c_n = self._run(padded, c0, mask_pad.to(padded.device))
-            return pack_padded_sequence(output, lengths, enforce_sorted=False), c_n
+            x, mask_pad = padded("SRU", input, mask_pad, reset)
+            output, c_n = self._run(x, c0 if c0 is None else c0[:, _order(input.sorted_indices)], mask_pad, None)
+            return repacked(output, input), self._laid_out(c_n[:, _order(input.unsorted_indices)])
         if not isinstance(input, Tensor):
-            return self._instead("input", input, c0=c0, mask_pad=mask_pad)
-        return self._run(input, c0, mask_pad)
+            return self._instead("input", input, c0=c0, mask_pad=mask_pad, reset=reset)
+        output, c_n = self._run(input, c0, mask_pad, reset)
+        return output, self._laid_out(c_n)
 
-    def _run(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
-        _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad)
+    def _laid_out(self, c_n: Tensor) -> Tensor:
+        return by_direction(c_n, self.num_directions) if self.nn_rnn_compatible_return else c_n
+
+    def _run(
+        self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The output and the last state (num_layers, B, output_size)."""
+        _arguments.optional_tensors("SRU", c0=c0, mask_pad=mask_pad, reset=reset)
         if input.dim() != 3:
             raise ValueError(f"SRU: expected input to be 3-D (T, B, input_size), but got {input.dim()}-D")
         if input.shape[-1] != self.input_size:
@@ -436,21 +508,12 @@ class SRU(Leaf, Streaming, nn.Module):
         batch = input.shape[1]
         if c0 is not None and tuple(c0.shape) != (self.num_layers, batch, self.output_size):
             raise ValueError(f"Expected hidden size {(self.num_layers, batch, self.output_size)}, got {list(c0.shape)}")
-        if mask_pad is not None and tuple(mask_pad.shape) != tuple(input.shape[:2]):
-            raise ValueError(
-                f"SRU: expected mask_pad to have shape {tuple(input.shape[:2])}, but got {tuple(mask_pad.shape)}"
-            )
-        _check_padding(mask_pad)
         x = input if self.input_to_hidden is None else self.input_to_hidden(input)
         states = []
         for i, layer in enumerate(self.rnn_lst):
-            x, c = layer(x, None if c0 is None else c0[i], mask_pad)
+            x, c = layer(x, None if c0 is None else c0[i], mask_pad, reset)
             states.append(c)
-        c_n = torch.stack(states)
-        if self.nn_rnn_compatible_return:
-            c_n = c_n.view(self.num_layers, batch, self.num_directions, self.hidden_size).transpose(1, 2)
-            c_n = c_n.reshape(self.num_layers * self.num_directions, batch, self.hidden_size)
-        return x, c_n
+        return x, torch.stack(states)
 
     def _require_causal(self) -> None:
         if self.bidirectional:
@@ -470,7 +533,7 @@ class SRU(Leaf, Streaming, nn.Module):
         self._require_causal()
         _arguments.tensor("SRU", "x", x)
         _arguments.states("SRU", "state", state, ("c",))
-        output, c_n = self._run(x, state[0].transpose(0, 1), None)
+        output, c_n = self._run(x, state[0].transpose(0, 1), None, None)
         return output, (c_n.transpose(0, 1).clone(memory_format=torch.contiguous_format),)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
