@@ -6,10 +6,10 @@ __version__ = "0.1.0"
 
 from seqaccel import _extension, functional, nn
 from seqaccel.backends import backend
-from seqaccel.convert import convert, from_haste, from_mlstm
+from seqaccel.convert import convert, from_haste, from_mingru, from_mlstm, from_qrnn
 from seqaccel.session import Session
 
-__all__ = ["Session", "backend", "convert", "from_haste", "from_mlstm", "functional", "nn"]
+__all__ = ["Session", "backend", "convert", "from_haste", "from_mingru", "from_mlstm", "from_qrnn", "functional", "nn"]
 
 
 def __dir__() -> list[str]:

@@ -35,7 +35,7 @@ from seqaccel.functional import _registration
 
 PROCESSES = 2
 #: Torch's linear layers, in the projections of attention, take no batch that the processes cannot share evenly.
-BATCHES = {name: (4,) if name == "HierarchicalAttention" else (4, 5) for name in CASES}
+BATCHES = {name: (4,) if name in ("HierarchicalAttention", "SRUpp") else (4, 5) for name in CASES}
 Results = list[torch.Tensor]
 
 
@@ -73,7 +73,8 @@ def on_shards(name: str, mesh: DeviceMesh) -> None:
         found = trained(copy, *(sharded(t, mesh, d) for t, d in zip(inputs, dims, strict=True)))
         assert found[0].placements == (Shard(dims[0]),), found[0].placements
         for gradient in found[len(found) - len(list(copy.parameters())) :] if list(copy.parameters()) else ():
-            replicated = name == "TCN" and gradient.placements == (Replicate(),)  # by torch, behind weight norm
+            # By torch, behind weight norm and where the parameters of both directions are stacked.
+            replicated = name in ("TCN", "MinGRU") and gradient.placements == (Replicate(),)
             assert replicated or gradient.placements == (Partial(),), gradient.placements
         assert_close(whole(found), expected)
 

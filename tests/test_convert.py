@@ -201,3 +201,105 @@ def test_from_mlstm_names_what_does_not_fit():
         seqaccel.from_mlstm({k: v for k, v in weights.items() if k != "gx"})
     with pytest.raises(ValueError, match=r"expected wmh to have shape \(6, 6\)"):
         seqaccel.from_mlstm(weights | {"wmh": torch.zeros(3, 6)})
+
+
+# ---- quasi-recurrent networks ----
+
+
+def qrnn_weights(inputs, hidden, layers, window, gates):
+    sizes = [inputs] + [hidden] * (layers - 1)
+    weights = {}
+    for i, size in enumerate(sizes):
+        weights[f"layers.{i}.linear.weight"] = torch.randn(gates * hidden, window * size)
+        weights[f"layers.{i}.linear.bias"] = torch.randn(gates * hidden)
+    return weights
+
+
+@pytest.mark.parametrize("window, gates, layers", [(1, 3, 1), (2, 3, 2), (2, 2, 3), (1, 2, 2)])
+def test_from_qrnn(window, gates, layers):
+    weights, x, hidden = qrnn_weights(3, 4, layers, window, gates), torch.randn(6, 2, 3), torch.randn(layers, 2, 4)
+    given = {"window": window, "output_gate": gates == 3} if layers == 1 else {}
+    module = seqaccel.from_qrnn(weights, zoneout=0.25, **given).eval()
+    output, c_n = module(x, hidden)
+    rows = x
+    for i in range(layers):
+        c, outputs, previous = hidden[i], [], torch.zeros_like(rows[0])
+        for x_t in rows:
+            source = torch.cat([x_t, previous], 1) if window == 2 else x_t
+            y = source @ weights[f"layers.{i}.linear.weight"].T + weights[f"layers.{i}.linear.bias"]
+            z, f, *o = y.chunk(gates, 1)
+            f = torch.sigmoid(f) * (1 - 0.25)  # the package weighs the new value by f
+            c = f * torch.tanh(z) + (1 - f) * c
+            outputs.append(torch.sigmoid(o[0]) * c if o else c)
+            previous = x_t
+        rows = torch.stack(outputs)
+        torch.testing.assert_close(c_n[i], c)
+    torch.testing.assert_close(output, rows)
+
+
+def test_from_qrnn_takes_a_module_s_options():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 8)
+            self.window, self.zoneout, self.output_gate = 2, 0.1, False
+
+    class Package(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.dropout = torch.nn.ModuleList([Layer()]), 0.3
+
+    module = seqaccel.from_qrnn(Package().eval())
+    assert not module.training
+    assert repr(module) == "QRNN(3, 4, dropout=0.3, window=2, zoneout=0.1, output_gate=False)"
+
+
+def test_from_qrnn_names_what_does_not_fit():
+    weights = qrnn_weights(3, 4, 2, 2, 3)
+    with pytest.raises(ValueError, match="expected weights layers.0.linear.weight"):
+        seqaccel.from_qrnn({"linear.weight": torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match="no QRNN has a second layer of 12 rows and 8 features"):
+        seqaccel.from_qrnn(weights, window=1)
+    with pytest.raises(ValueError, match=r"bias_ih_l0 to have shape \(12,\), but got \(5,\)"):
+        seqaccel.from_qrnn(weights | {"layers.0.linear.bias": torch.zeros(5)})
+
+
+# ---- IndRNN, minGRU, minLSTM ----
+
+
+def test_from_haste_indrnn():
+    weights = {"kernel": torch.randn(3, 4), "recurrent_scale": torch.randn(4), "bias": torch.randn(4)}
+    module = seqaccel.from_haste(weights, batch_first=True)
+    x, h, rows = torch.randn(2, 5, 3), torch.zeros(2, 4), []
+    for t in range(5):
+        h = torch.tanh(x[:, t] @ weights["kernel"] + weights["bias"] + h * weights["recurrent_scale"])
+        rows.append(h)
+    output, h_n = module(x)
+    torch.testing.assert_close(output, torch.stack(rows, 1))
+    torch.testing.assert_close(h_n[0], h)
+    with pytest.raises(ValueError, match="an IndRNN has no zoneout"):
+        seqaccel.from_haste(weights, zoneout=0.1)
+
+
+@pytest.mark.parametrize("is_lstm", [False, True])
+def test_from_mingru(is_lstm):
+    def g(v):
+        return torch.where(v >= 0, v + 0.5, v.sigmoid())
+
+    name = "to_hidden_and_f_i_gate.weight" if is_lstm else "to_hidden_and_gate.weight"
+    weight, x = torch.randn(12 if is_lstm else 8, 3), torch.randn(2, 5, 3)
+    h, rows = torch.zeros(2, 4), []
+    for t in range(5):
+        v, *gates = (x[:, t] @ weight.T).chunk(3 if is_lstm else 2, 1)
+        keep = 1 - gates[0].sigmoid()
+        if is_lstm:
+            keep = gates[0].sigmoid() / (gates[0].sigmoid() + gates[1].sigmoid())
+        h = keep * h + (1 - keep) * g(v)
+        rows.append(h)
+    module = seqaccel.from_mingru({name: weight})
+    assert type(module) is (seqaccel.nn.MinLSTM if is_lstm else seqaccel.nn.MinGRU)
+    torch.testing.assert_close(module(x)[0], torch.stack(rows, 1))
+    with pytest.raises(ValueError, match="to_out.weight"):
+        seqaccel.from_mingru({name: weight, "to_out.weight": torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match=f"expected {name} to have shape"):
+        seqaccel.from_mingru({name: torch.zeros(7, 3)})

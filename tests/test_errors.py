@@ -387,6 +387,22 @@ CALLS = {
         },
         {"source": (None, 3, "w"), "zoneout": ("0.1", NAN, 2), "dropout": ("0.1", NAN, 2), "batch_first": NOT_FLAGS},
     ),
+    "from_mingru": (
+        seqaccel.from_mingru,
+        lambda: {"source": {"to_hidden_and_gate.weight": torch.randn(8, 3)}},
+        {"source": (None, 3, "w")},
+    ),
+    "from_qrnn": (
+        seqaccel.from_qrnn,
+        lambda: {"source": {"layers.0.linear.weight": torch.randn(12, 3), "layers.0.linear.bias": torch.zeros(12)}},
+        {
+            "source": (None, 3, "w"),
+            "window": (0, 3, "1"),
+            "zoneout": ("0.1", NAN, 2),
+            "output_gate": NOT_FLAGS,
+            "dropout": ("0.1", NAN, 2),
+        },
+    ),
     "from_mlstm": (
         seqaccel.from_mlstm,
         lambda: {

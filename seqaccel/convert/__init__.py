@@ -3,7 +3,9 @@
 from seqaccel.convert import locuslab as locuslab  # so that checkpoints load
 from seqaccel.convert import sru as sru
 from seqaccel.convert.haste import from_haste
+from seqaccel.convert.mingru import from_mingru
 from seqaccel.convert.mlstm import from_mlstm
+from seqaccel.convert.qrnn import from_qrnn
 from seqaccel.convert.torch import REPLACEMENTS, convert
 
-__all__ = ["REPLACEMENTS", "convert", "from_haste", "from_mlstm"]
+__all__ = ["REPLACEMENTS", "convert", "from_haste", "from_mingru", "from_mlstm", "from_qrnn"]

@@ -15,17 +15,17 @@ def from_haste(
     zoneout: float | None = None,
     dropout: float | None = None,
     batch_first: bool | None = None,
-) -> nn.LSTM | nn.GRU | nn.LayerNormLSTM | nn.LayerNormGRU:
+) -> nn.LSTM | nn.GRU | nn.LayerNormLSTM | nn.LayerNormGRU | nn.IndRNN:
     r"""A layer that computes what a layer of the package `haste` computes, with its weights.
 
-    The weights tell which one: ``LSTM``, ``GRU``, ``LayerNormLSTM`` or ``LayerNormGRU``. haste's kernels are (I, G·H)
-    and (H, G·H) with the gates in the order i, g, f, o or z, r, h; ours are transposed, in torch's order. An LSTM's one
-    bias becomes ``bias_ih``, and ``bias_hh`` is zero.
+    The weights tell which one: ``LSTM``, ``GRU``, ``LayerNormLSTM``, ``LayerNormGRU`` or ``IndRNN``. haste's kernels
+    are (I, G·H) and (H, G·H) with the gates in the order i, g, f, o or z, r, h; ours are transposed, in torch's order.
+    An LSTM's one bias becomes ``bias_ih``, and ``bias_hh`` is zero. haste's IndRNN has tanh.
 
     Args:
         source: a layer of ``haste_pytorch``, or its state_dict: tensors or arrays ``kernel``, ``recurrent_kernel``,
             ``bias``, for a GRU ``recurrent_bias``, with layer norm ``gamma`` (2, G·H), and for an LSTM with layer norm
-            ``gamma_h``, ``beta_h``.
+            ``gamma_h``, ``beta_h``; of an IndRNN ``kernel``, ``recurrent_scale`` and ``bias``.
         zoneout: haste's, which zones h only. Default: the layer's own, or 0.
         dropout: haste's, of the recurrent kernel. Default: the layer's own, or 0.
         batch_first: input and output are (B, T, ·). Default: the layer's own, or ``False``.
@@ -34,7 +34,7 @@ def from_haste(
         A new module of one layer, with the weights' dtype and device, in the layer's own training mode.
 
     Raises:
-        ValueError: the weights are not those of one of the four layers.
+        ValueError: the weights are not those of one of the five layers, or an IndRNN is given zoneout or dropout.
 
     Source: https://github.com/lmnt-com/haste, version 0.5.
 
@@ -56,6 +56,10 @@ def from_haste(
         batch_first = getattr(source, "batch_first", False) if batch_first is None else batch_first
         training = source.training
         source = source.state_dict()
+    if isinstance(source, Mapping) and "recurrent_scale" in source:
+        if zoneout or dropout:
+            raise ValueError("from_haste: an IndRNN has no zoneout and no dropout")
+        return _indrnn(source, bool(batch_first)).train(training)
     required, optional = {"kernel", "recurrent_kernel", "bias"}, {"recurrent_bias", "gamma", "gamma_h", "beta_h"}
     tensors = tensors_of("from_haste", source, required, optional)
     kernel, recurrent_kernel = tensors["kernel"], tensors["recurrent_kernel"]
@@ -104,3 +108,19 @@ def from_haste(
             weights["ln_c_weight"], weights["ln_c_bias"] = tensors["gamma_h"], tensors["beta_h"]
     load_first_layer(module, weights)
     return module.train(training)
+
+
+def _indrnn(source: Mapping[str, Any], batch_first: bool) -> nn.IndRNN:
+    tensors = tensors_of("from_haste", source, {"kernel", "recurrent_scale", "bias"}, set())
+    kernel = tensors["kernel"]
+    if kernel.dim() != 2:
+        raise ValueError("from_haste: expected kernel to have two dimensions")
+    inputs, hidden = kernel.shape
+    shapes = {"kernel": (inputs, hidden), "recurrent_scale": (hidden,), "bias": (hidden,)}
+    check_shapes("from_haste", tensors, shapes)
+    module = nn.IndRNN(
+        inputs, hidden, nonlinearity="tanh", batch_first=batch_first, device=kernel.device, dtype=kernel.dtype
+    )
+    weights = {"weight_ih": kernel.T, "weight_hh": tensors["recurrent_scale"], "bias_ih": tensors["bias"]}
+    load_first_layer(module, weights)
+    return module

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 
-from seqaccel import _arguments, functional
+from seqaccel import _arguments, _common, functional
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.scan._packed import padded, repacked
 from seqaccel.nn.scan._sru import SRUCell, by_direction, check_masks
@@ -89,9 +90,12 @@ class _Attention(nn.Module):
             seen = ~torch.cat(pads).t()[:, None, None]  # (B, 1, 1, S)
             mask = seen if mask is None else torch.where(seen, mask, torch.full_like(mask, -torch.inf))
         key, value = self.linear2(z).chunk(2, -1)
-        attended = F.scaled_dot_product_attention(
-            heads(query), heads(key), heads(value), mask, self.attn_dropout if self.training else 0.0
-        )
+        operands = (heads(query), heads(key), heads(value), mask, self.attn_dropout if self.training else 0.0)
+        if _common.is_distributed(x):  # torch has no rule for the gradient of a CPU's fused attention
+            with sdpa_kernel(SDPBackend.MATH):
+                attended = F.scaled_dot_product_attention(*operands)
+        else:
+            attended = F.scaled_dot_product_attention(*operands)
         found = attended.permute(2, 0, 1, 3).flatten(2) * self.alpha + query
         return self.linear3(self.dropout(found if self.layer_norm is None else self.layer_norm(found)))
 
