@@ -112,20 +112,36 @@ def rnn_backward(rng: random.Random) -> Arguments:
 
 def linear_scan_forward(rng: random.Random) -> Arguments:
     B, T, W = sizes(rng, 4, 200, 70)
-    a, b = torch.rand(B, T, W, dtype=floating(rng)), torch.randn(B, T, W)
+    narrow = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    dtype = rng.choice([*narrow, torch.complex64, torch.complex128])
+    if rng.random() < 0.1:  # cut in time
+        B, T, W = 1, rng.randint(50_000, 80_000), rng.randint(1, 4)
+    B, offsets = (1, random_offsets(rng, T)) if boolean(rng) else (B, None)
+    sequences = B if offsets is None else len(offsets) - 1
     return {
-        "a": a,
-        "b": b.to(a.dtype),
-        "h_0": maybe(rng, lambda: torch.randn(B, W, dtype=a.dtype)),
+        "a": torch.rand(B, T, W).to(dtype),
+        "b": torch.randn(B, T, W).to(dtype),
+        "h_0": maybe(rng, lambda: torch.randn(sequences, W).to(dtype)),
+        "cu_seqlens": offsets,
         "reverse": boolean(rng),
+        "return_last": boolean(rng),
     }
 
 
+def random_offsets(rng: random.Random, steps: int) -> Tensor:
+    """Of one to six sequences, some of them empty, in so many steps."""
+    return torch.tensor([0, *sorted(rng.randint(0, steps) for _ in range(rng.randint(0, 5))), steps])
+
+
 def linear_scan_backward(rng: random.Random) -> Arguments:
-    arguments = linear_scan_forward(rng)
-    h = OPERATORS.linear_scan_forward(**arguments)
-    del arguments["b"]
-    return arguments | {"h": h, "grad_h": torch.randn_like(h)}
+    arguments = linear_scan_forward(rng) | {"return_last": True}
+    h, h_last = OPERATORS.linear_scan_forward(**arguments)
+    del arguments["b"], arguments["return_last"]
+    return arguments | {
+        "h": h,
+        "grad_h": torch.randn_like(h),
+        "grad_h_last": maybe(rng, lambda: torch.randn_like(h_last)),
+    }
 
 
 def column_forward(rng: random.Random) -> Arguments:

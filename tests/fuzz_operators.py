@@ -65,6 +65,11 @@ SHAPE_ERRORS = (
 # ---- mutations ----
 
 
+def in_float64(t: Tensor) -> Tensor:
+    """A copy in float64 or complex128 of what is floating point or complex."""
+    return t.to(torch.complex128) if t.is_complex() else t.double() if t.is_floating_point() else t
+
+
 def rearranged(rng: random.Random, t: Tensor) -> Tensor:
     """The same values in another layout of memory."""
     kind = rng.randrange(6)
@@ -81,6 +86,8 @@ def rearranged(rng: random.Random, t: Tensor) -> Tensor:
     return t
 
 
+# Of what is not calculated in float64, relative to the largest value.
+TOLERANCES = {torch.float32: 1e-3, torch.complex64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 DTYPES += [torch.bool, torch.complex64]
 INTEGERS = [0, 1, -1, 2, 3, 7, 64, -5, 1 << 20, 1 << 31, -(1 << 31), 1 << 40, 1 << 62, -(1 << 63), (1 << 63) - 1]
@@ -295,21 +302,23 @@ class Call:
         self.check_shapes(found)
         narrow = self.name == "rnn_forward_bfloat16" or self.arguments.get("weights") in ("bfloat16", "int8")
         if not narrow and self.name != "session":
-            plain = map_tensors(lambda t: t.double() if t.is_floating_point() else t, plain)
+            plain = map_tensors(in_float64, plain)
         expected = self.call(plain, "portable", 1)
         pairs = [("result", found, expected), *((name, self.arguments[name], plain[name]) for name in self.written)]
         for name, ours, theirs in pairs:
             if isinstance(ours, str):
                 continue
             for i, (a, b) in enumerate(zip(tensors_of(ours), tensors_of(theirs), strict=True)):
-                self.compare(f"{name} {i}", a, b, 5e-2 if narrow else 1e-3 if a.dtype == torch.float32 else 1e-8)
+                self.compare(f"{name} {i}", a, b, 5e-2 if narrow else TOLERANCES.get(a.dtype, 1e-8))
 
     def compare(self, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
         if found.shape != expected.shape:
             raise Finding(f"{name} has shape {list(found.shape)}, in float64 {list(expected.shape)}")
         if found.numel() == 0:
             return
-        found, expected = found.double(), expected.to(found.dtype).double()
+        found, expected = in_float64(found), in_float64(expected.to(found.dtype))
+        if found.is_complex():
+            found, expected = torch.view_as_real(found), torch.view_as_real(expected)
         if not torch.equal(found.isnan(), expected.isnan()):
             raise Finding(f"{name} is NaN where the call in float64 is not, or the other way round")
         if not torch.equal(found.isfinite(), expected.isfinite()):

@@ -28,11 +28,15 @@ def _rnn(cell, projected, T=3, B=2):
     yield "rnn_backward", rnn.rnn_backward, (cell, *grads, *given[1:], output, saved, False, needs)
 
 
-def _linear_scan(T=3, B=2):
-    a, b, h_0 = torch.rand(B, T, 3), torch.randn(B, T, 3), torch.randn(B, 3)
-    yield "linear_scan_forward", scan.linear_scan_forward, (a, b, h_0, False)
-    h = scan.linear_scan_forward(a, b, h_0, False)
-    yield "linear_scan_backward", scan.linear_scan_backward, (torch.randn_like(h), a, h, h_0, False)
+def _linear_scan(T=3, B=2, packed=False):
+    a, b, offsets = torch.rand(B, T, 3), torch.randn(B, T, 3), None
+    if packed:
+        a, b, offsets = a.view(1, -1, 3), b.view(1, -1, 3), torch.arange(B + 1) * T
+    h_0 = torch.randn(B, 3)
+    yield "linear_scan_forward", scan.linear_scan_forward, (a, b, h_0, offsets, False, True)
+    h, h_last = scan.linear_scan_forward(a, b, h_0, offsets, False, True)
+    grads = torch.randn_like(h), torch.randn_like(h_last)
+    yield "linear_scan_backward", scan.linear_scan_backward, (*grads, a, h, h_0, offsets, False)
 
 
 def _columns(cell, T=3, B=2, packed=False):
@@ -88,6 +92,7 @@ TABLE = {
         for cell, projected in kinds("triton")
     },
     "linear_scan": _linear_scan,
+    "linear_scan packed": functools.partial(_linear_scan, packed=True),
     **{f"columns {cell}": functools.partial(_columns, cell) for cell in COLUMN_CELLS},
     "columns packed": functools.partial(_columns, "fo_pool", packed=True),
     "conv": functools.partial(_conv, 6, 1),

@@ -12,6 +12,7 @@ from seqaccel.functional import linear_scan, sru
 
 DOUBLE = torch.float64
 HALF = [torch.bfloat16, torch.float16]
+COMPLEX = [torch.complex64, torch.complex128]
 
 needs_cpp = pytest.mark.skipif(backends.why_missing("cpp", "cpu") is not None, reason="no C++ kernels")
 needs_triton = pytest.mark.skipif(backends.why_missing("triton", "cpu") is not None, reason="no Triton interpreter")
@@ -42,30 +43,49 @@ def rounded(*shape):
     return torch.randn(*shape, dtype=DOUBLE).bfloat16().double()
 
 
-def linear_inputs(batch, steps, width, with_h_0=True):
-    a = torch.rand(batch, steps, width, dtype=DOUBLE).bfloat16().double()
-    return {"a": a, "b": rounded(batch, steps, width), "h_0": rounded(batch, width) if with_h_0 else None}
+def linear_inputs(batch, steps, width, with_h_0=True, sequences=None, is_complex=False):
+    """``sequences``: of cu_seqlens; the batch otherwise."""
+    a, b = torch.rand(batch, steps, width, dtype=DOUBLE).bfloat16().double(), rounded(batch, steps, width)
+    h_0 = rounded(batch if sequences is None else sequences, width) if with_h_0 else None
+    if is_complex:
+        a = torch.polar(a, torch.randn_like(a)).to(torch.complex64).to(torch.complex128)
+        b, h_0 = (None if t is None else torch.complex(t, rounded(*t.shape)) for t in (b, h_0))
+    return {"a": a, "b": b, "h_0": h_0}
 
 
-def run_linear(inputs, grad, reverse=False, dim=-2):
-    h = linear_scan(inputs["a"], inputs["b"], inputs["h_0"], reverse=reverse, dim=dim)
+def run_linear(inputs, grads, **options):
+    """h and h_last, and the gradients of the inputs."""
+    results = linear_scan(inputs["a"], inputs["b"], inputs["h_0"], return_last=True, **options)
     leaves = {name: t for name, t in inputs.items() if t is not None}
-    grads = torch.autograd.grad(h, leaves.values(), grad.to(h.dtype), allow_unused=True)
-    return h, {
-        name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(leaves.items(), grads, strict=True)
+    pairs = [(r, g.to(r.dtype)) for g, r in zip(grads, results, strict=True) if r.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, leaves.values(), grads, allow_unused=True)
+    return results, {
+        name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(leaves.items(), found, strict=True)
     }
 
 
-def check_linear(sizes, dtype, reverse=False, with_h_0=True):
-    inputs = linear_inputs(*sizes, with_h_0)
-    grad = rounded(*sizes)
-    with seqaccel.backend("reference"):
-        expected, expected_grads = run_linear(to(inputs, DOUBLE), grad, reverse)
-    actual, grads = run_linear(to(inputs, dtype), grad, reverse)
-    assert actual.dtype == dtype
-    assert_close(actual, expected, "scan", dtype, what="h")
-    for name, g in grads.items():
-        assert_close(g, expected_grads[name], "scan", dtype, backward=True, what=f"grad {name}")
+def check_linear(sizes, dtype, reverse=False, with_h_0=True, offsets=None, against="reference"):
+    """``offsets``: of cu_seqlens, a list. ``against``: the backend that calculates in float64."""
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    sequences = sizes[0] if offsets is None else len(offsets) - 1
+    inputs = linear_inputs(*sizes, with_h_0, sequences, dtype.is_complex)
+    grads = rounded(*sizes), rounded(sequences, sizes[2])
+    options = {"reverse": reverse, "cu_seqlens": cu_seqlens}
+    with seqaccel.backend(against):
+        expected, expected_grads = run_linear(
+            to(inputs, torch.complex128 if dtype.is_complex else DOUBLE), grads, **options
+        )
+    actual, found = run_linear(to(inputs, dtype), grads, **options)
+    for name, result, wanted in zip(("h", "h_last"), actual, expected, strict=True):
+        assert result.dtype == dtype and result.shape == wanted.shape
+        assert_close(result, wanted, "scan", dtype, what=name)
+    for name, g in found.items():
+        bound = "scan_of_saved_states" if name == "a" else "scan"
+        assert_close(g, expected_grads[name], bound, dtype, backward=True, what=f"grad {name}")
+    with torch.no_grad():
+        typed = to(inputs, dtype)
+        assert torch.equal(linear_scan(typed["a"], typed["b"], typed["h_0"], **options), actual[0])
 
 
 def sru_inputs(steps, batch, hidden, directions=1, highway="input", masks=False):

@@ -107,7 +107,19 @@ CALLS = {
             "h_0": (*NOT_OPTIONAL_TENSORS, LONG, torch.zeros(7)),
             "reverse": NOT_FLAGS,
             "dim": ("1", 2.5, 7),
+            "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.tensor([0.0, T]), torch.tensor([0, T]), torch.tensor(0)),
+            "return_last": NOT_FLAGS,
         },
+    ),
+    "scan_summary": (
+        SF.scan_summary,
+        lambda: {"a": torch.randn(B, T, H), "b": torch.randn(B, T, H)},
+        {"a": (*NOT_TENSORS, LONG), "b": (*NOT_TENSORS, LONG, torch.zeros(7)), "dim": ("1", 2.5, 7)},
+    ),
+    "join_summaries": (
+        SF.join_summaries,
+        lambda: {name: (torch.ones(B, H), torch.ones(B, H)) for name in ("first", "second")},
+        {name: (None, torch.ones(B, H), (torch.ones(B, H),), (1.0, torch.ones(B, H))) for name in ("first", "second")},
     ),
     "sru": (
         SF.sru,

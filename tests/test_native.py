@@ -354,7 +354,7 @@ def test_sizes_whose_product_overflows(size):
     conv = (torch.empty(size, 0, 1), torch.empty(2**20, 0, 1), *[None] * 4, 1, 1, "none", False, 0.0, False)
     for call in (
         lambda: ops.mm(torch.empty(size, 0), torch.empty(0, size)),
-        lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, None, False),
+        lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, None, None, False, False),
         lambda: ops.rnn_forward("rnn_tanh", x, torch.zeros(1, 512), None, weights, *[None] * 3, False, True),
         lambda: ops.causal_conv1d_forward(*conv),
         lambda: ops.hierarchical_attention_forward(
@@ -371,8 +371,8 @@ def test_sizes_whose_product_overflows(size):
 def test_nothing_to_do_takes_no_time():
     """Shapes without elements, of which one dimension is 2**40."""
     ops, many = torch.ops.seqaccel, 2**40
-    assert ops.linear_scan_forward(*[torch.empty(many, 0, 1)] * 2, None, False).shape == (many, 0, 1)
-    assert ops.linear_scan_forward(*[torch.empty(many, 0, 7)] * 2, None, True).shape == (many, 0, 7)
+    assert ops.linear_scan_forward(*[torch.empty(many, 0, 1)] * 2, None, None, False, False)[0].shape == (many, 0, 1)
+    assert ops.linear_scan_forward(*[torch.empty(many, 0, 7)] * 2, None, None, True, False)[0].shape == (many, 0, 7)
     heads = torch.empty(1, many, 0, 4)
     out, lse, *pooled = ops.hierarchical_attention_forward(*[heads] * 3, None, 2, 2, 1, 1, True, True, 1.0)
     grads = ops.hierarchical_attention_backward(
@@ -413,7 +413,7 @@ def test_tensors_without_memory_are_refused():
     with pytest.raises(RuntimeError, match="input has no memory"):
         torch.ops.seqaccel.mm(x, torch.randn(4, 2))
     with pytest.raises(RuntimeError, match="a has no memory"):
-        torch.ops.seqaccel.linear_scan_forward(x.view(1, 3, 4), torch.randn(1, 3, 4), None, False)
+        torch.ops.seqaccel.linear_scan_forward(x.view(1, 3, 4), torch.randn(1, 3, 4), None, None, False, False)
 
 
 def test_no_more_threads_than_cores():

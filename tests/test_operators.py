@@ -78,8 +78,11 @@ ARGUMENTS = {
     "rnn_forward_bfloat16": bfloat16_arguments,
     "causal_conv1d_forward": conv_arguments,
     "causal_conv1d_backward": conv_backward_arguments,
-    "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), False),
-    "linear_scan_backward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3), False),
+    "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), None, False, True),
+    "linear_scan_backward": lambda: (
+        *(double(2, 4, 3), double(2, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3)),
+        *(None, False),
+    ),
     "column_forward": column_arguments,
     "column_backward": column_backward_arguments,
     "hierarchical_attention_forward": attention_arguments,

@@ -33,11 +33,14 @@ def test_operators_pass_opcheck(suffix):
     # wrap_triton cannot be traced in the interpreter, so the Triton operators' fake is checked where there is a GPU.
     options = {"test_utils": ("test_schema", "test_autograd_registration")} if suffix else {}
     x = to(linear_inputs(2, 6, 3), torch.float32, grad=False)
-    for h_0, reverse in itertools.product((None, x["h_0"]), (False, True)):
+    for h_0, packed in itertools.product((None, x["h_0"]), (False, True)):
+        a, b, offsets = x["a"], x["b"], None
+        if packed:
+            a, b, offsets = a.reshape(1, 12, 3), b.reshape(1, 12, 3), torch.tensor([0, 5, 12])
         forward = getattr(operators, "linear_scan_forward" + suffix)
-        torch.library.opcheck(forward, (x["a"], x["b"], h_0, reverse), **options)
+        torch.library.opcheck(forward, (a, b, h_0, offsets, packed, not packed), **options)
         backward = getattr(operators, "linear_scan_backward" + suffix)
-        torch.library.opcheck(backward, (x["b"], x["a"], x["b"], h_0, reverse), **options)
+        torch.library.opcheck(backward, (b, h_0, a, b, h_0, offsets, packed), **options)
 
 
 @needs_cpp
@@ -45,16 +48,20 @@ def test_operators_refuse_what_does_not_fit():
     operators = torch.ops.seqaccel
     a = torch.ones(2, 3, 4)
     for arguments in [
-        (a, torch.ones(2, 3, 5), None, False),
-        (a, a.double(), None, False),
-        (a, a, torch.ones(2, 3), False),
-        (a[0], a[0], None, False),
-        (a.half(), a.half(), None, False),
+        (a, torch.ones(2, 3, 5), None, None),
+        (a, a.double(), None, None),
+        (a, a, torch.ones(2, 3), None),
+        (a[0], a[0], None, None),
+        (a.long(), a.long(), None, None),
+        (a, a, None, torch.tensor([0, 3])),
+        (a[:1], a[:1], None, torch.tensor([0, 3], dtype=torch.int32)),
+        (a[:1], a[:1], None, torch.tensor([0])),
+        (a[:1], a[:1], torch.ones(1, 4), torch.tensor([0, 2, 3])),
     ]:
         with pytest.raises(RuntimeError, match="seqaccel: "):
-            operators.linear_scan_forward(*arguments)
+            operators.linear_scan_forward(*arguments, False, True)
     with pytest.raises(RuntimeError, match="expected h to have shape"):
-        operators.linear_scan_backward(a, a, a[:, :2], None, False)
+        operators.linear_scan_backward(a, None, a, a[:, :2], None, None, False)
 
 
 @needs_cpp

@@ -57,6 +57,15 @@ BOUNDS["scan"] = Bound(
     forward={torch.float64: 4e-15, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3},
     backward={torch.float64: 4e-14, torch.float32: 2e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3},
 )
+for _bounds in (BOUNDS["scan"].forward, BOUNDS["scan"].backward):  # complex numbers as their parts
+    _bounds |= {torch.complex64: _bounds[torch.float32], torch.complex128: _bounds[torch.float64]}
+
+BOUNDS["scan_of_saved_states"] = dataclasses.replace(
+    BOUNDS["scan"],
+    reason="The gradient of a linear scan's coefficients is a product with the states, which are saved rounded in "
+    "narrow types: two roundings instead of one.",
+    backward=BOUNDS["scan"].backward | {torch.float16: 1e-3, torch.bfloat16: 8e-3},
+)
 
 BOUNDS["columns"] = dataclasses.replace(
     BOUNDS["scan"],
@@ -98,6 +107,8 @@ for _name in ("float32", "bfloat16", "int8"):
 
 def error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest absolute difference over the reference's largest magnitude; infinite if a NaN or Inf differs."""
+    if actual.is_complex():
+        actual, reference = torch.view_as_real(actual.resolve_conj()), torch.view_as_real(reference.resolve_conj())
     actual, reference = actual.detach().double().cpu(), reference.detach().double().cpu()
     assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     if actual.numel() == 0:

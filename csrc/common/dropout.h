@@ -8,11 +8,7 @@
 
 #include <stdint.h>
 
-#if defined(__CUDACC__)
-#define SEQACCEL_HOST_DEVICE __host__ __device__
-#else
-#define SEQACCEL_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace seqaccel {
 

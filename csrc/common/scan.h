@@ -3,30 +3,60 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+#include "common/narrow.h"
+
 namespace seqaccel::scan {
 
-// h_t = a_t * h_{t-1} + b_t on rows of `width` channels; reverse: h_t = a_t * h_{t+1} + b_t. h_0 may be null (zero).
-template <typename T>
-struct LinearScanForward {
-  int64_t batch, steps, width;
-  bool reverse;
-  const T* a;    // [batch, steps, width]
-  const T* b;    // [batch, steps, width]
-  const T* h_0;  // [batch, width] or null
-  T* h;          // [batch, steps, width]
+template <typename R>
+struct Complex {
+  R real, imag;
 };
 
+// Sequences that lie one after the other in `rows` rows: `steps` rows each, or the rows [offsets[n], offsets[n + 1]).
+// Offsets of any value stay within the rows; the first sequence begins at 0 and the last one ends at `rows`.
+struct Sequences {
+  int64_t count, steps, rows;
+  const int64_t* offsets;  // [count + 1] or null
+
+  SEQACCEL_HOST_DEVICE int64_t within(int64_t row) const { return row < 0 ? 0 : row < rows ? row : rows; }
+  SEQACCEL_HOST_DEVICE int64_t begin(int64_t n) const { return n == 0 ? 0 : offsets ? within(offsets[n]) : n * steps; }
+  SEQACCEL_HOST_DEVICE int64_t length(int64_t n) const {
+    if (!offsets) return steps;
+    const int64_t length = (n == count - 1 ? rows : within(offsets[n + 1])) - begin(n);
+    return length < 0 ? 0 : length;
+  }
+};
+
+// h_t = a_t * h_{t-1} + b_t on rows of `width` channels; reverse: h_t = a_t * h_{t+1} + b_t.
+// T: float, double, BFloat16, Float16, Complex<float>, Complex<double>.
+template <typename T>
+struct LinearScanForward {
+  Sequences sequences;
+  int64_t width;
+  bool reverse;
+  const T* a;    // [rows, width]
+  const T* b;    // [rows, width]
+  const T* h_0;  // [count, width] or null (zero)
+  T* h;          // [rows, width]
+  T* h_last;     // [count, width]: the state after the last step
+};
+
+// grad_b_t = grad_h_t + conj(a_{t+1}) grad_b_{t+1}, with grad_h_last added to the last one; grad_a_t = grad_b_t
+// conj(h_{t-1}); grad_h_0 = conj(a_1) grad_b_1.
 template <typename T>
 struct LinearScanBackward {
-  int64_t batch, steps, width;
+  Sequences sequences;
+  int64_t width;
   bool reverse;
-  const T* grad_h;  // [batch, steps, width]
-  const T* a;       // [batch, steps, width]
-  const T* h;       // [batch, steps, width]
-  const T* h_0;     // [batch, width] or null
-  T* grad_a;        // [batch, steps, width]
-  T* grad_b;        // [batch, steps, width]
-  T* grad_h_0;      // [batch, width]
+  const T* grad_h;       // [rows, width]
+  const T* grad_h_last;  // [count, width] or null (zero)
+  const T* a;            // [rows, width]
+  const T* h;            // [rows, width]
+  const T* h_0;          // [count, width] or null
+  T* grad_a;             // [rows, width]
+  T* grad_b;             // [rows, width]
+  T* grad_h_0;           // [count, width]
 };
 
 // What stands for the input in the highway connection of an SRU.

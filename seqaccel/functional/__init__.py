@@ -6,7 +6,18 @@ from seqaccel.functional.attention import hierarchical_attention
 from seqaccel.functional.conv import causal_conv1d
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
-from seqaccel.functional.scan import column_layer, fo_pool, indrnn, linear_scan, min_gru, min_lstm, sru, sru_layer
+from seqaccel.functional.scan import (
+    column_layer,
+    fo_pool,
+    indrnn,
+    join_summaries,
+    linear_scan,
+    min_gru,
+    min_lstm,
+    scan_summary,
+    sru,
+    sru_layer,
+)
 
-__all__ = ["causal_conv1d", "column_layer", "fo_pool", "hierarchical_attention", "indrnn", "linear_scan", "min_gru"]
-__all__ += ["min_lstm", "sru", "sru_layer", *_recurrent.__all__]
+__all__ = ["causal_conv1d", "column_layer", "fo_pool", "hierarchical_attention", "indrnn", "join_summaries"]
+__all__ += ["linear_scan", "min_gru", "min_lstm", "scan_summary", "sru", "sru_layer", *_recurrent.__all__]

@@ -43,16 +43,27 @@ def loop(
     return scan(step, [part.clone() for part in state], list(inputs), reverse=reverse)
 
 
-def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None, reverse: bool) -> Tensor:
+def linear_scan(
+    a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, return_last: bool
+) -> tuple[Tensor, Tensor]:
     """``seqaccel.reference.scan.linear_scan``."""
     a, b, h_0 = detached(a, b, h_0)
+    sequences = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    first = b.new_zeros(sequences, b.shape[2]) if h_0 is None else h_0
+    start, starts = first, []
+    if cu_seqlens is not None:
+        start = b.new_zeros(1, b.shape[2])
+        flags, b = reference.restarted(a, b, h_0, cu_seqlens, reverse)
+        starts = [flags]
 
     def step(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         h = inputs[0] * state[0] + inputs[1]
+        if starts:
+            h = torch.where(inputs[2], inputs[1], h)
         return [h], h.clone()
 
-    start = b.new_zeros(b.shape[0], b.shape[2]) if h_0 is None else h_0
-    return loop(step, [start], [a.transpose(0, 1), b.transpose(0, 1)], reverse)[1].transpose(0, 1)
+    h = loop(step, [start], [a.transpose(0, 1), b.transpose(0, 1), *starts], reverse)[1].transpose(0, 1)
+    return h, reference.final_states(h, first, cu_seqlens, reverse) if return_last else h.new_empty(0, h.shape[2])
 
 
 def columns(

@@ -7,42 +7,134 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_NARROW = (torch.float16, torch.bfloat16)  # calculated in float32
 
-def linear_scan(a: Tensor, b: Tensor, h_0: Tensor | None = None, reverse: bool = False) -> Tensor:
+
+def _within(cu_seqlens: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Begin and end of each sequence [N], and the sequence of each step [steps]. No value of the offsets is read."""
+    between = offsets(cu_seqlens, steps)
+    sequences = between.shape[0] - 1
+    begin = torch.cat((torch.zeros_like(between[:1]), between[1:-1]))[:sequences]
+    end = torch.cat((between[1:-1], torch.full_like(between[:1], steps)))[:sequences]
+    time = torch.arange(steps, device=between.device)
+    return begin, end, torch.searchsorted(end, time, right=True).clamp(max=max(sequences - 1, 0))
+
+
+def restarted(a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The steps that begin a sequence [T, 1], and b with the state after such a step in its place."""
+    begin, end, sequence = _within(cu_seqlens, a.shape[1])
+    time = torch.arange(a.shape[1], device=a.device)
+    starts = (time == ((end - 1) if reverse else begin).index_select(0, sequence)).unsqueeze(1)
+    return starts, b if h_0 is None else torch.where(starts, a * h_0.index_select(0, sequence) + b, b)
+
+
+def _at(h: Tensor, index: Tensor, otherwise: Tensor, empty: Tensor) -> Tensor:
+    """Rows of h [1, T, D] by index [N]; ``otherwise`` [N, D] where a sequence is empty."""
+    if h.shape[1] == 0:
+        return otherwise
+    rows = h[0].index_select(0, index.clamp(0, h.shape[1] - 1))
+    return torch.where(empty.unsqueeze(1), otherwise, rows)
+
+
+def final_states(h: Tensor, first: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
+    """The states after the last steps; ``first`` where a sequence has none."""
+    if cu_seqlens is not None:
+        return last_states(cu_seqlens, first, h[0], reverse)
+    return h[:, 0 if reverse else -1] if h.shape[1] else first
+
+
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    h_0: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    return_last: bool = True,
+) -> tuple[Tensor, Tensor]:
     """``h_t = a_t * h_{t-1} + b_t`` (``reverse``: ``a_t * h_{t+1} + b_t``) over dimension 1.
 
     Args:
         a, b: [B, T, D].
         h_0: [B, D]; zero by default.
+        cu_seqlens: [N + 1] int64, where B = 1: sequence n is the steps [cu_seqlens[n], cu_seqlens[n + 1]), and h_0 is
+            [N, D].
         reverse: run from the last step to the first.
+        return_last: whether the last states are wanted.
 
     Returns:
-        h [B, T, D].
+        h [B, T, D], and the state after the last step [B, D] or [N, D]; [0, D] where it is not wanted. A sequence
+        without steps ends as it began.
     """
-    steps = list(zip(a.unbind(1), b.unbind(1), strict=True))
-    h = h_0
+    if a.dtype in _NARROW:
+        wide = None if h_0 is None else h_0.float()
+        h, h_last = linear_scan(a.float(), b.float(), wide, cu_seqlens, reverse, return_last)
+        return h.to(a.dtype), h_last.to(a.dtype)
+    steps, width = a.shape[1:]
+    starts: Sequence[Tensor | None] = [None] * steps
+    state = h_0
+    if cu_seqlens is not None:
+        flags, b = restarted(a, b, h_0, cu_seqlens, reverse)
+        state, starts = None, flags.unbind(0)
     rows: list[Tensor] = []
-    for a_t, b_t in reversed(steps) if reverse else steps:
-        h = b_t if h is None else a_t * h + b_t
-        rows.append(h)
-    if not rows:
-        return a * b
-    return torch.stack(rows[::-1] if reverse else rows, dim=1)
+    for t in reversed(range(steps)) if reverse else range(steps):
+        row = b[:, t] if state is None else a[:, t] * state + b[:, t]
+        start = starts[t]
+        state = row if start is None else torch.where(start, b[:, t], row)
+        rows.append(state)
+    states = torch.stack(rows[::-1] if reverse else rows, dim=1) if rows else a * b
+    if not return_last:
+        return states, states.new_empty(0, width)
+    sequences = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    first = a.new_zeros(sequences, width) if h_0 is None else h_0.clone()
+    return states, final_states(states, first, cu_seqlens, reverse)
 
 
 def linear_scan_gradients(
-    grad_h: Tensor, a: Tensor, h: Tensor, h_0: Tensor | None = None, reverse: bool = False
+    grad_h: Tensor,
+    grad_h_last: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    h_0: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and h_0 [B, D] from that of ``h = linear_scan(a, b, h_0, reverse)``: a scan against time."""
-    steps, zeros = a.shape[1], torch.zeros_like(a[:, :1])
-    edge = a.new_zeros(a.shape[0], a.shape[2]) if h_0 is None else h_0
-    if reverse:
-        a_next, h_prev = torch.cat((zeros, a[:, :-1]), 1), torch.cat((h[:, 1:], edge.unsqueeze(1)), 1)
+    """Gradients of a, b and h_0 from those of ``linear_scan``'s results: a scan against time.
+
+    ::
+
+        grad_b_t = grad_h_t + conj(a_{t+1}) grad_b_{t+1}, and grad_h_last at the last step
+        grad_a_t = grad_b_t conj(h_{t-1})      grad_h_0 = conj(a_1) grad_b_1
+    """
+    if a.dtype in _NARROW:
+        first, last = (None if t is None else t.float() for t in (h_0, grad_h_last))
+        grads = linear_scan_gradients(grad_h.float(), last, a.float(), h.float(), first, cu_seqlens, reverse)
+        return grads[0].to(a.dtype), grads[1].to(a.dtype), grads[2].to(a.dtype)
+    steps, width = a.shape[1:]
+    sequences = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    zeros = a.new_zeros(sequences, width)
+    grad_last = zeros if grad_h_last is None else grad_h_last
+    first = zeros if h_0 is None else h_0
+    if steps == 0:
+        return a * h, a * h, grad_last
+    if cu_seqlens is None:
+        rows = torch.arange(a.shape[0], device=a.device)
+        begin, end, sequence = rows * steps, (rows + 1) * steps, rows.repeat_interleave(steps)
     else:
-        a_next, h_prev = torch.cat((a[:, 1:], zeros), 1), torch.cat((edge.unsqueeze(1), h[:, :-1]), 1)
-    grad_b = linear_scan(a_next, grad_h, None, not reverse)
-    through = a * grad_b
-    return grad_b * h_prev[:, :steps], grad_b, (through[:, -1:] if reverse else through[:, :1]).sum(1)
+        begin, end, sequence = _within(cu_seqlens, steps)
+    empty = begin == end
+    at_first, at_last = ((end - 1), begin) if reverse else (begin, end - 1)
+    time = torch.arange(sequence.shape[0], device=a.device)
+    flat = grad_h.reshape(-1, width)
+    index = at_last.clamp(0, flat.shape[0] - 1)
+    flat = flat.index_add(0, index, grad_last.masked_fill(empty.unsqueeze(1), 0))
+    back = 1 if reverse else -1
+    coefficient = a.reshape(-1, width).roll(back, 0).conj().reshape(a.shape)
+    grad_b = linear_scan(coefficient, flat.reshape(a.shape), None, cu_seqlens, not reverse, False)[0]
+    starts = (time == at_first.index_select(0, sequence)).unsqueeze(1)
+    previous = torch.where(starts, first.index_select(0, sequence), h.reshape(-1, width).roll(-back, 0))
+    through = (a.conj() * grad_b).reshape(1, -1, width)
+    grad_h_0 = _at(through, at_first, grad_last, empty)
+    return grad_b * previous.conj().reshape(a.shape), grad_b, grad_h_0
 
 
 Rows = Sequence[Any]  # of one kind: inputs, recurrent weights or biases; 0 where there are none

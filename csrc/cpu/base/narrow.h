@@ -70,6 +70,23 @@ SEQACCEL_INLINE void store_narrow(T* p, Vec<Compute<T>> v) {
   }
 }
 
+// By a non-temporal store if kNonTemporalStores: p is aligned to what it writes, and fence_stores() comes before
+// another thread reads it.
+template <typename T>
+SEQACCEL_INLINE void stream_narrow(T* p, Vec<Compute<T>> v) {
+#if SEQACCEL_VECTOR_BYTES == 64
+  if constexpr (kNarrow<T>) {
+    const Halves bits = __builtin_convertvector(narrow_bits(v, T{}), Halves);
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)bits);
+  }
+#endif
+  if constexpr (kNarrow<T>) {
+    store_narrow(p, v);
+  } else {
+    store_some(p, v, Lanes<T>, true);
+  }
+}
+
 // The first n lanes, the others 0; n <= Lanes<Compute<T>>.
 template <typename T>
 SEQACCEL_INLINE Vec<Compute<T>> load_wide(const T* p, int n) {

@@ -120,18 +120,6 @@ SEQACCEL_INLINE Vec<T> shift_lanes(Vec<T> v, Vec<T> fill, LaneList<I...>) {
   return __builtin_shufflevector(v, fill, Shuffles<Lanes<T>>::shift(DISTANCE, kReverse, I)...);
 }
 
-// Inclusive scan over the lanes of the affine maps y = a * x + b: lane i becomes the composition of lanes 0 .. i (i ..
-// L-1, reversed).
-template <typename T, bool kReverse, int DISTANCE = 1>
-SEQACCEL_INLINE void compose_lanes(Vec<T>& a, Vec<T>& b) {
-  if constexpr (DISTANCE < Lanes<T>) {
-    const LaneIndices<Lanes<T>> lanes;
-    b += a * shift_lanes<T, DISTANCE, kReverse>(b, Vec<T>{}, lanes);
-    a *= shift_lanes<T, DISTANCE, kReverse>(a, broadcast(T(1)), lanes);
-    compose_lanes<T, kReverse, 2 * DISTANCE>(a, b);
-  }
-}
-
 // Transposes the square v[Lanes][Lanes]: log2 rounds of interleaving its halves.
 template <typename T, int Rounds = Lanes<T>>
 SEQACCEL_INLINE void transpose(Vec<T>* v) {

@@ -337,8 +337,16 @@ void sru_backward(const SruBackward<T>& p) {
 
 extern const ScanKernels scan_kernels;
 const ScanKernels scan_kernels = {
-    linear_scan_forward<float>, linear_scan_forward<double>, linear_scan_backward<float>, linear_scan_backward<double>,
-    sru_forward<float>,         sru_forward<double>,         sru_backward<float>,         sru_backward<double>,
+    linear_scan_kernels<float>,
+    linear_scan_kernels<double>,
+    linear_scan_kernels<BFloat16>,
+    linear_scan_kernels<Float16>,
+    linear_scan_kernels<Complex<float>>,
+    linear_scan_kernels<Complex<double>>,
+    sru_forward<float>,
+    sru_forward<double>,
+    sru_backward<float>,
+    sru_backward<double>,
 };
 
 }  // namespace seqaccel::SEQACCEL_ISA::scan

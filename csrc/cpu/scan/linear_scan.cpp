@@ -1,74 +1,75 @@
 // The operators of the linear scan.
 #include "common/scan_arguments.h"
 #include "common/tensor.h"
+#include "cpu/base/pool.h"
 #include "cpu/scan/scan.h"
 
 namespace seqaccel::scan {
 namespace {
 
-template <typename T>
-void run_linear_forward(const std::array<int64_t, 3>& sizes, bool reverse, const Tensor& a, const Tensor& b,
-                        const OptionalTensor& h_0, Tensor& h, void (*kernel)(const LinearScanForward<T>&)) {
-  kernel({sizes[0], sizes[1], sizes[2], reverse, a.const_data_ptr<T>(), b.const_data_ptr<T>(), data_or_null<T>(h_0),
-          h.mutable_data_ptr<T>()});
+const LinearScanKernels<float>& kernels_of(float) { return active_scan_kernels().linear_float; }
+const LinearScanKernels<double>& kernels_of(double) { return active_scan_kernels().linear_double; }
+const LinearScanKernels<BFloat16>& kernels_of(BFloat16) { return active_scan_kernels().linear_bfloat16; }
+const LinearScanKernels<Float16>& kernels_of(Float16) { return active_scan_kernels().linear_float16; }
+const LinearScanKernels<Complex<float>>& kernels_of(Complex<float>) {
+  return active_scan_kernels().linear_complex_float;
+}
+const LinearScanKernels<Complex<double>>& kernels_of(Complex<double>) {
+  return active_scan_kernels().linear_complex_double;
 }
 
-Tensor linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, bool reverse) {
-  const std::array<int64_t, 3> sizes = check_linear_scan(a, "a");
-  const ScalarType dtype = a.scalar_type();
-  check_operand(b, "b", {sizes[0], sizes[1], sizes[2]}, a, dtype);
-  check_operand(h_0, "h_0", {sizes[0], sizes[2]}, a, dtype);
+Tensor pooled_like(const Tensor& t) { return new_pooled(t, sizes_of(t)); }
+
+std::tuple<Tensor, Tensor> linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, OptionalTensor cu_seqlens,
+                                               bool reverse, bool return_last) {
+  cu_seqlens = to_contiguous(cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const int64_t width = a.size(2);
+  check_operand(b, "b", {a.size(0), a.size(1), width}, a, a.scalar_type());
   a = to_contiguous(a);
   b = to_contiguous(b);
   h_0 = to_contiguous(h_0);
-  Tensor h = new_like(a);
-  const ScanKernels& kernels = active_scan_kernels();
-  if (dtype == ScalarType::Float) {
-    run_linear_forward<float>(sizes, reverse, a, b, h_0, h, kernels.linear_forward_float);
-  } else {
-    run_linear_forward<double>(sizes, reverse, a, b, h_0, h, kernels.linear_forward_double);
-  }
-  return h;
+  Tensor h = pooled_like(a), h_last = new_tensor(a, {return_last ? sequences.count : 0, width});
+  for_linear_scan_type(a.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    kernels_of(zero).forward({sequences, width, reverse, read<T>(a), read<T>(b), read<T>(h_0), write<T>(h),
+                              return_last ? write<T>(h_last) : nullptr});
+  });
+  return {h, h_last};
 }
 
-template <typename T>
-void run_linear_backward(const std::array<int64_t, 3>& sizes, bool reverse, const Tensor& grad_h, const Tensor& a,
-                         const Tensor& h, const OptionalTensor& h_0, Tensor& grad_a, Tensor& grad_b, Tensor& grad_h_0,
-                         void (*kernel)(const LinearScanBackward<T>&)) {
-  kernel({sizes[0], sizes[1], sizes[2], reverse, grad_h.const_data_ptr<T>(), a.const_data_ptr<T>(),
-          h.const_data_ptr<T>(), data_or_null<T>(h_0), grad_a.mutable_data_ptr<T>(), grad_b.mutable_data_ptr<T>(),
-          grad_h_0.mutable_data_ptr<T>()});
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, OptionalTensor h_0,
-                                                        bool reverse) {
-  const std::array<int64_t, 3> sizes = check_linear_scan(a, "a");
+std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalTensor grad_h_last, Tensor a, Tensor h,
+                                                        OptionalTensor h_0, OptionalTensor cu_seqlens, bool reverse) {
+  cu_seqlens = to_contiguous(cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const int64_t width = a.size(2);
   const ScalarType dtype = a.scalar_type();
-  check_operand(grad_h, "grad_h", {sizes[0], sizes[1], sizes[2]}, a, dtype);
-  check_operand(h, "h", {sizes[0], sizes[1], sizes[2]}, a, dtype);
-  check_operand(h_0, "h_0", {sizes[0], sizes[2]}, a, dtype);
+  check_operand(grad_h, "grad_h", {a.size(0), a.size(1), width}, a, dtype);
+  check_operand(h, "h", {a.size(0), a.size(1), width}, a, dtype);
+  check_operand(grad_h_last, "grad_h_last", {sequences.count, width}, a, dtype);
   grad_h = to_contiguous(grad_h);
+  grad_h_last = to_contiguous(grad_h_last);
   a = to_contiguous(a);
   h = to_contiguous(h);
   h_0 = to_contiguous(h_0);
-  Tensor grad_a = new_like(a), grad_b = new_like(a), grad_h_0 = new_tensor(a, {sizes[0], sizes[2]});
-  const ScanKernels& kernels = active_scan_kernels();
-  if (dtype == ScalarType::Float) {
-    run_linear_backward<float>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0,
-                               kernels.linear_backward_float);
-  } else {
-    run_linear_backward<double>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0,
-                                kernels.linear_backward_double);
-  }
+  Tensor grad_a = pooled_like(a), grad_b = pooled_like(a), grad_h_0 = new_tensor(a, {sequences.count, width});
+  for_linear_scan_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    kernels_of(zero).backward({sequences, width, reverse, read<T>(grad_h), read<T>(grad_h_last), read<T>(a), read<T>(h),
+                               read<T>(h_0), write<T>(grad_a), write<T>(grad_b), write<T>(grad_h_0)});
+  });
   return {grad_a, grad_b, grad_h_0};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
-  m.def("linear_scan_forward(Tensor a, Tensor b, Tensor? h_0, bool reverse) -> Tensor");
   m.def(
-      "linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, Tensor? h_0, bool reverse) -> (Tensor, Tensor, Tensor)");
+      "linear_scan_forward(Tensor a, Tensor b, Tensor? h_0, Tensor? cu_seqlens, bool reverse, bool return_last) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "linear_scan_backward(Tensor grad_h, Tensor? grad_h_last, Tensor a, Tensor h, Tensor? h_0, Tensor? cu_seqlens, "
+      "bool reverse) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {

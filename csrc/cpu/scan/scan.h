@@ -6,11 +6,19 @@
 
 namespace seqaccel::scan {
 
+template <typename T>
+struct LinearScanKernels {
+  void (*forward)(const LinearScanForward<T>&);
+  void (*backward)(const LinearScanBackward<T>&);
+};
+
 struct ScanKernels {
-  void (*linear_forward_float)(const LinearScanForward<float>&);
-  void (*linear_forward_double)(const LinearScanForward<double>&);
-  void (*linear_backward_float)(const LinearScanBackward<float>&);
-  void (*linear_backward_double)(const LinearScanBackward<double>&);
+  LinearScanKernels<float> linear_float;
+  LinearScanKernels<double> linear_double;
+  LinearScanKernels<BFloat16> linear_bfloat16;
+  LinearScanKernels<Float16> linear_float16;
+  LinearScanKernels<Complex<float>> linear_complex_float;
+  LinearScanKernels<Complex<double>> linear_complex_double;
   void (*sru_forward_float)(const SruForward<float>&);
   void (*sru_forward_double)(const SruForward<double>&);
   void (*sru_backward_float)(const SruBackward<float>&);

@@ -7,6 +7,12 @@
 // Sequences of few channels give their threads to time instead: 8 channels x 32 lanes, 1 x 256. Where the blocks are
 // fewer than the GPU runs at once, time is cut into chunks: a pass composes each chunk's map, a small one runs through
 // the chunks, a last one is as above from the state that reaches a chunk. The inputs are read twice, by all of the GPU.
+//
+// One kernel serves forward and backward (the same scan against time, its coefficients one step off), and all types:
+// narrow ones are float in registers.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
 #include <type_traits>
 
@@ -21,18 +27,66 @@ constexpr int kSteps = 8;
 constexpr int64_t kEnoughBlocks = 264;    // 2 a multiprocessor of an H100: with fewer, time is cut into chunks
 constexpr int64_t kChunkedBlocks = 1056;  // so that there are about as many
 
-// a * x + b; a product of coefficients that overflowed does not spoil a state that is zero.
+// ---- numbers ----
+
+// What registers hold of a T.
 template <typename T>
-__device__ T apply_map(T a, T x, T b) {
-  return x == T(0) ? b : a * x + b;
+struct Number {
+  T value;
+
+  __device__ static Number load(const T& from) { return {from}; }
+  __device__ T stored() const { return value; }
+  __device__ static Number of(float real) { return {T(real)}; }
+  __device__ Number operator*(Number x) const { return {value * x.value}; }
+  __device__ Number operator+(Number x) const { return {value + x.value}; }
+  __device__ Number conjugate() const { return *this; }
+  __device__ bool is_zero() const { return value == T(0); }
+};
+
+template <typename R>
+struct Number<Complex<R>> {
+  R real, imag;
+
+  __device__ static Number load(const Complex<R>& from) { return {from.real, from.imag}; }
+  __device__ Complex<R> stored() const { return {real, imag}; }
+  __device__ static Number of(float real) { return {R(real), R(0)}; }
+  __device__ Number operator*(Number x) const { return {real * x.real - imag * x.imag, real * x.imag + imag * x.real}; }
+  __device__ Number operator+(Number x) const { return {real + x.real, imag + x.imag}; }
+  __device__ Number conjugate() const { return {real, -imag}; }
+  __device__ bool is_zero() const { return real == R(0) && imag == R(0); }
+};
+
+template <typename T>
+struct Held {
+  using Type = Number<T>;
+  __device__ static Type load(const T& from) { return Type::load(from); }
+  __device__ static T store(Type x) { return x.stored(); }
+};
+template <>
+struct Held<BFloat16> {
+  using Type = Number<float>;
+  __device__ static Type load(BFloat16 from) { return {__uint_as_float(uint32_t(from.bits) << 16)}; }
+  __device__ static BFloat16 store(Type x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x.value))}; }
+};
+template <>
+struct Held<Float16> {
+  using Type = Number<float>;
+  __device__ static Type load(Float16 from) { return {__half2float(__ushort_as_half(from.bits))}; }
+  __device__ static Float16 store(Type x) { return {__half_as_ushort(__float2half_rn(x.value))}; }
+};
+
+// a * x + b; a product of coefficients that overflowed does not spoil a state that is zero.
+template <typename N>
+__device__ N apply_map(N a, N x, N b) {
+  return x.is_zero() ? b : a * x + b;
 }
 
 // The composition of the maps of all lanes before this one, (a, b), and of all lanes, (total_a, total_b). A lane is a
 // row of kChannels threads. Every thread of the block must call it.
-template <typename T, int kChannels>
-__device__ void compose_lanes(T& a, T& b, T& total_a, T& total_b) {
+template <typename N, int kChannels>
+__device__ void compose_lanes(N& a, N& b, N& total_a, N& total_b) {
   constexpr int kLanes = kThreads / kChannels;
-  __shared__ T shared_a[kThreads], shared_b[kThreads];
+  __shared__ N shared_a[kThreads], shared_b[kThreads];
   const int thread = threadIdx.x, lane = thread / kChannels, channel = thread % kChannels;
 #pragma unroll
   for (int distance = 1; distance < kLanes; distance *= 2) {
@@ -41,7 +95,7 @@ __device__ void compose_lanes(T& a, T& b, T& total_a, T& total_b) {
     __syncthreads();
     if (lane >= distance) {
       b = apply_map(a, shared_b[thread - distance * kChannels], b);
-      a *= shared_a[thread - distance * kChannels];
+      a = a * shared_a[thread - distance * kChannels];
     }
     __syncthreads();
   }
@@ -50,153 +104,125 @@ __device__ void compose_lanes(T& a, T& b, T& total_a, T& total_b) {
   __syncthreads();
   total_a = shared_a[(kLanes - 1) * kChannels + channel];
   total_b = shared_b[(kLanes - 1) * kChannels + channel];
-  a = lane ? shared_a[thread - kChannels] : T(1);
-  b = lane ? shared_b[thread - kChannels] : T(0);
+  a = lane ? shared_a[thread - kChannels] : N::of(1);
+  b = lane ? shared_b[thread - kChannels] : N::of(0);
   __syncthreads();
 }
 
-// The chunks of time of one launch. Whole: one chunk, nothing in `a` and `b`. Else `reduce` writes each chunk's map,
-// and `apply` finds in `b` the state before each chunk.
+// ---- a call ----
+
+// A call, forward or backward: c = coefficient c + input, forward with a_t and b_t, backward with conj(a_{t+1}) and
+// grad_h_t, where the product is c conj(h_{t-1}).
 template <typename T>
+struct LinearScan {
+  Sequences sequences;
+  int64_t width;
+  bool up;                        // the scan runs from low rows to high ones
+  const T *a, *input, *other;     // [rows, width]; other (backward): h
+  const T *initial, *last_other;  // [count, width] or null; initial: h_0 or grad_h_last, last_other (backward): h_0
+  T *output, *product, *final;    // final [count, width]: h_last or null, or grad_h_0
+};
+
+// The chunks of time of each sequence. Whole: one chunk, nothing in `a` and `b`. Else `reduce` writes each chunk's map,
+// and `apply` finds in `b` the state before each chunk.
+template <typename N>
 struct Chunks {
-  int64_t count, steps;
-  T *a, *b;  // [batch, count, width]
+  int64_t count;
+  N *a, *b;  // [sequences, count, width]
 };
 
 enum class Pass { whole, reduce, apply };
 
-// What a block has to do: its sequence, its channel (a thread's), its steps.
-struct Place {
-  int64_t batch, channel, chunk, begin, end;
-
-  template <int kChannels, typename Parameters, typename T>
-  __device__ static Place of(const Parameters& p, const Chunks<T>& chunks, std::integral_constant<int, kChannels>) {
-    const int64_t blocks = (p.width + kChannels - 1) / kChannels, index = blockIdx.x / blocks;
-    const int64_t begin = index % chunks.count * chunks.steps;
-    return {index / chunks.count, blockIdx.x % blocks * kChannels + threadIdx.x % kChannels, index % chunks.count,
-            begin, begin + chunks.steps < p.steps ? begin + chunks.steps : p.steps};
-  }
-};
-
-template <typename T, int kChannels, Pass kPass>
-__global__ void __launch_bounds__(kThreads)
-    linear_scan_forward_kernel(const LinearScanForward<T> p, const Chunks<T> chunks) {
-  constexpr int kTile = kThreads / kChannels * kSteps;
-  const Place place = Place::of(p, chunks, std::integral_constant<int, kChannels>());
-  const bool valid = place.channel < p.width;
-  const int64_t column = place.batch * p.steps * p.width + place.channel;
-  const int64_t edge = (place.batch * chunks.count + place.chunk) * p.width + place.channel;
-  const int64_t stride = p.reverse ? -p.width : p.width;  // from one step of the scan to the next
-  T state = T(0), coefficient = T(1);
-  if (kPass == Pass::whole && valid && p.h_0) state = p.h_0[place.batch * p.width + place.channel];
-  if (kPass == Pass::apply && valid) state = chunks.b[edge];
-  for (int64_t start = place.begin; start < place.end; start += kTile) {
-    const int64_t first = start + threadIdx.x / kChannels * kSteps;
-    const int here = !valid ? 0 : place.end - first < kSteps ? int(place.end - first) : kSteps;  // this thread's steps
-    const int64_t at = column + (p.reverse ? p.steps - 1 - first : first) * p.width;
-    T a[kSteps], b[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      a[i] = i < here ? p.a[at + i * stride] : T(1);
-      b[i] = i < here ? p.b[at + i * stride] : T(0);
-    }
-    T map_a = T(1), map_b = T(0), total_a, total_b;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      map_b = a[i] * map_b + b[i];
-      map_a *= a[i];
-    }
-    compose_lanes<T, kChannels>(map_a, map_b, total_a, total_b);
-    if (kPass != Pass::reduce) {
-      T h = apply_map(map_a, state, map_b);
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        h = a[i] * h + b[i];
-        if (i < here) p.h[at + i * stride] = h;
-      }
-    }
-    state = apply_map(total_a, state, total_b);
-    coefficient *= total_a;
-  }
-  if (kPass == Pass::reduce && valid && threadIdx.x < kChannels) {
-    chunks.a[edge] = coefficient;
-    chunks.b[edge] = state;
-  }
-}
-
-// The same scan against time, its coefficients one step off; see csrc/cpu/scan/linear_scan.h.
-template <typename T, int kChannels, Pass kPass>
+template <typename T, int kChannels, bool kBackward, Pass kPass>
 __global__ void __launch_bounds__(kThreads, 2)
-    linear_scan_backward_kernel(const LinearScanBackward<T> p, const Chunks<T> chunks) {
+    linear_scan_kernel(const LinearScan<T> p, const Chunks<typename Held<T>::Type> chunks) {
+  using H = Held<T>;
+  using N = typename H::Type;
   constexpr int kTile = kThreads / kChannels * kSteps;
-  const Place place = Place::of(p, chunks, std::integral_constant<int, kChannels>());
-  const bool valid = place.channel < p.width;
-  const int64_t column = place.batch * p.steps * p.width + place.channel;
-  const int64_t edge = place.batch * p.width + place.channel;
-  const int64_t chunk_edge = (place.batch * chunks.count + place.chunk) * p.width + place.channel;
-  const int64_t stride = p.reverse ? p.width : -p.width;  // from one step of the backward scan to the next
-  T state = T(0), coefficient = T(1);
-  if (kPass == Pass::apply && valid) state = chunks.b[chunk_edge];
-  for (int64_t start = place.begin; start < place.end; start += kTile) {
+  const int64_t blocks = (p.width + kChannels - 1) / kChannels, index = blockIdx.x / blocks;
+  const int64_t sequence = index / chunks.count, chunk = index % chunks.count;
+  const int64_t channel = blockIdx.x % blocks * kChannels + threadIdx.x % kChannels;
+  const bool valid = channel < p.width;
+  const int64_t length = p.sequences.length(sequence);
+  const int64_t tiles = (length + kTile - 1) / kTile, steps = (tiles + chunks.count - 1) / chunks.count * kTile;
+  const int64_t begin = chunk * steps < length ? chunk * steps : length;
+  const int64_t end = begin + steps < length ? begin + steps : length;
+  const int64_t edge = sequence * p.width + channel, map = (sequence * chunks.count + chunk) * p.width + channel;
+  const int64_t stride = p.up ? p.width : -p.width;  // from one step of the scan to the next
+  const int64_t first_row = p.sequences.begin(sequence) + (p.up ? 0 : length - 1);
+  const int64_t column = first_row * p.width + channel;
+  const auto coefficient = [&](int64_t at) {
+    const N a = H::load(p.a[at]);
+    return kBackward ? a.conjugate() : a;
+  };
+  N state = N::of(0), product = N::of(1);
+  if (kPass == Pass::whole && valid && p.initial) state = H::load(p.initial[edge]);
+  if (kPass == Pass::apply && valid) state = chunks.b[map];
+  for (int64_t start = begin; start < end; start += kTile) {
     const int64_t first = start + threadIdx.x / kChannels * kSteps;
-    const int here = !valid ? 0 : place.end - first < kSteps ? int(place.end - first) : kSteps;  // this thread's steps
-    const int64_t at = column + (p.reverse ? first : p.steps - 1 - first) * p.width;
-    T a[kSteps], b[kSteps], before[kSteps];  // all loads before the first store: the compiler may not move them past it
+    const int here = !valid ? 0 : end - first < kSteps ? int(end - first) : kSteps;  // this thread's steps
+    const int64_t at = column + first * stride;
+    N a[kSteps], b[kSteps];  // all loads before the first store: the compiler may not move them past it
+    N other[kBackward ? kSteps : 1];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      a[i] = i < here && first + i > 0 ? p.a[at + (i - 1) * stride] : T(1);
-      b[i] = i < here ? p.grad_h[at + i * stride] : T(0);
-      if (kPass != Pass::reduce) {
-        before[i] = T(0);
-        if (i < here && first + i < p.steps - 1) before[i] = p.h[at + (i + 1) * stride];
-        if (i < here && first + i == p.steps - 1 && p.h_0) before[i] = p.h_0[edge];
+      const int64_t row = at + i * stride;
+      a[i] = N::of(1);
+      if (i < here && (!kBackward || first + i > 0)) a[i] = coefficient(kBackward ? row - stride : row);
+      b[i] = i < here ? H::load(p.input[row]) : N::of(0);
+      if constexpr (kBackward && kPass != Pass::reduce) {
+        other[i] = N::of(0);
+        if (i < here && first + i < length - 1) other[i] = H::load(p.other[row + stride]).conjugate();
+        if (i < here && first + i == length - 1 && p.last_other) other[i] = H::load(p.last_other[edge]).conjugate();
       }
     }
-    T map_a = T(1), map_b = T(0), total_a, total_b;
+    N map_a = N::of(1), map_b = N::of(0), total_a, total_b;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       map_b = a[i] * map_b + b[i];
-      map_a *= a[i];
+      map_a = a[i] * map_a;
     }
-    compose_lanes<T, kChannels>(map_a, map_b, total_a, total_b);
+    compose_lanes<N, kChannels>(map_a, map_b, total_a, total_b);
     if (kPass != Pass::reduce) {
-      T grad = apply_map(map_a, state, map_b);
+      N c = apply_map(map_a, state, map_b);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        grad = a[i] * grad + b[i];
+        c = a[i] * c + b[i];
         if (i < here) {
-          p.grad_b[at + i * stride] = grad;
-          p.grad_a[at + i * stride] = grad * before[i];
-          if (first + i == p.steps - 1) p.grad_h_0[edge] = p.a[at + i * stride] * grad;
+          p.output[at + i * stride] = H::store(c);
+          if constexpr (kBackward) p.product[at + i * stride] = H::store(c * other[i]);
         }
       }
     }
     state = apply_map(total_a, state, total_b);
-    coefficient *= total_a;
+    product = product * total_a;
   }
-  if (kPass == Pass::reduce && valid && threadIdx.x < kChannels) {
-    chunks.a[chunk_edge] = coefficient;
-    chunks.b[chunk_edge] = state;
+  if (!valid || threadIdx.x >= kChannels) return;
+  if (kPass == Pass::reduce) {
+    chunks.a[map] = product;
+    chunks.b[map] = state;
+  } else if (p.final && end == length && (begin < length || chunk == 0)) {
+    if (kBackward && length > 0) state = coefficient(column + (length - 1) * stride) * state;
+    p.final[edge] = H::store(state);
   }
-  if (p.steps == 0 && valid && threadIdx.x < kChannels) p.grad_h_0[edge] = T(0);
 }
 
 // The state before each chunk, in place of the chunks' b.
-template <typename T>
+template <typename T, typename N>
 __global__ void __launch_bounds__(kThreads)
-    chunk_states_kernel(const Chunks<T> chunks, const T* first, int64_t batch, int64_t width) {
+    chunk_states_kernel(const Chunks<N> chunks, const T* first, int64_t sequences, int64_t width) {
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (index >= batch * width) return;
-  const T* const a = chunks.a + index / width * chunks.count * width + index % width;
-  T* const b = chunks.b + (a - chunks.a);
-  T state = first ? first[index] : T(0);
+  if (index >= sequences * width) return;
+  const N* const a = chunks.a + index / width * chunks.count * width + index % width;
+  N* const b = chunks.b + (a - chunks.a);
+  N state = first ? Held<T>::load(first[index]) : N::of(0);
   constexpr int kTogether = 8;  // loads in flight
   for (int64_t start = 0; start < chunks.count; start += kTogether) {
-    T map_a[kTogether], map_b[kTogether];
+    N map_a[kTogether], map_b[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      map_a[i] = start + i < chunks.count ? a[(start + i) * width] : T(1);
-      map_b[i] = start + i < chunks.count ? b[(start + i) * width] : T(0);
+      map_a[i] = start + i < chunks.count ? a[(start + i) * width] : N::of(1);
+      map_b[i] = start + i < chunks.count ? b[(start + i) * width] : N::of(0);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
@@ -206,120 +232,89 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int kChannels, Pass kPass>
-void launch_linear(const LinearScanForward<T>& p, const Chunks<T>& chunks, unsigned blocks, cudaStream_t stream) {
-  linear_scan_forward_kernel<T, kChannels, kPass><<<blocks, kThreads, 0, stream>>>(p, chunks);
-}
-
-template <typename T, int kChannels, Pass kPass>
-void launch_linear(const LinearScanBackward<T>& p, const Chunks<T>& chunks, unsigned blocks, cudaStream_t stream) {
-  linear_scan_backward_kernel<T, kChannels, kPass><<<blocks, kThreads, 0, stream>>>(p, chunks);
-}
-
-template <typename T>
-const T* first_state(const LinearScanForward<T>& p) {
-  return p.h_0;
-}
-
-template <typename T>
-const T* first_state(const LinearScanBackward<T>&) {
-  return nullptr;
-}
-
 // In one pass where sequences and channels are many; else in chunks of time, whose maps a first pass composes.
-template <typename T, int kChannels, typename Parameters>
-void run_linear(const Parameters& p, const Tensor& like, cudaStream_t stream) {
+template <typename T, int kChannels, bool kBackward>
+void run(const LinearScan<T>& p, const Tensor& like, cudaStream_t stream) {
+  using N = typename Held<T>::Type;
   constexpr int64_t kTile = kThreads / kChannels * kSteps;
-  const int64_t blocks = p.batch * ((p.width + kChannels - 1) / kChannels);
-  const int64_t tiles = (p.steps + kTile - 1) / kTile;
+  const int64_t sequences = p.sequences.count, blocks = sequences * ((p.width + kChannels - 1) / kChannels);
+  const int64_t tiles = (p.sequences.rows / sequences + kTile - 1) / kTile;  // of a sequence, on average
   if (blocks >= kEnoughBlocks || tiles < 4) {
-    launch_linear<T, kChannels, Pass::whole>(p, Chunks<T>{1, p.steps, nullptr, nullptr}, grid_size(blocks), stream);
+    linear_scan_kernel<T, kChannels, kBackward, Pass::whole>
+        <<<grid_size(blocks), kThreads, 0, stream>>>(p, Chunks<N>{1, nullptr, nullptr});
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return;
   }
-  const int64_t wanted = std::min((kChunkedBlocks + blocks - 1) / blocks, tiles / 2);
-  const int64_t steps = (tiles + wanted - 1) / wanted * kTile, count = (p.steps + steps - 1) / steps;
-  Tensor maps = fresh(like, {2, p.batch, count, p.width});
-  T* const a = maps.mutable_data_ptr<T>();
-  const Chunks<T> chunks = {count, steps, a, a + p.batch * count * p.width};
-  launch_linear<T, kChannels, Pass::reduce>(p, chunks, grid_size(blocks * count), stream);
+  const int64_t count = std::min((kChunkedBlocks + blocks - 1) / blocks, tiles / 2);
+  constexpr int64_t kValues = (sizeof(N) + sizeof(T) - 1) / sizeof(T);  // of T to hold an N
+  Tensor maps = fresh(like, {2, sequences, count, p.width * kValues});
+  N* const a = static_cast<N*>(maps.mutable_data_ptr());
+  const Chunks<N> chunks = {count, a, a + sequences * count * p.width};
+  linear_scan_kernel<T, kChannels, kBackward, Pass::reduce>
+      <<<grid_size(blocks * count), kThreads, 0, stream>>>(p, chunks);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  const unsigned columns = grid_size((p.batch * p.width + kThreads - 1) / kThreads);
-  chunk_states_kernel<T><<<columns, kThreads, 0, stream>>>(chunks, first_state(p), p.batch, p.width);
+  const unsigned columns = grid_size((sequences * p.width + kThreads - 1) / kThreads);
+  chunk_states_kernel<T, N><<<columns, kThreads, 0, stream>>>(chunks, p.initial, sequences, p.width);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  launch_linear<T, kChannels, Pass::apply>(p, chunks, grid_size(blocks * count), stream);
+  linear_scan_kernel<T, kChannels, kBackward, Pass::apply>
+      <<<grid_size(blocks * count), kThreads, 0, stream>>>(p, chunks);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T, typename Parameters>
-void run_linear(const Parameters& p, const Tensor& like, cudaStream_t stream) {
-  if (p.batch * p.width == 0) return;
+template <bool kBackward, typename T>
+void run(const LinearScan<T>& p, const Tensor& like, cudaStream_t stream) {
+  if (p.sequences.count * p.width == 0) return;
   if (p.width > 8) {
-    run_linear<T, 32>(p, like, stream);
+    run<T, 32, kBackward>(p, like, stream);
   } else if (p.width > 1) {
-    run_linear<T, 8>(p, like, stream);
+    run<T, 8, kBackward>(p, like, stream);
   } else {
-    run_linear<T, 1>(p, like, stream);
+    run<T, 1, kBackward>(p, like, stream);
   }
 }
 
-template <typename T>
-void linear_forward(const std::array<int64_t, 3>& sizes, bool reverse, const Tensor& a, const Tensor& b,
-                    const OptionalTensor& h_0, Tensor& h, cudaStream_t stream) {
-  run_linear<T>(LinearScanForward<T>{sizes[0], sizes[1], sizes[2], reverse, a.const_data_ptr<T>(),
-                                     b.const_data_ptr<T>(), data_or_null<T>(h_0), h.mutable_data_ptr<T>()},
-                h, stream);
-}
-
-Tensor linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, bool reverse) {
-  const std::array<int64_t, 3> sizes = check_linear_scan(a, "a");
-  const ScalarType dtype = a.scalar_type();
-  check_operand(b, "b", {sizes[0], sizes[1], sizes[2]}, a, dtype);
-  check_operand(h_0, "h_0", {sizes[0], sizes[2]}, a, dtype);
+std::tuple<Tensor, Tensor> linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, OptionalTensor cu_seqlens,
+                                               bool reverse, bool return_last) {
+  cu_seqlens = to_contiguous(cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const int64_t width = a.size(2);
+  check_operand(b, "b", {a.size(0), a.size(1), width}, a, a.scalar_type());
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   a = to_contiguous(a);
   b = to_contiguous(b);
   h_0 = to_contiguous(h_0);
-  Tensor h = fresh_like(a);
-  const cudaStream_t stream = current_stream(a);
-  if (dtype == ScalarType::Float) {
-    linear_forward<float>(sizes, reverse, a, b, h_0, h, stream);
-  } else {
-    linear_forward<double>(sizes, reverse, a, b, h_0, h, stream);
-  }
-  return h;
+  Tensor h = fresh_like(a), h_last = fresh(a, {return_last ? sequences.count : 0, width});
+  for_linear_scan_type(a.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    run<false>(LinearScan<T>{sequences, width, !reverse, read<T>(a), read<T>(b), nullptr, read<T>(h_0), nullptr,
+                             write<T>(h), nullptr, return_last ? write<T>(h_last) : nullptr},
+               a, current_stream(a));
+  });
+  return {h, h_last};
 }
 
-template <typename T>
-void linear_backward(const std::array<int64_t, 3>& sizes, bool reverse, const Tensor& grad_h, const Tensor& a,
-                     const Tensor& h, const OptionalTensor& h_0, Tensor& grad_a, Tensor& grad_b, Tensor& grad_h_0,
-                     cudaStream_t stream) {
-  run_linear<T>(
-      LinearScanBackward<T>{sizes[0], sizes[1], sizes[2], reverse, grad_h.const_data_ptr<T>(), a.const_data_ptr<T>(),
-                            h.const_data_ptr<T>(), data_or_null<T>(h_0), grad_a.mutable_data_ptr<T>(),
-                            grad_b.mutable_data_ptr<T>(), grad_h_0.mutable_data_ptr<T>()},
-      grad_a, stream);
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, Tensor a, Tensor h, OptionalTensor h_0,
-                                                        bool reverse) {
-  const std::array<int64_t, 3> sizes = check_linear_scan(a, "a");
+std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalTensor grad_h_last, Tensor a, Tensor h,
+                                                        OptionalTensor h_0, OptionalTensor cu_seqlens, bool reverse) {
+  cu_seqlens = to_contiguous(cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const int64_t width = a.size(2);
   const ScalarType dtype = a.scalar_type();
-  check_operand(grad_h, "grad_h", {sizes[0], sizes[1], sizes[2]}, a, dtype);
-  check_operand(h, "h", {sizes[0], sizes[1], sizes[2]}, a, dtype);
-  check_operand(h_0, "h_0", {sizes[0], sizes[2]}, a, dtype);
+  check_operand(grad_h, "grad_h", {a.size(0), a.size(1), width}, a, dtype);
+  check_operand(h, "h", {a.size(0), a.size(1), width}, a, dtype);
+  check_operand(grad_h_last, "grad_h_last", {sequences.count, width}, a, dtype);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   grad_h = to_contiguous(grad_h);
+  grad_h_last = to_contiguous(grad_h_last);
   a = to_contiguous(a);
   h = to_contiguous(h);
   h_0 = to_contiguous(h_0);
-  Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = fresh(a, {sizes[0], sizes[2]});
-  const cudaStream_t stream = current_stream(a);
-  if (dtype == ScalarType::Float) {
-    linear_backward<float>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0, stream);
-  } else {
-    linear_backward<double>(sizes, reverse, grad_h, a, h, h_0, grad_a, grad_b, grad_h_0, stream);
-  }
+  Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = fresh(a, {sequences.count, width});
+  for_linear_scan_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    run<true>(LinearScan<T>{sequences, width, reverse, read<T>(a), read<T>(grad_h), read<T>(h), read<T>(grad_h_last),
+                            read<T>(h_0), write<T>(grad_b), write<T>(grad_a), write<T>(grad_h_0)},
+              a, current_stream(a));
+  });
   return {grad_a, grad_b, grad_h_0};
 }
 

@@ -31,9 +31,12 @@ def in_float32_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.float() if t is not None and t.dtype in narrow else t for t in tensors)
 
 
-def check_alike(operator: str, first_name: str, first: Tensor, others: dict[str, Tensor | None]) -> None:
-    if not first.is_floating_point():
-        raise TypeError(f"{operator}: expected {first_name} to be floating point, but got {first.dtype}")
+def check_alike(
+    operator: str, first_name: str, first: Tensor, others: dict[str, Tensor | None], *, may_be_complex: bool = False
+) -> None:
+    if not (first.is_floating_point() or (may_be_complex and first.is_complex())):
+        kinds = "floating point or complex" if may_be_complex else "floating point"
+        raise TypeError(f"{operator}: expected {first_name} to be {kinds}, but got {first.dtype}")
     for name, t in others.items():
         if t is None:
             continue
