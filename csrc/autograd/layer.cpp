@@ -31,25 +31,25 @@ torch::jit::Stack call_forward(const std::string& cell, const Arguments& a, size
   return stack;
 }
 
-// `stacked`: h_n and c_n are those of a module of one layer and direction, [1, B, .], else [B, .].
+// `stacked`: h_n and c_n have the shape [1, B, .], as a module of one layer and direction returns them; else [B, .].
 variable_list outputs_of(const torch::jit::Stack& found, bool has_c, bool stacked) {
   variable_list outputs{found[0].toTensor()};
   for (int i = 1; i < (has_c ? 3 : 2); ++i) {
     const Tensor& state = found[i].toTensor();
-    // The operator's own, which nobody else has seen: unsqueeze would take 0.5 us.
+    // Nobody else has seen this tensor yet, so its sizes can change in place. unsqueeze would take 0.5 us.
     if (stacked) state.unsafeGetTensorImpl()->set_sizes_contiguous({1, state.size(0), state.size(1)});
     outputs.push_back(state);
   }
   return outputs;
 }
 
-// Whether a gradient is of a vmap over a backward pass.
+// Whether a gradient comes from a vmap over a backward pass.
 bool is_batched(const Tensor& t) {
   constexpr auto keys = c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
   return t.defined() && t.key_set().has_any(keys);
 }
 
-// Shares the version counter of `t` and no memory: says later whether `t` was modified.
+// A tensor that shares the version counter of `t`, but no memory. It tells later whether `t` was modified.
 Tensor watch(const Tensor& t) {
   Tensor watching = at::empty({0}, t.options().requires_grad(false));
   watching.unsafeGetTensorImpl()->set_version_counter(t.unsafeGetTensorImpl()->version_counter());
@@ -60,7 +60,7 @@ bool modified(const Tensor& watching) { return watching._version() != 0; }  // o
 
 }  // namespace
 
-// Profiles show its name. The output may be modified in place, as torch's layers allow: backward then calculates it
+// The name is shown in profiles. The output may be modified in place, as in torch's layers: backward then computes it
 // again.
 class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
  public:
@@ -130,7 +130,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
   }
 
  private:
-  // Gradients of all arguments by the reference: differentiable, and of batched ones.
+  // The gradients of all arguments by the reference, which is differentiable and takes batched gradients.
   static variable_list again(const std::string& cell, bool reverse, at::ArrayRef<Optional> inputs,
                              at::ArrayRef<Optional> outer, const std::vector<bool>& needs) {
     py::gil_scoped_acquire gil;
@@ -145,7 +145,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
 
 namespace {
 
-// Whether a tensor is dense, on the CPU, and neither transformed nor traced nor seen by a dispatch mode of Python's.
+// Whether a tensor is dense, on the CPU, and not under a transform, a tracer or a Python dispatch mode.
 bool is_ordinary(const Tensor& t) {
   static const auto expected =
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
@@ -154,7 +154,8 @@ bool is_ordinary(const Tensor& t) {
   return t.layout() == c10::kStrided && expected.isSupersetOf((t.key_set() | local.included_) - local.excluded_);
 }
 
-// An argument of Python's: nothing for None. False: a tensor of a class of its own, or not an ordinary one.
+// Converts an argument from Python; None leaves `t` empty. Returns false for a subclass of Tensor and for a tensor that
+// is not ordinary.
 bool take(const py::handle& given, Optional& t) {
   if (given.is_none()) return true;
   if (!THPVariable_CheckExact(given.ptr())) return false;
@@ -162,10 +163,10 @@ bool take(const py::handle& given, Optional& t) {
   return is_ordinary(*t);
 }
 
-// A row of functional/rnn/_cells.py. `shapes`: of its weights, a letter for each dimension, then `?` if it may be
-// missing.
+// A row of functional/rnn/_cells.py. `shapes` has a string per weight: a letter per dimension, then `?` if the weight
+// may be missing.
 struct Cell {
-  std::string title;  // of the forward pass in a profile
+  std::string title;  // names the forward pass in a profile
   int64_t gates;
   bool has_c;
   std::vector<std::string> shapes;
@@ -214,7 +215,7 @@ bool fits(const Optional& t, std::string_view shape, const Sizes& sizes, at::Sca
   return true;
 }
 
-// at::zeros without the dispatcher: a sixth of its time.
+// at::zeros without the dispatcher, in a sixth of the time.
 Tensor zeros(int64_t rows, int64_t columns, const Tensor& like) {
   Tensor t = at::detail::empty_cpu({rows, columns}, like.options());
   if (t.nbytes()) std::memset(t.mutable_data_ptr(), 0, t.nbytes());
@@ -230,15 +231,15 @@ variable_list layer(const std::string& cell, const std::string& title, const Arg
     return std::apply(
         [&](const auto&... each) { return RecurrentLayer::apply(cell, reverse, stacked, count, each...); }, a);
   }
-  at::AutoDispatchBelowADInplaceOrView below;  // no views, which may not be detached in place
+  at::AutoDispatchBelowADInplaceOrView below;  // makes no views, which could not be detached in place
   return outputs_of(call_forward(cell, a, count, reverse, false), a[2].has_value(), stacked);
 }
 
-// All layers and directions: output [T, B, D * P] and (h_n [L, B, P], c_n [L, B, H] if the cell has it), where L counts
-// the lists of weights; without `stacked`, for one list, the states are [B, .]. States that are None are zero.
-// `dropout` is of the outputs between layers, `recurrent_dropout` of weight_hh. Nothing: something is in the way
-// (function modes, forward-mode AD, whose tangents the node would lose), or sizes or dtypes do not fit, for Python to
-// do or to refuse; and where there are no steps.
+// Runs all layers and directions: output [T, B, D * P] and (h_n [L, B, P], c_n [L, B, H] if the cell has it), where L
+// is the number of lists of weights. Without `stacked` there is one list, and the states are [B, .]. States that are
+// None are zero. `dropout` applies to the outputs between layers, `recurrent_dropout` to weight_hh. Returns nothing if
+// Python has to run or to refuse the call: under function modes and forward-mode AD, whose tangents the node would
+// lose, if sizes or dtypes do not fit, and if there are no steps.
 std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, const py::handle& input,
                                                    const py::handle& h_0, const py::handle& c_0,
                                                    const py::list& weights, int64_t directions, bool reverse,

@@ -27,29 +27,30 @@ struct CellTraits {
   // but with kSeparate those of the last row are two: pre[kGates - 1] of the input, pre[kGates] of h'.
   // static constexpr int kGates;
   static constexpr bool kSeparate = false;
-  static constexpr int kSaved = 0;          // values of a unit that a step keeps for the backward pass, besides c
+  static constexpr int kSaved = 0;          // values per unit that a step keeps for the backward pass, besides c
   static constexpr bool kHasCell = false;   // has a cell state c
   static constexpr bool kDirect = false;    // backward sets u.grad_h_prev
   static constexpr bool kUsesPrev = false;  // reads u.h_prev
   static constexpr bool kUsesH = false;     // backward reads u.h
   static constexpr bool kZoneout = true;    // takes zoneout
   static constexpr bool kProjects = false;  // takes weight_hr
-  // Weights of a unit that are not part of a product, and how many of them each weight tensor holds.
+  // The weights per unit that are not part of a product, and how many of them each weight tensor holds.
   static constexpr int kWeights = 0;
   static constexpr int kWeightTensors[4] = {};
-  // Two products: the first has kFirst rows a unit, for pre[kFirstPre ...], the main one the rest of weight_hh, for
-  // pre[kMainPre ...]. The first's rows are those in front in weight_hh, or (kExtra) weight_mh's, and weight_mx makes
-  // one more pre-activation of the input. first takes pre[kFirstBegin ... kFirstEnd) and gives the same of saved;
-  // first_backward gives grad_pre[kFirstGrad ... kFirstGradEnd).
+  // Two products. The first has kFirst rows per unit and gives pre[kFirstPre ...]. They are the first rows of
+  // weight_hh, or with kExtra those of weight_mh; then weight_mx gives one more pre-activation of the input. The main
+  // product has the other rows of weight_hh and gives pre[kMainPre ...]. The function first reads pre[kFirstBegin ...
+  // kFirstEnd) and sets the same elements of saved; first_backward sets grad_pre[kFirstGrad ... kFirstGradEnd).
   static constexpr int kFirst = 0, kFirstPre = 0, kMainPre = 0;
   static constexpr int kFirstBegin = 0, kFirstEnd = 0, kFirstGrad = 0, kFirstGradEnd = 0;
   static constexpr bool kExtra = false;
-  // Layer norm: of both products, of c on its way to h, and of c as the next step sees it. The weights of units begin
-  // with the scales of the input's products and of the recurrent ones, kGates each, and end with scale and shift of c.
+  // Layer norm: of both products (kNorm), of c on its way to h (kNormC), and of the c that the next step reads
+  // (kNormState). The weights of units begin with the scales of the input's products and of the recurrent ones, kGates
+  // each, and end with scale and shift of c.
   static constexpr bool kNorm = false, kNormC = false, kNormState = false;
 };
 
-// Pre-activations of a unit at a step, those of them that the input has a part in, and rows of the main product.
+// Per unit and step: the pre-activations, those of them that depend on the input, and the rows of the main product.
 template <class Cell>
 constexpr int kPre = Cell::kGates + (Cell::kSeparate ? 1 : 0) + (Cell::kExtra ? 2 : 0);
 template <class Cell>
@@ -313,7 +314,7 @@ struct LayerNormGruCell : GruCell {
   static constexpr bool kNorm = true;
 };
 
-// Every cell: the loops, the operators' checks and the sessions' layers are made for these.
+// All cells. The loops, the operators' checks and the sessions' layers are compiled for these.
 // clang-format off: a line each
 using ProductCells = CellList<
     RnnTanhCell,
@@ -328,10 +329,10 @@ using ProductCells = CellList<
     MultiplicativeLstmCell>;
 // clang-format on
 
-// The shape of a weight, a letter a dimension: G is kGates * H, and there are H, I (of the input), P (of h) and digits.
+// The shape of a weight, a letter per dimension: G (kGates * H), H, I (features of the input), P (of h), or a digit.
 struct WeightShape {
   char rows, columns;  // columns 0: a vector
-  // Part of a product; the other weights hold values of units.
+  // Whether it is part of a product. The other weights hold values of units.
   constexpr bool multiplies() const { return columns != 0 && !(rows >= '0' && rows <= '9'); }
 };
 
@@ -340,7 +341,7 @@ struct WeightShapes {
   int count = 4;
   WeightShape shapes[10] = {{'G', 'I'}, {'G', 'P'}, {'G', 0}, {'G', 0}};
   constexpr void add(char rows, char columns) { shapes[count++] = {rows, columns}; }
-  // Biases and the projection.
+  // Whether it may be missing: biases and the projection.
   constexpr bool optional(int i) const { return i == 2 || i == 3 || shapes[i].rows == 'P'; }
 };
 

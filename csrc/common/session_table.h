@@ -6,25 +6,24 @@
 
 extern "C" {
 
-// A layer of a session. Kinds and their weights, in order (float32, contiguous, null: not there):
+// A layer of a session. These are the kinds and their weights, in order (float32, contiguous; null: absent):
 //   linear                   weight [outputs, inputs], bias [outputs]
-//   conv                     weight [outputs, taps, inputs], bias [outputs]; the last tap meets the present
+//   conv                     weight [outputs, taps, inputs], bias [outputs]; the last tap multiplies the newest input
 //   depthwise                weight [taps, outputs], bias [outputs]
-//   glu, gated               linear or conv of 2 * outputs rows, whose second half gates the first, or its tanh: they
-//                            are activations of these
+//   glu, gated               activations of a linear or conv layer with 2 * outputs rows: the second half gates the
+//                            first, or its tanh
 //   embedding                weight [inputs, outputs]
 //   layer_norm, rms_norm     weight [outputs], bias [outputs]; parameter: epsilon
-//   batch_norm               gain [outputs], bias [outputs]: by its running statistics
+//   batch_norm               gain [outputs], bias [outputs], with the running statistics applied
 //   softmax                  none
 //   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish     none; parameter: slope or alpha
 //   the recurrent cells      as the operator rnn_forward has them
-//   the column cells         weight [matrices * hidden, inputs], that of the input of the step before, bias [.,
-//   hidden],
-//                            weight of the state [., hidden]; parameter: the operator column_forward's scale
+//   the column cells         weight [matrices * hidden, inputs], the same for the input of the step before,
+//                            bias [., hidden], weight of the state [., hidden]; parameter: scale of column_forward
 //
-// A layer reads the output of the layer `source` before it, 1 being the last one, and past the first one the session's
-// input; 0 is 1. `skip` counts as `source`, 0 being none: what a linear, conv or depthwise layer adds to its
-// activation, and what a column cell's highway adds.
+// A layer reads the output of the layer `source` places before it. 1 (or 0) is the last one, and the place before the
+// first layer is the session's input. `skip` counts likewise, and 0 is none: the output that a linear, conv or
+// depthwise layer adds to its activation, or that a column cell's highway adds.
 struct SeqaccelSessionLayer {
   const char* kind;
   int64_t inputs, hidden, outputs;
@@ -32,15 +31,15 @@ struct SeqaccelSessionLayer {
   int64_t source, skip;
   int64_t taps, dilation;  // conv, depthwise
   const char* activation;  // linear, conv, depthwise: as the kinds, or "none"
-  int64_t relu;            // linear, conv, depthwise: after the addition
+  int64_t relu;            // linear, conv, depthwise: applied after the addition of `skip`
   const float* weights[10];
   double zoneout_h, zoneout_c;  // expected share of the old state
   double parameter;
 };
 
-// A part of the state of a layer, to `out`, or from `from` if it is null: h [batch, outputs], c [batch, hidden]; of a
-// column cell x [batch, inputs], the input of the step before; of conv r [batch, (taps - 1) * dilation, inputs], the
-// inputs before, oldest first.
+// A part of a layer's state. It is copied to `out`, or if that is null from `from`. Parts are h [batch, outputs] and
+// c [batch, hidden]; for a column cell x [batch, inputs], the input of the step before; for conv and depthwise
+// r [batch, (taps - 1) * dilation, inputs], the inputs before, oldest first.
 struct SeqaccelSessionPart {
   int64_t layer;
   char part;
@@ -48,31 +47,31 @@ struct SeqaccelSessionPart {
   const float* from;
 };
 
-// What a function returns.
+// The results of functions.
 enum SeqaccelSessionStatus { SEQACCEL_SESSION_OK, SEQACCEL_SESSION_OUT_OF_RANGE, SEQACCEL_SESSION_FAILED };
 
-// A session may be used by several threads: each call runs alone.
+// Several threads may use a session: its calls run one at a time.
 struct SeqaccelSessionTable {
   int64_t version;
   // Packs the weights (they may be freed afterwards) and starts `batch` streams at zero. precision: float32, bfloat16
-  // or int8. Null: see error.
+  // or int8. Returns null on failure: see error.
   void* (*create)(int64_t batch, const char* precision, int64_t count, const struct SeqaccelSessionLayer* layers);
-  // Another session of the same weights, which both hold, with streams of its own. Null: see error.
+  // Creates another session that shares the weights and has streams of its own. Returns null on failure: see error.
   void* (*fork)(void* session, int64_t batch);
-  // The packed weights, which another session of the same layers, precision and instruction set can take over before it
-  // has forks: how many bytes; to `out`, or from `from`, if there is one.
+  // Copies the packed weights to `out`, or from `from`, if either is not null. Returns their size in bytes. They come
+  // from a session of the same layers, precision and instruction set, and are copied before there are forks.
   int64_t (*weights)(void* session, char* out, const char* from);
   // The instruction set that the weights are packed for, and run on.
   const char* (*isa)(void* session);
   void (*destroy)(void* session);
-  // x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], the state
-  // moving on; with advance [batch], that of the streams where it is true only, and y is zero for the others. Of one
-  // that is not OK see error; nothing has moved then.
+  // Runs x [steps, batch, inputs] float32, or [steps, batch] int64 for an embedding, to y [steps, batch, outputs], and
+  // moves the state on. With advance [batch] only the streams where it is true move; y is zero for the others. If the
+  // result is not OK, nothing has moved: see error.
   int (*extend)(void* session, const void* x, int64_t steps, float* y, const bool* advance);
   int (*state)(void* session, int64_t count, const struct SeqaccelSessionPart* parts);
   // Stream b becomes what stream indices[b] was; -1 starts it anew.
   int (*select)(void* session, const int64_t* indices);
-  // What went wrong last in this thread.
+  // The message of the last failure in this thread.
   const char* (*error)(void);
 };
 

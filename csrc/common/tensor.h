@@ -32,15 +32,16 @@ inline std::string shape_string(const Tensor& t) {
 // Sizes or strides of a tensor.
 using Extents = std::vector<int64_t>;
 
-// Products of sizes that pass this, and small multiples of them, fit 64 bits: that of all sizes of a tensor but 0,
-// which a tensor without elements may have of any magnitude.
+// The most elements that the checks accept, so that products of sizes, and small multiples of them, fit 64 bits. A
+// tensor without elements may have sizes of any magnitude: `fits` multiplies all sizes except 0.
 constexpr int64_t kMostElements = int64_t(1) << 50;
 
 inline bool fits(int64_t& product, int64_t size) {
   return !__builtin_mul_overflow(product, std::max<int64_t>(size, 1), &product) && product <= kMostElements;
 }
 
-// Sizes within bounds, and memory where there are elements (a zero tensor of autograd's has none, nor has a fake one).
+// Checks that the sizes are within bounds, and that a tensor with elements has memory (autograd's zero tensors and fake
+// tensors have none).
 inline void check_memory(const Tensor& t, const char* name) {
   const int64_t count = t.numel();
   bool small = count <= kMostElements;
@@ -49,7 +50,7 @@ inline void check_memory(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(count == 0 || t.const_data_ptr() != nullptr, "seqaccel: ", name, " has no memory");
 }
 
-// Rank, sizes (-1: any), dtype and device, in O(1): an operator called with anything else must not touch memory.
+// Checks rank, sizes (-1: any), dtype and device in O(1), before an operator touches memory.
 inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   bool matches = t.dim() == int64_t(sizes.size());
   int64_t i = 0;
@@ -91,7 +92,7 @@ inline Extents row_major(const Extents& sizes) {
   return strides;
 }
 
-// A tensor over t's memory, from its value `offset` on. Autograd, which lies above the operators, takes no note of it.
+// A tensor over t's memory, from its value `offset` on. Autograd does not record it.
 inline Tensor view_of(const Tensor& t, const Extents& sizes, const Extents& strides, int64_t offset = 0) {
   AtenTensorHandle view = nullptr;
   TORCH_ERROR_CODE_CHECK(
@@ -111,12 +112,12 @@ inline Extents strides_of(const Tensor& t) {
   return strides;
 }
 
-// A tensor that autograd takes no note of.
+// The same tensor without autograd's record.
 inline Tensor detach(const Tensor& t) { return view_of(t, sizes_of(t), strides_of(t)); }
 
-// An uninitialised tensor, backed by huge pages where it is large. Touching fresh 4 KB pages costs more than the work
-// of many kernels: 34 MB took 23 ms the first time on a virtual machine, 3.2 ms with huge pages (and 1.5 ms the second
-// time). It and view_of are calls of torch's C interface, 0.3 us each; operators called by name take 1 us.
+// An uninitialised tensor; a large one is backed by huge pages. Touching fresh 4 KB pages costs more than the work of
+// many kernels: the first write of 34 MB took 23 ms on a virtual machine, 3.2 ms with huge pages, and the second 1.5
+// ms. It and view_of call torch's C interface, which takes 0.3 us; operators called by name take 1 us.
 inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
   int32_t dtype, device, index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));

@@ -9,7 +9,7 @@ __global__ void any_kernel() {}
 }  // namespace
 }  // namespace seqaccel
 
-// Why it has not, or null; the current device stays. seqaccel/_extension.py calls it.
+// Returns why there is none, or null. Does not change the current device. seqaccel/_extension.py calls it.
 extern "C" __attribute__((visibility("default"))) const char* seqaccel_cuda_error(int device) {
   int before = 0;
   cudaFuncAttributes attributes;
@@ -19,6 +19,6 @@ extern "C" __attribute__((visibility("default"))) const char* seqaccel_cuda_erro
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, seqaccel::any_kernel);
     cudaSetDevice(before);
   }
-  cudaGetLastError();  // none is left behind
+  cudaGetLastError();  // clears the error
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -10,7 +10,7 @@
 
 namespace seqaccel::cuda {
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // per block
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;

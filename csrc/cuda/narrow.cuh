@@ -23,7 +23,7 @@ __device__ __forceinline__ float widen(Float16 x) {
   return __half2float(__ushort_as_half(x.bits));
 }
 
-// To the nearest, of two the even one.
+// Rounds to nearest even.
 template <typename T>
 __device__ __forceinline__ T narrow(Compute<T> x) {
   return x;

@@ -18,8 +18,8 @@ struct Block {
   size_t size;
 };
 
-// Fresh memory of block_size(bytes), at least so many: aligned to 64, and on huge pages where they are many. Null: out
-// of memory. std::free gives it back.
+// Allocates block_size(bytes) bytes, which are at least as many, aligned to 64 and on huge pages if they are many.
+// Returns null if there is no memory. std::free releases it.
 size_t block_size(size_t bytes) noexcept;
 Block new_block(size_t bytes) noexcept;
 

@@ -74,12 +74,12 @@ bool is_amd() {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
-  // A string that torch takes from the stable ABI is lost: isa and best_isa are written in Python (_extension.py).
+  // torch leaks a string that an operator of the stable ABI returns, so isa and best_isa are in Python (_extension.py).
   m.def("isa() -> str");
   m.def("best_isa() -> str");
   m.def("isa_number(bool best) -> int");
   m.def("set_isa(str name) -> ()");
-  m.def("threads() -> int");  // that a recurrent layer runs on at most
+  m.def("threads() -> int");  // the most that a recurrent layer runs on
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CompositeExplicitAutograd, m) {

@@ -10,7 +10,7 @@ bool beyond_l2(std::ptrdiff_t bytes);
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
-// The best one this processor has, or what SEQACCEL_ISA or set_isa asked for.
+// The instruction set in use: the best one of this processor, or what SEQACCEL_ISA or set_isa asked for.
 Isa active_isa();
 
 // Whether the processor is one of AMD's.
@@ -53,5 +53,5 @@ bool is_amd();
   }
 #endif
 #define SEQACCEL_DECLARE_KERNELS(room, Type, table) SEQACCEL_DECLARE_TABLES(room, Type, table, avx512)
-// Of a file that setup.py compiles for AVX-512 with BF16 and VNNI too (BF16_KERNELS).
+// The same for a file that setup.py compiles for AVX-512 with BF16 and VNNI too (BF16_KERNELS).
 #define SEQACCEL_DECLARE_KERNELS_BF16(room, Type, table) SEQACCEL_DECLARE_TABLES(room, Type, table, avx512_bf16)

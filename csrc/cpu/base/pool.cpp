@@ -11,13 +11,13 @@
 namespace seqaccel::inline base {
 namespace {
 
-constexpr size_t kSmallest = size_t(128) << 10;  // from here on malloc may give pages back to the system
+constexpr size_t kSmallest = size_t(128) << 10;  // malloc may return pages of larger blocks to the system
 constexpr size_t kUnused = size_t(256) << 20;    // bytes of all blocks that no tensor uses
 
-// Never destroyed: tensors and sessions may die after it would be.
+// The pool is never destroyed, since tensors and sessions may outlive static objects.
 struct Pool {
   std::mutex mutex;
-  std::vector<Block> blocks;  // unused, the one given back last at the end
+  std::vector<Block> blocks;  // unused ones; the last one was given back last
   size_t unused = 0;
 
   static Pool& instance() {
@@ -41,7 +41,7 @@ FromBlob from_blob() {
 
 }  // namespace
 
-// The smallest block that has room, if it is not much larger, of equal ones the last used; else a new one.
+// Takes the smallest block that has room and is not much larger; of equal ones, the one used last. Else allocates one.
 Block take_block(size_t bytes) {
   const size_t size = block_size(bytes);
   Pool& pool = Pool::instance();
@@ -80,7 +80,7 @@ Tensor new_pooled(const Tensor& like, const Extents& sizes) {
   for (const int64_t size : sizes) bytes *= size_t(size);
   if (bytes < kSmallest || from_blob() == nullptr) return new_tensor(like, sizes);
   const Block block = take_block(bytes);
-  if (block.data == nullptr) return new_tensor(like, sizes);  // which says what torch says
+  if (block.data == nullptr) return new_tensor(like, sizes);  // raises torch's error
   AtenTensorHandle tensor = nullptr;
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));

@@ -10,7 +10,7 @@ namespace seqaccel::inline base {
 
 class Scratch {
  public:
-  // Room for `count` values of like's dtype; at most kKept bytes of it outlive the call.
+  // Has room for `count` values of like's dtype. At most kKept bytes of it outlive the call.
   Scratch(const Tensor& like, int64_t count) : tensor_(kept().exchange(nullptr)) {
     if (tensor_ && tensor_->scalar_type() == like.scalar_type() && tensor_->numel() >= count) return;
     delete tensor_;

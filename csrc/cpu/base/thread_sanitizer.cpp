@@ -30,7 +30,7 @@ void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsign
   __tsan_acquire(&region);
 }
 
-// One address for every team: threads that do not share a barrier appear ordered too, where their waits overlap.
+// All teams use one address. So threads that do not share a barrier appear ordered too if their waits overlap.
 static char barrier;
 
 static void wait_in(const char* name) {

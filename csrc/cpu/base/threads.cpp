@@ -19,14 +19,14 @@
 namespace seqaccel::inline base {
 namespace {
 
-// Cores of `quota` microseconds a `period`, or `most` where a file says nothing. A part of a core counts for none.
+// The whole cores in `quota` microseconds per `period`, or `most` if a file says nothing.
 int cores_of(double quota, double period, int most) {
   return quota > 0 && period > 0 ? int(std::min(double(most), std::max(1.0, quota / period))) : most;
 }
 
 double number_in(const std::string& path) {
   double value = 0;
-  std::ifstream(path) >> value;  // 0: not there, or "max"
+  std::ifstream(path) >> value;  // stays 0 if the file is missing or says "max"
   return value;
 }
 
@@ -37,7 +37,7 @@ int quota_of_group(const std::string& folder, int most) {
   return cores_of(number_in(folder + "/cpu.cfs_quota_us"), number_in(folder + "/cpu.cfs_period_us"), most);
 }
 
-// The cores that the control groups allow: the least of this process's group and of those around it.
+// The cores that the control groups allow: the minimum over this process's group and its parents.
 int quota() {
   int most = INT_MAX;
   std::ifstream groups("/proc/self/cgroup");
@@ -55,7 +55,7 @@ int quota() {
   return most;
 }
 
-// Asked again after a tenth of a second: a process may bind itself to other cores.
+// The result is refreshed after a tenth of a second, since a process may bind itself to other cores.
 int allowed_cores() {
   using Clock = std::chrono::steady_clock;
   static const int within = quota();

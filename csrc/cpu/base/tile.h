@@ -28,8 +28,8 @@ struct Nothing {
   SEQACCEL_INLINE void operator()() const {}
 };
 
-// Element (m, k) of A is a[m * a_row + k * a_k]; row k of B begins at b + k * b_k. each() comes between the loads of a
-// row of B and its products: a place for a prefetch.
+// Element (m, k) of A is a[m * a_row + k * a_k]; row k of B begins at b + k * b_k. each() is called between the loads
+// of a row of B and its products, for a prefetch.
 template <typename T, int MR, int NV, class Each = Nothing>
 SEQACCEL_INLINE void add_products(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b,
                                   ptrdiff_t b_k, ptrdiff_t K, const Each& each = {}) {

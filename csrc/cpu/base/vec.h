@@ -90,10 +90,10 @@ SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n) {
   }
 }
 
-constexpr bool kNonTemporalStores = SEQACCEL_VECTOR_BYTES == 64;  // a vector is a whole line of memory
+constexpr bool kNonTemporalStores = SEQACCEL_VECTOR_BYTES == 64;  // if a vector is a whole cache line
 
-// As store_some; a non-temporal store, which bypasses the caches, if `non_temporal` and kNonTemporalStores. p must be
-// aligned then, and fence_stores() come before another thread reads it.
+// Like store_some. If `non_temporal` and kNonTemporalStores, the store bypasses the caches: p must be aligned, and
+// fence_stores() must be called before another thread reads it.
 template <typename T>
 SEQACCEL_INLINE void store_some(T* p, Vec<T> v, int n, bool non_temporal) {
 #if SEQACCEL_VECTOR_BYTES == 64
@@ -108,7 +108,7 @@ SEQACCEL_INLINE void fence_stores() {
 #endif
 }
 
-// Keeps a value in its register: a compiler that loads it again for every use of two doubles what a product reads.
+// Keeps a value in its register. A compiler that loads it again for each of two uses doubles what a product reads.
 template <class V>
 SEQACCEL_INLINE void keep(V& v) {
 #if defined(__AVX512F__)
@@ -186,8 +186,8 @@ struct ExpTraits<double> {
   };
 };
 
-// e^x = scale * (1 + p), or with kHalf e^x / 2. NaN passes through p. An infinite scale comes with p > 0, as infinity
-// times -|p| would make NaN of the sum; half of it is finite.
+// e^x = scale * (1 + p), or with kHalf e^x / 2. A NaN passes through p. Where scale is infinite, p is positive:
+// infinity times -|p| would turn the sum into a NaN. Half of that scale is finite.
 template <typename T, bool kHalf = false>
 SEQACCEL_INLINE void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
   using E = ExpTraits<T>;

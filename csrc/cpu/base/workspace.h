@@ -9,18 +9,18 @@
 
 namespace seqaccel::SEQACCEL_ISA::inline base {
 
-// 64-byte aligned pieces of one allocation: reserve() all, then allocate(). The largest block of at most kKept bytes is
-// kept for the next call (block.h).
+// Pieces of one allocation, aligned to 64 bytes: call reserve() for all, then allocate(). The largest block of at most
+// kKept bytes is kept for the next call (block.h).
 class Workspace {
  public:
-  // Room for `count` values, at `piece` once the memory is allocated.
+  // Reserves room for `count` values. allocate() sets `piece`.
   template <typename T>
   void reserve(T*& piece, ptrdiff_t count) {
     if (count_ == kPieces) __builtin_trap();
     pieces_[count_++] = {&piece, bytes_};
     bytes_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
   }
-  // False: there is not enough memory.
+  // Returns false if there is not enough memory.
   bool allocate() {
     if (!take_block()) return false;
     for (int i = 0; i < count_; ++i) {
@@ -42,7 +42,7 @@ class Workspace {
   static constexpr size_t kKept = size_t(64) << 20;
   static constexpr int kPieces = 16;
   struct alignas(64) Head {
-    size_t size;  // of what follows
+    size_t size;  // bytes after this header
   };
   struct Piece {
     void* pointer;  // T**

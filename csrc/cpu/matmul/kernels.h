@@ -21,20 +21,20 @@ namespace seqaccel::SEQACCEL_ISA::matmul {
 constexpr int kTileRows = SEQACCEL_REGISTERS >= 32 ? 6 : SEQACCEL_VECTOR_BYTES >= 32 ? 6 : 4;
 constexpr int kTileVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 constexpr ptrdiff_t kDepth = 256;
-constexpr ptrdiff_t kChain = 64;      // products of a partial sum: rounding errors grow with the square root of a chain
+constexpr ptrdiff_t kChain = 64;      // products per partial sum: rounding errors grow with the root of its length
 constexpr ptrdiff_t kPackDepth = 32;  // rows of A^T that are packed at a time: the lines they share stay in L1
 constexpr ptrdiff_t kChunkPanels = 8;
-constexpr ptrdiff_t kShareTiles = 4;  // of rows for each thread, or columns are shared too
+constexpr ptrdiff_t kShareTiles = 4;  // with fewer tiles of rows per thread, threads share the columns too
 constexpr int kLine = 64;
 
-// Lines to prefetch, one a step of k.
+// Lines to prefetch, one per step of k.
 struct Lines {
   const char* at;
   ptrdiff_t step;
 };
 
-// Element (m, k) of a tile of A: kRows: at[m * row + k]; kStrip, packed: at[m + k * kTileRows]; kColumns, in A itself:
-// at[m + k * row].
+// Where element (m, k) of a tile of A is: at[m * row + k] (kRows), at[m + k * kTileRows] of a packed strip (kStrip), or
+// at[m + k * row] of A itself (kColumns).
 enum class Layout { kRows, kStrip, kColumns };
 
 template <typename T, int MR, int NV>
@@ -46,8 +46,8 @@ SEQACCEL_INLINE void add_tile(T* sums, const Vec<T> (&acc)[MR][NV], bool first) 
   }
 }
 
-// C tile [MR, n] (+)= A tile [MR, K] * B [K, n]. B is a packed panel of whole vectors; with kColumns a matrix of rows
-// b_row apart, n whole vectors, and K at most kChain.
+// C tile [MR, n] (+)= A tile [MR, K] * B [K, n]. B is a packed panel of whole vectors. With kColumns it is a matrix
+// whose rows are b_row apart, n is a multiple of the vector, and K is at most kChain.
 template <typename T>
 struct TileProduct {
   const T* a;
@@ -153,7 +153,7 @@ void product_panel(int rows, const TileProduct<T>& p) {
 
 // ---------------------------------------------------------------- direct
 
-// Lines of a block [K, width] of a matrix, prefetched column of lines by column.
+// The lines of a block [K, width] of a matrix, to prefetch one column of lines after the other.
 template <typename T>
 struct BlockLines {
   const T* at;
@@ -169,7 +169,7 @@ bool is_direct(const Matmul<T>& p, ptrdiff_t team) {
   return p.a_row == 1 && p.b_column == 1 && p.N % Lanes<T> == 0 && is_narrow(p.M, p.N, sizeof(T), team);
 }
 
-// A thread's share: rows of C first, and columns where there are few rows.
+// Computes a thread's share of C. Threads share the rows; if these are few, also the columns.
 template <typename T>
 void direct_share(const Matmul<T>& p, ptrdiff_t thread, ptrdiff_t team) {
   constexpr int kWidth = kTileVectors * Lanes<T>;
@@ -209,8 +209,8 @@ void direct_share(const Matmul<T>& p, ptrdiff_t thread, ptrdiff_t team) {
 
 // ---------------------------------------------------------------- packed
 
-// Values (i, k), i < count, k < K, at source[i * i_stride + k * k_stride] to out[k * width + i], zero for count <= i <
-// width.
+// Copies the values (i, k), i < count, k < K, from source[i * i_stride + k * k_stride] to out[k * width + i], with
+// zeros for count <= i < width.
 template <typename T, int kWhole>
 void pack_block(T* out, const T* source, ptrdiff_t i_stride, ptrdiff_t k_stride, int count, int width, ptrdiff_t K) {
   constexpr int L = Lanes<T>;
@@ -265,10 +265,10 @@ bool matmul_kernel(const Matmul<T>& p) {
 #pragma omp parallel if (!small)
   {
     const ptrdiff_t team = omp_get_num_threads(), thread = omp_get_thread_num();
-    // Chunks of fewer panels where there would be too few pieces of work to keep the team even.
+    // Chunks have fewer panels if there were too few pieces of work to balance the team.
     const ptrdiff_t even = tiles * panels / (8 * team);
     const ptrdiff_t chunks = panel_count(panels, int(even < 1 ? 1 : min_of(even, kChunkPanels)));
-    // Of a chunk's tiles, the first that lies behind `share` of the team's shares of all tiles and panels.
+    // The first tile of a chunk that comes after `share` of the team's shares of all tiles and panels.
     const auto tile_at = [&](ptrdiff_t share, ptrdiff_t first, ptrdiff_t count) {
       const ptrdiff_t tile = panel_count(max_of(0, tiles * panels * share / team - tiles * first), int(count));
       return min_of(tile, tiles);

@@ -8,16 +8,16 @@
 
 namespace seqaccel::matmul {
 
-// A^T B is read where it lies, C^T staying in the caches, if neither is larger (is_narrow): bytes of a row of B, and of
-// C for each thread.
+// Limits up to which A and B of A^T B are read in place while C stays in the caches (is_narrow): bytes of a row of B,
+// and bytes of C per thread.
 constexpr ptrdiff_t kDirectRow = 2048, kDirectShare = ptrdiff_t(512) << 10;
-constexpr double kSmallProduct = 262144.0;  // M N K, for one thread
+constexpr double kSmallProduct = 262144.0;  // M N K up to which one thread runs a product
 
 inline bool is_narrow(ptrdiff_t M, ptrdiff_t N, ptrdiff_t value_bytes, ptrdiff_t threads) {
   return N * value_bytes <= kDirectRow && M * N * value_bytes <= kDirectShare * threads;
 }
 
-// Element (i, j) of A lies at a[i * a_row + j * a_column], of B likewise; rows of C are contiguous, c_row apart.
+// Element (i, j) of A is a[i * a_row + j * a_column], and likewise for B. Rows of C are contiguous, c_row apart.
 template <typename T>
 struct Matmul {
   ptrdiff_t M, N, K;
@@ -31,7 +31,7 @@ struct Matmul {
 };
 
 struct MatmulKernels {
-  // False: the workspace for the packed operands could not be allocated, and C is unchanged.
+  // Returns false, with C unchanged, if there is no memory for the packed operands.
   bool (*matmul_float)(const Matmul<float>&);
   bool (*matmul_double)(const Matmul<double>&);
 };

@@ -27,7 +27,7 @@ void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out += a b with torch's library. False: this torch has not the call, which no stable header declares.
+// out += a b with torch's library. Returns false if this torch lacks the call, which no stable header declares.
 bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
   using AddmmOut = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
                                       AtenTensorHandle mat2, double beta, double alpha);
@@ -37,8 +37,8 @@ bool add_mm(Tensor& out, const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Of few rows the packing of b takes longer than the product: on two Zen 5 cores [1, 256] x [256, 768] 25 us,
-// torch's 9.
+// With few rows packing b takes longer than the product: [1, 256] x [256, 768] takes 25 us on two Zen 5 cores, torch's
+// library 9 us.
 constexpr int64_t kUnpackedRows = 8;
 
 void check_operands(const Tensor& input, const Tensor& mat2) {
@@ -76,8 +76,8 @@ void add_fastest_mm(Tensor out, Tensor input, Tensor mat2) {
 
 bool own_products_are_faster() { return is_amd() && active_isa() >= Isa::avx512; }
 
-// matmul.h reads a transposed matrix and a narrow one of whole vectors where they lie, and makes a small product in one
-// go; the others go to torch's library where that is faster.
+// Our kernels run products of a transposed and a narrow matrix, which they read in place, and small products, which
+// they run on one thread. Other products go to torch's library if it is faster.
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   constexpr int64_t kVector = 64;  // bytes
   const int64_t M = a.size(0), N = b.size(1), value = int64_t(a.element_size());
@@ -92,7 +92,7 @@ void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
-  m.def("mm(Tensor input, Tensor mat2) -> Tensor");  // matmul.h's
+  m.def("mm(Tensor input, Tensor mat2) -> Tensor");  // always our kernels
   m.def("fastest_mm(Tensor input, Tensor mat2) -> Tensor");
   m.def("add_fastest_mm_(Tensor(a!) out, Tensor input, Tensor mat2) -> ()");
 }

@@ -8,9 +8,9 @@ namespace seqaccel::matmul {
 // out (+)= a b, a [M, K], b [K, N]; rows of out are contiguous.
 void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
-// Whether our kernels make large products in less time than torch's library. On AMD's cores MKL uses no vectors of 512
-// bits: two Zen 5 cores, [2048, 1024] x [1024, 4096]: 165 GFLOP/s, ours 408 (Zen 4, whose units are of 256 bits: 155 to
-// 200, ours 185 to 205). On Intel's cores matmul.h takes 5 to 24% more time at H >= 512.
+// Whether our kernels are faster than torch's library at large products. On AMD processors MKL does not use 512-bit
+// vectors: [2048, 1024] x [1024, 4096] on two Zen 5 cores runs at 165 GFLOP/s, with our kernels at 408 (Zen 4, with
+// 256-bit units: 155 to 200, ours 185 to 205). On Intel processors our kernels take 5 to 24% more time at H >= 512.
 bool own_products_are_faster();
 
 }  // namespace seqaccel::matmul

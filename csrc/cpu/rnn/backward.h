@@ -17,23 +17,23 @@
 
 namespace seqaccel::SEQACCEL_ISA::rnn {
 
-constexpr ptrdiff_t kSumRows = 8;    // rows summed before they join the gradient of a bias
-constexpr ptrdiff_t kWriteRows = 8;  // from here on lines are fetched that are only written
+constexpr ptrdiff_t kSumRows = 8;    // rows that are summed before the sum is added to a bias's gradient
+constexpr ptrdiff_t kWriteRows = 8;  // with so many rows, lines that are only written are prefetched too
 
-// Of BackwardState::sums, for a part.
+// Rows of BackwardState::sums per part of the batch.
 template <class Cell>
 constexpr ptrdiff_t kPartSums = 2 * (kPre<Cell> + Cell::kWeights);
 
 template <typename T>
 struct BackwardState {
-  T* grad_h;   // [B, h_stride]: what does not come from the step after: grad_h_n at first, then u.grad_h_prev
+  T* grad_h;   // [B, h_stride]: the part of dL/dh that bypasses the products: first grad_h_n, then u.grad_h_prev
   T* grad_c;   // [B, stride]
-  T* sums;     // [parts, 2, kPre + kWeights, stride]: gradients of biases and unit weights, and what rounding took
+  T* sums;     // [parts, 2, kPre + kWeights, stride]: gradients of biases and unit weights, and their rounding errors
   T* weights;  // [kWeights, stride]
   ptrdiff_t stride, h_stride;
 };
 
-// (*sum + *lost) += x, *lost being what rounding took (Knuth's two-sum).
+// (*sum + *lost) += x. *lost collects the rounding errors of the sum (Knuth's two-sum).
 template <typename T>
 SEQACCEL_INLINE void add_compensated(T* sum, T* lost, Vec<T> x) {
   const Vec<T> old = load(sum);
@@ -43,9 +43,10 @@ SEQACCEL_INLINE void add_compensated(T* sum, T* lost, Vec<T> x) {
   store(lost, load(lost) + ((old - (next - added)) + (x - added)));
 }
 
-// A step of the sweep: times of the step itself (steps + 1 times come to an end at h_0: -1), of the one swept before
-// and of the next; -1 where there is none. Rows that run at each, and of a thread's rows those that run now (now), and
-// those that did in the step swept before (known: so is their dL/dpre).
+// A step of the sweep. t is its time; `later` is the time of the step swept before it, and `earlier` of the one swept
+// next; -1 means there is none. The sweep ends with a step without a time, which reaches h_0. *_running counts the rows
+// of the batch that run at each time. Of a thread's rows, `now` run at t, and `known` ran at `later`, so that their
+// dL/dpre is known.
 struct BackwardStep {
   ptrdiff_t s, t, later, earlier;
   ptrdiff_t now_running, later_running, earlier_running;
@@ -64,10 +65,10 @@ inline BackwardStep backward_step(const RnnRows& rows, bool reverse, const RowSh
   return step;
 }
 
-// Sums over rows of kCount values from `first` on of those that BackwardState::sums holds, of kSums.
+// Sums over rows of kCount of the kSums values that BackwardState::sums holds per unit.
 template <typename T, int kSums, int kCount>
 struct RowSums {
-  T* to;  // first, at the unit
+  T* to;  // the first of the kCount sums, at the unit
   ptrdiff_t stride;
   Vec<T> values[kCount] = {};
 
@@ -83,8 +84,8 @@ struct RowSums {
   }
 };
 
-// dL/dh of a row at a step, before zoneout: of the step after it, of what bypassed that step, and of the output. False:
-// the row is at its end, and dL/dh_0 is written.
+// dL/dh of a row at a step, before zoneout: the product of the step after it, the part that bypassed that product, and
+// the gradient of the output. Returns false at the end of the row, after writing dL/dh_0.
 template <typename T>
 SEQACCEL_INLINE bool take_grad_h(const RnnBackward<T>& p, const BackwardState<T>& state, const BackwardStep& step,
                                  ptrdiff_t b, ptrdiff_t unit, int units, bool direct, const T* product, Vec<T>& grad) {
@@ -105,7 +106,7 @@ SEQACCEL_INLINE bool take_grad_h(const RnnBackward<T>& p, const BackwardState<T>
   return true;
 }
 
-// Splits dL/ds of a blended state s = Z s' + (1 - Z) s~: what goes to s' is returned, the rest stays.
+// Splits dL/ds of a blended state s = Z s' + (1 - Z) s~: returns the gradient of s' and leaves that of s~ in `grad`.
 template <typename T>
 SEQACCEL_INLINE Vec<T> split_grad(const RnnBlend<T>& blend, ptrdiff_t offset, int units, Vec<T>& grad) {
   const Vec<T> kept = blend_at(blend, offset, units) * grad;
@@ -113,9 +114,9 @@ SEQACCEL_INLINE Vec<T> split_grad(const RnnBlend<T>& blend, ptrdiff_t offset, in
   return kept;
 }
 
-// What the updates of a step will read of `count` rows from i0 on and the kColumns vectors of units from `unit` on.
-// Many rows are long enough a product to fetch the lines of dL/dpre too, which would come from memory when they are
-// written: the sweep is 7% faster for LSTM (T, B, H) = (128, 64, 512), 3% for (128, 16, 256).
+// Lists the lines that the updates of a step will read: of `count` rows from i0 on and kColumns vectors of units from
+// `unit` on. With many rows the product takes long enough to fetch the lines of dL/dpre too, which otherwise come from
+// memory when they are written: the sweep is 7% faster for LSTM (T, B, H) = (128, 64, 512), 3% for (128, 16, 256).
 template <class Cell, typename T>
 void list_update(const RnnBackward<T>& p, const RowShare& share, const BackwardStep& step, ptrdiff_t i0,
                  ptrdiff_t count, ptrdiff_t unit, PrefetchList& lines) {
@@ -217,7 +218,7 @@ void backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, con
   sums.join();
 }
 
-// Behind the product with the main weight of two.
+// The update after the main one of two products.
 template <class Cell, typename T>
 void first_backward_update(const RnnBackward<T>& p, const BackwardState<T>& state, const RowShare& share,
                            const BackwardStep& step, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const T* product,
@@ -256,7 +257,7 @@ void first_backward_update(const RnnBackward<T>& p, const BackwardState<T>& stat
   sums.join();
 }
 
-// dL/dh of the projected h, to p.grad_h.
+// Stores dL/dh of the projected h in p.grad_h.
 template <typename T>
 void projected_update(const RnnBackward<T>& p, const BackwardState<T>& state, const RowShare& share,
                       const BackwardStep& step, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const T* product) {
@@ -276,7 +277,8 @@ void projected_update(const RnnBackward<T>& p, const BackwardState<T>& state, co
   }
 }
 
-// grad_h_n and grad_c_n of a thread's rows and units to the state, and of rows that never run to the result.
+// Copies grad_h_n and grad_c_n of a thread's rows and units to the state. With lengths it also writes them to the
+// result, where they stay for rows that never run.
 template <class Cell, typename T>
 void take_grad_state(const RnnBackward<T>& p, const BackwardState<T>& state, const Member& me) {
   const auto take = [&](ptrdiff_t width, const T* from, T* to, ptrdiff_t stride, T* grad_0) {
@@ -293,7 +295,8 @@ void take_grad_state(const RnnBackward<T>& p, const BackwardState<T>& state, con
   if (Cell::kHasCell) take(p.hidden, p.grad_c_n, state.grad_c, state.stride, p.grad_c_0);
 }
 
-// A state of the sweep and its memory. Rows are whole panels, and never a multiple of a page.
+// Reserves the memory of the state. A row is padded to whole panels, and one vector more, so that its size is never a
+// multiple of a page.
 template <class Cell, typename T>
 void reserve_state(Workspace& workspace, BackwardState<T>& state, const RnnBackward<T>& p, int threads) {
   const ptrdiff_t B = p.rows.batch, L = Lanes<T>;
@@ -311,7 +314,7 @@ void fill_state(const BackwardState<T>& state, const RnnBackward<T>& p, int thre
   spread_rows(state.weights, state.stride, p.weights.unit_weights, Cell::kWeights, p.hidden);
 }
 
-// The gradients of biases and unit weights from the sums of all parts of the batch.
+// Adds up the sums of all parts of the batch to the gradients of biases and unit weights.
 template <class Cell, typename T>
 void give_sums(const RnnBackward<T>& p, const BackwardState<T>& state, int parts) {
   constexpr int kPres = kPre<Cell>, kSums = kPres + Cell::kWeights;
@@ -329,7 +332,7 @@ void give_sums(const RnnBackward<T>& p, const BackwardState<T>& state, int parts
   }
 }
 
-// All that is the same in every step of a sweep: sizes, products, who does what, and memory.
+// What is the same in every step of a sweep: sizes, products, the threads' shares, and memory.
 template <class Cell, typename T>
 struct BackwardPlan {
   static constexpr bool kTwo = Cell::kFirst > 0;
@@ -338,7 +341,7 @@ struct BackwardPlan {
   const RnnBackward<T>& pass;
   const ptrdiff_t H = pass.hidden, P = pass.outputs, row = pass.grad_row;
   const bool projected = Cell::kProjects && pass.weights.hr;
-  Product recurrent, main{}, last{};  // to dL/dh'; behind it, of two products; W_hr
+  Product recurrent, main{}, last{};  // gives dL/dh'; the main one of two products; the one with W_hr
   const ptrdiff_t blocks = Product::blocks(H), h_blocks = Product::blocks(P);
   const ptrdiff_t weights = recurrent_weights<Cell>(H, P, projected);
   Team team{pass.rows, weights, weights * ptrdiff_t(sizeof(T)), blocks, backward_rows(P)};
@@ -360,7 +363,7 @@ struct BackwardPlan {
     recurrent.far = main.far = last.far = team.far();
   }
 
-  // False: there is not enough memory.
+  // Returns false if there is not enough memory.
   bool allocate() {
     Product* const products[] = {&recurrent, &main, &last};
     for (Product* product : products) workspace.reserve(product->panels, product->panel_values());
@@ -380,7 +383,7 @@ struct BackwardPlan {
   }
 };
 
-// A thread's way through the steps.
+// Runs a thread's share of all steps.
 template <class Cell, typename T>
 struct BackwardWalk {
   static constexpr int L = Lanes<T>;
@@ -398,14 +401,14 @@ struct BackwardWalk {
 
   BackwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {}
 
-  // update(unit, product) for each vector of units of block j, up to `width`.
+  // Calls update(unit, product) for each vector of units of block j that begins before `width`.
   template <class Update>
   SEQACCEL_INLINE void for_vectors(ptrdiff_t j, ptrdiff_t width, const Update& update) const {
     for (int v = 0; v < kColumns && (j * kColumns + v) * L < width; ++v)
       update((j * kColumns + v) * L, product + v * L);
   }
 
-  // dL/dh of rows [i, i + count), from dL/dpre of the step swept before.
+  // Computes dL/dh of rows [i, i + count) from dL/dpre of the step swept before.
   void multiply_known(const BackwardStep& step, ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
     const ptrdiff_t products = min_of(i + count, step.known) - i, stride = rows.step * plan.row, K = plan.recurrent.K;
     if (products <= 0) return;
@@ -418,7 +421,7 @@ struct BackwardWalk {
     }
   }
 
-  // dL/dh of the projected h.
+  // Computes dL/dh of the projected h.
   void projected_stage(const BackwardStep& step) {
     const ptrdiff_t running = max_of(step.known, step.now);
     for_blocks(me, plan.h_blocks, step.s, running, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
@@ -428,7 +431,7 @@ struct BackwardWalk {
     });
   }
 
-  // dL/dh, and the cell.
+  // Computes dL/dh and runs the cell.
   void cell_stage(const BackwardStep& step) {
     const ptrdiff_t P = plan.P, running = max_of(step.known, step.now);
     for_blocks(me, plan.blocks, step.s, running, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
@@ -445,7 +448,7 @@ struct BackwardWalk {
     });
   }
 
-  // The main of two products, and what came before it.
+  // Runs the main one of two products, and the part of the cell in front of it.
   void first_stage(const BackwardStep& step) {
     for_blocks(me, plan.blocks, step.s, step.now, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
       const T* const grad_pre = p.grad_pre + p.rows.packed(step.t, rows.at(i)) * plan.row + Cell::kMainPre * plan.H;
@@ -456,7 +459,7 @@ struct BackwardWalk {
     });
   }
 
-  // dL/dpre of the rows that run at time t, to L2.
+  // Prefetches dL/dpre of the rows that run at time t to L2.
   void fetch_grad_pre(ptrdiff_t t, ptrdiff_t running) const {
     if (running > 0)
       fetch_rows(me, p.grad_pre + p.rows.packed(t, 0) * plan.row, plan.row, kPre<Cell> * plan.H, running);

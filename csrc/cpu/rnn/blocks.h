@@ -16,12 +16,12 @@ struct Functions {
   SEQACCEL_INLINE static Vec<T> tanh(Vec<T> x) { return tanh_vec<T>(x); }
 };
 
-// Rows of a thread: row i is b = first + i * step. Sequences of different lengths are dealt out one by one, so that
-// every thread has as many long ones.
+// The rows of a thread: row i is b = first + i * step. Sequences of different lengths are dealt out one by one, so that
+// every thread gets as many long ones.
 struct RowShare {
   ptrdiff_t first, step, size;
   ptrdiff_t at(ptrdiff_t i) const { return first + i * step; }
-  // Those among the first `running` rows of the batch.
+  // How many of them are among the first `running` rows of the batch.
   ptrdiff_t among(ptrdiff_t running) const {
     return min_of(size, running > first ? (running - first + step - 1) / step : 0);
   }
@@ -32,7 +32,7 @@ inline RowShare row_share(const Split& split, const Share& share, const RnnRows&
   return {share.part, split.parts, (rows.batch - share.part + split.parts - 1) / split.parts};
 }
 
-// What a thread knows of its team.
+// A thread of a team: its number and its share of the work.
 struct Member {
   int thread;
   Split split;
@@ -51,19 +51,19 @@ inline Member member_of(const Split& split, int thread, const RnnRows& rows, Bar
 // The threads of a pass.
 struct Team {
   const RnnRows& rows;
-  ptrdiff_t weights, weight_bytes, blocks;  // of a step's products; blocks of units
+  ptrdiff_t weights, weight_bytes, blocks;  // values and bytes of the weights that a step reads; blocks of units
   ptrdiff_t rows_from_l2 = kRowsFromL2;
   Split planned = split(team_size());
   Barrier* barriers = nullptr;  // [threads()]
 
   int threads() const { return planned.threads(); }
-  // A thread's panels are more than its L2 holds.
+  // Whether a thread's panels exceed its L2.
   bool far() const { return beyond_l2(weight_bytes / planned.groups); }
   Split split(int count) const {
     return split_work(count, rows.steps, rows.batch, weights, weight_bytes, blocks, rows_from_l2);
   }
 
-  // prepare(me) on every thread; when all are ready, walk(me) on those that have a share. Returns how they shared.
+  // Calls prepare(me) on every thread and, when all are ready, walk(me) on those that have a share. Returns the split.
   template <class Prepare, class Walk>
   Split run(const Prepare& prepare, const Walk& walk) const {
     Split shared{};
@@ -81,7 +81,7 @@ struct Team {
   }
 };
 
-// Values of all weights that a step's products read, but for those of the input.
+// How many weights a step's products read, without those of the input.
 template <class Cell>
 constexpr ptrdiff_t recurrent_weights(ptrdiff_t H, ptrdiff_t P, bool projected) {
   return (kMain<Cell> + Cell::kFirst) * H * P + (projected ? P * H : 0);
@@ -90,7 +90,7 @@ constexpr ptrdiff_t recurrent_weights(ptrdiff_t H, ptrdiff_t P, bool projected) 
 // The part of `count` blocks of units that belongs to a thread.
 struct Blocks {
   ptrdiff_t begin, end;
-  // The i-th of those that a step goes through, backwards on odd steps, and the last one.
+  // The i-th block that a step runs (odd steps run backwards), and the last one.
   ptrdiff_t at(ptrdiff_t i, ptrdiff_t step) const { return step & 1 ? end - 1 - i : begin + i; }
   ptrdiff_t last(ptrdiff_t step) const { return at(end - begin - 1, step); }
 };
@@ -99,7 +99,7 @@ inline Blocks blocks_of(const Member& me, ptrdiff_t count) {
   return {count * me.share.group / me.split.groups, count * (me.share.group + 1) / me.split.groups};
 }
 
-// A thread's part of `count` blocks of units, each with the first `rows` of its rows in chunks: body(block, row, rows).
+// Calls body(block, row, rows) for a thread's part of `count` blocks of units and its first `rows` rows in chunks.
 template <class Body>
 SEQACCEL_INLINE void for_blocks(const Member& me, ptrdiff_t count, ptrdiff_t step, ptrdiff_t rows, const Body& body) {
   const Blocks mine = blocks_of(me, count);
@@ -108,16 +108,17 @@ SEQACCEL_INLINE void for_blocks(const Member& me, ptrdiff_t count, ptrdiff_t ste
   }
 }
 
-// Packs `count` blocks, each thread some of those that it reads, so that they lie in its own L2: pack(block). Packed in
-// turn, half of them came from the other core: forward is 5% faster for LSTM and GRU (T, B, H) = (128, 1, 256), 3% for
-// (128, 4, 256).
+// Calls pack(block) for `count` blocks. Each thread packs blocks that it reads itself, so that they are in its own L2:
+// forward is 5% faster for LSTM and GRU (T, B, H) = (128, 1, 256), and 3% for (128, 4, 256), than with blocks packed in
+// turn.
 template <class Pack>
 SEQACCEL_INLINE void pack_blocks(const Member& me, ptrdiff_t count, const Pack& pack) {
   const Blocks mine = blocks_of(me, count);
   for (ptrdiff_t u = mine.begin + me.part(); u < mine.end && !me.share.idle; u += me.split.parts) pack(u);
 }
 
-// A thread's part of the vectors of `width` values, whatever the blocks of its products: body(unit, units in it).
+// Calls body(unit, units in the vector) for a thread's part of the vectors of `width` values. The parts do not depend
+// on the blocks of a product.
 template <typename T, class Body>
 SEQACCEL_INLINE void for_units(const Member& me, ptrdiff_t width, const Body& body) {
   constexpr int L = Lanes<T>;
@@ -125,10 +126,10 @@ SEQACCEL_INLINE void for_units(const Member& me, ptrdiff_t width, const Body& bo
   for (ptrdiff_t v = mine.begin; v < mine.end; ++v) body(v * L, int(min_of(L, width - v * L)));
 }
 
-// Prefetches the first `running` rows of a thread, with stride `row`, to L2 before a product reads them: part of each
-// was just written by another core. All at once, because such lines take long and the product would meet them a few at
-// a time: RNN is 14% faster, LSTM 4% ((T, B, H) = (128, 4, 256)). The processor itself prefetches rows of one partial
-// sum.
+// Prefetches the first `running` rows of a thread, `row` apart, to L2 before a product reads them. Other cores have
+// just written parts of them, and such lines take long to arrive. So all are requested at once, where the product would
+// request a few at a time: RNN is 14% faster, LSTM 4% ((T, B, H) = (128, 4, 256)). Rows of up to one partial sum are
+// left to the processor's own prefetching.
 template <typename T>
 SEQACCEL_INLINE void fetch_rows(const Member& me, const T* rows, ptrdiff_t row, ptrdiff_t width, ptrdiff_t running) {
   constexpr ptrdiff_t kValues = kLine / ptrdiff_t(sizeof(T));
@@ -139,7 +140,7 @@ SEQACCEL_INLINE void fetch_rows(const Member& me, const T* rows, ptrdiff_t row, 
   }
 }
 
-// [count, H] to rows of this stride, zero after the H values; null: zero.
+// Copies [count, H] to rows of this stride, filled up with zeros. If `from` is null, all is zero.
 template <typename T>
 void spread_rows(T* to, ptrdiff_t stride, const T* from, ptrdiff_t count, ptrdiff_t H) {
   for (ptrdiff_t i = 0; i < count; ++i) {
@@ -152,17 +153,17 @@ SEQACCEL_INLINE Vec<T> blend_at(const RnnBlend<T>& blend, ptrdiff_t offset, int 
   return blend.one ? broadcast(blend.factors[0]) : load_some(blend.factors + offset, units);
 }
 
-// y [rows, G, U, L] (+)= a [rows, K] W^T for block u of U * Lanes<T> units: all G pre-activations of a unit lie side by
-// side, and one alone comes four vectors of units at a time. W [G*N, K] is packed into panels, or (direct) its own rows
-// are read.
+// y [rows, G, U, L] (+)= a [rows, K] W^T for block u of U * Lanes<T> units. All G pre-activations of a unit lie side by
+// side; with one pre-activation a block has four vectors of units. W [G*N, K] is packed into panels, or its rows are
+// read in place.
 template <typename T, int G>
 struct UnitProduct {
   static constexpr int U = G == 1 ? kColumns : 1, V = G * U;
   const T* weight;
   ptrdiff_t N, K;
-  T* panels = nullptr;       // null: direct
-  ptrdiff_t panel_size = 0;  // apart; a panel may hold more than this weight's K rows
-  bool far = false;          // a thread's panels are more than its L2 holds
+  T* panels = nullptr;       // null: the rows are read in place
+  ptrdiff_t panel_size = 0;  // from one panel to the next, which may hold more than this weight's K rows
+  bool far = false;          // a thread's panels exceed its L2
 
   static ptrdiff_t blocks(ptrdiff_t N) { return panel_count(N, U * Lanes<T>); }
   static ptrdiff_t panel_values(ptrdiff_t K) { return K * V * Lanes<T>; }
@@ -199,8 +200,9 @@ struct UnitProduct {
   }
 };
 
-// The input's part of the pre-activations of a thread's blocks, some steps ahead: W_ih x needs no state, so that rows
-// of several steps make products that run at the machine's peak where those of one step would not.
+// Computes the input's part of the pre-activations of a thread's blocks some steps ahead. W_ih x needs no state, so one
+// product can take the rows of several steps. It then runs at the machine's peak, where the rows of one step are too
+// few.
 template <typename T, int G>
 struct InputAhead {
   typedef UnitProduct<T, G> Product;
@@ -209,23 +211,23 @@ struct InputAhead {
   const RnnRows& rows;
   const RowShare& share;
   T* values;          // [blocks of the thread, held, V, L]
-  ptrdiff_t steps;    // at a time; 1: nothing is held
-  ptrdiff_t held;     // rows
-  ptrdiff_t low = 0;  // the first time held
+  ptrdiff_t steps;    // how many at a time; 1: nothing is held
+  ptrdiff_t held;     // rows of `values`
+  ptrdiff_t low = 0;  // the lowest time held
 
   static ptrdiff_t steps_ahead(ptrdiff_t share_rows) {
     return share_rows == 0 ? 1 : max_of(1, kAheadRows / share_rows);
   }
   static ptrdiff_t capacity(ptrdiff_t share_rows) { return max_of(kAheadRows, share_rows); }
 
-  // Where the rows of all times lie one behind the other in memory.
+  // Whether the rows of consecutive times are adjacent in memory.
   bool dense() const { return share.first == 0 && share.step == 1 && share.size == rows.batch; }
   ptrdiff_t offset(ptrdiff_t t) const {
     return dense() ? rows.packed(t, 0) - rows.packed(low, 0) : (t - low) * share.size;
   }
   T* at(ptrdiff_t block, ptrdiff_t t) const { return values + (block * held + offset(t)) * Product::V * Lanes<T>; }
 
-  // Times [t0, t1), for the blocks [u0, u1).
+  // Computes the times [t0, t1) for the blocks [u0, u1).
   void fill(ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t u0, ptrdiff_t u1) {
     const ptrdiff_t K = product.K;
     low = t0;
@@ -244,7 +246,7 @@ struct InputAhead {
 };
 
 // y [rows, kColumns vectors] (+)= a [rows, K] W for block j of kColumns vectors of W's columns, W [K, N]. Blocks before
-// packed_from are read from the weight itself.
+// packed_from are read from W in place.
 template <typename T>
 struct ColumnProduct {
   static constexpr int kWidth = kColumns * Lanes<T>;
@@ -252,12 +254,12 @@ struct ColumnProduct {
   ptrdiff_t N, K;
   ptrdiff_t packed_from = 0;
   T* panels = nullptr;
-  bool far = false;  // a thread's panels are more than its L2 holds
+  bool far = false;  // a thread's panels exceed its L2
 
-  // `few`: rows in all, with which packing costs more than it gains. Nor does it gain where W stays in L2, but not in
-  // L1, and its rows are a few whole lines: panels make the sweep of GRU (T, B, H) = (128, 4, 256) 10% slower, of
-  // GRU (128, 16, 128) 12%. Packing gains with 1 MB (multiplicative LSTM of 256 units), rows of 2 KB or of half a
-  // line.
+  // Chooses what to pack. `few`: there are so few rows in all that packing costs more than it gains. It does not gain
+  // either where W fits in L2 but not in L1, and its rows are a few whole lines: panels make the sweep of GRU
+  // (T, B, H) = (128, 4, 256) 10% slower, and of GRU (128, 16, 128) 12%. Packing gains with weights of 1 MB
+  // (multiplicative LSTM of 256 units), and with rows of 2 KB or of half a line.
   static ColumnProduct of(const T* weight, ptrdiff_t N, ptrdiff_t K, bool few) {
     constexpr ptrdiff_t kNearRow = 1024, kNearWeights = ptrdiff_t(768) << 10;
     const ptrdiff_t row = N * ptrdiff_t(sizeof(T)), bytes = K * row;
@@ -273,7 +275,7 @@ struct ColumnProduct {
     if (j >= packed_from) pack_columns<T>(panels + (j - packed_from) * K * kWidth, weight, K, N, j);
   }
 
-  // With the rows [k0, k0 + count) of W.
+  // Multiplies with the rows [k0, k0 + count) of W.
   void operator()(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t count, T* y,
                   bool add = false, PrefetchList* lines = nullptr) const {
     const bool packed = j >= packed_from;

@@ -22,22 +22,23 @@
 
 namespace seqaccel::SEQACCEL_ISA::rnn {
 
-// State between the steps of a pass; rows are `stride` apart: whole vectors, and never a multiple of a page.
+// The state between the steps of a pass. Rows are `stride` apart: whole vectors, and one more, so that a row's size is
+// never a multiple of a page.
 template <typename T>
 struct ForwardState {
-  T* h[2];     // [B, h_stride], of the step before and of this one
+  T* h[2];     // [B, h_stride]: h of the step before and of this one
   T* c;        // [B, stride]
   T* source;   // [B, stride]: what the second of two products multiplies
   T* bias;     // [kPre, stride]
   T* weights;  // [kWeights, stride]
   ptrdiff_t stride, h_stride;
-  bool non_temporal;  // non-temporal stores of what is kept for a backward pass
+  bool non_temporal;  // what is kept for the backward pass is stored non-temporally
 };
 
-// Non-temporal stores for what a pass keeps, where that exceeds the L2 of its threads: regular stores would first read
-// each line and evict what the next step needs (LSTM (T, B, H) = (128, 64, 256): forward 8% faster, training 2%). Not
-// for the output, which the next layer reads soon (a stack of RNN (128, 64, 256): 4% slower), nor for lines that x was
-// just read from, which lie in the caches anyway.
+// Whether to use non-temporal stores for what a pass keeps: if that exceeds the L2 of its threads. Regular stores would
+// first read each line and evict what the next step needs (LSTM (T, B, H) = (128, 64, 256): forward 8% faster, training
+// 2%). They are not used for the output, which the next layer reads soon (a stack of RNN (128, 64, 256): 4% slower),
+// nor for lines that x was just read from, which are in the caches anyway.
 template <class Cell, typename T>
 bool stores_non_temporal(const RnnForward<T>& p, int threads) {
   const ptrdiff_t last = p.rows.steps - 1, rows = p.rows.packed(last, 0) + p.rows.count(last);
@@ -47,7 +48,7 @@ bool stores_non_temporal(const RnnForward<T>& p, int threads) {
          aligned(p.cells) && beyond_l2(rows * values * p.hidden * ptrdiff_t(sizeof(T)) / threads);
 }
 
-// The s-th step, at time t; the first `running` of a thread's rows run.
+// The s-th step, at time t. The first `running` of a thread's rows run.
 struct ForwardStep {
   ptrdiff_t s, t, running;
 };
@@ -57,15 +58,15 @@ inline ForwardStep forward_step(const RnnRows& rows, bool reverse, const RowShar
   return {s, t, rows.running ? share.among(rows.running[t]) : share.size};
 }
 
-// Products of a block of units and a chunk of rows.
+// The products of a block of units and a chunk of rows.
 template <typename T>
 struct Products {
-  const T* pre;    // the main product's, or the first one's; rows `row` apart
-  const T* x_pre;  // the input's part, where it is not added up in `pre`
+  const T* pre;    // of the main or the first product; rows are `row` apart
+  const T* x_pre;  // the input's part if `pre` does not include it
   ptrdiff_t row;
 };
 
-// The new h of a row, blended, to the next step and to the output.
+// Blends the new h of a row and stores it for the next step and in the output.
 template <typename T>
 SEQACCEL_INLINE void put_h(const RnnForward<T>& p, const ForwardState<T>& state, ptrdiff_t s, ptrdiff_t b,
                            ptrdiff_t padded, ptrdiff_t unit, int units, bool blend, Vec<T> h) {
@@ -77,8 +78,8 @@ SEQACCEL_INLINE void put_h(const RnnForward<T>& p, const ForwardState<T>& state,
   store_some(p.output + padded * p.outputs + unit, h, units);
 }
 
-// `count` rows of a share from i0 on, U vectors of units, at the s-th step, at time t; First: behind the first of two
-// products.
+// Updates `count` rows of a share from i0 on and U vectors of units, at the s-th step, at time t. First: after the
+// first of two products.
 template <class Cell, typename T, bool First, int U>
 void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const RowShare& share, ptrdiff_t s,
                     ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t first_unit, const Products<T>& products) {
@@ -156,7 +157,7 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const 
   }
 }
 
-// The input of the rows [i0, i0 + count) at time t: (128, 64, 256) is 2% slower without.
+// Lists the input of the rows [i0, i0 + count) at time t for prefetching: (128, 64, 256) is 2% slower without.
 template <typename T>
 void list_input(const RnnForward<T>& p, const RowShare& share, ptrdiff_t t, ptrdiff_t i0, ptrdiff_t count,
                 PrefetchList& lines) {
@@ -177,7 +178,7 @@ inline int last_buffer(const RnnRows& rows, bool reverse, ptrdiff_t b) {
   return steps & 1;
 }
 
-// h_0 and c_0 of a thread's rows and units to the state, and back to h_n and c_n.
+// Copy h_0 and c_0 of a thread's rows and units to the state, and the state to h_n and c_n.
 template <class Cell, typename T>
 void take_state(const RnnForward<T>& p, const ForwardState<T>& state, const Member& me) {
   for_units<T>(me, p.outputs, [&](ptrdiff_t unit, int units) {
@@ -211,7 +212,7 @@ void give_state(const RnnForward<T>& p, const ForwardState<T>& state, const Memb
   }
 }
 
-// All that is the same in every step of a pass: sizes, products, who does what, and memory.
+// What is the same in every step of a pass: sizes, products, the threads' shares, and memory.
 template <class Cell, typename T>
 struct ForwardPlan {
   static constexpr bool kTwo = Cell::kFirst > 0;
@@ -222,7 +223,7 @@ struct ForwardPlan {
 
   const RnnForward<T>& pass;
   const ptrdiff_t H = pass.hidden, P = pass.outputs, B = pass.rows.batch, steps = pass.rows.steps;
-  const ptrdiff_t inputs = pass.input ? pass.inputs : 0;  // calculated here
+  const ptrdiff_t inputs = pass.input ? pass.inputs : 0;  // 0: W_ih x is computed before the pass
   const bool projected = Cell::kProjects && pass.weights.hr;
   const bool direct = H >= Lanes<T> && pass.input == nullptr && steps * B <= kDirectRows;  // nothing is packed
   Main main{pass.weights.hh, H, P}, input{pass.weight_ih, H, inputs};
@@ -252,7 +253,7 @@ struct ForwardPlan {
     state.non_temporal = stores_non_temporal<Cell>(p, team.threads());
   }
 
-  // False: there is not enough memory.
+  // Returns false if there is not enough memory.
   bool allocate() {
     if (!direct) {
       workspace.reserve(input.panels, main_blocks * main.panel_size);
@@ -286,7 +287,7 @@ struct ForwardPlan {
   }
 };
 
-// A thread's way through the steps.
+// Runs a thread's share of all steps.
 template <class Cell, typename T>
 struct ForwardWalk {
   static constexpr int L = Lanes<T>;
@@ -315,14 +316,14 @@ struct ForwardWalk {
 
   ForwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {}
 
-  // W_ih x of the next steps, where the last ones that were held are through.
+  // Computes W_ih x of the next steps once those held before are used up.
   void look_ahead(const ForwardStep& step) {
     if (ahead.steps == 1 || step.s % ahead.steps != 0) return;
     const ptrdiff_t count = min_of(ahead.steps, plan.steps - step.s), low = p.reverse ? step.t - count + 1 : step.t;
     ahead.fill(low, low + count, mine.begin, mine.end);
   }
 
-  // The first of two products, and what the main one multiplies.
+  // Runs the first of two products, and computes what the main one multiplies.
   void first_stage(const ForwardStep& step) {
     const T* const h_prev = state.h[step.s & 1];
     for_blocks(me, plan.first_blocks, step.s, step.running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
@@ -332,7 +333,7 @@ struct ForwardWalk {
     });
   }
 
-  // The main product, W_ih x beside it or from before, and the cell.
+  // Runs the main product and the cell. W_ih x is computed here, unless it was before.
   void main_stage(const ForwardStep& step) {
     const T* const source = Plan::kTwo ? state.source : state.h[step.s & 1];
     const ptrdiff_t source_row = Plan::kTwo ? state.stride : state.h_stride, inputs = plan.inputs;
@@ -345,7 +346,7 @@ struct ForwardWalk {
         plan.input(count, p.input + p.rows.packed(step.t, b) * inputs, rows.step * inputs, u, x_sum);
       }
       T* const sum = Cell::kSeparate ? pre : x_sum;
-      // The last block's product fetches what the next step's first one will read.
+      // The product of the last block prefetches the input that the next step reads first.
       const bool fetches = p.input && ahead.steps == 1 && step.s + 1 < plan.steps && u == mine.last(step.s);
       if (fetches) list_input(p, rows, p.reverse ? step.t - 1 : step.t + 1, i, count, lines);
       plan.main(count, source + b * source_row, rows.step * source_row, u, sum, p.input && !Cell::kSeparate,
@@ -355,7 +356,7 @@ struct ForwardWalk {
     });
   }
 
-  // The projection of h.
+  // Projects h.
   void last_stage(const ForwardStep& step) {
     for_blocks(me, plan.last_blocks, step.s, step.running, [&](ptrdiff_t u, ptrdiff_t i, ptrdiff_t count) {
       plan.last(count, state.source + rows.at(i) * state.stride, rows.step * state.stride, u, pre);

@@ -22,7 +22,7 @@ void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, 
   layer.check_rows(*zoneout, name, width);
 }
 
-// Sorts the rows, longest first, and counts those that run at each step; nothing to do where all are whole.
+// Sorts the rows, longest first, and counts those that run at each step. Does nothing if all sequences have all steps.
 void sort_rows(const Tensor& lengths, RnnLayer& layer) {
   const Tensor dense = to_contiguous(lengths);
   const int64_t* data = dense.const_data_ptr<int64_t>();
@@ -51,7 +51,7 @@ void sort_rows(const Tensor& lengths, RnnLayer& layer) {
   }
 }
 
-// Steps and sequences of a packed input [N, I], from the sequences' lengths, longest first.
+// The steps and sequences of a packed input [N, I]. `lengths` are sorted, longest first.
 void check_packed(const Tensor& input, const OptionalTensor& lengths, RnnLayer& layer) {
   check_tensor(input, "input", {-1, -1}, input.scalar_type());
   STD_TORCH_CHECK(bool(lengths), "seqaccel: expected lengths of a packed input to be given");

@@ -10,7 +10,7 @@
 
 namespace seqaccel::rnn {
 
-constexpr int64_t kFewRows = 32;  // up to here a product reads the rows of the weight as they are
+constexpr int64_t kFewRows = 32;  // a product of up to so many rows reads the weight in place
 
 // The weights of every cell, in this order; the cell's own follow.
 enum RnnWeight { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kCommonWeights };
@@ -19,7 +19,7 @@ using WeightList = std::vector<OptionalTensor>;
 
 inline const OptionalTensor kNone;
 
-// A layer's arguments after the checks, contiguous and out of autograd's sight.
+// A layer's arguments after the checks, contiguous and detached from autograd.
 struct RnnLayer {
   const RnnCellEntry* cell;
   int64_t steps, batch, inputs, hidden, outputs;  // T, B, I, H, P
@@ -27,14 +27,14 @@ struct RnnLayer {
   OptionalTensor c_0;
   WeightList weights;
   OptionalTensor zoneout_h, zoneout_c;
-  // With lengths: see RnnRows. Empty where every sequence is whole.
+  // With lengths, see RnnRows. Empty if every sequence has all steps.
   std::vector<int64_t> lengths, order, running, offsets;
-  int64_t packed_rows;     // of a packed tensor
+  int64_t packed_rows;     // rows of a packed tensor
   bool is_packed = false;  // the caller's tensors are packed: [packed_rows, .] for [T, B, .]
 
   bool ragged() const { return !running.empty(); }
   bool padded() const { return ragged() && !is_packed; }
-  // A new tensor of rows of `width` values for every step and sequence, as the caller's are.
+  // A new tensor with a row of `width` values for every step and sequence, padded or packed as the caller's are.
   Tensor new_rows(int64_t width) const {
     return is_packed ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
   }
@@ -47,15 +47,17 @@ struct RnnLayer {
   int64_t pre_width() const { return cell->pre * hidden; }
   int64_t saved_width() const { return cell->saved * hidden; }
   int64_t gate_rows() const { return cell->gates * hidden; }
-  int64_t grad_width() const { return cell->norm ? 2 * gate_rows() : pre_width(); }  // of dL/dpre
-  // Of a row of dL/dpre in memory: whole lines, and one more, or equal columns of all rows would fall on few lines of a
-  // cache (rows of 4 KB: the weights' gradients of LSTM (T, B, H) = (128, 64, 256) at 283 GFLOP/s instead of 301).
+  int64_t grad_width() const { return cell->norm ? 2 * gate_rows() : pre_width(); }  // values in a row of dL/dpre
+  // The stride of the rows of dL/dpre: whole lines, and one more. Otherwise equal columns of all rows could share a few
+  // lines of a cache (rows of 4 KB: the weights' gradients of LSTM (T, B, H) = (128, 64, 256) run at 283 GFLOP/s
+  // instead of 301).
   int64_t grad_row() const {
     const int64_t line = single() ? 16 : 8;
     return (grad_width() + 2 * line - 1) / line * line;
   }
   int64_t input_width() const { return cell->inputs * hidden; }
-  // A cell's own weights: weight_hr, or weight_mx and weight_mh, or those of units, in the order of weight_tensors.
+  // A cell's own weights: weight_hr, or weight_mx and weight_mh, or the weights of units in the order of
+  // weight_tensors.
   const OptionalTensor& weight_hr() const { return cell->projects ? weights[kCommonWeights] : kNone; }
   const Tensor& weight_mx() const { return weight(kCommonWeights); }
   const Tensor& weight_mh() const { return weight(kCommonWeights + 1); }
@@ -81,7 +83,7 @@ struct RnnSizes {
   int64_t hidden, outputs;  // H and P
 };
 
-// Sizes of a layer, from weight_hh; checks that the weights are those of the cell.
+// The sizes of a layer, from weight_hh. Checks the shapes of the weights.
 RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int64_t inputs, ScalarType dtype);
 
 RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
@@ -97,16 +99,16 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, T
 // A contiguous tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
 Tensor as_rows(const Tensor& t);
 
-// Rows [begin, begin + count), of all dimensions the first; columns of a matrix; a matrix transposed.
+// Rows [begin, begin + count) of the first dimension; columns of a matrix; the transpose of a matrix.
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor columns_of(const Tensor& t, int64_t begin, int64_t count);
 Tensor transposed(const Tensor& t);
 
-// Padded [T, B, N] to packed rows [packed_rows, N], and back (0 where no row runs).
+// Convert padded [T, B, N] to packed rows [packed_rows, N], and back, with zeros where no row runs.
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded);
 void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded);
 
-// Zeroes what of padded [T, B, N] belongs to no step of a sequence.
+// Zeroes the padding of padded [T, B, N].
 void zero_padding(const RnnLayer& layer, Tensor& padded);
 
 inline void check_workspace(bool allocated) {

@@ -21,7 +21,7 @@ struct Moments {
   RowMoments<T> of_row() const { return {mean, T(1) / T(sqrt(squares / count + T(kEpsilon)))}; }
 };
 
-// Of `pieces` pieces of `count` values with this stride, in two passes.
+// The moments of `pieces` pieces of `count` values, `stride` apart, in two passes.
 template <typename T>
 Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t stride = 0) {
   constexpr int L = Lanes<T>;
@@ -48,8 +48,8 @@ Moments<T> moments_of(const T* x, ptrdiff_t count, int pieces = 1, ptrdiff_t str
   return {T(pieces * count), mean, square + horizontal_sum<T>(squares)};
 }
 
-// What the threads of a part find of each other's units behind a barrier: N values for each row, of each group. Sums
-// over a row's units are shared so: the row itself would have to come from the other cores.
+// N values per row from each group of units, for the other threads of the part to read after a barrier. Sums over a
+// row's units are exchanged this way, since the units themselves would have to come from the other cores.
 template <typename T, int N>
 struct Shared {
   T* values;  // of the part: [groups, stride]
@@ -85,10 +85,10 @@ RowMoments<T> join_moments(const Shared<T, 3>& shared, const Member& me, ptrdiff
   return all.of_row();
 }
 
-// Sums over a row's units of N values, which a thread adds up by vectors for its own units, and then shares.
+// Sums of N values over a row's units. A thread adds up vectors of its own units, and then shares the sums.
 template <typename T, int N>
 struct UnitSums {
-  T* own;  // [rows, N, L], zero between the steps
+  T* own;  // [rows, N, L]; zero between steps
   Shared<T, N> shared;
 
   SEQACCEL_INLINE void add(ptrdiff_t row, int i, Vec<T> x, int units) const {
@@ -109,11 +109,11 @@ struct UnitSums {
   }
 };
 
-// A norm's gradient: dL/dx = (g - mean(g) - y mean(g y)) / sigma, g = dL/dy.
+// The gradient through a norm: dL/dx = (g - mean(g) - y mean(g y)) / sigma, with g = dL/dy.
 template <typename T>
 struct NormGrad {
   T mean, slope, scale;
-  // The sums i of g and i + 1 of g y over `count` values.
+  // From the sums over `count` values: number i is that of g, number i + 1 that of g y.
   template <int N>
   static NormGrad of(const UnitSums<T, N>& sums, const Member& me, ptrdiff_t row, int i, ptrdiff_t count, T scale) {
     return {sums.total(me, row, i) / T(count), sums.total(me, row, i + 1) / T(count), scale};

@@ -15,11 +15,11 @@ template <typename T>
 struct NormBackwardState {
   BackwardState<T> backward;
   T* grad_pre;  // [B, kPre, H]
-  T* grad_y;    // [B, H]: of c's norm: dL/d(LN(c)) gamma
-  T* y;         // [B, H]: c normalised
+  T* grad_y;    // [B, H]: dL/d(LN(c)) gamma
+  T* y;         // [B, H]: normalised c
 };
 
-// What the unit of a row needs at a step: saved values, the old state, and c before its norm.
+// Loads what the units of a row need at a step: saved values, the old state, and c before its norm.
 template <class Cell, typename T>
 SEQACCEL_INLINE void take_unit(const RnnBackward<T>& p, const BackwardStep& step, ptrdiff_t b, ptrdiff_t unit,
                                int units, Unit<Cell, Vec<T>>& u) {
@@ -39,9 +39,9 @@ SEQACCEL_INLINE void take_unit(const RnnBackward<T>& p, const BackwardStep& step
   }
 }
 
-// grad_pre of a unit and row i, b of the batch, to the row; its products with what they scaled to the sums: biases,
-// then gamma_1 and gamma_2; and what the gradients of the norms need of it to of_pre: sums of g and g y, of the input's
-// and of the recurrent one.
+// Stores grad_pre of a unit and row i, which is b of the batch. Adds its part of the gradients of the biases, of
+// gamma_1 and of gamma_2 to the sums. Adds to of_pre what the gradients through the norms need: sums of g and g y for
+// the input's norm and for the recurrent one.
 template <class Cell, typename T, class Sums>
 SEQACCEL_INLINE void put_grad_pre(const RnnBackward<T>& p, const NormBackwardState<T>& state, ptrdiff_t packed,
                                   ptrdiff_t i, ptrdiff_t b, ptrdiff_t unit, int units, const Unit<Cell, Vec<T>>& u,
@@ -72,7 +72,7 @@ SEQACCEL_INLINE void put_grad_pre(const RnnBackward<T>& p, const NormBackwardSta
   for (int k = 0; k < 4; ++k) of_pre.add(i, k, sums_of_gates[k], units);
 }
 
-// The first stage, behind the product.
+// The first stage, after the product.
 template <class Cell, typename T>
 void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state, const RowShare& share,
                          const BackwardStep& step, ptrdiff_t i0, ptrdiff_t count, ptrdiff_t unit, const T* product,
@@ -104,7 +104,7 @@ void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& st
       u.c = gamma * y + load(weights + (Cell::kWeights - 1) * stride);
       Cell::template finish_backward<Functions<T>>(u);
       if constexpr (Cell::kNormState) {
-        // The part of dL/dc that zoneout sends to c' is added in the next stage, which finds the whole in grad_c.
+        // The next stage adds the part of dL/dc that zoneout passes on to c'. It reads the whole dL/dc from grad_c.
         Vec<T> grad = load(state.backward.grad_c + b * stride + unit);
         if (p.zoneout_c.factors) split_grad(p.zoneout_c, p.rows.padded(step.t, b) * H + unit, units, grad);
         u.grad_c += grad;
@@ -130,7 +130,7 @@ void norm_first_backward(const RnnBackward<T>& p, const NormBackwardState<T>& st
   sums.join();
 }
 
-// Behind c's norm.
+// The stage after the norm of c.
 template <class Cell, typename T>
 void norm_c_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state, const RowShare& share,
                      const BackwardStep& step, ptrdiff_t count, ptrdiff_t unit, const NormGrad<T>* norms, T* sums_at,
@@ -157,7 +157,7 @@ void norm_c_backward(const RnnBackward<T>& p, const NormBackwardState<T>& state,
   sums.join();
 }
 
-// All that is the same in every step of a sweep: sizes, the product, who does what, and memory.
+// What is the same in every step of a sweep: sizes, the product, the threads' shares, and memory.
 template <class Cell, typename T>
 struct NormBackwardPlan {
   static constexpr int G = Cell::kGates, L = Lanes<T>;
@@ -176,7 +176,7 @@ struct NormBackwardPlan {
 
   explicit NormBackwardPlan(const RnnBackward<T>& p) : pass(p) { product.far = team.far(); }
 
-  // False: there is not enough memory.
+  // Returns false if there is not enough memory.
   bool allocate() {
     const ptrdiff_t threads = team.threads();
     workspace.reserve(product.panels, product.panel_values());
@@ -201,7 +201,7 @@ struct NormBackwardPlan {
   }
 };
 
-// A thread's way through the steps.
+// Runs a thread's share of all steps.
 template <class Cell, typename T>
 struct NormBackwardWalk {
   static constexpr int G = Cell::kGates, L = Lanes<T>;
@@ -227,7 +227,7 @@ struct NormBackwardWalk {
     of_pre.clear(plan.B);
   }
 
-  // dL/dh from dL/d(W_hh h') of the step swept before, and the cell up to its first norm.
+  // Computes dL/dh from dL/d(W_hh h') of the step swept before, and runs the cell back to its first norm.
   void first_stage(const BackwardStep& step) {
     const ptrdiff_t running = max_of(step.known, step.now), K = G * H;
     for_blocks(me, plan.blocks, step.s, running, [&](ptrdiff_t j, ptrdiff_t i, ptrdiff_t count) {
@@ -243,7 +243,7 @@ struct NormBackwardWalk {
     });
   }
 
-  // dL/dc through its norm, and the rest of the cell.
+  // Computes dL/dc through its norm, and runs the rest of the cell.
   void c_stage(const BackwardStep& step) {
     for (ptrdiff_t i = 0; i < step.now; ++i) {
       const T* const stats = p.stats + p.rows.packed(step.t, rows.at(i)) * kNormStats;
@@ -254,8 +254,8 @@ struct NormBackwardWalk {
     });
   }
 
-  // dL/d(W_ih x) and dL/d(W_hh h') through their norms. A pre-activation of h' that lies apart takes the place of the
-  // input's, last of the gates.
+  // Computes dL/d(W_ih x) and dL/d(W_hh h') through their norms. With kSeparate, the pre-activation of h' replaces that
+  // of the input in the last gate.
   void pre_stage(const BackwardStep& step) {
     const T* const gamma_x = p.weights.unit_weights;
     const T* const gamma_h = gamma_x + G * H;

@@ -19,7 +19,7 @@ struct NormState {
   T* out;    // [B, stride]: saved[kSaved - 1], the output gate
 };
 
-// Unit `unit` of `count` rows at time t: the gates. `moments` of raw.
+// Computes the gates of `count` rows at time t for the units from `unit` on, with the moments of raw.
 template <class Cell, typename T>
 void norm_update(const RnnForward<T>& p, const NormState<T>& state, const RowShare& share, ptrdiff_t s, ptrdiff_t t,
                  ptrdiff_t count, ptrdiff_t unit, const RowMoments<T>* moments) {
@@ -61,7 +61,7 @@ void norm_update(const RnnForward<T>& p, const NormState<T>& state, const RowSha
   }
 }
 
-// c normalised, and h. `moments` of c.
+// Normalises c with its moments, and computes h.
 template <class Cell, typename T>
 void norm_finish(const RnnForward<T>& p, const NormState<T>& state, const RowShare& share, ptrdiff_t s, ptrdiff_t t,
                  ptrdiff_t count, ptrdiff_t unit, const RowMoments<T>* moments) {
@@ -88,7 +88,7 @@ void norm_finish(const RnnForward<T>& p, const NormState<T>& state, const RowSha
   }
 }
 
-// All that is the same in every step of a pass: sizes, the product, who does what, and memory.
+// What is the same in every step of a pass: sizes, the product, the threads' shares, and memory.
 template <class Cell, typename T>
 struct NormForwardPlan {
   static constexpr int G = Cell::kGates;
@@ -112,7 +112,7 @@ struct NormForwardPlan {
     state.forward.non_temporal = stores_non_temporal<Cell>(p, team.threads());
   }
 
-  // False: there is not enough memory.
+  // Returns false if there is not enough memory.
   bool allocate() {
     ForwardState<T>& forward = state.forward;
     const ptrdiff_t stride = forward.stride, threads = team.threads();
@@ -140,7 +140,7 @@ struct NormForwardPlan {
   }
 };
 
-// A thread's way through the steps.
+// Runs a thread's share of all steps.
 template <class Cell, typename T>
 struct NormForwardWalk {
   static constexpr int G = Cell::kGates, L = Lanes<T>;
@@ -160,7 +160,7 @@ struct NormForwardWalk {
 
   NormForwardWalk(const Plan& plan, const Member& me) : plan(plan), me(me) {}
 
-  // raw = W_hh h', and the moments of this thread's units.
+  // Computes raw = W_hh h' and the moments of this thread's units.
   void multiply(const ForwardStep& step) {
     const ForwardState<T>& forward = state.forward;
     const ptrdiff_t H = plan.H;
@@ -178,7 +178,7 @@ struct NormForwardWalk {
     }
   }
 
-  // The moments of whole rows, and keep(stats, moments) of each where a backward pass will want them.
+  // Computes the moments of whole rows, and calls keep(stats, moments) for each if a backward pass follows.
   template <class Keep>
   SEQACCEL_INLINE void join(const ForwardStep& step, const Shared<T, 3>& shared, const Keep& keep) const {
     for (ptrdiff_t i = 0; i < step.running; ++i) {
@@ -187,7 +187,7 @@ struct NormForwardWalk {
     }
   }
 
-  // The cell, of raw normalised.
+  // Normalises raw and runs the cell.
   void cell_stage(const ForwardStep& step) {
     join(step, of_raw, [](T* stats, const RowMoments<T>& of_row) {
       stats[kScaleH] = of_row.scale;
@@ -198,7 +198,7 @@ struct NormForwardWalk {
     });
   }
 
-  // c normalised, and h.
+  // Normalises c and computes h.
   void finish_stage(const ForwardStep& step) {
     for (ptrdiff_t i = 0; i < step.running; ++i) {
       share_moments(of_c, me, i, moments_of(state.fresh + rows.at(i) * plan.H + own, own_units));

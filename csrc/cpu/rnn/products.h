@@ -9,22 +9,23 @@
 
 namespace seqaccel::SEQACCEL_ISA::rnn {
 
-// Rows of a register tile beside NV vectors. 8 rows with 3 vectors make 2 tiles of 16 rows instead of 3: 8% faster (GRU
-// (T, B, H) = (128, 16, 256)). Many rows with panels beyond L2 take 6 for any NV: 8 are 1.5% slower ((128, 64, 512)).
+// Rows of a register tile with NV vectors. With 3 vectors a tile has 8 rows, so that 16 rows take 2 tiles instead of 3:
+// 8% faster (GRU (T, B, H) = (128, 16, 256)). With many rows and panels beyond L2 a tile has 6 rows for any NV: 8 are
+// 1.5% slower ((128, 64, 512)).
 template <int NV>
 constexpr int kRows = SEQACCEL_REGISTERS < 32 ? 2
                       : NV > 3                ? 6
                                               : 8;
-constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a dot product tile, beside G weight rows
-constexpr ptrdiff_t kPartial = 128;                         // products of a partial sum
-constexpr int kColumns = 4;                                 // vectors of a panel of columns
-constexpr ptrdiff_t kDepthBlock = 1024;                     // of a panel, which stays in L2 for all tiles of a chunk
+constexpr int kDotRows = SEQACCEL_REGISTERS >= 32 ? 4 : 2;  // rows of a tile of dot products with G weight rows
+constexpr ptrdiff_t kPartial = 128;                         // products per partial sum
+constexpr int kColumns = 4;                                 // vectors per panel of columns
+constexpr ptrdiff_t kDepthBlock = 1024;                     // rows of a panel that stay in L2 for all tiles of a chunk
 constexpr ptrdiff_t kLine = 64, kPage = 4096;
-constexpr int kPrefetchRows = 3;  // rows of a register tile that leave time to prefetch
+constexpr int kPrefetchRows = 3;  // a register tile of so many rows has time to prefetch
 
 // ---------------------------------------------------------------- lanes to rows
 
-// Groups of W lanes of [a | b]: the even ones, and (High) the odd ones.
+// The even groups of W lanes of [a | b], or (High) the odd ones.
 template <typename T, int W, bool High>
 SEQACCEL_INLINE Vec<T> pick_groups(Vec<T> a, Vec<T> b) {
   typename VecTypes<T>::Int index = {};
@@ -33,7 +34,7 @@ SEQACCEL_INLINE Vec<T> pick_groups(Vec<T> a, Vec<T> b) {
   return __builtin_shuffle(a, b, index);
 }
 
-// Lane i of the result is the sum of the lanes of v[i]; v is overwritten. Pairwise, in a fixed order.
+// Lane i of the result is the sum of the lanes of v[i]. The sums are pairwise, in a fixed order, and overwrite v.
 template <typename T, int W = Lanes<T> / 2>
 SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
 #pragma GCC unroll 16
@@ -49,12 +50,12 @@ SEQACCEL_INLINE Vec<T> transposed_sum(Vec<T>* v) {
 
 // ---------------------------------------------------------------- products
 
-// Cache lines that the update after a product will touch, to be prefetched to L2. Few are prefetched at once. Many
-// would wait for each other, and the product for them: they are listed in pairs, and the product's tiles prefetch one
-// pair per step. The update itself loads what the list has no room for.
+// Cache lines that the update after a product will touch, to be prefetched to L2. A few lines are prefetched at once.
+// Many would delay each other and the product. They are listed in pairs, and the tiles of the product prefetch one pair
+// per step. Lines that the list has no room for are left to the update.
 class PrefetchList {
  public:
-  // Of `pieces` pieces of kBytes.
+  // Begins a list of `pieces` pieces of kBytes.
   template <ptrdiff_t kBytes>
   void begin(ptrdiff_t pieces) {
     const ptrdiff_t pairs = pieces * ((kBytes + kPair - 1) / kPair);
@@ -73,7 +74,7 @@ class PrefetchList {
       }
     }
   }
-  // The next `steps` pairs. Null: there are fewer, which are fetched here.
+  // Takes the next `steps` pairs from the list. If there are fewer, it prefetches them and returns null.
   const char* const* take(ptrdiff_t steps) {
     const char* const* const next = pairs_ + taken_;
     if (count_ - taken_ >= steps) {
@@ -95,10 +96,11 @@ class PrefetchList {
   const char* pairs_[kRoom];
 };
 
-// What a tile prefetches at step k: kPage: the panel a page ahead, where the processor's own prefetching ends; kPart:
-// at + k * step and the line behind it; kList: list[k] and the line behind it. On an Intel core with 2 MB of L2 a page
-// ahead made 92 GFLOP/s of 72 for 4 rows and 2 MB of panels; a part ahead, for 12 rows and more, another 3 to 6% beyond
-// the L2.
+// What a tile prefetches at step k:
+//   kPage  the panel one page ahead, where the processor's own prefetching stops (4 rows and 2 MB of panels on an Intel
+//          core with 2 MB of L2: 92 GFLOP/s instead of 72)
+//   kPart  the line at + k * step and the one after it (12 rows and more, panels beyond L2: 3 to 6% faster)
+//   kList  the line list[k] and the one after it
 enum class Fetch { kPage, kPart, kList };
 struct Ahead {
   const char* at = nullptr;
@@ -106,7 +108,7 @@ struct Ahead {
   const char* const* list = nullptr;
 };
 
-// A tile's share of prefetching the part of a panel behind the one that `tiles` tiles go through.
+// While `tiles` tiles use one part of a panel, each prefetches a share of the next part.
 template <typename T, int NV>
 SEQACCEL_INLINE Ahead ahead_of(const T* part, ptrdiff_t tile, ptrdiff_t shares) {
   const ptrdiff_t step = NV * SEQACCEL_VECTOR_BYTES / shares;
@@ -123,7 +125,7 @@ void rnn_tile(const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, 
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) b[v] = load(panel + v * Lanes<T>);
 #pragma GCC unroll 8
-    for (int v = 0; v < NV && MR == 2; ++v) keep(b[v]);  // 9% faster: backward, 2 rows a thread, H = 128
+    for (int v = 0; v < NV && MR == 2; ++v) keep(b[v]);  // backward 9% faster with 2 rows per thread, H = 128
     if (kFetch != Fetch::kPage) {
       if (kFetch == Fetch::kList) ahead.at = ahead.list[k];
       __builtin_prefetch(ahead.at, 0, 2);
@@ -174,10 +176,10 @@ void rnn_rows(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdi
   }
 }
 
-// out [rows, NV vectors] (+)= a [rows, K] * panel. The sum over K is one of partial sums of kPartial products: rounding
-// errors grow with the square root of the terms of a chain. With panels that lie in L2, a tile of rows goes through
-// kDepthBlock rows of the panel at a time; with `far` ones, all tiles go through kPartial rows (32 KB), which stay in
-// L1, and prefetch the next ones meanwhile.
+// out [rows, NV vectors] (+)= a [rows, K] * panel. The sum over K is made of partial sums of kPartial products, since
+// rounding errors grow with the square root of a chain's length. If the panels fit in L2, each tile of rows runs
+// through kDepthBlock rows of the panel at a time. If they do not (`far`), all tiles run through kPartial rows of it
+// (32 KB), which stay in L1, and meanwhile prefetch the next ones.
 template <typename T, int NV>
 void panel_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, const T* panel, ptrdiff_t panel_row, ptrdiff_t K,
                    T* out, bool add = false, bool far = false, PrefetchList* lines = nullptr) {
@@ -219,7 +221,7 @@ void dot_tile(const T* x, ptrdiff_t x_row, const T* weight, ptrdiff_t gate_strid
   typedef typename VecTypes<T>::Int Int;
   const ptrdiff_t full = K / L * L;
   const int tail = int(K - full);
-  // What is left of a row is the end of its last L values, or the whole of a shorter row.
+  // The rest of a row is loaded as the end of its last L values. A row of fewer values is loaded whole.
   const ptrdiff_t tail_start = K >= L ? K - L : 0;
   const int tail_count = K >= L ? L : tail;
   Int keep = {};

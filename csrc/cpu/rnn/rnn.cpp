@@ -11,9 +11,10 @@
 namespace seqaccel::rnn {
 namespace {
 
-constexpr int64_t kFusedRows = 64;  // in all: with more, the recurrence may calculate the input's part itself
-constexpr int64_t kProjectionBytes = int64_t(64) << 20;  // held at a time where nothing is kept for a backward pass
-// Of dL/dpre, held at a time: a backward pass of sequences of one length takes so many steps, at least one.
+constexpr int64_t kFusedRows = 64;  // with more rows in all, the recurrence may compute the input's part itself
+constexpr int64_t kProjectionBytes = int64_t(64) << 20;  // of W_ih x held at a time if no backward pass follows
+// Bytes of dL/dpre held at a time. They decide how many steps (at least one) a backward pass without lengths runs at
+// once.
 constexpr int64_t kGradBytes = int64_t(32) << 20;
 
 bool run(const RnnCellEntry& cell, const RnnForward<float>& pass) { return cell.forward_float(pass); }
@@ -25,7 +26,7 @@ void run(const RowProduct<double>& product) { active_rnn_kernels().row_product_d
 void run(const NormRows<float>& rows) { active_rnn_norm_kernels().normalize_float(rows); }
 void run(const NormRows<double>& rows) { active_rnn_norm_kernels().normalize_double(rows); }
 
-// The biases of the pre-activations [kPre, H], or what there is of them.
+// The biases of the pre-activations [kPre, H], as far as there are any.
 template <typename T>
 std::vector<T> bias_of(const RnnLayer& layer) {
   std::vector<T> sum;
@@ -41,7 +42,7 @@ std::vector<T> bias_of(const RnnLayer& layer) {
   return sum;
 }
 
-// The weights of units [kWeights, H], of all tensors one after the other.
+// The weights of units [kWeights, H]: those of all tensors, one after the other.
 template <typename T>
 std::vector<T> unit_weights_of(const RnnLayer& layer) {
   std::vector<T> all;
@@ -59,15 +60,15 @@ RnnWeights<T> weights_of(const RnnLayer& layer, const std::vector<T>& unit_weigh
           unit_weights.empty() ? nullptr : unit_weights.data()};
 }
 
-// The input's part of the pre-activations, which a forward pass adds to the recurrent one.
+// The input's part of the pre-activations, to which a forward pass adds the recurrent part.
 struct Projection {
-  Tensor values;  // [rows, width], kInputs*H values a row used; undefined: calculated step by step
+  Tensor values;  // [rows, width], of which kInputs*H per row are used; undefined: computed step by step
   int64_t width;
-  int64_t chunk;  // steps a pass
-  bool whole;     // values has room for all steps, else for those of a pass
+  int64_t chunk;  // steps per pass
+  bool whole;     // `values` has room for all steps, else for those of one pass
 };
 
-// What a forward pass keeps, in the operator's order; undefined where the cell has none, or nothing is kept.
+// What a forward pass keeps, in the operator's order. Undefined: the cell has no such tensor, or nothing is kept.
 struct Kept {
   Tensor gates, cells, normed, stats;
   std::vector<Tensor> list() const {
@@ -88,7 +89,7 @@ T* pointer(const Tensor& t, int64_t row = 0, int64_t width = 0) {
   return t.defined() ? t.mutable_data_ptr<T>() + row * width : nullptr;
 }
 
-// values = input W_ih^T of the packed rows [first, first + rows), and what else the input has a part in.
+// Computes input W_ih^T of the packed rows [first, first + rows), and the other pre-activations of the input.
 template <typename T>
 void project(const RnnLayer& layer, const Tensor& input, int64_t first, int64_t rows, const Projection& projection,
              const Kept& kept) {
@@ -138,7 +139,7 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
       pass.x = pointer<T>(projection.values, projection.whole ? packed : 0, projection.width);
       pass.x_row = projection.width;
     }
-    // What the first of two products leaves for the second lies where a training step keeps it.
+    // The first of two products stores its results for the second where a training step keeps them.
     pass.saved = layer.cell->first && !kept.gates.defined() ? const_cast<T*>(pass.x)
                                                             : pointer<T>(kept.gates, packed, layer.saved_width());
     pass.cells = pointer<T>(kept.cells, packed, layer.hidden);
@@ -155,11 +156,10 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
   }
 }
 
-// Whether the recurrence calculates the input's part itself, from L1 to L1. Where threads share the units and the
-// weights of both are more than L2 holds, those of the input would drive out the recurrent ones; but where a product of
-// our own over all steps is the alternative, driving them out costs less than W_ih x through memory: 14% faster (LSTM
-// inference (T, B, I, H) = (160, 16, 256, 256) and (400, 24, 80, 300), Zen 4), 10% (training (60, 16, 300, 300)), and
-// with one row of a batch as fast.
+// Whether the recurrence computes the input's part itself, so that it stays in L1. If threads share the units, and both
+// weights together exceed L2, those of the input evict the recurrent ones. That still costs less than W_ih x through
+// memory if the alternative is a product of our own over all steps: 14% faster (LSTM inference (T, B, I, H) =
+// (160, 16, 256, 256) and (400, 24, 80, 300), Zen 4), 10% (training (60, 16, 300, 300)), equally fast with one row.
 bool is_fused(const RnnLayer& layer) {
   if (layer.cell->first > 0 || layer.cell->norm || layer.inputs == 0 || layer.packed_rows <= kFusedRows) return false;
   if (matmul::own_products_are_faster()) return true;
@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, T
   (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, reverse, kept, outputs);
   if (layer.padded()) {
     zero_padding(layer, outputs.output);
-    for (const Tensor& tensor : kept.list()) {  // what follows the packed rows
+    for (const Tensor& tensor : kept.list()) {  // the memory after the packed rows
       Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, T * B - layer.packed_rows);
       torch::stable::zero_(rest);
     }
@@ -236,7 +236,7 @@ bool all_zero(const Tensor& t) {
   return std::all_of(data, data + t.numel(), [](T x) { return x == T(0); });
 }
 
-// h' of every packed row.
+// The state h' before the step, for every packed row.
 Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) {
   Tensor packed = new_tensor(output, {layer.packed_rows, layer.outputs});
   const size_t bytes = size_t(layer.outputs) * (layer.single() ? 4 : 8);
@@ -261,12 +261,12 @@ struct GradOutputs {
   OptionalTensor output, h_n, c_n;
 };
 
-// What a backward pass leaves, besides the gradients of the initial state, for the products over all steps.
+// What a backward pass gives to the products over all steps.
 struct Swept {
   Tensor grad_pre;           // [packed rows, kPre*H], or 2*G*H, rows grad_row apart
   Tensor grad_bias;          // [kPre*H]
   Tensor grad_unit_weights;  // [kWeights*H]
-  Tensor source, grad_h;     // [packed rows, H], [packed rows, P]; undefined where there is none
+  Tensor source, grad_h;     // [packed rows, H], [packed rows, P]; undefined if the cell has none
   Tensor grad_h_0, grad_c_0;
 };
 
@@ -281,7 +281,7 @@ void add_to(const Tensor& t, const std::vector<T>& values) {
   for (size_t i = 0; i < values.size(); ++i) to[i] += values[i];
 }
 
-// The gradients of biases and unit weights are added to those in `swept`, if (accumulate).
+// If `accumulate`, the gradients of biases and unit weights are added to those in `swept`.
 template <typename T>
 void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
                     bool reverse, bool accumulate, Swept& swept) {
@@ -322,7 +322,7 @@ void backward_steps(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   add_to(swept.grad_unit_weights, others);
 }
 
-// Products over all steps: the gradients of the input and of weights, which are added to what is there (accumulate).
+// The products over all steps: gradients of the input and of weights. If `accumulate`, they are added to what is there.
 class Gradients {
  public:
   Gradients(const RnnLayer& layer, const Swept& swept, const Tensor& output, bool reverse, bool accumulate)
@@ -337,12 +337,12 @@ class Gradients {
     if (layer_.padded()) unpack_rows(layer_, rows, grad);
   }
 
-  // A weight that `factor` [packed rows, .] was multiplied by: grad = D^T factor, D being columns of grad_pre.
+  // The gradient of a weight that multiplied `factor` [packed rows, .]: D^T factor, where D is columns of grad_pre.
   void weight(Tensor& grad, int64_t first_column, const Tensor& factor) const {
     matmul::product(grad, transposed(columns(first_column, grad.size(0))), factor, accumulate_);
   }
 
-  // A weight that h' was multiplied by.
+  // The gradient of a weight that multiplied h'.
   void recurrent(Tensor& grad, int64_t first_column) const {
     if (layer_.ragged()) return weight(grad, first_column, previous_);
     const Tensor D = columns(first_column, grad.size(0));
@@ -364,8 +364,8 @@ class Gradients {
     const int64_t rows = layer_.gate_rows(), H = layer_.hidden;
     if (cell.extra) return weight(grad, 0, swept_.source);
     if (cell.norm) return recurrent(grad, rows);
-    // The last rows of a cell of two products multiplied something else than h'; of one with a separate pre-activation,
-    // its columns lie behind the others.
+    // In a cell with two products the last rows did not multiply h'. With a separate pre-activation its columns come
+    // after the others.
     const int64_t shared = cell.separate ? rows - H : cell.first ? cell.first * H : rows;
     Tensor front = rows_of(grad, 0, shared);
     recurrent(front, 0);
@@ -387,7 +387,7 @@ class Gradients {
   bool reverse_, accumulate_;
 };
 
-// What a backward pass is asked for.
+// The gradients that a backward pass shall compute.
 struct Results {
   bool input;
   std::vector<bool> weights;
@@ -395,14 +395,14 @@ struct Results {
   std::vector<Tensor> grad_weights;
 };
 
-// The backward pass of a layer, or of a part of one as if it were a whole: the gradients of what is multiplied.
+// The backward pass of a layer, or of a part of one as if it were a layer, and the products over its steps.
 void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
                    bool reverse, bool accumulate, Scratch& scratch, Swept& swept, Results& results) {
   const RnnCellEntry& traits = *layer.cell;
   const int64_t rows = layer.gate_rows();
   const bool projected = bool(layer.weight_hr());
   swept.grad_pre = scratch.matrix(layer.packed_rows, layer.grad_width(), layer.grad_row());
-  swept.source = swept.grad_h = Tensor();  // of the part before
+  swept.source = swept.grad_h = Tensor();  // frees those of the part before
   if (traits.first || projected) swept.source = new_pooled(layer.input, {layer.packed_rows, layer.hidden});
   if (projected) swept.grad_h = new_pooled(layer.input, {layer.packed_rows, layer.outputs});
   (layer.single() ? backward_steps<float> : backward_steps<double>)(layer, grads, output, kept, reverse, accumulate,
@@ -424,8 +424,8 @@ void backward_part(const RnnLayer& layer, const GradOutputs& grads, const Tensor
   if (projected && wanted[kCommonWeights]) gradients.weight_hr(found[kCommonWeights]);
 }
 
-// A layer without lengths, part by part from the end of its recurrence on, each with the state that the part before it
-// left: dL/dpre of all steps is never held at once.
+// Runs a layer without lengths part by part, from the end of its recurrence on. Each part continues from the state that
+// the one before it left. So dL/dpre of all steps is never held at once.
 void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tensor& output, const Kept& kept,
                     bool reverse, Swept& swept, Results& results) {
   const int64_t T = layer.steps, B = layer.batch, value = layer.single() ? 4 : 8;
@@ -440,7 +440,7 @@ void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t index = reverse ? i : parts - 1 - i;
     const int64_t first = T * index / parts, count = T * (index + 1) / parts - first;
-    const bool begins = i + 1 == parts;  // where the recurrence does
+    const bool begins = i + 1 == parts;  // whether the recurrence begins in this part
     const auto blend = [&](const OptionalTensor& z) {
       return z && z->numel() > 1 ? OptionalTensor(times(*z, first, count)) : z;
     };
@@ -466,14 +466,14 @@ void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tenso
   }
 }
 
-// Values [from_first, from_first + count) of a vector to those from `first` on of another of the same dtype.
+// Copies the values [from_first, from_first + count) of a vector to those from `first` on of another of the same dtype.
 void copy_values(const Tensor& to, int64_t first, const Tensor& from, int64_t from_first, int64_t count) {
   const int64_t bytes = int64_t(from.element_size());
   std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + first * bytes,
               static_cast<const char*>(from.const_data_ptr()) + from_first * bytes, size_t(count * bytes));
 }
 
-// Saved tensors by name, checked.
+// The saved tensors by name, after checks.
 Kept check_kept(const RnnLayer& layer, const std::vector<Tensor>& saved) {
   const RnnCellEntry& cell = *layer.cell;
   const size_t count = size_t(cell.saved > 0) + size_t(cell.has_cell) + (cell.norm ? 2 : 0);
@@ -521,7 +521,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
     results.weights.push_back(needs[i + 1] && bool(weights[i]));
     if (!results.weights[i]) {
       grad_weights.push_back(new_tensor(input, {0}));
-    } else {  // not of the pool, which gives storages that cannot be resized: a sharded optimizer frees gradients so
+    } else {  // not from the pool, whose storages cannot be resized: sharded optimizers free gradients that way
       grad_weights.push_back(new_tensor(input, sizes_of(*weights[i])));
     }
   }
@@ -537,7 +537,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   swept.grad_bias = new_tensor(input, {layer.pre_width()});
   swept.grad_unit_weights = new_tensor(input, {traits.unit_weights * H});
   backward_parts(layer, grads, output, kept, reverse, swept, results);
-  // The last gate's pre-activation of h' may be separate, after the others.
+  // A separate pre-activation of h' for the last gate comes after the others.
   const int64_t shared = traits.separate ? rows - H : rows;
   if (wanted[kBiasIh]) copy_values(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
   if (wanted[kBiasHh]) {

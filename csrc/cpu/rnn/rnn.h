@@ -9,11 +9,11 @@
 
 namespace seqaccel::rnn {
 
-constexpr int64_t kRowsPerThread = 16;  // of the batch, with which threads share it rather than the units
+constexpr int64_t kRowsPerThread = 16;  // with so many rows each, threads split the batch rather than the units
 
-// The rows of a stretch of time, longest sequence first, so that those running at time t are the first of them. Of a
-// packed tensor only the rows that run lie in memory, step after step; a padded one holds [steps, B] rows in the
-// caller's order, unless the caller's tensors are packed themselves (is_packed).
+// The rows of a stretch of time, longest sequence first, so that the rows running at time t are the first ones. A
+// packed tensor holds only the rows that run, step after step. A padded one holds [steps, B] rows in the caller's
+// order, unless the caller's tensors are packed themselves (is_packed).
 struct RnnRows {
   int64_t steps, batch;
   const int64_t* order = nullptr;    // [B]: the caller's index of row b; null: b
@@ -38,7 +38,7 @@ struct RnnBlend {
 template <typename T>
 struct RnnWeights {
   const T* hh;                      // weight_hh [G*H, P]
-  const T* mh = nullptr;            // [H, H], of a cell with kExtra
+  const T* mh = nullptr;            // [H, H], if the cell has kExtra
   const T* hr = nullptr;            // [P, H], or null: P is H
   const T* unit_weights = nullptr;  // [kWeights, H]
 };
@@ -50,23 +50,23 @@ struct RnnForward {
   int64_t hidden, outputs;  // H and P
   bool reverse;             // runs from the last step to the first
   const T* h_0;             // [B, P]; may be h_n
-  const T* c_0;             // [B, H], or null: the cell has none; may be c_n
+  const T* c_0;             // [B, H], or null if the cell has no c; may be c_n
   RnnWeights<T> weights;
   const T* bias;  // [kPre, H], or null
-  const T* x;     // packed [., x_row]: W_ih x, kInputs*H values a row; null: calculated from input
+  const T* x;     // packed [., x_row]: W_ih x, kInputs*H values per row; null: computed from `input`
   int64_t x_row;
-  T* saved;   // packed [., kSaved*H]; may be x. Null: nothing is kept; not so where a step has two products
+  T* saved;   // packed [., kSaved*H]; may be x. Null: nothing is kept; never null if a step has two products
   T* cells;   // packed [., H]: the new c, or null
-  T* output;  // padded [steps, B, P]; may be x where its rows lie as x's do. Rows that do not run stay as they are
+  T* output;  // padded [steps, B, P]; may be x if the layouts are equal. Rows that do not run are not written
   T* h_n;     // [B, P]
   T* c_n;     // [B, H]
   RnnBlend<T> zoneout_h, zoneout_c;
-  // x null: W_ih x is calculated step by step, beside W_hh h.
+  // Where x is null, W_ih x is computed step by step beside W_hh h, from these.
   const T* input = nullptr;      // packed [., I]
   const T* weight_ih = nullptr;  // [G*H, I]
   int64_t inputs = 0;            // I
-  // Of a cell with kNorm, whose x is W_ih x normalised; null: not kept.
-  T* normed = nullptr;  // packed, rows x_row apart: W_hh h' normalised, G*H values a row
+  // If the cell has kNorm. x is then the normalised W_ih x. Null: not kept.
+  T* normed = nullptr;  // packed, rows x_row apart: normalised W_hh h', G*H values per row
   T* stats = nullptr;   // packed [., kNormStats]
 };
 
@@ -91,18 +91,18 @@ struct RnnBackward {
   T* grad_bias;          // [kPre, H]
   T* grad_unit_weights;  // [kWeights, H]
   RnnBlend<T> zoneout_h, zoneout_c;
-  // What weight_hr, or the main of two products, multiplied: packed [., H]; and with weight_hr dL/dh, packed [., P].
+  // What weight_hr or the main one of two products multiplied, packed [., H]. With weight_hr also dL/dh, packed [., P].
   T* source = nullptr;
   T* grad_h = nullptr;
-  // Of a cell with kNorm.
-  const T* normed = nullptr;  // packed [., 2*G*H]: W_ih x and W_hh h', normalised
+  // If the cell has kNorm.
+  const T* normed = nullptr;  // packed [., 2*G*H]: normalised W_ih x and W_hh h'
   const T* stats = nullptr;   // packed [., kNormStats]
 };
 
-// Of a step's layer norms: 1/sigma of W_ih x and of W_hh h', mean and 1/sigma of c.
+// Statistics of a step's layer norms: 1/sigma of W_ih x and of W_hh h', mean and 1/sigma of c.
 enum NormStat { kScaleX, kScaleH, kMeanC, kScaleC, kNormStats };
 
-// Rows of W_ih x, `row` apart, normalised in place; 1/sigma to stats [rows, kNormStats], if not null.
+// Rows of W_ih x, `row` apart, to normalise in place. Their 1/sigma goes to stats [rows, kNormStats], if not null.
 template <typename T>
 struct NormRows {
   int64_t rows, width, row;
@@ -110,8 +110,8 @@ struct NormRows {
   T* stats;
 };
 
-// y [M, N] = x [M, K] weight^T, for the few rows where packing weight [N, K] would cost more than the product; rows of
-// y lie y_row apart.
+// y [M, N] = x [M, K] weight^T, for so few rows that packing weight [N, K] would cost more than the product. Rows of y
+// are y_row apart.
 template <typename T>
 struct RowProduct {
   int64_t M, N, K;
@@ -121,8 +121,8 @@ struct RowProduct {
   int64_t y_row;
 };
 
-// What the operators need to know of a cell (see CellTraits), and its loops. A loop returns false when its workspace
-// could not be allocated.
+// The traits of a cell that the operators need (see CellTraits), and its loops. A loop returns false if there is no
+// memory for its workspace.
 struct RnnCellEntry {
   const char* name;
   int gates, inputs, pre, saved, unit_weights;
@@ -134,7 +134,7 @@ struct RnnCellEntry {
   bool (*backward_float)(const RnnBackward<float>&);
   bool (*backward_double)(const RnnBackward<double>&);
   WeightShapes weights;
-  int index;  // in ProductCells
+  int index;  // its place in ProductCells
 };
 
 struct RnnKernels {
@@ -144,7 +144,7 @@ struct RnnKernels {
   void (*row_product_double)(const RowProduct<double>&);
 };
 
-// Which table has a cell: each is compiled by itself, so that none takes long.
+// The table that has a cell. Each table is a translation unit of its own, so that none takes long to compile.
 enum class RnnGroup { plain, staged, norm };
 
 // Staged: a step has two products, or weights of units.
@@ -165,7 +165,7 @@ struct RnnNormKernels {
   void (*normalize_double)(const NormRows<double>&);
 };
 
-// The entry of the active instruction set; null: there is no such cell.
+// The entry of the active instruction set, or null if there is no such cell.
 const RnnCellEntry* find_rnn_cell(const char* name);
 
 }  // namespace seqaccel::rnn

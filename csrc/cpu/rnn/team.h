@@ -9,28 +9,28 @@
 
 namespace seqaccel::SEQACCEL_ISA::rnn {
 
-// Parts of the batch never wait for each other. With kRowsPerThread rows each they are as fast as a split of the units,
-// and beside a process that spins on every core they take twice their time, where a barrier a step made it 5.7 times.
-// Fewer rows do where a core's L2 holds all the weights: units that are split have dL/dpre to exchange in a backward
-// step, at 13 ns a line of 64 bytes (Intel, 2 MB of L2 a core: two thirds of a step more at 16 rows, H = 256).
-// Two rows do with few weights (RNN (T, B, H) = (128, 4, 128): 0.20 ms instead of 0.25), and in a backward step with
-// more.
+// When to split the batch rather than the units. Parts of the batch never wait for each other. With kRowsPerThread rows
+// each they are as fast as a split of the units. Beside a process that spins on every core they take twice their time;
+// a split of the units, with a barrier per step, takes 5.7 times. Fewer rows are enough if all weights fit in a core's
+// L2: threads that split the units exchange dL/dpre in each backward step, at 13 ns per line of 64 bytes (Intel, 2 MB
+// of L2 per core: a step takes two thirds longer at 16 rows, H = 256). Two rows are enough with few weights (RNN (T, B,
+// H) = (128, 4, 128): 0.20 ms instead of 0.25), and in the backward pass with more.
 constexpr ptrdiff_t kRowsFromL2 = 4, kFewWeights = ptrdiff_t(128) << 10;
 inline ptrdiff_t backward_rows(ptrdiff_t outputs) { return outputs < 256 ? 2 : kRowsFromL2; }
-constexpr ptrdiff_t kDirectRows = 64;  // in all: up to here packing a weight costs more than its products gain
-constexpr ptrdiff_t kAheadRows = 48;   // of the input's part of the pre-activations, calculated at a time
+constexpr ptrdiff_t kDirectRows = 64;  // up to so many rows in all, packing a weight costs more than it gains
+constexpr ptrdiff_t kAheadRows = 48;   // rows of W_ih x that are computed at a time
 
 struct Barrier {
   alignas(64) int arrived;
   int sleepers;
-  int haste;  // of those that wait: see kSpins
+  int haste;  // shortens the spins of threads that wait: see kSpins
   alignas(64) int phase;
 };
 
-// For so long a thread spins, about 50 us, before it sleeps, which costs as much. Beside other busy processes, where a
-// thread that spins uses up its own share of the cores, less and less: after each wait that was in vain, half, and only
-// after kCalm others twice as long again. (128 steps of 10 us of two threads, a dozen processes on two cores: 12 ms;
-// 32 with all spins, 24 with a sixteenth, 46 with sched_yield after all of them.)
+// How often a thread spins before it sleeps: about 50 us, as much as sleeping costs. Beside other busy processes a
+// thread that spins uses up its own share of the cores. So each wait that was in vain halves the spins, and kCalm
+// others double them again. (128 steps of 10 us on two threads, a dozen processes on two cores: 12 ms; 32 ms with all
+// spins, 24 ms with a sixteenth, 46 ms with sched_yield after all of them.)
 constexpr int kSpins = 4096, kCalm = 128, kMostHaste = 4 * kCalm;
 
 inline void wait_for_all(Barrier& barrier, int threads) {
@@ -74,11 +74,11 @@ inline Split split_work(int threads, ptrdiff_t steps, ptrdiff_t batch, ptrdiff_t
   const ptrdiff_t rows = beyond_l2(weight_bytes) ? kRowsPerThread : near;
   int parts = threads;
   while (parts > 1 && (threads % parts != 0 || batch / parts < rows)) --parts;
-  const ptrdiff_t useful = max_of(1, batch / parts * weights / 16384);  // about 0.5 us of work a step for each thread
+  const ptrdiff_t useful = max_of(1, batch / parts * weights / 16384);  // about 0.5 us of work per step and thread
   return {parts, int(min_of(threads / parts, min_of(useful, blocks)))};
 }
 
-// A thread's share: rows [b0, b1) of the batch, and which group of its part's units.
+// A thread's share: rows [b0, b1) of the batch, and the number of its group of units.
 struct Share {
   ptrdiff_t b0, b1;
   int part, group;

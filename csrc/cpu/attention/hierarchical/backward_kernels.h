@@ -125,15 +125,15 @@ struct ScoreGradTile {
   }
 };
 
-// What of a product on the diagonal of a causal block takes part.
+// Which part of a product on the diagonal of a causal block counts.
 enum class Part {
   kAll,
-  kLanesFromK,  // of b's first vector the lanes i >= k
+  kLanesFromK,  // the lanes i >= k of b's first vector
   kKFromRow     // k >= row
 };
 
-// out [rows, NV vectors] += a b; the last vector holds `last` elements. The product is summed by itself first: sums of
-// sums lose less than one long sum.
+// out [rows, NV vectors] += a b. The last vector holds `last` elements. The product is summed up before it is added to
+// out: a sum of sums loses less to rounding than one long sum.
 template <typename T, int NV>
 struct AddProductTile {
   const T* a;
@@ -207,7 +207,7 @@ void add_key_gradient(T* grad, ptrdiff_t grad_row, const T* weights, const T* ro
   }
 }
 
-// Keys and values of one chunk, and where their gradients are added.
+// Keys and values of one chunk, and the arrays that their gradients are added to.
 template <typename T>
 struct Chunk {
   const T *key, *value;
@@ -216,7 +216,7 @@ struct Chunk {
   ptrdiff_t grad_key_row, grad_value_row;
 };
 
-// The queries [first * Lanes, count) of a tile with one chunk.
+// Runs the queries [first * Lanes, count) of a tile with one chunk.
 template <typename T, int NV>
 void chunk_backward(const GradTile<T>& q, int first, ptrdiff_t count, const Chunk<T>& c, ptrdiff_t D, T bias,
                     bool masked) {
@@ -260,8 +260,8 @@ void chunk_backward_vectors(int vectors, const GradTile<T>& q, int first, ptrdif
   }
 }
 
-// What a segment of one key head adds to: its own tokens in place, the rest in its rows of `partial`: nodes, then the
-// tokens [left, first), [last, right), [tail, T).
+// Where a segment of one key head adds gradients: those of its own tokens in place, the others in its rows of
+// `partial`. These are the nodes, then the tokens [left, first), [last, right) and [tail, T).
 template <typename T>
 struct SegmentGrads {
   Outside outside;
@@ -295,7 +295,7 @@ SegmentGrads<T> segment_grads(const AttentionBackward<T>& p, int64_t b, int64_t 
   return s;
 }
 
-// The row of `partial` that holds token n, which is not the segment's own.
+// The row of `partial` for token n, which is outside the segment.
 SEQACCEL_INLINE int64_t outside_row(const Outside& o, int64_t nodes, int64_t n) {
   if (n < o.first) return nodes + n - o.left;
   const int64_t left = nodes + o.first - o.left;
@@ -399,7 +399,7 @@ void segment_backward(const AttentionBackward<T>& p, int64_t b, int64_t g, int64
   }
 }
 
-// Adds to the tokens of `segment` what the queries of the other segments gave them, in the order of the segments.
+// Adds the gradients of the tokens of `segment` from the queries of the other segments, in the order of the segments.
 template <typename T>
 void add_outside(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t segment) {
   const int64_t D = p.forward.D, nodes = p.forward.pyramid.nodes, T_ = p.forward.pyramid.T;
@@ -420,7 +420,7 @@ void add_outside(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t se
   }
 }
 
-// Adds the other segments' gradients of one node to segment 0's.
+// Adds the other segments' gradients of one node to those of segment 0.
 template <typename T>
 void add_node(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t node) {
   const int64_t D = p.forward.D;
@@ -432,7 +432,7 @@ void add_node(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t node)
   }
 }
 
-// The gradient of one node to its children; weights and slopes hold a value a child.
+// Passes the gradient of one node to its children. `weights` and `slopes` hold one value per child.
 template <typename T>
 void unpool_node(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_t b, int64_t g, int level, int64_t node,
                  T* weights, T* slopes, T* pool_grad) {
@@ -472,7 +472,7 @@ void unpool_node(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_
   }
 }
 
-// grad_pool [P, G, D]: the tasks' sums of every level that uses a row, in order.
+// Computes a row of grad_pool [P, G, D]: adds up, in order, the tasks' sums of every level that uses the row.
 template <typename T>
 void add_pool_gradients(const AttentionBackward<T>& p, int64_t row, int64_t g) {
   const Attention<T>& f = p.forward;
@@ -510,7 +510,7 @@ void attention_backward(const AttentionBackward<T>& p) {
 #pragma omp parallel if (f.B * f.H * pyramid.T > 256)
   {
     T* const workspace = f.workspace + omp_get_thread_num() * share;
-    // A causal head's later segments have more to do: they go first.
+    // The later segments of a causal head take longer, so they go first.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < heads * p.segments; ++i) {
       const int64_t segment = p.segments - 1 - i / heads, head = i % heads;

@@ -31,7 +31,8 @@ struct Run {
 
 constexpr int kMaxRuns = 3 * (kMaxLevels + 1);
 
-// levels < 0: as many as there are. Sizes that change nothing beyond T are cut to T, so that no product overflows.
+// levels < 0: as many levels as there are. Sizes are limited to T, beyond which they make no difference, so that no
+// product overflows.
 static inline Pyramid make_pyramid(int64_t T, int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks,
                                    bool causal) {
   Pyramid p;
@@ -67,8 +68,8 @@ static inline int add_run(Run* runs, int n, int level, int64_t begin, int64_t en
   return n + 1;
 }
 
-// The runs of query block `block`; runs[0] is of level 0 and begins with a token that each of the queries sees. A query
-// at position t of a causal block does not see the tokens of runs[0] past t.
+// Computes the runs of query block `block`. runs[0] has level 0 and begins with a token that every query of the block
+// sees. In a causal block a query at position t does not see the tokens of runs[0] after t.
 static inline int cover_block(const Pyramid& p, int64_t block, Run* runs) {
   const int top = p.levels;
   const int64_t t = block * p.block_size, w = p.local_blocks;
@@ -76,7 +77,7 @@ static inline int cover_block(const Pyramid& p, int64_t block, Run* runs) {
   for (int l = 0; l < top; ++l) starts[l] = p.span[l + 1] * max_of(0, t / p.span[l + 1] - (w - 1));
   starts[top] = 0;
   const int64_t complete = top > 0 ? p.count[1] * p.block_size : p.T;
-  int64_t end;  // of what is covered so far on the right
+  int64_t end;  // tokens before it are covered so far
   if (p.causal) {
     end = min_of(p.T, t + p.block_size);
   } else if (top == 0 || t >= complete) {

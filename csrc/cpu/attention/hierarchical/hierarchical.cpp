@@ -11,7 +11,7 @@
 namespace seqaccel::attention::hierarchical {
 namespace {
 
-// The arguments that both operators share, checked.
+// The arguments that both operators share, after checks.
 struct Call {
   Tensor query, key, value;
   OptionalTensor pool_query;
@@ -21,7 +21,7 @@ struct Call {
   double scale;
 };
 
-// The tensor as it is where its last dimension is contiguous, else a contiguous copy.
+// The tensor itself if its last dimension is contiguous, else a contiguous copy.
 Tensor rows_contiguous(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
 }
@@ -70,7 +70,7 @@ Heads<T> write(const Tensor& t) {
   return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// An uninitialised tensor of t's shape, whose time steps lie outside its heads where t's do.
+// An uninitialised tensor of t's shape. Its dimensions of time and heads have the order in memory that t's have.
 Tensor empty_heads(const Tensor& t) {
   if (t.stride(1) < t.stride(2)) {
     return torch::stable::transpose(new_tensor(t, {t.size(0), t.size(2), t.size(1), t.size(3)}), 1, 2);
@@ -104,8 +104,8 @@ Attention<T> arguments(const Call& c, const Tensor& pooled_key, const Tensor& po
   return p;
 }
 
-// Rows a head in the arrays of pooled keys and values: at least two, since a graph exported for any T would be tied to
-// its own T by a size that may be 0 or 1.
+// Rows per head in the arrays of pooled keys and values. There are at least two: a size of 0 or 1 would tie an exported
+// graph to its T.
 int64_t pooled_rows(const Call& c) { return c.T == 0 ? 0 : std::max<int64_t>(c.pyramid.nodes, 2); }
 
 Tensor new_pooled(const Call& c) {
@@ -140,8 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor
   return {out, lse, pooled_key, pooled_value};
 }
 
-// Parts of a head's query blocks in the backward pass: fixed by the shape, so that the bits do not depend on the
-// threads. Enough for many cores, each at least 16 blocks and 1024 queries, which keeps what parts share small.
+// How many segments a head's query blocks are split into in the backward pass. The shape alone decides, so that results
+// do not depend on the threads. There are enough for many cores, but each has at least 16 blocks and 1024 queries,
+// which keeps the part that segments share small.
 int64_t backward_segments(const Call& c) {
   const int64_t blocks = query_blocks(c.pyramid);
   const int64_t least = std::max<int64_t>(16, (1024 + c.pyramid.block_size - 1) / c.pyramid.block_size);

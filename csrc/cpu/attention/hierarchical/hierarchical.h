@@ -9,7 +9,7 @@
 
 namespace seqaccel::attention::hierarchical {
 
-// A [B, heads, T, D] array whose last dimension is contiguous; the others lie apart by these strides.
+// A [B, heads, T, D] array with a contiguous last dimension and these strides of the others.
 template <typename T>
 struct Heads {
   T* data;
@@ -22,7 +22,7 @@ struct Attention {
   int64_t B, H, G, D;
   Pyramid pyramid;
   T scale;
-  T bias[kMaxLevels + 1];  // log span where mass_bias, else 0
+  T bias[kMaxLevels + 1];  // log span with mass_bias, else 0
   Heads<const T> query, key, value;
   const T* pool_query;  // [P, G, D], or null: the mean
   int64_t P;
@@ -39,16 +39,16 @@ struct AttentionBackward {
   Heads<const T> grad_out;
   Heads<T> grad_query, grad_key, grad_value;
   T* grad_pool;      // [P, G, D], or null
-  int64_t segments;  // a head's query blocks are split into so many independent parts
-  T* partial;        // gradients of what a part does not own: see Outside
+  int64_t segments;  // a head's query blocks are split into so many independent segments
+  T* partial;        // gradients of tokens and nodes outside a segment: see Outside
   T* partial_pool;   // [pool_tasks, D]
 };
 
-// Rows of `partial`, all of D elements, that one (batch, key head, segment) needs: for each of key and value, the nodes
-// of the pyramid, and the tokens outside the segment that its queries see.
+// The rows of `partial`, of D elements each, that one (batch, key head, segment) needs. For each of key and value these
+// are the nodes of the pyramid, and the tokens outside the segment that its queries see.
 struct Outside {
-  int64_t first, last;  // tokens of the segment's own
-  int64_t left, right;  // [left, first) and [last, right) are seen
+  int64_t first, last;  // the segment's own tokens
+  int64_t left, right;  // its queries also see [left, first), [last, right)
   int64_t tail;         // and [tail, T)
 };
 
@@ -80,7 +80,7 @@ static inline int64_t pool_children(const Pyramid& p) {
   return p.levels == 0 ? 1 : p.levels == 1 ? p.block_size : max_of(p.block_size, p.fanout);
 }
 
-constexpr int64_t kPoolChunk = 32;  // nodes of a level that one task of the pyramid's backward takes
+constexpr int64_t kPoolChunk = 32;  // nodes of a level per task in the backward pass of the pyramid
 
 static inline int64_t pool_tasks(const Pyramid& p, int64_t heads) {
   int64_t n = 0;

@@ -20,7 +20,7 @@ namespace seqaccel::SEQACCEL_ISA::attention::hierarchical {
 
 constexpr ptrdiff_t kKeys = 64;
 
-// What the maximum of the scores begins with: from -infinity, scores of -infinity alone would give NaN.
+// The initial value of the maximum score. With -infinity, scores that are all -infinity would give NaN.
 template <typename T>
 constexpr T kLeast = sizeof(T) == sizeof(float) ? T(-FLT_MAX) : T(-DBL_MAX);
 
@@ -70,7 +70,7 @@ void pool_node(const Attention<T>& p, int64_t b, int64_t g, int level, int64_t n
   weighted_sum(p.pooled_value + at, value, rows.value_row, p.D, weights, n);
 }
 
-// What one tile of queries carries through its cover.
+// The state of a tile of queries while it runs through its cover.
 template <typename T>
 struct QueryTile {
   T* query;   // [D, kColumns], times scale
@@ -141,8 +141,8 @@ struct OutputTile {
   }
 };
 
-// Keys [0, keys) of `rows` for the vectors [first, first + NV) of the tile. masked: row r is seen from lane r of the
-// first on.
+// Attends to the keys [0, keys) with the vectors [first, first + NV) of the tile. masked: key r is seen by lane r of
+// the first vector and all later lanes.
 template <typename T, int NV>
 void attend(const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, const T* value, ptrdiff_t value_row,
             ptrdiff_t keys, ptrdiff_t D, T bias, bool masked) {
@@ -191,7 +191,7 @@ void attend_vectors(int vectors, const QueryTile<T>& q, int first, const T* key,
   }
 }
 
-// Queries [t, t + count) of block `block`, count <= kColumns.
+// Runs the queries [t, t + count) of block `block`, with count <= kColumns.
 template <typename T>
 void attend_tile(const Attention<T>& p, int64_t b, int64_t h, int64_t block, int64_t t, int64_t count, T* workspace) {
   constexpr int L = Lanes<T>;
@@ -220,7 +220,7 @@ void attend_tile(const Attention<T>& p, int64_t b, int64_t h, int64_t block, int
     const int64_t end = diagonal ? t + count : runs[i].end;
     int64_t key = runs[i].begin;
     while (key < end) {
-      // On the diagonal the keys pass a vector at a time: the lanes before them do not see them.
+      // On the diagonal the keys are taken one vector at a time, since the lanes before them do not see them.
       const bool masked = diagonal && key >= t;
       const int first = masked ? int((key - t) / L) : 0;
       const int64_t stop = masked ? t + (first + 1) * L : diagonal ? t : end;

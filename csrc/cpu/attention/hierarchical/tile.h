@@ -18,8 +18,8 @@ constexpr int kTileVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 template <typename T>
 constexpr int kColumns = kTileVectors * Lanes<T>;
 
-// add_products for a triangle: of b's first vector only the lanes i >= k take part in row k. Zeros of b's in the others
-// would not keep out a value of a's that is not finite.
+// Like add_products for a triangle: in row k only the lanes i >= k of b's first vector count. Zeros in the other lanes
+// of b would not suffice, since a value of a may be infinite or NaN.
 template <typename T, int MR, int NV>
 SEQACCEL_INLINE void tile_of_triangle(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b,
                                       ptrdiff_t b_k, ptrdiff_t K) {
@@ -43,7 +43,7 @@ SEQACCEL_INLINE void tile_of_triangle(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff
   }
 }
 
-// The same where row m takes part from k = m on.
+// Like add_products, where row m counts from k = m on.
 template <typename T, int MR, int NV>
 SEQACCEL_INLINE void tile_below_diagonal(Vec<T> (&acc)[MR][NV], const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b,
                                          ptrdiff_t b_k, ptrdiff_t K) {
