@@ -32,3 +32,9 @@ def tanh(x):
 @triton.jit
 def silu(x):
     return x * sigmoid(x)
+
+
+@triton.jit
+def normal_below(x):
+    """The distribution function of the standard normal distribution; its error is absolute."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)

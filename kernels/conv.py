@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqaccel.kernels._launch import Configuration, operator, precision, wrap_triton
-from seqaccel.kernels._math import sigmoid, silu, tanh
+from seqaccel.kernels._math import normal_below, sigmoid, silu, tanh
 
 _STRIP = 1024  # time steps per program in the elementwise and depthwise kernels
 _PROGRAMS = 264  # the least number of programs for a weight gradient: 2 per multiprocessor of an H100
@@ -38,7 +38,33 @@ def _activate(v, ACTIVATION: tl.constexpr):
         v = sigmoid(v)
     elif ACTIVATION == "silu":
         v = silu(v)
+    elif ACTIVATION == "leaky_relu":
+        v = tl.where(v < 0, 0.01 * v, v)
+    elif ACTIVATION == "gelu":
+        v = v * normal_below(v)
+    elif ACTIVATION == "gelu_tanh":
+        v = 0.5 * v * (1.0 + tanh(_gelu_argument(v)))
     return v
+
+
+@triton.jit
+def _gelu_argument(v):
+    return 0.7978845608028654 * (v + 0.044715 * v * v * v)
+
+
+@triton.jit
+def _slope(v, ACTIVATION: tl.constexpr):
+    """Of the activations whose backward keeps v."""
+    if ACTIVATION == "silu":
+        s = sigmoid(v)
+        d = s * (1 + v * (1 - s))
+    elif ACTIVATION == "gelu":
+        d = normal_below(v) + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+    else:
+        a = tanh(_gelu_argument(v))
+        inner = 0.7978845608028654 * (1.0 + 3 * 0.044715 * v * v)
+        d = 0.5 * (1.0 + a) + 0.5 * v * (1.0 - a * a) * inner
+    return d
 
 
 @triton.jit
@@ -240,16 +266,19 @@ def conv_gradient_kernel(
         else:
             y = tl.load(p_y + o_y, mask=valid, other=0.0)
             d = tl.where(y <= 0, 0.0, d)
-    elif ACTIVATION == "silu":
-        v = tl.load(p_pre + o_y, mask=valid, other=0.0).to(tl.float32)
-        s = sigmoid(v)
-        d = d * s * (1 + v * (1 - s))
+    elif ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh":
+        d = d * _slope(tl.load(p_pre + o_y, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
     elif ACTIVATION != "none":
         if p_pre is not None:
             a = _activate(tl.load(p_pre + o_y, mask=valid, other=0.0).to(tl.float32), ACTIVATION)
         else:
             a = tl.load(p_y + o_y, mask=valid, other=0.0).to(tl.float32)
-        d = d * (1 - a * a) if ACTIVATION == "tanh" else d * a * (1 - a)
+        if ACTIVATION == "tanh":
+            d = d * (1 - a * a)
+        elif ACTIVATION == "sigmoid":
+            d = d * a * (1 - a)
+        else:
+            d = tl.where(a <= 0, 0.01 * d, d)
     tl.store(p_g + o_y, d.to(p_g.dtype.element_ty), mask=valid)
 
 
@@ -323,7 +352,9 @@ def _product(
     )  # fmt: skip
 
 
-def _check(x: Tensor, weight: Tensor, dilation: int, groups: int) -> None:
+def _check(x: Tensor, weight: Tensor, dilation: int, groups: int, activation: str) -> None:
+    if activation not in ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid"):
+        raise ValueError(f"causal_conv1d: the Triton kernels have no activation {activation!r}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"causal_conv1d: backend 'triton' takes float32, float16 and bfloat16, but got {x.dtype}")
     if not fits(x.shape, weight.shape, dilation, groups):
@@ -351,7 +382,8 @@ def saved_kind(activation: str, relu: bool, dropout: float, has_residual: bool) 
         return "nothing"
     if activation == "relu":
         return "active" if has_residual else "nothing"
-    return "pre" if activation == "silu" or has_residual or relu or dropout > 0 else "nothing"
+    from_output = activation in ("leaky_relu", "tanh", "sigmoid")
+    return "pre" if not from_output or has_residual or relu or dropout > 0 else "nothing"
 
 
 @operator(torch.library.triton_op, "seqaccel::causal_conv1d_forward_triton", mutates_args={})
@@ -370,7 +402,7 @@ def causal_conv1d_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Like ``seqaccel::causal_conv1d_forward``: y, and what the backward pass needs beside it."""
-    _check(x, weight, dilation, groups)
+    _check(x, weight, dilation, groups, activation)
     shape = (x.shape[0], weight.shape[0], x.shape[2])
     first = 0
     if history is not None:
@@ -403,7 +435,7 @@ def causal_conv1d_backward(
     wants: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Like ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty if unwanted."""
-    _check(x, weight, dilation, groups)
+    _check(x, weight, dilation, groups, activation)
     grad_y, y, saved, x, weight, addend = _contiguous(grad_y, y, saved, x, weight, addend)
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape

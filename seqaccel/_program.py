@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqaccel.convert import REPLACEMENTS
+from seqaccel.functional.conv import GATED
 from seqaccel.functional.rnn import CELLS
 from seqaccel.nn.conv import TCN, CausalConv1d, TemporalBlock
 from seqaccel.nn.rnn._base import Recurrent
@@ -289,7 +290,8 @@ def _convolution(module: CausalConv1d, program: Program, name: str, **options: A
         program.channels_first = True
     if taps > 1:
         program.keep(name + "history", "r", module.context, inputs)
-    if groups == inputs == outputs and groups > 1:
+    gated = module.activation in GATED
+    if groups == inputs == outputs and groups > 1 and not gated:
         return program.add("depthwise", inputs, outputs, weight[:, 0].t(), module.bias, **shape, **options)
     if groups > 1:  # the blocks of a matrix
         blocks = [block.permute(0, 2, 1) for block in weight.chunk(groups)]
@@ -299,6 +301,7 @@ def _convolution(module: CausalConv1d, program: Program, name: str, **options: A
             whole[i * rows : (i + 1) * rows, :, i * columns : (i + 1) * columns] = block
     else:
         whole = weight.permute(0, 2, 1)
+    outputs //= 2 if gated else 1
     return program.add("conv", inputs, outputs, whole.flatten(1), module.bias, **shape, **options)
 
 

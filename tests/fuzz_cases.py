@@ -16,6 +16,7 @@ from torch import Tensor
 import seqaccel
 from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.scan import CELLS as COLUMN_CELLS
+from seqaccel.reference.conv import ACTIVATIONS, GATED
 
 Arguments = dict[str, Any]  # by the schema's names
 Generator = Callable[[random.Random], Arguments]
@@ -200,16 +201,18 @@ def causal_conv1d_forward(rng: random.Random) -> Arguments:
         group_channels = outputs = 1  # depthwise
     dtype, channels, outputs = floating(rng), group_channels * groups, outputs * groups
     dropout = rng.choice([0.0, 0.0, 0.3, 1.0])
+    activation = rng.choice(["none", *(name for name in ACTIVATIONS if groups == 1 or name not in GATED)])
+    rows = outputs * (2 if activation in GATED else 1)
     return {
         "x": torch.randn(B, channels, T, dtype=dtype),
-        "weight": torch.randn(outputs, group_channels, K, dtype=dtype) * (group_channels * K) ** -0.5,
-        "bias": maybe(rng, lambda: torch.randn(outputs, dtype=dtype)),
+        "weight": torch.randn(rows, group_channels, K, dtype=dtype) * (group_channels * K) ** -0.5,
+        "bias": maybe(rng, lambda: torch.randn(rows, dtype=dtype)),
         "residual": maybe(rng, lambda: torch.randn(B, outputs, T, dtype=dtype)),
         "history": maybe(rng, lambda: torch.randn(B, channels, (K - 1) * dilation, dtype=dtype)),
         "seed": torch.randint(-(1 << 62), 1 << 62, (1,)) if dropout > 0 else None,
         "dilation": dilation,
         "groups": groups,
-        "activation": rng.choice(["none", "relu", "tanh", "sigmoid", "silu"]),
+        "activation": activation,
         "relu": boolean(rng),
         "dropout": dropout,
         "save": boolean(rng),

@@ -49,7 +49,7 @@ def test_causal_conv1d_is_conv1d():
         (dict(in_channels=5, groups=2), "in_channels must be divisible by groups"),
         (dict(out_channels=5, groups=2), "out_channels must be divisible by groups"),
         (dict(kernel_size=0), "kernel_size must be a positive integer"),
-        (dict(activation="gelu"), "activation must be one of"),
+        (dict(activation="elu"), "activation must be one of"),
     ],
 )
 def test_causal_conv1d_refuses(arguments, message):

@@ -19,6 +19,8 @@ NETWORKS = {
     "block": lambda: TemporalBlock(7, 19, 3, dilation=2),
     "tcn": lambda: nn.TCN(5, [8, 8, 33], 3),
     "deep": lambda: nn.TCN(8, [8] * 7, 2),
+    "gated": lambda: nn.CausalConv1d(5, 38, 3, dilation=2, activation="gated"),
+    "glu_grouped": lambda: nn.CausalConv1d(6, 12, 3, groups=2, activation="glu"),
     "stack": lambda: torch.nn.Sequential(
         nn.CausalConv1d(5, 40, 3), torch.nn.GELU(), nn.CausalConv1d(40, 40, 3, dilation=9), torch.nn.LeakyReLU()
     ),

@@ -18,7 +18,11 @@ from seqaccel.reference import conv as reference
 __all__ = ["causal_conv1d"]
 
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
+GATED = reference.GATED
 BACKENDS = ("reference", "cpp", "triton", "torch")
+
+#: Activations whose slope is seen from their value.
+_FROM_OUTPUT = ("leaky_relu", "tanh", "sigmoid")
 
 #: ``wants`` bits of the backward operators, in the order of their results.
 _X, _WEIGHT, _BIAS, _RESIDUAL, _HISTORY = 1, 2, 4, 8, 16
@@ -30,9 +34,14 @@ def _saved_kind(activation: str, relu: bool, dropout: float, has_residual: bool)
         return "nothing"
     if activation == "relu":
         return "active" if has_residual else "nothing"
-    if activation == "silu" or has_residual or relu or dropout > 0:
+    if activation not in _FROM_OUTPUT or has_residual or relu or dropout > 0:
         return "pre"
     return "nothing"
+
+
+def _outputs(weight: Tensor, activation: str | None) -> int:
+    """Channels of y."""
+    return weight.shape[0] // (2 if activation in GATED else 1)
 
 
 def _forward_fake(
@@ -49,10 +58,10 @@ def _forward_fake(
     dropout,
     save,
 ):
-    shape = (x.shape[0], weight.shape[0], x.shape[2])
+    shape = (x.shape[0], _outputs(weight, activation), x.shape[2])
     kind = _saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
     saved = x.new_empty(
-        (0,) if kind == "nothing" else shape,
+        (0,) if kind == "nothing" else (x.shape[0], weight.shape[0], x.shape[2]),
         dtype=torch.uint8 if kind == "active" else x.dtype,
     )
     return x.new_empty(shape), saved
@@ -226,7 +235,8 @@ def _from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
     """The arguments for a part of the batch: its dropout masks are those that it has in the whole."""
     if named["seed"] is None:
         return named
-    return named | {"seed": reference.skip_rows(named["seed"], first * named["weight"].shape[0])}
+    rows = first * _outputs(named["weight"], named["activation"])
+    return named | {"seed": reference.skip_rows(named["seed"], rows)}
 
 
 def _register(backend: str) -> None:
@@ -323,17 +333,22 @@ def _check(
         raise ValueError(
             f"{name}: expected the output channels of weight to be divisible by groups={groups}, but got {outputs}"
         )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected activation to be one of {ACTIVATIONS}, but got {activation!r}")
+    if activation in GATED and outputs % 2:
+        raise ValueError(
+            f"{name}: expected weight to have an even number of output channels for activation={activation!r}, "
+            f"but got {outputs}"
+        )
     shapes = {
         "bias": (outputs,),
-        "residual": (batch, outputs, length),
+        "residual": (batch, _outputs(weight, activation), length),
         "history": (batch, channels, (taps - 1) * dilation),
     }
     for argument, shape in shapes.items():
         t = tensors[argument]
         if t is not None and t.shape != shape:
             raise ValueError(f"{name}: expected {argument} to have shape {tuple(shape)}, but got {tuple(t.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: expected activation to be one of {ACTIVATIONS}, but got {activation!r}")
     if output_activation not in (None, "relu"):
         raise ValueError(f"{name}: expected output_activation to be None or 'relu', but got {output_activation!r}")
     _arguments.number(name, "dropout", dropout)
@@ -399,23 +414,27 @@ def causal_conv1d(
         bias: (O,). Default: none.
         dilation: distance d between taps, in time steps. Default: 1
         groups: blocks of channels convolved apart; ``groups=C`` is depthwise. Default: 1
-        activation: :math:`\varphi`: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"silu"`` or None. Default: None
+        activation: :math:`\varphi`: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"``
+            (its approximation by tanh), ``"tanh"``, ``"sigmoid"``, or one that halves the channels: ``"glu"`` (first
+            half times sigmoid of the second) and ``"gated"`` (tanh of the first half times sigmoid of the second, as
+            in WaveNet). None: the identity. Default: None
         dropout: probability that an activation is zeroed, the others being scaled by 1/(1-p). Default: 0
-        residual: r (B, O, T), added after the dropout. Default: none.
+        residual: r, of the shape of y, added after the dropout. Default: none.
         output_activation: :math:`\psi`: ``"relu"`` or None. Default: None
         history: the (K-1)d inputs before x (B, C, (K-1)d), as a stream carries them. Default: zeros.
 
     Returns:
-        y (B, O, T).
+        y (B, O, T), with ``"glu"`` or ``"gated"`` (B, O / 2, T).
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message says
             which one.
 
-    Saved for the backward, beside x and the weight: y for relu, tanh and sigmoid; a byte an element for relu with a
-    residual; v for silu, and for tanh and sigmoid where y is not the activation. The dropout mask is recomputed from a
-    seed that torch's generator gives (on the ``torch`` backend it is ``F.dropout``'s). float16 and bfloat16 are
-    computed in float32 on a CPU. A backward that is itself differentiated runs on the reference.
+    Saved for the backward, beside x and the weight: y for relu, leaky_relu, tanh and sigmoid; a byte an element for
+    relu with a residual; v for the others, and for leaky_relu, tanh and sigmoid where y is not the activation. The
+    dropout mask is recomputed from a seed that torch's generator gives (on the ``torch`` backend it is
+    ``F.dropout``'s). float16 and bfloat16 are computed in float32 on a CPU. A backward that is itself differentiated
+    runs on the reference.
 
     Source: van den Oord et al., WaveNet, 2016; Bai, Kolter, Koltun, 2018.
 
@@ -448,7 +467,9 @@ def causal_conv1d(
         "dropout": dropout,
     }
     prefer = "torch" if x.device.type == "cuda" and _torch_is_faster(x, weight, dilation, groups) else None
-    backend = backends.choose("causal_conv1d", x, BACKENDS, prefer=prefer)
+    tried = activation in (None, "relu", "tanh", "sigmoid", "silu")  # on a GPU
+    operator = "causal_conv1d" if tried else f"causal_conv1d with {activation}"
+    backend = backends.choose(operator, x, BACKENDS, prefer=prefer)
     if backend == "torch" or _onnx.exporting():
         return _torch_conv(x, weight, bias, residual, history, **options)
     seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
@@ -460,6 +481,10 @@ def causal_conv1d(
         x, weight, bias, residual, history = (  # type: ignore[assignment]
             None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
         )
+    if activation in GATED and (backend == "triton" or groups > 1):  # no kernel sees both halves at once
+        with backends.backend(backend):
+            v = causal_conv1d(x, weight, bias, dilation=dilation, groups=groups, history=history)
+        return reference.epilogue(v, residual, seed, activation, relu, dropout).to(dtype)
     arguments = (dilation, groups, activation or "none", relu, float(dropout))
     if torch.compiler.is_compiling():  # autograd records the operator itself
         y, _ = _operators(backend)[0](x, weight, bias, residual, history, seed, *arguments, False)

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import ACTIVATIONS, causal_conv1d
+from seqaccel.functional.conv import ACTIVATIONS, GATED, causal_conv1d
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.streaming import State, Streaming
@@ -76,14 +76,15 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         dilation: distance between taps. Default: 1
         groups: blocks of channels convolved apart. Default: 1
         bias: whether there is a bias. Default: True
-        activation: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"silu"`` or None. Default: None
+        activation: one of :func:`~seqaccel.functional.causal_conv1d`'s, or None; ``"glu"`` and ``"gated"`` halve the
+            channels. Default: None
         device, dtype: of the parameters.
 
     Attributes:
         weight: (O, C / groups, K), uniform in ±1/sqrt(C/groups · K) at first, as torch.nn.Conv1d's.
         bias: (O,), likewise.
 
-    Shape: x (B, C, T) or (C, T); output (B, O, T) or (O, T).
+    Shape: x (B, C, T) or (C, T); output (B, O, T) or (O, T), with ``"glu"`` or ``"gated"`` O / 2 channels.
     State of B streams: ``(history,)``, history (B, C, (K-1)·dilation). A step costs O(K·C·O/groups) and one copy of the
     history.
 
@@ -126,6 +127,8 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
             raise ValueError(f"out_channels must be divisible by groups, but got {out_channels} and {groups}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+        if activation in GATED and out_channels % 2:
+            raise ValueError(f"out_channels must be even for activation={activation!r}, but got {out_channels}")
         self.weight = nn.Parameter(
             torch.empty(
                 out_channels,

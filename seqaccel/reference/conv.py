@@ -4,16 +4,32 @@
 ``history`` or zero; ``y = relu?(residual + dropout(activation(v)))``.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+
+def _gated(v: Tensor) -> Tensor:
+    value, gate = v.chunk(2, 1)
+    return torch.tanh(value) * torch.sigmoid(gate)
+
+
+#: Those of ``GATED`` halve the channels.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "silu": F.silu,
+    "glu": functools.partial(F.glu, dim=1),
+    "gated": _gated,
 }
+GATED = ("glu", "gated")
 
 _WORD = 0xFFFFFFFF
 
@@ -67,7 +83,10 @@ def causal_conv1d(
     relu: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, O, T), history (B, C, (K-1) d): y (B, O, T)."""
+    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, Y, T), history (B, C, (K-1) d): y (B, Y, T).
+
+    Y is O, or half of it with a gated activation.
+    """
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape
     context = (taps - 1) * dilation
@@ -81,12 +100,18 @@ def causal_conv1d(
     y = sum(products[1:], products[0]).reshape(batch, outputs, length)
     if bias is not None:
         y = y + bias.unsqueeze(-1)
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
+    return epilogue(y, residual, seed, activation, relu, dropout)
+
+
+def epilogue(
+    v: Tensor, residual: Tensor | None, seed: Tensor | None, activation: str | None, relu: bool, dropout: float
+) -> Tensor:
+    """y from v = conv + bias."""
+    y = v if activation is None else ACTIVATIONS[activation](v)
     if dropout > 0:
         assert seed is not None
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
-        y = torch.where(dropout_mask(seed, (batch, outputs, length), dropout), y * scale, 0.0)
+        y = torch.where(dropout_mask(seed, tuple(y.shape), dropout), y * scale, 0.0)
     if residual is not None:
         y = y + residual
     return torch.relu(y) if relu else y

@@ -10,13 +10,10 @@ namespace {
 constexpr int64_t kWantsX = 1, kWantsWeight = 2, kWantsBias = 4, kWantsResidual = 8, kWantsHistory = 16;
 
 Activation parse_activation(const std::string& name) {
-  const char* const names[] = {"none", "relu", "tanh", "sigmoid", "silu"};
-  for (int i = 0; i < 5; ++i) {
-    if (name == names[i]) return Activation(i);
-  }
-  STD_TORCH_CHECK(false, "seqaccel: activation must be 'none', 'relu', 'tanh', 'sigmoid' or 'silu', but got '", name,
-                  "'");
-  return Activation::none;
+  const int found = activation_of(name.c_str());
+  STD_TORCH_CHECK(found >= 0 && Activation(found) != Activation::elu && Activation(found) != Activation::hardswish,
+                  "seqaccel: convolutions have no activation '", name, "'");
+  return Activation(found);
 }
 
 ConvShape check_inputs(const Tensor& x, const Tensor& weight, const OptionalTensor& history, int64_t dilation,
@@ -51,6 +48,11 @@ ConvEpilogue make_epilogue(const std::string& activation, bool relu, double drop
   return {parse_activation(activation), relu, dropout, seed_value};
 }
 
+void check_gates(const ConvShape& shape, const ConvEpilogue& epilogue) {
+  STD_TORCH_CHECK(!is_gated(epilogue.activation) || (shape.out_channels % 2 == 0 && shape.groups == 1),
+                  "seqaccel: a gated activation takes an even number of output channels and one group");
+}
+
 // What the forward keeps for the backward beside its output: nothing, a byte an element, or conv + bias.
 enum class Saved { nothing, active, pre };
 
@@ -60,6 +62,7 @@ Saved saved_kind(const ConvEpilogue& e, bool has_residual) {
       return Saved::nothing;
     case Activation::relu:
       return has_residual ? Saved::active : Saved::nothing;
+    case Activation::leaky_relu:
     case Activation::tanh:
     case Activation::sigmoid:
       return has_residual || e.relu || e.dropout > 0 ? Saved::pre : Saved::nothing;
@@ -113,14 +116,16 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const ScalarType dtype = x.scalar_type();
   if (bias) check_tensor(*bias, "bias", {shape.out_channels}, dtype);
-  if (residual) check_tensor(*residual, "residual", {shape.batch, shape.out_channels, shape.length}, dtype);
+  check_gates(shape, epilogue);
+  const int64_t outputs = epilogue.y_channels(shape);
+  if (residual) check_tensor(*residual, "residual", {shape.batch, outputs, shape.length}, dtype);
   x = to_contiguous(x);
   weight = to_contiguous(weight);
   bias = to_contiguous(bias);
   residual = to_contiguous(residual);
   history = to_contiguous(history);
   const Saved kind = save ? saved_kind(epilogue, residual.has_value()) : Saved::nothing;
-  Tensor y = new_tensor(x, {shape.batch, shape.out_channels, shape.length});
+  Tensor y = new_tensor(x, {shape.batch, outputs, shape.length});
   const int64_t none[] = {0}, full[] = {shape.batch, shape.out_channels, shape.length};
   Tensor saved = torch::stable::new_empty(x,
                                           kind == Saved::nothing ? torch::headeronly::IntHeaderOnlyArrayRef(none, 1)
@@ -177,12 +182,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
   const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const ScalarType dtype = x.scalar_type();
   const int64_t B = shape.batch, C = shape.in_channels, O = shape.out_channels, T = shape.length, P = shape.context();
-  check_tensor(grad_y, "grad_y", {B, O, T}, dtype);
+  check_gates(shape, epilogue);
+  const int64_t Y = epilogue.y_channels(shape);
+  check_tensor(grad_y, "grad_y", {B, Y, T}, dtype);
   const Saved kind = saved_kind(epilogue, has_residual);
   if (kind != Saved::nothing) check_tensor(saved, "saved", {B, O, T}, kind == Saved::active ? ScalarType::Byte : dtype);
   const bool needs_y = epilogue.relu || (epilogue.activation != Activation::none && kind == Saved::nothing);
   STD_TORCH_CHECK(y || !needs_y, "seqaccel: the backward of this activation needs y");
-  if (y) check_tensor(*y, "y", {B, O, T}, dtype);
+  if (y) check_tensor(*y, "y", {B, Y, T}, dtype);
   if (addend) check_tensor(*addend, "addend", {B, C, T}, dtype);
   grad_y = to_contiguous(grad_y);
   y = to_contiguous(y);
@@ -195,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
     return wants & flag ? new_tensor(x, sizes) : new_tensor(x, {0});
   };
   Gradients grads = {make(kWantsX, {B, C, T}), make(kWantsWeight, {O, C / shape.groups, shape.kernel_size}),
-                     make(kWantsBias, {O}), make(kWantsResidual, {B, O, T}), make(kWantsHistory, {B, C, P})};
+                     make(kWantsBias, {O}), make(kWantsResidual, {B, Y, T}), make(kWantsHistory, {B, C, P})};
   if (B == 0 || O == 0 || T == 0) {
     for (Tensor* grad : {&grads.x, &grads.weight, &grads.bias, &grads.history}) {
       if (grad->numel() > 0) torch::stable::zero_(*grad);

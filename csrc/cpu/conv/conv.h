@@ -3,11 +3,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/activation.h"
 #include "cpu/base/dispatch.h"
 
 namespace seqaccel::conv {
-
-enum class Activation : int64_t { none, relu, tanh, sigmoid, silu };
 
 struct ConvShape {
   ptrdiff_t batch, in_channels, out_channels, length, kernel_size, dilation, groups;
@@ -18,15 +17,19 @@ struct ConvShape {
   bool depthwise() const { return group_in() == 1 && groups > 1; }
 };
 
-// y = relu?(residual + dropout(activation(conv(x) + bias)))
+// y = relu?(residual + dropout(activation(conv(x) + bias))). A gated activation takes output channel o and, as the
+// gate, o + O / 2: y and the residual have half of the O channels (Y).
 struct ConvEpilogue {
   Activation activation;
   bool relu;
   double dropout;
   uint64_t seed;
+
+  ptrdiff_t y_channels(const ConvShape& s) const { return is_gated(activation) ? s.out_channels / 2 : s.out_channels; }
 };
 
-// B batch, C and O input and output channels, T length, K taps, P = (K - 1) * dilation. All contiguous; null: absent.
+// B batch, C and O input and output channels, Y those of y, T length, K taps, P = (K - 1) * dilation. All contiguous;
+// null: absent.
 template <typename T>
 struct ConvForward {
   ConvShape shape;
@@ -34,9 +37,9 @@ struct ConvForward {
   const T* x;         // [B, C, T]
   const T* weight;    // [O, C / groups, K]
   const T* bias;      // [O]
-  const T* residual;  // [B, O, T]
+  const T* residual;  // [B, Y, T]
   const T* history;   // [B, C, P], the time steps before x; null: zeros
-  T* y;               // [B, O, T]
+  T* y;               // [B, Y, T]
   T* pre;             // [B, O, T] conv + bias, for the backward; may be null
   uint8_t* active;    // [B, O, T] where relu and dropout let the gradient through; may be null
   int threads;
@@ -46,7 +49,7 @@ template <typename T>
 struct ConvBackward {
   ConvShape shape;
   ConvEpilogue epilogue;
-  const T* grad_y;        // [B, O, T]
+  const T* grad_y;        // [B, Y, T]
   const T* y;             // the forward's, where the derivative is taken from it
   const T* pre;           // the forward's, or null
   const uint8_t* active;  // the forward's, or null
@@ -57,7 +60,7 @@ struct ConvBackward {
   T* grad_x;         // null: not wanted, as for the others
   T* grad_weight;    // [O, C / groups, K]
   T* grad_bias;      // [O]
-  T* grad_residual;  // [B, O, T]
+  T* grad_residual;  // [B, Y, T]
   T* grad_history;   // [B, C, P]
   int threads;
 };

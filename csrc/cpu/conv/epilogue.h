@@ -4,16 +4,18 @@
 //   a           saved by the forward                          derivative
 //   none        nothing                                       1
 //   relu        y > 0; with a residual, one byte an element   1 where active
-//   tanh        y; v where y is not a                         1 - a^2
+//   leaky_relu  y; v where y is not a                         1, or the slope
+//   tanh        likewise                                      1 - a^2
 //   sigmoid     likewise                                      a (1 - a)
-//   silu        v                                             s (1 + v (1 - s)), s = sigmoid(v)
+//   silu, gelu  v                                             activation_slope(v)
+//   glu, gated  v of both rows                                that of the product f(v) sigmoid(gate)
 //
 // A dropout mask is recomputed from its seed.
 #pragma once
 
 #include "common/dropout.h"
-#include "cpu/base/vec.h"
-#include "cpu/conv/conv.h"
+#include "cpu/base/activation.h"
+#include "cpu/conv/product.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
@@ -77,22 +79,6 @@ inline double dropout_scale(const ConvEpilogue& epilogue) {
   return epilogue.dropout < 1 ? 1 / (1 - epilogue.dropout) : 0;
 }
 
-template <typename T, Activation kind>
-SEQACCEL_INLINE Vec<T> activate(Vec<T> v) {
-  switch (kind) {
-    case Activation::relu:
-      return v < 0 ? broadcast(T(0)) : v;
-    case Activation::tanh:
-      return tanh_vec<T>(v);
-    case Activation::sigmoid:
-      return sigmoid_vec<T>(v);
-    case Activation::silu:
-      return v * sigmoid_vec<T>(v);
-    default:
-      return v;
-  }
-}
-
 // Fetches the lines of row[0 ... n), to be written or read.
 template <bool writes, typename T>
 SEQACCEL_INLINE void prefetch_row(const T* row, ptrdiff_t n) {
@@ -104,29 +90,37 @@ SEQACCEL_INLINE void prefetch_row(const T* row, ptrdiff_t n) {
 template <typename T>
 SEQACCEL_INLINE void prefetch_finish(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t,
                                      ptrdiff_t n) {
-  const ptrdiff_t offset = (b * p.shape.out_channels + channel) * p.shape.length + t;
+  if (p.pre) prefetch_row<true>(p.pre + (b * p.shape.out_channels + channel) * p.shape.length + t, n);
+  const ptrdiff_t Y = p.epilogue.y_channels(p.shape), before = p.shape.out_channels - Y;
+  if (channel < before) return;
+  const ptrdiff_t offset = (b * Y + channel - before) * p.shape.length + t;
   prefetch_row<true>(p.y + offset, n);
-  if (p.pre) prefetch_row<true>(p.pre + offset, n);
   if (p.active) prefetch_row<true>(p.active + offset, n);
   if (p.residual) prefetch_row<false>(p.residual + offset, n);
 }
 
 // acc holds conv for channel `channel` and n time steps from t on of sequence b; it may be read up to a whole vector
-// past n.
+// past n. Of a gated pair the second row, the gate, makes y; that of the first one lies acc_stride * O / 2 before.
 template <typename T, Activation kind>
 inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
-                          const T* acc) {
-  const ptrdiff_t row = b * p.shape.out_channels + channel;
-  const ptrdiff_t offset = row * p.shape.length + t;
-  const T bias = p.bias ? p.bias[channel] : T(0);
+                          const T* acc, ptrdiff_t acc_stride) {
+  constexpr bool kGated = is_gated(kind);
+  const ptrdiff_t O = p.shape.out_channels, half = kGated ? O / 2 : 0, row = b * (O - half) + channel - half;
+  const ptrdiff_t offset = row * p.shape.length + t, pre_offset = (b * O + channel) * p.shape.length + t;
+  const T bias = p.bias ? p.bias[channel] : T(0), first_bias = kGated && p.bias ? p.bias[channel - half] : T(0);
   const bool drops = p.epilogue.dropout > 0;
   const RowDropout<T> dropout(p.epilogue, row);
   const T scale = T(dropout_scale(p.epilogue));
   const auto part = [&](ptrdiff_t i, int m) __attribute__((always_inline)) {
-    const bool whole = m == Lanes<T>;
     const Vec<T> v = load(acc + i) + bias;
-    if (p.pre) whole ? store(p.pre + offset + i, v) : store(p.pre + offset + i, v, m);
-    Vec<T> y = activate<T, kind>(v);
+    if (p.pre) store_some(p.pre + pre_offset + i, v, m);
+    Vec<T> y;
+    if constexpr (kGated) {
+      const Vec<T> first = load(acc - half * acc_stride + i) + first_bias;
+      y = sigmoid_vec<T>(v) * (kind == Activation::gated ? tanh_vec<T>(first) : first);
+    } else {
+      y = activate<T, kind>(v);
+    }
     Mask<T> active = ~(v <= 0);  // NaN passes its gradient, as in torch
     if (drops) {
       const Mask<T> keep = dropout.keep(t + i);
@@ -134,30 +128,57 @@ inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t 
       y = zero_unless<T>(keep, y * scale);
     }
     if (p.active) store_bytes<T>(p.active + offset + i, active, m);
-    if (p.residual) y += whole ? load(p.residual + offset + i) : load(p.residual + offset + i, m);
+    if (p.residual) y += load_some(p.residual + offset + i, m);
     if (p.epilogue.relu) y = activate<T, Activation::relu>(y);
-    whole ? store(p.y + offset + i, y) : store(p.y + offset + i, y, m);
+    store_some(p.y + offset + i, y, m);
   };
   ptrdiff_t i = 0;
   for (; i + Lanes<T> <= n; i += Lanes<T>) part(i, Lanes<T>);
   if (i < n) part(i, int(n - i));
 }
 
+// v of the first row of a gated pair, where it is kept.
 template <typename T>
-inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
-                       const T* acc) {
-  switch (p.epilogue.activation) {
+inline void keep_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+  if (!p.pre) return;
+  T* const to = p.pre + (b * p.shape.out_channels + channel) * p.shape.length + t;
+  const T bias = p.bias ? p.bias[channel] : T(0);
+  for (ptrdiff_t i = 0; i < n; i += Lanes<T>) store_some(to + i, load(acc + i) + bias, int(smaller(Lanes<T>, n - i)));
+}
+
+// Calls f.operator()<kind>().
+template <class F>
+SEQACCEL_INLINE auto with_activation(Activation activation, const F& f) {
+  switch (activation) {
     case Activation::relu:
-      return finish_row_of<T, Activation::relu>(p, channel, b, t, n, acc);
-    case Activation::tanh:
-      return finish_row_of<T, Activation::tanh>(p, channel, b, t, n, acc);
-    case Activation::sigmoid:
-      return finish_row_of<T, Activation::sigmoid>(p, channel, b, t, n, acc);
+      return f.template operator()<Activation::relu>();
+    case Activation::leaky_relu:
+      return f.template operator()<Activation::leaky_relu>();
     case Activation::silu:
-      return finish_row_of<T, Activation::silu>(p, channel, b, t, n, acc);
+      return f.template operator()<Activation::silu>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh:
+      return f.template operator()<Activation::gelu_tanh>();
+    case Activation::tanh:
+      return f.template operator()<Activation::tanh>();
+    case Activation::sigmoid:
+      return f.template operator()<Activation::sigmoid>();
+    case Activation::glu:
+      return f.template operator()<Activation::glu>();
+    case Activation::gated:
+      return f.template operator()<Activation::gated>();
     default:
-      return finish_row_of<T, Activation::none>(p, channel, b, t, n, acc);
+      return f.template operator()<Activation::none>();
   }
+}
+
+template <typename T>
+inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc,
+                       ptrdiff_t acc_stride = 0) {
+  if (is_gated(p.epilogue.activation) && channel < p.shape.out_channels / 2) return keep_row(p, channel, b, t, n, acc);
+  with_activation(p.epilogue.activation,
+                  [&]<Activation kind>() { finish_row_of<T, kind>(p, channel, b, t, n, acc, acc_stride); });
 }
 
 // The gradient of v for time steps [begin, end) of one row (sequence, channel) into g, unless that is null; returns its
@@ -165,38 +186,51 @@ inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, 
 template <typename T, Activation kind>
 inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end, bool residual,
                               T* g) {
-  const ptrdiff_t offset = row * p.shape.length;
-  T* const grad_residual = residual ? p.grad_residual : nullptr;
+  constexpr bool kGated = is_gated(kind);
+  const ptrdiff_t O = p.shape.out_channels, half = kGated ? O / 2 : 0, channel = row % O;
+  const bool gate = kGated && channel >= half;
+  const ptrdiff_t y_row = kGated ? row / O * half + channel % half : row;
+  const ptrdiff_t offset = y_row * p.shape.length, pre_offset = row * p.shape.length;
+  const ptrdiff_t other = (gate ? -half : half) * p.shape.length;
+  T* const grad_residual = residual && !gate ? p.grad_residual : nullptr;
   const bool drops = p.epilogue.dropout > 0;
-  const RowDropout<T> dropout(p.epilogue, row);
+  const RowDropout<T> dropout(p.epilogue, y_row);
   const T scale = drops ? T(dropout_scale(p.epilogue)) : T(1);
   Vec<T> sum = {};
   const auto part = [&](ptrdiff_t t, int m) __attribute__((always_inline)) {
-    const bool whole = m == Lanes<T>;
-    const auto get = [&](const T* from) __attribute__((always_inline)) {
-      return whole ? load(from + offset + t) : load(from + offset + t, m);
-    };
+    const auto get = [&](const T* from) __attribute__((always_inline)) { return load_some(from + offset + t, m); };
+    const auto pre = [&](ptrdiff_t at) __attribute__((always_inline)) { return load_some(p.pre + at + t, m); };
     Vec<T> d = get(p.grad_y);
     if (p.epilogue.relu) d = zero_unless<T>(~(get(p.y) <= 0), d);
-    if (grad_residual) whole ? store(grad_residual + offset + t, d) : store(grad_residual + offset + t, d, m);
-    if (kind == Activation::relu) {
+    if (grad_residual) store_some(grad_residual + offset + t, d, m);
+    if constexpr (kind == Activation::relu) {
       const Mask<T> active = p.active ? load_bytes<T>(p.active + offset + t, m) : Mask<T>(~(get(p.y) <= 0));
       d = zero_unless<T>(active, d * scale);
     } else {
       if (drops) d = zero_unless<T>(dropout.keep(t), d * scale);
-      if (kind == Activation::tanh) {
-        const Vec<T> a = p.pre ? tanh_vec<T>(get(p.pre)) : get(p.y);
+      if constexpr (kGated) {
+        const Vec<T> first = pre(gate ? pre_offset + other : pre_offset);
+        const Vec<T> s = sigmoid_vec<T>(pre(gate ? pre_offset : pre_offset + other));
+        const Vec<T> value = kind == Activation::gated ? tanh_vec<T>(first) : first;
+        if (gate) {
+          d *= value * s * (T(1) - s);
+        } else {
+          d *= kind == Activation::gated ? s * (T(1) - value * value) : s;
+        }
+      } else if constexpr (kind == Activation::leaky_relu) {
+        d *= activation_slope<T, kind>(p.pre ? pre(pre_offset) : get(p.y));
+      } else if constexpr (kind == Activation::tanh) {
+        const Vec<T> a = p.pre ? tanh_vec<T>(pre(pre_offset)) : get(p.y);
         d *= T(1) - a * a;
-      } else if (kind == Activation::sigmoid) {
-        const Vec<T> a = p.pre ? sigmoid_vec<T>(get(p.pre)) : get(p.y);
+      } else if constexpr (kind == Activation::sigmoid) {
+        const Vec<T> a = p.pre ? sigmoid_vec<T>(pre(pre_offset)) : get(p.y);
         d *= a * (T(1) - a);
-      } else if (kind == Activation::silu) {
-        const Vec<T> v = get(p.pre), s = sigmoid_vec<T>(v);
-        d *= s * (T(1) + v * (T(1) - s));
+      } else if constexpr (kind != Activation::none) {
+        d *= activation_slope<T, kind>(pre(pre_offset));
       }
     }
     sum += d;
-    if (g) whole ? store(g + t - begin, d) : store(g + t - begin, d, m);
+    if (g) store_some(g + t - begin, d, m);
   };
   ptrdiff_t t = begin;
   for (; t + Lanes<T> <= end; t += Lanes<T>) part(t, Lanes<T>);
@@ -207,18 +241,9 @@ inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t
 template <typename T>
 inline T differentiate_row(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end, bool residual,
                            T* g) {
-  switch (p.epilogue.activation) {
-    case Activation::relu:
-      return differentiate_row_of<T, Activation::relu>(p, row, begin, end, residual, g);
-    case Activation::tanh:
-      return differentiate_row_of<T, Activation::tanh>(p, row, begin, end, residual, g);
-    case Activation::sigmoid:
-      return differentiate_row_of<T, Activation::sigmoid>(p, row, begin, end, residual, g);
-    case Activation::silu:
-      return differentiate_row_of<T, Activation::silu>(p, row, begin, end, residual, g);
-    default:
-      return differentiate_row_of<T, Activation::none>(p, row, begin, end, residual, g);
-  }
+  return with_activation(p.epilogue.activation, [&]<Activation kind>() {
+    return differentiate_row_of<T, kind>(p, row, begin, end, residual, g);
+  });
 }
 
 }  // namespace seqaccel::SEQACCEL_ISA::conv

@@ -199,8 +199,9 @@ bool forward(const ConvForward<T>& p) {
         product, scratch + omp_get_thread_num() * size,
         [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) { prefetch_finish(p, channel, b, t, n); },
         [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
-          finish_row(p, channel, b, t, n, acc);
-        });
+          finish_row(p, channel, b, t, n, acc, kColumns<T>);
+        },
+        is_gated(p.epilogue.activation));
   }
   return true;
 }

@@ -265,16 +265,19 @@ inline void product_few(const Product<T>& p, ptrdiff_t group, ptrdiff_t count, p
   }
 }
 
-// The whole product, by the whole team; scratch is the thread's own.
+// The whole product, by the whole team; scratch is the thread's own. `together`: a thread makes all rows of a column,
+// so that emit finds those before its own kColumns apart.
 template <typename T, typename Prepare, typename Emit>
-inline void run_product(const Product<T>& p, T* scratch, const Prepare& prepare, const Emit& emit) {
+inline void run_product(const Product<T>& p, T* scratch, const Prepare& prepare, const Emit& emit,
+                        bool together = false) {
   const ptrdiff_t columns = p.batch * p.steps, team = omp_get_num_threads();
   if (columns <= 0 || p.rows == 0) return;
   const bool few = columns <= smaller(kFewColumns, kColumns<T>);
   const ptrdiff_t width = few ? columns : kColumns<T>;
   const ptrdiff_t tiles = ceil_div(columns, width);
   const RowBlocks blocks(p.rows);
-  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * p.groups), blocks.count));
+  const ptrdiff_t most = together ? 1 : blocks.count;
+  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * p.groups), most));
 #pragma omp for schedule(dynamic, 4) nowait
   for (ptrdiff_t item = 0; item < tiles * p.groups * parts; ++item) {
     const ptrdiff_t part = item % parts, group = item / parts % p.groups, begin = item / parts / p.groups * width;

@@ -2,43 +2,29 @@
 // convolutions, whose rows are the taps of an output. A convolution's inputs stay in a ring.
 #pragma once
 
-#include <math.h>
-
+#include "cpu/base/activation.h"
 #include "cpu/packed/thread.h"
 
 namespace seqaccel::SEQACCEL_ISA::packed {
 
-inline Vec<float> activate(Activation which, Vec<float> x, float parameter) {
+// Of one value.
+inline Vec<float> activate_as(Activation which, Vec<float> x, float parameter) {
   switch (which) {
-    case Activation::none:
+#define SEQACCEL_CASE(kind) \
+  case Activation::kind:    \
+    return activate<float, Activation::kind>(x, parameter);
+    SEQACCEL_CASE(relu)
+    SEQACCEL_CASE(leaky_relu)
+    SEQACCEL_CASE(silu)
+    SEQACCEL_CASE(gelu)
+    SEQACCEL_CASE(gelu_tanh)
+    SEQACCEL_CASE(tanh)
+    SEQACCEL_CASE(sigmoid)
+    SEQACCEL_CASE(elu)
+    SEQACCEL_CASE(hardswish)
+#undef SEQACCEL_CASE
+    default:
       return x;
-    case Activation::relu:
-      return x < 0.0f ? Vec<float>{} : x;
-    case Activation::tanh:
-      return tanh_vec<float>(x);
-    case Activation::sigmoid:
-      return sigmoid_vec<float>(x);
-    case Activation::silu:
-      return x * sigmoid_vec<float>(x);
-    case Activation::gelu_tanh:
-      return 0.5f * x * (1.0f + tanh_vec<float>(0.7978845608f * (x + 0.044715f * x * x * x)));
-    case Activation::hardswish: {
-      const Vec<float> gate = x + 3.0f;
-      return x * (gate < 0.0f ? Vec<float>{} : gate > 6.0f ? Vec<float>{} + 6.0f : gate) * (1.0f / 6.0f);
-    }
-    case Activation::leaky_relu:
-      return x < 0.0f ? x * parameter : x;
-    case Activation::elu: {
-      Vec<float> scale, p;
-      exp_parts<float>(x, scale, p);
-      return x < 0.0f ? parameter * (scale * p + (scale - 1.0f)) : x;
-    }
-    default: {
-      alignas(64) float lanes[kWordLanes];
-      store(lanes, x);
-      for (float& value : lanes) value *= 0.5f * (1.0f + erff(value * 0.7071067812f));
-      return load(lanes);
-    }
   }
 }
 
@@ -88,7 +74,7 @@ inline void dense_layer(const SessionThread& t, const SessionLayer& l, const Wor
         }
         for (ptrdiff_t v = 0; v < V && (u * V + v) * L < N; ++v) {
           const ptrdiff_t unit = (u * V + v) * L;
-          put_out(t, l, r + i, unit, activate(l.activation, biased(sum + v * L, unit), l.parameter));
+          put_out(t, l, r + i, unit, activate_as(l.activation, biased(sum + v * L, unit), l.parameter));
         }
       }
     }
@@ -143,7 +129,7 @@ inline void depthwise_layer(const SessionThread& t, const SessionLayer& l) {
         const float* const x = tap_of(t, l, i / t.run.batch, i % t.run.batch, k);
         sum += load_some(l.weights + k * N + unit, units) * load_some(x + unit, units);
       }
-      put_out(t, l, i, unit, activate(l.activation, sum, l.parameter));
+      put_out(t, l, i, unit, activate_as(l.activation, sum, l.parameter));
     }
   }
   keep_inputs(t, l);

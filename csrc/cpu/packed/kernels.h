@@ -425,7 +425,7 @@ inline void activation_layer(const SessionThread& t, const SessionLayer& l) {
     const ptrdiff_t at = i * kWordLanes;
     const int n = int(min_of(kWordLanes, count - at));
     store_some(static_cast<float*>(t.y) + at,
-               activate(l.activation, load_some(static_cast<const float*>(t.x) + at, n), l.parameter), n);
+               activate_as(l.activation, load_some(static_cast<const float*>(t.x) + at, n), l.parameter), n);
   }
   t.wait();
 }

@@ -16,9 +16,6 @@ namespace {
 constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
 constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
 
-const char* const kActivations[] = {"none", "glu",  "gated",     "relu",       "tanh", "sigmoid",
-                                    "silu", "gelu", "gelu_tanh", "leaky_relu", "elu",  "hardswish"};
-
 // Layers of a row at a time, with a gain and a bias an element.
 const std::map<std::string, LayerKind> kRowLayers = {
     {"layer_norm", LayerKind::layer_norm},
@@ -26,13 +23,6 @@ const std::map<std::string, LayerKind> kRowLayers = {
     {"batch_norm", LayerKind::batch_norm},
     {"softmax", LayerKind::softmax},
 };
-
-// Its index, or -1.
-int activation_of(const char* name) {
-  const auto* const end = std::end(kActivations);
-  const auto* const found = std::find(std::begin(kActivations), end, std::string(name));
-  return found == end ? -1 : int(found - std::begin(kActivations));
-}
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -148,7 +138,7 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   layer.relu = from.relu != 0;
   layer.source = reached(from.source > 0 ? from.source : 1, layer.inputs);
   layer.skip = from.skip > 0 ? reached(from.skip, layer.outputs) : kNoSkip;
-  if (const int found = activation_of(from.kind); found > int(Activation::gated)) {
+  if (const int found = activation_of(from.kind); found > 0 && !is_gated(Activation(found))) {
     layer.kind = LayerKind::activation;
     layer.activation = Activation(found);
     layers_.push_back(layer);
@@ -157,7 +147,7 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   layer.activation = Activation(std::max(activation_of(from.activation ? from.activation : "none"), 0));
   const int64_t I = layer.inputs, P = layer.outputs;
   const float* const* const w = from.weights;
-  const bool gated = layer.activation == Activation::glu || layer.activation == Activation::gated;
+  const bool gated = is_gated(layer.activation);
   if (name == "linear" || name == "conv") {
     layer.kind = name == "conv" && layer.taps > 1 ? LayerKind::conv : LayerKind::linear;
     add_matrix(layer, 0, gated ? 2 : 1, P, I * layer.taps, w[0], 0, nullptr, bfloat16);

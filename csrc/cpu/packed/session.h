@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "cpu/base/dispatch.h"
 
 namespace seqaccel::packed {
@@ -28,22 +29,6 @@ enum class LayerKind : int32_t {
   activation,
   recurrent,
   column,
-};
-
-// glu, gated: of a product with twice the rows; the second half gates the first, or its tanh.
-enum class Activation : int32_t {
-  none,
-  glu,
-  gated,
-  relu,
-  tanh,
-  sigmoid,
-  silu,
-  gelu,
-  gelu_tanh,
-  leaky_relu,
-  elu,
-  hardswish
 };
 
 // [W_0 | W_1], one product a block of units: columns of segment 0 multiply one vector, of segment 1 another, and the
