@@ -17,6 +17,7 @@ from seqaccel.nn.conv import TCN, CausalConv1d, TemporalBlock
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 from seqaccel.nn.scan import SRU, SRUCell
+from seqaccel.nn.scan._base import Columns
 
 __all__ = ["Layer", "Program", "State", "described"]
 
@@ -52,15 +53,17 @@ class Layer:
 
 @dataclasses.dataclass
 class State:
-    """A part of the state: of which tensor, of which layer, its letter, and its shape without the batch.
-
-    Tensors of one name, but for a convolution's ``history``, are stacked by layers.
-    """
+    """A part of the state: of which tensor, of which layer, its letter (``csrc/common/session_table.h``), and its shape
+    without the batch. States h and c of one name are stacked by layers."""
 
     name: str
     layer: int
     part: str
     shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return self.part in "hc"
 
 
 class Program:
@@ -276,6 +279,33 @@ def _sru_cell(module: SRUCell, program: Program, name: str) -> None:
     )
     if norm is not None and module.normalize_after:
         _describe(norm, program, name)
+
+
+@_describe.register
+def _columns(module: Columns, program: Program, name: str) -> None:
+    if module.bidirectional:
+        raise ValueError(f"module: a bidirectional {type(module).__name__} cannot run step by step")
+    program.batch_first = program.batch_first or module.batch_first
+    hidden = module.hidden_size
+    for k in range(module.num_layers):
+        weight, weight_hh, bias = module._weights(k)
+        inputs = module.input_size if k == 0 else hidden
+        now, before = weight.detach().split(inputs, 1) if module._window == 2 else (weight, None)
+        program.keep(name + module._state_name, "c", hidden)
+        if before is not None:
+            program.keep(f"{name}x_{k}", "x", inputs)
+        program.add(
+            module.cell,
+            inputs,
+            hidden,
+            now,
+            before,
+            bias,
+            weight_hh,
+            hidden=hidden,
+            matrices=module._spec.inputs,
+            parameter=1.0 - getattr(module, "zoneout", 0.0),
+        )
 
 
 # ---- convolutions ----

@@ -250,22 +250,19 @@ class Session:
         return groups
 
     def _tensor_shape(self, parts: list[State]) -> tuple[int, ...]:
-        """Shape of a tensor of the state; that of a convolution has its channels before its steps."""
-        if parts[0].part == "r":
-            return (self.batch_size, *parts[0].shape[::-1])
-        return (len(parts), self.batch_size, *parts[0].shape)
+        """Shape in C++ of a tensor of the state."""
+        stack = (len(parts),) if parts[0].stacked else ()
+        return (*stack, self.batch_size, *parts[0].shape)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors ``h`` and ``c``, each (num_layers, B, features), of a convolution ``history``
-        (B, C, (K-1)·dilation); in a Sequential ``<index>.h`` …"""
+        (B, C, (K-1)·dilation), and of a QRNN with a window of 2 ``x_0`` …, (B, features); in a Sequential ``<index>.h``
+        …"""
         state, found = {}, []
         for name, parts in self._grouped().items():
-            history = parts[0].part == "r"
-            shape = (self.batch_size, *parts[0].shape) if history else self._tensor_shape(parts)
-            tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
-            rows = [tensor] if history else tensor
-            found += [(part.layer, part.part, row.data_ptr()) for part, row in zip(parts, rows, strict=True)]
-            state[name] = tensor.transpose(1, 2) if history else tensor
+            tensor = torch.empty(self._tensor_shape(parts), dtype=torch.float32, device="cpu")
+            found += _addresses(tensor, parts)
+            state[name] = tensor.transpose(1, 2) if parts[0].part == "r" else tensor
         self._session.read_state(found)
         return state
 
@@ -283,6 +280,8 @@ class Session:
         tensors, found = [], []
         for name, parts in groups.items():
             shape, value = self._tensor_shape(parts), state_dict[name]
+            history = parts[0].part == "r"
+            shape = (shape[0], shape[2], shape[1]) if history else shape
             _arguments.tensor("state_dict", repr(name), value)
             if value.is_complex() or value.is_meta:
                 raise ValueError(
@@ -290,11 +289,9 @@ class Session:
                 )
             if tuple(value.shape) != shape:
                 raise ValueError(f"state_dict: expected {name!r} of shape {shape}, but got {tuple(value.shape)}")
-            history = parts[0].part == "r"
             value = value.detach().to("cpu", torch.float32)
             tensors.append(_plain(value.transpose(1, 2) if history else value))
-            rows = [tensors[-1]] if history else tensors[-1]
-            found += [(part.layer, part.part, row.data_ptr()) for part, row in zip(parts, rows, strict=True)]
+            found += _addresses(tensors[-1], parts)
         self._session.write_state(found)
 
 
@@ -316,6 +313,12 @@ def _made(batch_size: int, weights: str, layers: list[Layer]) -> Any:
         vars(layer) | {"weights": [0 if t is None else t.data_ptr() for t in layer.weights]} for layer in layers
     ]
     return _session.Session(_table(), batch_size, weights, described)
+
+
+def _addresses(tensor: Tensor, parts: list[State]) -> list[tuple[int, str, int]]:
+    """Layer, letter and address of each part of a tensor of the state."""
+    rows = tensor if parts[0].stacked else [tensor]
+    return [(part.layer, part.part, row.data_ptr()) for part, row in zip(parts, rows, strict=True)]
 
 
 def _plain(tensor: Tensor) -> Tensor:

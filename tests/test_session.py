@@ -66,6 +66,15 @@ CELLS = {cell: maker(module) for cell, module in modules("cpp").items()} | {
     "sru_norm_projected": sru(layer_norm=True, projection_size=4),
     "sru_projected_first": sru(projection_size=4, proj_input_to_hidden_first=True),
     "sru_norm_after": sru(layer_norm=True, normalize_after=True),
+    "qrnn": maker(nn.QRNN, zoneout=0.3),
+    "qrnn_window": maker(nn.QRNN, window=2),
+    "qrnn_no_output_gate": maker(nn.QRNN, window=2, output_gate=False),
+    "indrnn": maker(nn.IndRNN),
+    "indrnn_tanh": maker(nn.IndRNN, nonlinearity="tanh"),
+    "min_gru": maker(nn.MinGRU),
+    "min_gru_g": maker(nn.MinGRU, candidate="g"),
+    "min_lstm": maker(nn.MinLSTM),
+    "min_lstm_g": maker(nn.MinLSTM, candidate="g"),
 }
 
 

@@ -111,7 +111,7 @@ def epilogue(
     if dropout > 0:
         assert seed is not None
         scale = 1 / (1 - dropout) if dropout < 1 else 0.0
-        y = torch.where(dropout_mask(seed, tuple(y.shape), dropout), y * scale, 0.0)
+        y = torch.where(dropout_mask(seed, (y.shape[0], y.shape[1], y.shape[2]), dropout), y * scale, 0.0)
     if residual is not None:
         y = y + residual
     return torch.relu(y) if relu else y

@@ -20,12 +20,9 @@ def smooth(t: mp.mpf) -> mp.mpf:
 def series(terms: int) -> list[mp.mpf]:
     nodes = [mp.cos(mp.pi * (k + mp.mpf(1) / 2) / NODES) for k in range(NODES)]
     values = [smooth((x + 1) / 2) for x in nodes]
-    return [
-        (2 if j else 1)
-        / mp.mpf(NODES)
-        * mp.fsum(v * mp.cos(j * mp.acos(x)) for v, x in zip(values, nodes, strict=True))
-        for j in range(terms)
-    ]
+    pairs = list(zip(values, nodes, strict=True))
+    sums = [mp.fsum(value * mp.cos(j * mp.acos(x)) for value, x in pairs) for j in range(terms)]
+    return [(2 if j else 1) / mp.mpf(NODES) * total for j, total in enumerate(sums)]
 
 
 def main() -> None:
