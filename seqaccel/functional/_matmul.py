@@ -9,19 +9,19 @@ from torch import Tensor
 from seqaccel import _common
 from seqaccel.functional._registration import Operator, call, register
 
-
-def _has_ours(a: Tensor, backend: str) -> bool:
-    return backend == "cpp" and a.dtype in (torch.float32, torch.float64)
+_OURS = (torch.float32, torch.float64)
 
 
 def mm(a: Tensor, b: Tensor, backend: str) -> Tensor:
     """a @ b."""
-    return torch.ops.seqaccel.fastest_mm.default(a, b) if _has_ours(a, backend) else torch.mm(a, b)
+    if backend == "cpp" and a.dtype in _OURS:
+        return torch.ops.seqaccel.fastest_mm.default(a, b)
+    return torch.mm(a, b)
 
 
 def add_mm_(out: Tensor, a: Tensor, b: Tensor, backend: str) -> Tensor:
     """out += a @ b."""
-    if not _has_ours(a, backend) or _common.is_batched(a):
+    if backend != "cpp" or a.dtype not in _OURS or _common.is_batched(a):
         return out.addmm_(a, b)
     torch.ops.seqaccel.add_fastest_mm_.default(out, a, b)
     return out

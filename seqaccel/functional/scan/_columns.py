@@ -49,7 +49,46 @@ class Caller(NamedTuple):
         return self.names.get(operand, operand)
 
 
-_DIFFERENTIABLE = 5  # of u and the operands: u, x, weight, bias, c_0
+# Autograd sees u, x, weight, bias and c_0; the rest of an operator's arguments goes as one tuple, since each argument
+# of a Function costs time.
+Rest = tuple[Any, ...]  # mask, scale, mask_pad, reset, cu_seqlens, directions
+
+
+_NO_MASKS = (None,) * 5
+
+
+def _save(ctx: Any, cell: str, backend: str, rest: Rest, h: Tensor, c: Tensor, *tensors: Tensor | None) -> None:
+    """Keeps tensors and the states, which are h where that is the cell's output, for the backward pass."""
+    mask, scale, mask_pad, reset, cu_seqlens, ctx.directions = rest
+    if mask_pad is None and CELLS[cell].output_is_state:
+        c = h
+    if mask is None and scale is None and mask_pad is None and reset is None and cu_seqlens is None:
+        ctx.save_for_backward(c, *tensors)
+    else:
+        ctx.save_for_backward(c, *tensors, mask, scale, mask_pad, reset, cu_seqlens)
+    ctx.cell, ctx.backend = cell, backend
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, grad_h: Tensor | None, grad_c_n: Tensor | None, c: Tensor, rest: Rest, u: Tensor, x: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, c_0: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of u, x, weight, bias and c_0 by the operator."""
+    if grad_h is None:
+        grad_h = torch.zeros_like(c)
+    *masks, directions = rest
+    grad_u, grad_x, grad_weight, grad_bias, grad_c_0 = call(
+        _operator("column_backward", ctx.backend),
+        ctx.cell, grad_h, grad_c_n, u, x, weight, bias, c_0, *masks, c, directions,
+    )  # fmt: skip
+    return (
+        grad_u,
+        None if x is None else grad_x,
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+        grad_c_0,
+    )
 
 
 class _Columns(torch.autograd.Function):
@@ -57,51 +96,27 @@ class _Columns(torch.autograd.Function):
     saved."""
 
     @staticmethod
-    def forward(ctx, kept, cell, backend, *inputs):
-        h, c_n, c = call(_operator("column_forward", backend), cell, *inputs, True)
+    def forward(ctx, kept, cell, backend, rest, *inputs):
+        h, c_n, c = call(_operator("column_forward", backend), cell, *inputs, *rest, True)
         if kept is not None:
             kept.append(c)
-        _save(ctx, cell, backend, inputs, h, c)
+        _save(ctx, cell, backend, rest, h, c, *inputs)
         return h, c_n
 
     @staticmethod
     def backward(ctx, grad_h, grad_c_n):
-        inputs, c = _saved(ctx)
+        c, u, x, weight, bias, c_0, *masks = ctx.saved_tensors
+        rest = (*(masks or _NO_MASKS), ctx.directions)
         if torch.is_grad_enabled():
             grads = _common.differentiable_backward(
-                lambda *first: reference.columns(ctx.cell, *first, *inputs[_DIFFERENTIABLE:]),
-                inputs[:_DIFFERENTIABLE],
+                lambda *inputs: reference.columns(ctx.cell, *inputs, *rest),
+                (u, x, weight, bias, c_0),
                 (grad_h, grad_c_n),
-                ctx.needs_input_grad[3 : 3 + _DIFFERENTIABLE],
+                ctx.needs_input_grad[4:],
             )
         else:
-            grads = _gradients(ctx, inputs, c, grad_h, grad_c_n)
-        return None, None, None, *grads, *[None] * 6
-
-
-def _save(ctx: Any, cell: str, backend: str, inputs: tuple[Any, ...], h: Tensor, c: Tensor, *others: Tensor) -> None:
-    """Keeps the states for backward: those of a cell whose output is its state are h."""
-    *tensors, directions = inputs
-    h_is_c = not CELLS[cell].saves_states(inputs[7] is not None)
-    ctx.save_for_backward(*others, *tensors, h if h_is_c else c)
-    ctx.cell, ctx.backend, ctx.directions = cell, backend, directions
-    ctx.set_materialize_grads(False)
-
-
-def _saved(ctx: Any) -> tuple[tuple[Any, ...], Tensor]:
-    *tensors, c = ctx.saved_tensors
-    return (*tensors, ctx.directions), c
-
-
-def _gradients(
-    ctx: Any, inputs: tuple[Any, ...], c: Tensor, grad_h: Tensor | None, grad_c_n: Tensor | None
-) -> tuple[Any, ...]:
-    """Of u, x, weight, bias and c_0 by the operator."""
-    if grad_h is None:
-        grad_h = torch.zeros_like(c)
-    *tensors, directions = inputs
-    found = call(_operator("column_backward", ctx.backend), ctx.cell, grad_h, grad_c_n, *tensors, c, directions)
-    return tuple([None if t is None else grad for t, grad in zip(inputs, found, strict=False)])
+            grads = _gradients(ctx, grad_h, grad_c_n, c, rest, u, x, weight, bias, c_0)
+        return None, None, None, None, *grads
 
 
 class _ColumnLayer(torch.autograd.Function):
@@ -112,49 +127,45 @@ class _ColumnLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, cell, backend, same, input, weight, x, *rest):
-        ctx.same = same
+    def forward(ctx, cell, backend, rest, same, interleaved, input, weight, x, recurrent, bias, c_0):
+        ctx.same, ctx.interleaved = same, interleaved
+        x = input if same else x
         steps, batch, features = input.shape
-        matrix = weight if CELLS[cell].interleaved else weight.t()
+        matrix = weight if interleaved else weight.t()
         u = call(mm, input.reshape(steps * batch, features), matrix, backend).view(steps, batch, matrix.shape[1])
-        inputs = (u, input if same else x, *rest)
-        h, c_n, c = call(_operator("column_forward", backend), cell, *inputs, True)
-        _save(ctx, cell, backend, inputs, h, c, input, weight)
+        h, c_n, c = call(_operator("column_forward", backend), cell, u, x, recurrent, bias, c_0, *rest, True)
+        _save(ctx, cell, backend, rest, h, c, input, weight, u, x, recurrent, bias, c_0)
         return h, c_n
 
     @staticmethod
     def backward(ctx, grad_h, grad_c_n):
-        (input, weight, *inputs), c = _saved(ctx)
-        interleaved = CELLS[ctx.cell].interleaved
-        unused = (None,) * 6
+        c, input, weight, u, x, recurrent, bias, c_0, *masks = ctx.saved_tensors
+        rest = (*(masks or _NO_MASKS), ctx.directions)
+        same, interleaved = ctx.same, ctx.interleaved
         if torch.is_grad_enabled():
 
-            def layer(input, weight, x, *first):
+            def layer(input, weight, x, *inputs):
                 u = input @ (weight if interleaved else weight.t())
-                return reference.columns(
-                    ctx.cell, u, input if ctx.same else x, *first, *inputs[_DIFFERENTIABLE:]
-                )  # fmt: skip
+                return reference.columns(ctx.cell, u, input if same else x, *inputs, *rest)
 
-            given = (input, weight, None if ctx.same else inputs[1], *inputs[2:_DIFFERENTIABLE])
-            grads = _common.differentiable_backward(
-                layer, given, (grad_h, grad_c_n), ctx.needs_input_grad[3 : 4 + _DIFFERENTIABLE]
-            )
-            return None, None, None, *grads, *unused
-        grad_u, grad_x, *grads = _gradients(ctx, inputs, c, grad_h, grad_c_n)
+            inputs = (input, weight, None if same else x, recurrent, bias, c_0)
+            grads = _common.differentiable_backward(layer, inputs, (grad_h, grad_c_n), ctx.needs_input_grad[5:])
+            return None, None, None, None, None, *grads
+        grad_u, grad_x, *grads = _gradients(ctx, grad_h, grad_c_n, c, rest, u, x, recurrent, bias, c_0)
         rows, features = input.shape[0] * input.shape[1], input.shape[2]
-        grad_u = grad_u.view(rows, grad_u.shape[2])
-        matrix = weight.t() if interleaved else weight
+        grad_u = grad_u.view(rows, u.shape[2])
         grad_input = grad_weight = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[6]:
             grad_weight = call(mm, grad_u.t(), input.reshape(rows, features), ctx.backend)
             grad_weight = grad_weight.t() if interleaved else grad_weight
-        if ctx.needs_input_grad[3]:
-            if ctx.same:
+        if ctx.needs_input_grad[5]:
+            matrix = weight.t() if interleaved else weight
+            if same:
                 grad_input = call(add_mm_, grad_x.view(rows, features), grad_u, matrix, ctx.backend)
                 grad_input = grad_input.view(input.shape)
             else:
                 grad_input = call(mm, grad_u, matrix, ctx.backend).view(input.shape)
-        return None, None, None, grad_input, grad_weight, None if ctx.same else grad_x, *grads, *unused
+        return None, None, None, None, None, grad_input, grad_weight, None if same else grad_x, *grads
 
 
 # ---- checks ----
@@ -165,9 +176,10 @@ def check_types(caller: Caller, directions: Any, scale: Any = None, **tensors: A
     for key, value in tensors.items():
         if value is not None and not isinstance(value, Tensor):
             _arguments.tensor(caller.name, caller.called(key), value, optional=True)
-    if not isinstance(scale, Tensor) and scale is not None:
+    if scale is not None and not isinstance(scale, Tensor):
         _arguments.number(caller.name, caller.called("scale"), scale)
-    _arguments.integer(caller.name, "directions", directions)
+    if type(directions) is not int:
+        _arguments.integer(caller.name, "directions", directions)
 
 
 @_common.unrecorded
@@ -188,6 +200,23 @@ def _check_offsets(name: str, cu_seqlens: Tensor, u: Tensor, steps: int, batch: 
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != steps or any(b < a for a, b in itertools.pairwise(ends)):
         raise ValueError(f"{name}: expected cu_seqlens to ascend from 0 to {steps}, but got {ends!r:.60}")
+
+
+def _refuse(
+    caller: Caller, key: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, first_name: str, first: Tensor
+) -> None:
+    """Raises where an operand has another shape, dtype or device."""
+    name, key, device = caller.name, caller.called(key), first.device
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {key} to have shape {tuple(shape)}, but got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        wanted = f"have the dtype of {first_name}, {dtype}" if dtype.is_floating_point else f"be {dtype}"
+        raise TypeError(f"{name}: expected {key} to {wanted}, but got {tensor.dtype}")
+    if tensor.device != device:
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on the same device, "
+            f"but {first_name} is on {device} and {key} is on {tensor.device}"
+        )
 
 
 def check(
@@ -230,49 +259,43 @@ def check(
     if cu_seqlens is not None:
         _check_offsets(name, cu_seqlens, first, steps, batch, (mask_pad, reset))
         sequences = cu_seqlens.shape[0] - 1
-    if c_0 is None:
-        c_0 = first.new_zeros(sequences, channels)
-    if scale is not None:
-        scale = scale.reshape(-1) if isinstance(scale, Tensor) else first.new_full((1,), scale)
-    of_steps = weight is not None and weight.dim() == 3 and spec.skip
-    wide = (steps, batch, channels)
-    expected = (
-        ("x", x, wide),
-        ("weight", weight, (steps, batch, 2 * channels) if of_steps else (spec.weights * channels,)),
-        ("bias", bias, (spec.biases * channels,)),
-        ("c_0", c_0, (sequences, channels)),
-        ("mask", mask, (sequences, channels) if spec.mask == "BC" else wide),
-        ("scale", scale, (1,)),
-        ("mask_pad", mask_pad, (steps, batch)),
-        ("reset", reset, (steps, batch)),
-        ("cu_seqlens", cu_seqlens, None),
-    )
     dtype, device = first.dtype, first.device
     if not dtype.is_floating_point:
         raise TypeError(f"{name}: expected {first_name} to be floating point, but got {dtype}")
-    for i, (key, tensor, wanted) in enumerate(expected):
-        if tensor is None:
-            continue
-        if wanted is not None and tensor.shape != wanted:
-            key = caller.called(key)
-            raise ValueError(f"{name}: expected {key} to have shape {wanted}, but got {tuple(tensor.shape)}")
-        if i < 6:
-            if tensor.dtype != dtype:
-                key = caller.called(key)
-                raise TypeError(
-                    f"{name}: expected {key} to have the dtype of {first_name}, {dtype}, but got {tensor.dtype}"
-                )
-        elif i < 8 and tensor.dtype != torch.bool:
-            raise TypeError(f"{name}: expected {key} to be torch.bool, but got {tensor.dtype}")
-        if tensor.device != device:
-            key = caller.called(key)
-            raise RuntimeError(
-                f"{name}: expected all tensors to be on the same device, "
-                f"but {first_name} is on {device} and {key} is on {tensor.device}"
-            )
-    for key, tensor in (("mask", mask), ("scale", scale)):
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(f"{name}: {caller.called(key)} is not differentiated: it must not require grad")
+    wide = (steps, batch, channels)
+    if x is not None and (x.shape != wide or x.dtype is not dtype or x.device != device):
+        _refuse(caller, "x", x, wide, dtype, first_name, first)
+    if weight is not None:
+        wanted: tuple[int, ...] = (spec.weights * channels,)
+        if spec.skip and weight.dim() == 3:
+            wanted = (steps, batch, spec.weights * channels)
+        if weight.shape != wanted or weight.dtype is not dtype or weight.device != device:
+            _refuse(caller, "weight", weight, wanted, dtype, first_name, first)
+    if bias is not None:
+        wanted = (spec.biases * channels,)
+        if bias.shape != wanted or bias.dtype is not dtype or bias.device != device:
+            _refuse(caller, "bias", bias, wanted, dtype, first_name, first)
+    if c_0 is None:
+        c_0 = first.new_zeros(sequences, channels)
+    elif c_0.shape != (sequences, channels) or c_0.dtype is not dtype or c_0.device != device:
+        _refuse(caller, "c_0", c_0, (sequences, channels), dtype, first_name, first)
+    if mask is not None or scale is not None:
+        if isinstance(scale, (int, float)):
+            scale = first.new_full((1,), scale)
+        scale = scale if scale is None else scale.reshape(-1)
+        for key, tensor, wanted in (
+            ("mask", mask, (sequences, channels) if spec.mask == "BC" else wide),
+            ("scale", scale, (1,)),
+        ):
+            if tensor is None:
+                continue
+            _refuse(caller, key, tensor, wanted, dtype, first_name, first)
+            if tensor.requires_grad:
+                raise RuntimeError(f"{name}: {caller.called(key)} is not differentiated: it must not require grad")
+    if mask_pad is not None or reset is not None:
+        for key, tensor in (("mask_pad", mask_pad), ("reset", reset)):
+            if tensor is not None:
+                _refuse(caller, key, tensor, (steps, batch), torch.bool, first_name, first)
     return Operands(x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens, directions)
 
 
@@ -285,7 +308,7 @@ def _run(cell: str, backend: str, u: Tensor, operands: Operands) -> tuple[Tensor
     if torch.compiler.is_compiling():  # autograd records the operator itself
         h, c_n, _ = _operator("column_forward", backend)(cell, u, *operands, False)
     elif _common.needs_grad(u, operands.x, operands.weight, operands.bias, operands.c_0):
-        h, c_n = _Columns.apply(None, cell, backend, u, *operands)
+        h, c_n = _Columns.apply(None, cell, backend, operands[4:], u, *operands[:4])
     else:
         h, c_n, _ = call(_operator("column_forward", backend), cell, u, *operands, False)
     return h, c_n
@@ -336,7 +359,8 @@ def layer(
         u = mm(input.flatten(0, 1), matrix, backend).view(shape)
     elif _common.needs_grad(input, weight, x, operands.weight, operands.bias, operands.c_0):
         same = x is input
-        return _ColumnLayer.apply(cell, backend, same, input, weight, None if same else x, *operands[1:])
+        inputs = (input, weight, None if same else x, *operands[1:4])
+        return _ColumnLayer.apply(cell, backend, operands[4:], same, interleaved, *inputs)
     else:
         u = call(mm, input.flatten(0, 1), matrix, backend).view(shape)
     return _run(cell, backend, u, operands)
@@ -364,7 +388,7 @@ def _definition(*arguments):
 def _recorded(backend, cell, *arguments):
     *inputs, save = arguments
     kept: list[Tensor] = []
-    h, c_n = _Columns.apply(kept, cell, backend, *inputs)
+    h, c_n = _Columns.apply(kept, cell, backend, tuple(inputs[5:]), *inputs[:5])
     return h, c_n, kept[0] if save else kept[0].new_empty(0)
 
 

@@ -19,7 +19,8 @@ def _check(
     _arguments.tensors(caller.name, weight_c=weight_c, bias=bias)
     check_types(caller, directions, scale_x, x=x, c_0=c_0, mask=mask_c, mask_pad=mask_pad, reset=reset,
                 cu_seqlens=cu_seqlens)  # fmt: skip
-    _arguments.flag(caller.name, "use_tanh", use_tanh)
+    if use_tanh is not False:
+        _arguments.flag(caller.name, "use_tanh", use_tanh)
     return "sru_tanh" if use_tanh else "sru"
 
 
