@@ -81,36 +81,4 @@ T* write(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline SruShape check_sru(const Tensor& u, const OptionalTensor& x, const Tensor& weight_c, const Tensor& bias,
-                          const Tensor& c_0, const OptionalTensor& mask_c, const OptionalTensor& mask_pad,
-                          const OptionalTensor& scale_x, int64_t directions, bool use_tanh) {
-  check_float_or_double(u, "u");
-  const ScalarType dtype = u.scalar_type();
-  STD_TORCH_CHECK(u.dim() == 3, "seqaccel: expected u to have 3 dimensions, but got ", shape_string(u));
-  STD_TORCH_CHECK(c_0.dim() == 2, "seqaccel: expected c_0 to have 2 dimensions, but got ", shape_string(c_0));
-  STD_TORCH_CHECK(directions == 1 || directions == 2, "seqaccel: expected directions to be 1 or 2, but got ",
-                  directions);
-  check_memory(u, "u");
-  const int64_t steps = u.size(0), batch = u.size(1), channels = c_0.size(1);
-  STD_TORCH_CHECK(
-      channels > 0 && channels % directions == 0 && (u.size(2) == 3 * channels || u.size(2) == 4 * channels),
-      "seqaccel: expected u to have 3 or 4 times the channels of c_0 ", shape_string(c_0), " with ", directions,
-      " directions, but got ", shape_string(u));
-  const bool projected = u.size(2) == 4 * channels;
-  STD_TORCH_CHECK(!(projected && x), "seqaccel: x must be None where u holds the projected input (4 matrices)");
-  check_operand(c_0, "c_0", {batch, channels}, u, dtype);
-  check_operand(x, "x", {steps, batch, channels}, u, dtype);
-  check_operand(weight_c, "weight_c", {2 * channels}, u, dtype);
-  check_operand(bias, "bias", {2 * channels}, u, dtype);
-  check_operand(mask_c, "mask_c", {batch, channels}, u, dtype);
-  check_operand(mask_pad, "mask_pad", {steps, batch}, u, ScalarType::Bool);
-  check_operand(scale_x, "scale_x", {1}, u, dtype);
-  return {steps,
-          batch,
-          directions,
-          channels / directions,
-          projected ? Highway::projected : x ? Highway::input : Highway::none,
-          use_tanh};
-}
-
 }  // namespace seqaccel::scan

@@ -1,4 +1,4 @@
-// The table of scan kernels.
+// The table of linear scans.
 #pragma once
 
 #include "common/scan.h"
@@ -19,10 +19,6 @@ struct ScanKernels {
   LinearScanKernels<Float16> linear_float16;
   LinearScanKernels<Complex<float>> linear_complex_float;
   LinearScanKernels<Complex<double>> linear_complex_double;
-  void (*sru_forward_float)(const SruForward<float>&);
-  void (*sru_forward_double)(const SruForward<double>&);
-  void (*sru_backward_float)(const SruBackward<float>&);
-  void (*sru_backward_double)(const SruBackward<double>&);
 };
 
 }  // namespace seqaccel::scan
