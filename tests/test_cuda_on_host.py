@@ -1,4 +1,4 @@
-"""CUDA kernels whose threads do not meet, run on the CPU: one thread after another.
+"""CUDA kernels run on the CPU: one thread after another, or where they meet at barriers, a block's threads at once.
 
 The source is compiled by the C++ compiler, with a header in the place of CUDA's and launches as loops. So the
 arithmetic and the addresses are tested where there is no GPU; what is not tested is nvcc, and how fast it is.
@@ -15,7 +15,7 @@ import subprocess
 import pytest
 import torch
 import torch.utils.cpp_extension
-from scan_cases import DOUBLE, needs_cpp, rounded
+from scan_cases import DOUBLE, linear_inputs, needs_cpp, rounded
 from test_scan_columns import each_cell, problem
 from tolerances import assert_close
 
@@ -33,27 +33,45 @@ pytestmark = [
 LAUNCH = """
 #pragma once
 #include <algorithm>
+#include <barrier>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include "common/tensor.h"
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __shared__ static
 using std::max;
 using std::min;
 typedef void* cudaStream_t;
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, threadIdx, blockDim;
+inline Index blockIdx, blockDim;
+inline thread_local Index threadIdx;
+inline std::barrier<>* meeting;
+inline void __syncthreads() { meeting->arrive_and_wait(); }
 
 template <class Kernel, class... Arguments>
 void launch(unsigned blocks, unsigned threads, Kernel kernel, Arguments... arguments) {
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(arguments...);
+    if (!kMeet) {
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(arguments...);
+      continue;
+    }
+    std::barrier all(threads);
+    meeting = &all;
+    std::vector<std::jthread> team;
+    for (unsigned i = 0; i < threads; ++i) {
+      team.emplace_back([=] {
+        threadIdx.x = i;
+        kernel(arguments...);
+      });
+    }
   }
 }
 
@@ -80,24 +98,27 @@ constexpr int kThreads = 256;
 inline unsigned grid_size(int64_t blocks) { return unsigned(blocks); }
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline Tensor fresh(const Tensor& like, const Extents& sizes) { return new_tensor(like, sizes); }
+inline Tensor fresh_like(const Tensor& t) { return new_like(t); }
 }  // namespace seqaccel::cuda
 """
 
 
-def compiled(source, folder):
-    """A library with the operators of a .cu file as those of a CPU, in the namespace ``seqaccel_on_host``."""
-    text = (CSRC / source).read_text()
-    schemas = re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", (CSRC / "cpu/scan/columns.cpp").read_text())
+def compiled(name, folder):
+    """The operators of csrc/cuda/scan/<name>.cu as those of a CPU."""
+    text = (CSRC / f"cuda/scan/{name}.cu").read_text()
+    launches = f"constexpr bool kMeet = {str('__syncthreads' in text).lower()};\n{LAUNCH}"
+    schemas = re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", (CSRC / f"cpu/scan/{name}.cpp").read_text())
     text = re.sub(r"(\w+<[^<>;]*>)\s*<<<(.*?), (\w+), 0, stream>>>\(", r"launch(\2, \3, \1, ", text, flags=re.S)
     text = re.sub(r"STD_CUDA_KERNEL_LAUNCH_CHECK\(\);|const torch::stable::accelerator::DeviceGuard guard.*;", "", text)
     text = text.replace(
         "STABLE_TORCH_LIBRARY_IMPL(seqaccel, CUDA, m)",
-        f"STABLE_TORCH_LIBRARY(seqaccel_on_host, m) {{ {' '.join(f'm.def({schema});' for schema in schemas)} }}\n"
-        "STABLE_TORCH_LIBRARY_IMPL(seqaccel_on_host, CPU, m)",
+        f"STABLE_TORCH_LIBRARY({name}_on_host, m) {{ {' '.join(f'm.def({schema});' for schema in schemas)} }}\n"
+        f"STABLE_TORCH_LIBRARY_IMPL({name}_on_host, CPU, m)",
     )
-    for name, content in {"source.cpp": text, "cuda/launch.cuh": LAUNCH, "cuda_bf16.h": "", "cuda_fp16.h": ""}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
+    files = {"source.cpp": text, "cuda/launch.cuh": launches, "cuda_bf16.h": "", "cuda_fp16.h": ""}
+    for path, content in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(content)
     include = [f"-I{path}" for path in (folder, CSRC, *torch.utils.cpp_extension.include_paths())]
     libraries = [f"-L{path}" for path in torch.utils.cpp_extension.library_paths()] + [
         "-ltorch",
@@ -108,13 +129,13 @@ def compiled(source, folder):
     command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", *abi, *include, "source.cpp", "-o", "library.so"]
     done = subprocess.run([*command, *libraries], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "library.so"
+    torch.ops.load_library(folder / "library.so")
+    return getattr(torch.ops, f"{name}_on_host")
 
 
 @pytest.fixture(scope="module")
 def columns(tmp_path_factory):
-    torch.ops.load_library(compiled("cuda/scan/columns.cu", tmp_path_factory.mktemp("columns")))
-    operators = torch.ops.seqaccel_on_host
+    operators = compiled("columns", tmp_path_factory.mktemp("columns"))
     return operators.column_forward, operators.column_backward
 
 
@@ -197,3 +218,40 @@ def test_offsets_out_of_range_or_order_of_column_cells(columns):
         assert h.shape == (4, 1, 6) and c_n.isfinite().all()
         grads = backward("fo_pool", torch.ones_like(h), None, *given, c, directions)
         assert grads[4].shape == (2, 6)
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    operators = compiled("linear_scan", tmp_path_factory.mktemp("linear_scan"))
+    return operators.linear_scan_forward, operators.linear_scan_backward
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_linear_scan(dtype, reverse, linear, poison):
+    """As the C++ kernels of the CPU; the last two sizes are cut into chunks of time."""
+    definition = torch.ops.seqaccel.linear_scan_forward, torch.ops.seqaccel.linear_scan_backward
+    for sizes, offsets in [
+        ((2, 5, 3), None),
+        ((1, 70, 9), [0, 0, 3, 70]),
+        ((1, 0, 2), [0, 0]),
+        ((1, 1030, 2), [0, 1, 1030]),
+        ((1, 300, 9), None),
+    ]:
+        sequences = sizes[0] if offsets is None else len(offsets) - 1
+        inputs = linear_inputs(*sizes, sequences=sequences, is_complex=dtype.is_complex)
+        a, b, h_0 = (t.to(dtype) for t in inputs.values())
+        grad_h, grad_h_last = torch.randn(sizes).to(dtype), torch.randn(sequences, sizes[2]).to(dtype)
+        cu_seqlens = None if offsets is None else torch.tensor(offsets)
+        for start, grad_end in ((h_0, grad_h_last), (None, None)):
+            results = []
+            h = definition[0](a, b, start, cu_seqlens, reverse, False)[0]
+            for forward, backward in (linear, definition):
+                results.append(
+                    (
+                        *forward(a, b, start, cu_seqlens, reverse, True),
+                        *backward(grad_h, grad_end, a, h, start, cu_seqlens, reverse),
+                    )
+                )
+            for found, wanted in zip(*results, strict=True):
+                assert_close(found, wanted, "scan", dtype, backward=True, what=str(sizes))
