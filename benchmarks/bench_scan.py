@@ -70,12 +70,15 @@ def linear_scan_case(B, T, D, device, backends, train):
         return lambda: function(a, b)
 
     contenders = {f"seqaccel[{name}]": on(name, run(seqaccel.functional.linear_scan)) for name in backends}
-    contenders |= {"torch loop": run(reference.linear_scan), "torch a*b": run(torch.mul)}
+    contenders |= {"torch loop": run(lambda *t: reference.linear_scan(*t)[0]), "torch a*b": run(torch.mul)}
+    if T > 4096 or B * T * D > 1 << 24:
+        del contenders["torch loop"]  # seconds a call
     arrays, operations = (8, 5) if train else (3, 2)
     return Case(contenders, flops=operations * B * T * D, bytes=4 * arrays * B * T * D)
 
 
 LINEAR = [{"B": 8, "T": 1024, "D": 256}, {"B": 1, "T": 4096, "D": 1024}, {"B": 4, "T": 4096, "D": 1}]
+LINEAR += [{"B": 8, "T": 4096, "D": 1024}, {"B": 1, "T": 65536, "D": 16}]  # from memory; too few columns to share
 LINEAR_ROWS = ["torch loop", "torch a*b"]
 
 
@@ -89,6 +92,19 @@ def bench_linear_scan_training(B, T, D):
     return linear_scan_case(B, T, D, "cpu", ["cpp"], train=True)
 
 
+@suite(LINEAR, ["seqaccel[cpp]"])
+def bench_linear_scan_backward(B, T, D):
+    a, b = torch.rand(B, T, D, requires_grad=True), torch.randn(B, T, D, requires_grad=True)
+    grad = torch.randn(B, T, D)
+    with seqaccel.backend("cpp"):
+        h = seqaccel.functional.linear_scan(a, b)
+
+    def backward():
+        return torch.autograd.grad(h, (a, b), grad, retain_graph=True)
+
+    return Case({"seqaccel[cpp]": backward}, flops=3 * B * T * D, bytes=4 * 5 * B * T * D)
+
+
 @suite(
     [{"B": 8, "T": 16384, "D": 1536}, {"B": 1, "T": 16384, "D": 1024}, {"B": 64, "T": 65536, "D": 1}],
     ["seqaccel[cuda]", "seqaccel[triton]", "torch a*b"],
@@ -96,7 +112,7 @@ def bench_linear_scan_training(B, T, D):
 )
 def bench_linear_scan_training_gpu(B, T, D):
     case = linear_scan_case(B, T, D, "cuda", ["cuda", "triton"], train=True)
-    del case.contenders["torch loop"]
+    case.contenders.pop("torch loop", None)
     return case
 
 
