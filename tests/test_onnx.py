@@ -209,6 +209,22 @@ class Scan(torch.nn.Module):
         return SF.linear_scan(a, b, h_0, **self.options)
 
 
+class PackedScan(torch.nn.Module):
+    def forward(self, a, b, h_0, cu_seqlens):
+        return SF.linear_scan(a, b, h_0, cu_seqlens=cu_seqlens, reverse=True, return_last=True)
+
+
+def test_linear_scan_of_sequences_in_one_row():
+    def arguments(offsets):
+        rows = torch.rand(1, offsets[-1], 4), torch.randn(1, offsets[-1], 4)
+        return *rows, torch.randn(len(offsets) - 1, 4), torch.tensor(offsets)
+
+    dims = ({1: "T"}, {1: "T"}, {0: "N"}, {0: "offsets"})
+    _, run = exported(PackedScan(), arguments([0, 3, 3, 9]), dims)
+    for offsets in ([0, 3, 3, 9], [0, 1, 5, 7, 7, 20]):
+        assert_same(run, PackedScan(), *arguments(offsets))
+
+
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"dim": -1}], ids=str)
 def test_linear_scan(options):
     def arguments(batch, steps):

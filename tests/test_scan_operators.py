@@ -105,6 +105,44 @@ def test_functions_under_transforms_and_compilation(backend):
         torch.testing.assert_close(compiled(a, b), linear_scan(a, b, reverse=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", CPP])
+def test_packed_linear_scan_under_transforms_and_compilation(backend):
+    a, b, h_0 = torch.rand(1, 9, 3), torch.randn(1, 9, 3), torch.randn(2, 3)
+    cu_seqlens = torch.tensor([0, 4, 9])
+
+    def both(a, b, h_0, cu_seqlens=cu_seqlens):
+        return linear_scan(a, b, h_0, cu_seqlens=cu_seqlens, return_last=True)
+
+    def loss(*tensors):
+        h, h_last = both(*tensors)
+        return h.square().sum() + h_last.sum()
+
+    with seqaccel.backend(backend):
+        stacked = [torch.stack((t, 2 * t)) for t in (a, b, h_0)]
+        mapped = torch.vmap(both)(*stacked)
+        torch.testing.assert_close([t[1] for t in mapped], list(both(2 * a, 2 * b, 2 * h_0)))
+        leaves = [t.clone().requires_grad_() for t in (a, b, h_0)]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(a, b, h_0), expected)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+        for offsets in ([0, 4, 9], [0, 0, 6, 9]):
+            offsets = torch.tensor(offsets)
+            leaves = [t.clone().requires_grad_() for t in (a, b, torch.randn(len(offsets) - 1, 3))]
+            expected = torch.autograd.grad(loss(*leaves, offsets), leaves)
+            torch.testing.assert_close(torch.autograd.grad(compiled(*leaves, offsets), leaves), expected)
+        program = torch.export.export(Both(), (a, b, h_0, cu_seqlens))
+        torch.testing.assert_close(program.module()(a, b, h_0, cu_seqlens), both(a, b, h_0))
+    if backend == "cpp":
+        forward = torch.ops.seqaccel.linear_scan_forward
+        mapped = torch.vmap(lambda *t: forward(*t, cu_seqlens, False, True))(*stacked)
+        torch.testing.assert_close([t[1] for t in mapped], list(both(2 * a, 2 * b, 2 * h_0)))
+
+
+class Both(torch.nn.Module):
+    def forward(self, a, b, h_0, cu_seqlens):
+        return linear_scan(a, b, h_0, cu_seqlens=cu_seqlens, return_last=True)
+
+
 @needs_cpp
 def test_autocast_means_float32():
     a = torch.rand(2, 5, 3).bfloat16()
@@ -132,6 +170,11 @@ def test_on_a_gpu(backend, dtype, poison):
         for sizes in [(2, 7, 5), (1, 9000, 1), (3, 1500, 8), (2, 3000, 40), (4, 64, 2000), (1, 1, 1)]:
             for reverse, with_h_0 in itertools.product([False, True], [False, True]):
                 check_linear(sizes, dtype, reverse, with_h_0)
+        for sizes, offsets in [((1, 70, 40), [0, 0, 3, 70]), ((1, 9000, 3), [0, 1, 9000])]:
+            check_linear(sizes, dtype, offsets=offsets)
+        if backend == "cuda":
+            for sizes in [(2, 70, 40), (1, 9000, 1)]:
+                check_linear(sizes, torch.complex64)
         for sizes in [(5, 2, 3), (70, 3, 17), (33, 4, 300), (1, 1, 1)]:
             for directions, highway, masks in itertools.product([1, 2], ["none", "input", "projected"], [False, True]):
                 check_sru(sizes, dtype, directions, highway, masks, use_tanh=masks)

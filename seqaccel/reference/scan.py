@@ -17,7 +17,7 @@ def _within(cu_seqlens: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     begin = torch.cat((torch.zeros_like(between[:1]), between[1:-1]))[:sequences]
     end = torch.cat((between[1:-1], torch.full_like(between[:1], steps)))[:sequences]
     time = torch.arange(steps, device=between.device)
-    return begin, end, torch.searchsorted(end, time, right=True).clamp(max=max(sequences - 1, 0))
+    return begin, end, (time[:, None] >= end[:-1]).sum(1)
 
 
 def restarted(a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -216,8 +216,9 @@ COLUMN_CELLS = {
 
 
 def offsets(cu_seqlens: Tensor, steps: int) -> Tensor:
-    """Ascending offsets in ``steps`` steps: one that is out of range or order counts as the nearest that is not."""
-    return cu_seqlens.clamp(0, steps).cummax(0).values
+    """Offsets in ``steps`` steps: one that is out of range counts as the nearest that is not. They are taken to ascend:
+    ONNX has no running maximum."""
+    return cu_seqlens.clamp(0, steps)
 
 
 def packed_steps(

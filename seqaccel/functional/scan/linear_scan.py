@@ -219,18 +219,21 @@ def linear_scan(
         cu_seqlens = cu_seqlens.to(torch.int64)
         sequences = cu_seqlens.shape[0] - 1
         ends = torch.Size((sequences, *after))
-    if h_0 is not None:
-        if h_0.shape != ends:
-            try:
-                h_0 = h_0.expand(ends)
-            except RuntimeError:
-                raise ValueError(
-                    f"linear_scan: expected h_0 to have shape {tuple(ends)}, but got {tuple(h_0.shape)}"
-                ) from None
-        h_0 = h_0.reshape(sequences, width)
-    a, b, shape = a.reshape(batch, steps, width), b.reshape(batch, steps, width), a.shape
+    if h_0 is not None and h_0.shape != ends:
+        try:
+            h_0 = h_0.expand(ends)
+        except RuntimeError:
+            raise ValueError(
+                f"linear_scan: expected h_0 to have shape {tuple(ends)}, but got {tuple(h_0.shape)}"
+            ) from None
+    shape, flat = a.shape, dim == 1 and a.dim() == 3  # calls that change nothing would take 3 us
+    if not flat:
+        a, b = a.reshape(batch, steps, width), b.reshape(batch, steps, width)
+        h_0 = None if h_0 is None else h_0.reshape(sequences, width)
     h, h_last = _run(a, b, h_0, cu_seqlens, bool(reverse), bool(return_last))
-    return (h.reshape(shape), h_last.reshape(ends)) if return_last else h.reshape(shape)
+    if not flat:
+        h, h_last = h.reshape(shape), h_last.reshape(ends) if return_last else h_last
+    return (h, h_last) if return_last else h
 
 
 def scan_summary(a: Tensor, b: Tensor, dim: int = -2) -> tuple[Tensor, Tensor]:
