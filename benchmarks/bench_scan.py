@@ -172,3 +172,50 @@ def bench_sru_step(H, layers):
 
     contenders = {"seqaccel[cpp]": on("cpp", step), "torch.nn.LSTM": stock}
     return Case(contenders, flops=layers * 2 * 3 * H * H, bytes=4 * layers * 3 * H * H)
+
+
+# ---- QRNN, minGRU, minLSTM, IndRNN ----
+
+
+class HeinsenMinGRU(torch.nn.Module):
+    """minGRU with the candidate g as its paper writes it in torch: a cumulative sum of logarithms."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        gate, candidate = torch.nn.functional.linear(x, self.layer.weight_ih_l0, self.layer.bias_ih_l0).chunk(2, -1)
+        log_g = torch.where(candidate >= 0, (candidate.relu() + 0.5).log(), -torch.nn.functional.softplus(-candidate))
+        kept = -torch.nn.functional.softplus(gate).cumsum(0)
+        return (kept + (log_g - torch.nn.functional.softplus(-gate) - kept).logcumsumexp(0)).exp(), None
+
+
+COLUMNS = {
+    "QRNN": lambda d: seqaccel.nn.QRNN(d, d),
+    "MinGRU": lambda d: seqaccel.nn.MinGRU(d, d, candidate="g"),
+    "MinLSTM": lambda d: seqaccel.nn.MinLSTM(d, d),
+    "IndRNN": lambda d: seqaccel.nn.IndRNN(d, d),
+}
+
+
+@suite(
+    [{"layer": name, "B": 32, "T": 128, "d": 256} for name in COLUMNS],
+    ["seqaccel[cpp]", "seqaccel.nn.SRU", "torch.nn.LSTM", "torch, Heinsen's scan"],
+)
+def bench_columns_training(layer, B, T, d):
+    """SRU has three products; its time times the layer's products over three is what these are measured by."""
+    torch.manual_seed(0)
+    ours, x, grad = COLUMNS[layer](d), torch.randn(T, B, d), torch.randn(T, B, d)
+    if layer == "IndRNN":
+        torch.nn.init.uniform_(ours.weight_hh_l0, 0, 0.9)
+    contenders = {
+        "seqaccel[cpp]": on("cpp", training(ours, x, grad)),
+        "seqaccel.nn.SRU": on("cpp", training(seqaccel.nn.SRU(d, d, num_layers=1), x, grad)),
+        "torch.nn.LSTM": training(torch.nn.LSTM(d, d), x, grad),
+    }
+    if layer == "MinGRU":
+        contenders["torch, Heinsen's scan"] = training(HeinsenMinGRU(ours), x, grad)
+    rows, elements = ours.weight_ih_l0.shape[0], T * B * d
+    arrays = 6 + 3 * rows // d
+    return Case(contenders, flops=3 * 2 * elements * rows, bytes=4 * (arrays * elements + 3 * rows * d))
