@@ -1,4 +1,4 @@
-"""Follows docs/adding-a-cell.md: puts its cell into a copy of the sources, builds that, lints it and runs the tests.
+"""Follows docs/adding-a-cell.md: puts its cells into a copy of the sources, builds and lints that and runs the tests.
 
 Run by ``make new-cell``, not by pytest: the build takes minutes.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "docs/adding-a-cell.md"
-TESTS = "coupled_lstm or CoupledLSTM or tables_agree or test_configurations or examples"
+TESTS = "coupled_lstm or CoupledLSTM or t_gru or TGRU or tables_agree or test_configurations or examples"
 
 # What a cell has beside the page's code: the definition once more, as a loop over scalars; the head and the docstring
 # of its module; its function.
@@ -78,6 +78,38 @@ FUNCTION = '''def coupled_lstm(
 
 
 '''
+COLUMN_LOOP = """def t_gru(u, c, w, b, *_):
+    f = sigmoid(u[1] + b[0])
+    c = f * c + (1 - f) * u[0]
+    return np.tanh(u[2] + b[1]) * c, c
+
+
+"""
+COLUMN_HEAD = '''"""The strongly typed GRU."""
+
+from seqaccel.nn.scan._base import Columns
+
+
+'''
+COLUMN_DOCSTRING = r'''
+    r"""A stack of strongly typed GRUs.
+
+    .. math::
+        f_t, o_t &= \sigma(W_f x_t + b_f), \tanh(W_o x_t + b_o) \\
+        c_t &= f_t \odot c_{t-1} + (1 - f_t) \odot W_z x_t \\
+        h_t &= o_t \odot c_t
+
+    Source: Balduzzi and Ghifary, *Strongly-typed recurrent neural networks*, 2016.
+
+    Example:
+        >>> import torch
+        >>> from seqaccel.nn.scan import TGRU
+        >>> output, c_n = TGRU(8, 16)(torch.randn(5, 3, 8))
+        >>> output.shape, c_n.shape
+        (torch.Size([5, 3, 16]), torch.Size([1, 3, 16]))
+    """
+
+'''
 
 
 def block(start: str) -> str:
@@ -111,7 +143,26 @@ def edits():
     # Kernels.
     yield "csrc/common/product_cells.h", "// The GRU of normalised products", block("// Greff") + "\n"
     yield "csrc/common/product_cells.h", "    RnnTanhCell,", "    CoupledLstmCell,\n"
-    yield "kernels/rnn/cells.py", "# ---- r, z = sigmoid", block("@triton.jit") + "\n\n"
+    yield "kernels/rnn/cells.py", "# ---- r, z = sigmoid", block("@triton.jit\ndef coupled") + "\n\n"
+    # The column cell.
+    first, body = block("class TGRU").split("\n", 1)
+    row = on_the_page('"t_gru": Cell(_t_gru, 0, 2),')
+    yield "seqaccel/reference/scan.py", "class Cell(NamedTuple):", block("def _t_gru") + "\n\n"
+    yield "seqaccel/reference/scan.py", '    "sru": Cell(', f"    {row}\n"
+    row = on_the_page('"t_gru": ColumnSpec(inputs=3, operations=17, biases=2, output_is_state=False),')
+    yield "seqaccel/functional/scan/_cells.py", '    "sru": _SRU,', f"    {row}\n"
+    yield "tests/test_scan_columns.py", "#: A value after a step", COLUMN_LOOP
+    yield "tests/test_scan_columns.py", '    "sru": sru,', '    "t_gru": t_gru,\n'
+    yield "csrc/common/column_cells.h", "// What stands for the input in the highway", block("// Balduzzi") + "\n"
+    yield "csrc/common/column_cells.h", "    PoolCell<true>,", "    TGruCell,\n"
+    yield "kernels/scan/cells.py", "# ---- QRNN.", block("@triton.jit\ndef t_gru") + "\n\n"
+    for way, arguments in (("forward", "v, c, m, skip"), ("backward", "v, c, state, m, skip, dh, dc")):
+        branch = '    elif CELL == "sru_tanh":\n        result = sru_tanh_' + way
+        text = f'    elif CELL == "t_gru":\n        result = t_gru_{way}({arguments})\n'
+        yield "kernels/scan/cells.py", branch, text
+    yield "seqaccel/nn/scan/_t_gru.py", "", COLUMN_HEAD + first + COLUMN_DOCSTRING + body
+    yield "seqaccel/nn/scan/__init__.py", "from seqaccel.nn.scan._sru_pp", "from seqaccel.nn.scan._t_gru import TGRU\n"
+    yield "seqaccel/nn/scan/__init__.py", "for _name in __all__:", '__all__ += ["TGRU"]\n\n'
     # The public function.
     yield "seqaccel/functional/rnn/_functions.py", "def peephole_lstm(", FUNCTION
     yield "seqaccel/functional/rnn/_functions.py", '    "gru",', '    "coupled_lstm",\n'
