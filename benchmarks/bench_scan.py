@@ -7,6 +7,7 @@ memory forward and shows what a memory-bound operator of torch reaches.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 
@@ -116,6 +117,23 @@ def bench_linear_scan_training_gpu(B, T, D):
     return case
 
 
+def products(x, features, train):
+    """The matrix products of a layer on x (T, B, d) alone, by torch's library and by our GEMM."""
+    rows, weight = x.flatten(0, 1), torch.randn(x.shape[2], features)
+    grad = torch.randn(rows.shape[0], features)
+
+    def run(mm):
+        def calls():
+            mm(rows, weight)
+            if train:
+                mm(grad, weight.t())
+                mm(grad.t(), rows)
+
+        return calls
+
+    return {"products, torch": run(torch.mm), "products, ours": run(torch.ops.seqaccel.mm.default)}
+
+
 def sru_case(B, T, d, device, backends, train):
     torch.manual_seed(0)
     ours, lstm = seqaccel.nn.SRU(d, d, num_layers=1).to(device), torch.nn.LSTM(d, d).to(device)
@@ -126,18 +144,25 @@ def sru_case(B, T, d, device, backends, train):
 
     contenders = {f"seqaccel[{name}]": on(name, run(ours)) for name in backends}
     contenders["torch.nn.LSTM"] = run(lstm)
+    if device == "cpu":
+        contenders |= products(x, 3 * d, train)
+        narrow = seqaccel.nn.SRU(d, d, num_layers=1).bfloat16()
+        x_narrow, grad_narrow = x.bfloat16(), grad.bfloat16()
+        run_narrow = training(narrow, x_narrow, grad_narrow) if train else inference(narrow, x_narrow)
+        contenders["seqaccel[cpp] bfloat16"] = on("cpp", run_narrow)
     if package := load_sru():
         theirs = package.SRU(d, d, num_layers=1).to(device)
         theirs.load_state_dict(ours.state_dict())
         contenders["sru"] = run(theirs)
-    products = 3 if train else 1
+    count = 3 if train else 1
     elements, weights = T * B * d, 3 * d * d
     arrays = 1 + 3 + 1 + 1 if not train else (1 + 3 + 2) + (1 + 3 + 1 + 1 + 3 + 1)
-    return Case(contenders, flops=products * 2 * elements * 3 * d, bytes=4 * (arrays * elements + products * weights))
+    return Case(contenders, flops=count * 2 * elements * 3 * d, bytes=4 * (arrays * elements + count * weights))
 
 
 SRU = [{"B": 32, "T": 128, "d": 256}, {"B": 1, "T": 1024, "d": 512}, {"B": 16, "T": 256, "d": 256}]
-SRU_ROWS = ["torch.nn.LSTM", "sru"]
+SRU_GPU_ROWS = ["torch.nn.LSTM", "sru"]
+SRU_ROWS = ["products, torch", "products, ours", "seqaccel[cpp] bfloat16", *SRU_GPU_ROWS]
 
 
 @suite(SRU, ["seqaccel[cpp]", *SRU_ROWS])
@@ -150,27 +175,30 @@ def bench_sru_inference(B, T, d):
     return sru_case(B, T, d, "cpu", ["cpp"], train=False)
 
 
-@suite([{"B": 64, "T": 1024, "d": 1024}], ["seqaccel[cuda]", "seqaccel[triton]", *SRU_ROWS], "cuda")
+@suite([{"B": 64, "T": 1024, "d": 1024}], ["seqaccel[cuda]", "seqaccel[triton]", *SRU_GPU_ROWS], "cuda")
 def bench_sru_training_gpu(B, T, d):
     return sru_case(B, T, d, "cuda", ["cuda", "triton"], train=True)
 
 
-@suite([{"H": 256, "layers": 2}], ["seqaccel[cpp]", "torch.nn.LSTM"])
+STEP_ROWS = ["seqaccel[cpp] bfloat16", "seqaccel[cpp] int8", "seqaccel[cpp] module", "torch.nn.LSTM", "sru"]
+
+
+@suite([{"H": 256, "layers": 2}, {"H": 512, "layers": 4}], ["seqaccel[cpp]", *STEP_ROWS])
 def bench_sru_step(H, layers):
+    """One step of one stream: a Session, the module, torch's LSTM, and the package's call of one step."""
     model, lstm = seqaccel.nn.SRU(H, H, num_layers=layers).eval(), torch.nn.LSTM(H, H, num_layers=layers)
     x = torch.randn(1, H)
     state = model.init_state(1)
     h_c = torch.zeros(layers, 1, H), torch.zeros(layers, 1, H)
-
-    @torch.no_grad()
-    def step():
-        return model.step(x, state)
-
-    @torch.no_grad()
-    def stock():
-        return lstm(x[None], h_c)
-
-    contenders = {"seqaccel[cpp]": on("cpp", step), "torch.nn.LSTM": stock}
+    contenders = {"seqaccel[cpp]": functools.partial(seqaccel.Session(model).step, x)}
+    for weights in ("bfloat16", "int8"):
+        contenders[f"seqaccel[cpp] {weights}"] = functools.partial(seqaccel.Session(model, 1, weights).step, x)
+    contenders["seqaccel[cpp] module"] = on("cpp", torch.no_grad()(functools.partial(model.step, x, state)))
+    contenders["torch.nn.LSTM"] = torch.no_grad()(functools.partial(lstm, x[None], h_c))
+    if package := load_sru():
+        theirs = package.SRU(H, H, num_layers=layers).eval()
+        theirs.load_state_dict(model.state_dict())
+        contenders["sru"] = torch.no_grad()(functools.partial(theirs, x[None]))
     return Case(contenders, flops=layers * 2 * 3 * H * H, bytes=4 * layers * 3 * H * H)
 
 
