@@ -610,6 +610,20 @@ def test_offsets_out_of_range_are_kept_in_range(cell, backend):
 
 @needs_cpp
 @pytest.mark.parametrize("cell", ["sru", "fo_pool", "mingru"])
+@pytest.mark.parametrize("ends", [(1, 3, 3, 4), (0, 4, 2, 5), (2, 2)])
+def test_steps_of_no_sequence_are_zero(cell, ends, poison):
+    operands = problem(cell, 5, 1, 3, offsets=[0, *[2] * (len(ends) - 2), 5]) | offsets(*ends)
+    h, c_n, c = torch.ops.seqaccel.column_forward(cell, *operands.values(), True)
+    for found, wanted in zip((h, c_n), reference.columns(cell, *operands.values()), strict=True):
+        torch.testing.assert_close(found, wanted)
+    *given, directions = operands.values()
+    saved = c if CELLS[cell].saves_states(False) else h
+    grads = torch.ops.seqaccel.column_backward(cell, torch.ones_like(h), None, *given, saved, directions)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@needs_cpp
+@pytest.mark.parametrize("cell", ["sru", "fo_pool", "mingru"])
 def test_vmap_folds_the_batch(cell):
     operands = problem(cell, 4, 2, 3, inputs=3 if CELLS[cell].skip else None, masks=True)
     mapped = ["u", *(name for name in ("mask", "mask_pad", "reset") if operands[name] is not None)]

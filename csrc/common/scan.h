@@ -63,7 +63,7 @@ struct LinearScanBackward {
 // of the one row of the tensors; else it has all of them, and the tensors have `batch` rows.
 struct ColumnShape {
   int64_t steps, batch, directions, hidden;
-  const int64_t* starts;  // [batch + 1] or null
+  const int64_t* starts;  // [batch + 1] or null; on a CPU ascending, in [0, steps]
 };
 
 // The tensors are of one type T; `starts` and the masks of steps are not. Of what a cell does not have, the pointer is

@@ -196,7 +196,7 @@ class Run {
 struct Timeline {
   int64_t first, stride, steps;
 
-  // Of a packed batch the block lies in one row. Whatever the offsets are, nothing beyond the tensors is touched.
+  // Of a packed batch the block lies in one row.
   Timeline(const ColumnShape& shape, int64_t row) {
     if (shape.starts == nullptr) {
       first = 0;
@@ -204,11 +204,9 @@ struct Timeline {
       steps = shape.steps;
       return;
     }
-    const auto within = [&](int64_t at) { return at < 0 ? 0 : at > shape.steps ? shape.steps : at; };
-    const int64_t begin = within(shape.starts[row]), end = within(shape.starts[row + 1]);
-    first = begin - row;
+    first = shape.starts[row] - row;
     stride = 1;
-    steps = end > begin ? end - begin : 0;
+    steps = shape.starts[row + 1] - shape.starts[row];
   }
   // Step `step` of the run's direction.
   int64_t time(const Run& run, int64_t step) const { return run.direction ? steps - 1 - step : step; }
