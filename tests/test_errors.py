@@ -211,7 +211,7 @@ CALLS = {
             "history": OPTIONAL,
             "dilation": (*NOT_INTS, 0, True),
             "groups": (*NOT_INTS, 0),
-            "activation": ("gelu", 3),
+            "activation": ("elu", 3),
             "dropout": (*NOT_NUMBERS, None, -1, 2),
             "output_activation": ("tanh", 3),
         },
@@ -341,7 +341,7 @@ CALLS = {
             "dilation": (*NOT_INTS, 0),
             "groups": (*NOT_INTS, 0, 3),
             "bias": NOT_FLAGS,
-            "activation": ("gelu", 3),
+            "activation": ("elu", 3),
         },
     ),
     "TCN": (
