@@ -15,7 +15,7 @@ from tolerances import assert_close
 import seqaccel
 import seqaccel.functional as SF
 from seqaccel import backends
-from seqaccel.functional.scan import CELLS
+from seqaccel.functional.scan import CELLS, _columns
 from seqaccel.reference import scan as reference
 
 each_cell = pytest.mark.parametrize("cell", CELLS)
@@ -170,8 +170,10 @@ def call(cell, operands):
         return SF.fo_pool(o["u"], o["bias"], o["c_0"], **masks, **rest)
     if cell.startswith("indrnn"):
         return SF.indrnn(o["u"], o["weight"], o["bias"], o["c_0"], nonlinearity=cell.removeprefix("indrnn_"), **rest)
-    function = SF.min_gru if cell.startswith("mingru") else SF.min_lstm
-    return function(o["u"], o["bias"], o["c_0"], candidate="g" if cell.endswith("_g") else "linear", **rest)
+    if cell.startswith("min"):
+        function = SF.min_gru if cell.startswith("mingru") else SF.min_lstm
+        return function(o["u"], o["bias"], o["c_0"], candidate="g" if cell.endswith("_g") else "linear", **rest)
+    return _columns.recurrence(_columns.Caller(cell, {}), cell, *o.values())  # a new cell has no function yet
 
 
 def converted(operands, dtype, change=lambda t: t):
