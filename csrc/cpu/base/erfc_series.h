@@ -1,4 +1,5 @@
 // Written by erfc_series.py.
+// clang-format off: a line each
 #pragma once
 
 namespace seqaccel::inline base {
