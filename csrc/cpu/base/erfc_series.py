@@ -26,7 +26,8 @@ def series(terms: int) -> list[mp.mpf]:
 
 
 def main() -> None:
-    print("// Written by erfc_series.py.\n// clang-format off: a line each\n#pragma once\n\nnamespace seqaccel::inline base {\n")
+    print("// Written by erfc_series.py.\n// clang-format off: a line each\n#pragma once\n")
+    print("namespace seqaccel::inline base {\n")
     every = series(40)
     for kind, suffix, least, digits in (("float", "f", 6e-9, 10), ("double", "", 1e-17, 20)):
         kept = [c for j, c in enumerate(every) if any(abs(later) > least for later in every[j:])]

@@ -50,9 +50,7 @@ struct Number<Complex<R>> {
   __device__ static Number load(const Complex<R>& from) { return {from.real, from.imag}; }
   __device__ Complex<R> stored() const { return {real, imag}; }
   __device__ static Number of(float real) { return {R(real), R(0)}; }
-  __device__ Number operator*(Number x) const {
-    return {real * x.real - imag * x.imag, real * x.imag + imag * x.real};
-  }
+  __device__ Number operator*(Number x) const { return {real * x.real - imag * x.imag, real * x.imag + imag * x.real}; }
   __device__ Number operator+(Number x) const { return {real + x.real, imag + x.imag}; }
   __device__ Number conjugate() const { return {real, -imag}; }
   __device__ bool is_zero() const { return real == R(0) && imag == R(0); }
