@@ -137,8 +137,8 @@ struct ColumnGradients {
   ColumnGradients(const ColumnTensors& t, NewTensor make)
       : u(make(t.u, sizes_of(t.u))),
         x(make(t.u, sizes_of(t.x))),
-        weight(make(t.u, sizes_of(t.weight))),
-        bias(make(t.u, sizes_of(t.bias))),
+        weight(new_tensor(t.u, sizes_of(t.weight))),
+        bias(new_tensor(t.u, sizes_of(t.bias))),
         c_0(make(t.u, sizes_of(t.c_0))) {}
 
  private:
