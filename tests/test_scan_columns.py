@@ -612,7 +612,7 @@ def test_offsets_out_of_range_are_kept_in_range(cell, backend):
 
 @needs_cpp
 @pytest.mark.parametrize("cell", ["sru", "fo_pool", "mingru"])
-@pytest.mark.parametrize("ends", [(1, 3, 3, 4), (0, 4, 2, 5), (2, 2)])
+@pytest.mark.parametrize("ends", [(1, 3, 3, 4), (2, 2)])
 def test_steps_of_no_sequence_are_zero(cell, ends, poison):
     operands = problem(cell, 5, 1, 3, offsets=[0, *[2] * (len(ends) - 2), 5]) | offsets(*ends)
     h, c_n, c = torch.ops.seqaccel.column_forward(cell, *operands.values(), True)
