@@ -65,7 +65,7 @@ struct ConvBackward {
   int threads;
 };
 
-// False: the workspace could not be allocated.
+// A kernel returns false where the workspace could not be allocated.
 struct ConvKernels {
   bool (*forward_float)(const ConvForward<float>& p);
   bool (*forward_double)(const ConvForward<double>& p);

@@ -1,6 +1,6 @@
-// Depthwise causal convolution (one input channel a group): every tap is a shifted row, K multiply-adds an element,
-// bound by the loads from the first-level cache. Outputs whose taps reach before the start (the head) read a small
-// padded copy instead.
+// Depthwise causal convolution has one input channel a group. Every tap is a shifted row: an element takes K
+// multiply-adds, and the loads from the first-level cache bound them. Outputs whose taps reach before the start (the
+// head) read a small padded copy instead.
 #pragma once
 
 #include "cpu/base/workspace.h"

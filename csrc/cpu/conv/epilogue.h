@@ -79,7 +79,7 @@ inline double dropout_scale(const ConvEpilogue& epilogue) {
   return epilogue.dropout < 1 ? 1 / (1 - epilogue.dropout) : 0;
 }
 
-// Fetches the lines of row[0 ... n), to be written or read.
+// Fetches the lines of row[0 ... n) into the cache, to be written or read.
 template <bool writes, typename T>
 SEQACCEL_INLINE void prefetch_row(const T* row, ptrdiff_t n) {
   const char* const bytes = reinterpret_cast<const char*>(row);
@@ -137,7 +137,7 @@ inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t 
   if (i < n) part(i, int(n - i));
 }
 
-// v of the first row of a gated pair, where it is kept.
+// Keeps v of the first row of a gated pair for the backward pass.
 template <typename T>
 inline void keep_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
   if (!p.pre) return;

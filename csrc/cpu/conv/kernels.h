@@ -76,7 +76,7 @@ inline void transpose_panel(const T* rows, ptrdiff_t stride, ptrdiff_t count, pt
   }
 }
 
-// Layout of a thread's partial weight gradient: group, panel of output channels, tap, input channel, output channel.
+// The layout of a thread's partial weight gradient is [group, panel, tap, input channel, output channel of the panel].
 template <typename T>
 struct WeightPanels {
   ptrdiff_t outputs, count, padded;

@@ -13,7 +13,7 @@ struct SessionFunctions {
   SEQACCEL_INLINE static Vec<float> tanh(Vec<float> x) { return tanh_vec<float>(x); }
 };
 
-// v where the lane is one of the first n, else 0.
+// Keeps the first n lanes and sets the others to 0.
 SEQACCEL_INLINE Vec<float> first_lanes(Vec<float> v, int n) {
   alignas(64) float lanes[Lanes<float>];
   store(lanes, v);
@@ -43,7 +43,7 @@ inline Moments moments_of(const float* x, ptrdiff_t count, float epsilon) {
 template <int Gates>
 constexpr int kBlockVectors = Gates == 1 ? 4 : Gates;
 
-// The unit's weights, biases (pre) and old state.
+// Loads a unit's weights, its biases (into pre) and its old state.
 template <class Cell>
 SEQACCEL_INLINE Unit<Cell, Vec<float>> unit_at(const SessionLayer& l, ptrdiff_t unit, const float* h, const float* c) {
   Unit<Cell, Vec<float>> u;

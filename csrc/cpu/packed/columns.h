@@ -8,7 +8,7 @@
 
 namespace seqaccel::SEQACCEL_ISA::packed {
 
-// One vector of units of one row: from the sums of the products, a vector an input.
+// Runs one row of one vector of units. The sums of the products hold a vector for each input.
 template <class Cell>
 SEQACCEL_INLINE void column_step(const SessionThread& t, const SessionLayer& l, ptrdiff_t row, ptrdiff_t unit,
                                  const float* from_x, const float* from_before) {

@@ -1,5 +1,5 @@
-// Products of a session without a state between them, with what follows in the same pass: linear layers, and causal
-// convolutions, whose rows are the taps of an output. A convolution's inputs stay in a ring.
+// Layers of a session that are one product without a recurrent state: linear layers and causal convolutions. The same
+// pass applies the activation and adds the skip. A convolution keeps its past inputs in a ring.
 #pragma once
 
 #include "cpu/base/activation.h"
@@ -7,7 +7,7 @@
 
 namespace seqaccel::SEQACCEL_ISA::packed {
 
-// Of one value.
+// Applies an activation of one value.
 inline Vec<float> activate_as(Activation which, Vec<float> x, float parameter) {
   switch (which) {
 #define SEQACCEL_CASE(kind) \
@@ -28,7 +28,7 @@ inline Vec<float> activate_as(Activation which, Vec<float> x, float parameter) {
   }
 }
 
-// Adds what is added and stores.
+// Adds the skip, applies the relu and stores the units.
 SEQACCEL_INLINE void put_out(const SessionThread& t, const SessionLayer& l, ptrdiff_t row, ptrdiff_t unit,
                              Vec<float> value) {
   const int units = int(min_of(kWordLanes, l.outputs - unit));
@@ -37,7 +37,7 @@ SEQACCEL_INLINE void put_out(const SessionThread& t, const SessionLayer& l, ptrd
   t.store_output(row, l.outputs, unit, value, units);
 }
 
-// What of a product is a thread's: blocks of units, or where those are fewer than the team, rows.
+// A thread's share of a product. The threads share the blocks of units, or the rows where the blocks are too few.
 struct DenseShare {
   ptrdiff_t blocks[2], rows[2];
   DenseShare(const SessionThread& t, const SessionMatrix& m) {
@@ -82,7 +82,7 @@ inline void dense_layer(const SessionThread& t, const SessionLayer& l, const Wor
   t.wait();
 }
 
-// The input that an output of row (s, b) sees at tap k: of the chunk, or kept.
+// Finds the input that tap k of output (s, b) sees. It lies in the chunk or in the ring.
 SEQACCEL_INLINE const float* tap_of(const SessionThread& t, const SessionLayer& l, ptrdiff_t s, ptrdiff_t b,
                                     ptrdiff_t k) {
   const ptrdiff_t before = (l.taps - 1 - k) * l.dilation;
@@ -90,7 +90,7 @@ SEQACCEL_INLINE const float* tap_of(const SessionThread& t, const SessionLayer& 
   return l.ring + (b * l.slots + (l.position[b] + t.done + s - before + l.slots) % l.slots) * l.inputs;
 }
 
-// Keeps those of the chunk's inputs that later outputs see. No thread reads their slots in this chunk.
+// Puts into the ring the inputs that later outputs see. No thread reads their slots in this chunk.
 inline void keep_inputs(const SessionThread& t, const SessionLayer& l) {
   const ptrdiff_t B = t.run.batch, seen = min_of((l.taps - 1) * l.dilation, t.steps);
   for (ptrdiff_t i = t.begin(seen * B); i < t.end(seen * B); ++i) {
@@ -101,7 +101,7 @@ inline void keep_inputs(const SessionThread& t, const SessionLayer& l) {
   }
 }
 
-// The rows are all taps of an output, one after the other.
+// The matrix multiplies rows that hold all taps of an output, one after the other.
 inline void conv_layer(const SessionThread& t, const SessionLayer& l) {
   const DenseShare share(t, l.matrices[0]);
   const ptrdiff_t width = l.taps * l.inputs, B = t.run.batch;

@@ -21,7 +21,7 @@ namespace seqaccel::SEQACCEL_ISA::packed {
 
 // ---------------------------------------------------------------- recurrent layers
 
-// One step of a layer: its row block of x and y, and which buffer holds the state before it.
+// One step of a layer. It knows its rows of x and y, and the buffer that holds the state before it.
 struct SessionStep {
   ptrdiff_t row;   // of stream 0 among the rows of the chunk
   ptrdiff_t time;  // from the beginning of the sequence
@@ -34,7 +34,7 @@ inline bool running(const SessionThread& t, const SessionStep& step, ptrdiff_t b
   return t.advances(b) && (t.run.lengths == nullptr || step.time < t.run.lengths[b]);
 }
 
-// The new h of units of a stream: blended, kept and put out.
+// Blends the new h of a stream's units with the old one, keeps it and puts it out.
 SEQACCEL_INLINE void finish(const SessionThread& t, const SessionLayer& l, const SessionStep& step, ptrdiff_t b,
                             ptrdiff_t unit, Vec<float> h) {
   constexpr int L = kWordLanes;
@@ -144,7 +144,7 @@ SEQACCEL_INLINE WordRows first_half(const SessionThread& t, const SessionLayer& 
   return t.state_rows(m.precision, l.middle, l.stride, l.hidden);
 }
 
-// Cells with kExtra. middle: the source of the main product.
+// Runs cells with kExtra. `middle` holds the source of the main product.
 template <class Cell>
 void two_products_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
                        ptrdiff_t x_row, const float* projected) {
@@ -172,8 +172,8 @@ void two_products_step(const SessionThread& t, const SessionLayer& l, const Sess
   t.wait();
 }
 
-// Cells whose first product has the first rows of weight_hh. Of what first saves, forward reads the last value only.
-// middle: the source of the main product, and that value.
+// Runs cells whose first product has the first rows of weight_hh. forward reads only the last value that first saves.
+// `middle` holds the source of the main product and that value.
 template <class Cell>
 void split_product_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
                         ptrdiff_t x_row, const float* projected) {
@@ -207,7 +207,7 @@ void split_product_step(const SessionThread& t, const SessionLayer& l, const Ses
 
 // ---------------------------------------------------------------- recurrent layers with layer norm
 
-// Of all gates of a stream: segment s of the sums [blocks, B, 2, vectors, L].
+// The moments of all gates of a stream, in segment s of the sums [blocks, B, 2, vectors, L].
 inline Moments moments_of_sums(const SessionThread& t, const SessionLayer& l, ptrdiff_t b, int s) {
   constexpr int L = kWordLanes;
   const SessionMatrix& m = l.matrices[0];
@@ -231,7 +231,7 @@ inline Moments moments_of_sums(const SessionThread& t, const SessionLayer& l, pt
   return {mean, 1.0f / sqrtf(variance + l.parameter)};
 }
 
-// The normalised pre-activations of a unit: gains of x's part are the first of its weights, of h's the next.
+// Adds the normalised pre-activations of a unit. The first of its weights are the gains of x's part, the next of h's.
 template <class Cell>
 SEQACCEL_INLINE void add_normalised(Unit<Cell, Vec<float>>& state, const SessionThread& t, const SessionLayer& l,
                                     ptrdiff_t b, ptrdiff_t u, const Moments (&moments)[2]) {
@@ -280,7 +280,7 @@ void norm_step(const SessionThread& t, const SessionLayer& l, const SessionStep&
   t.wait();
 }
 
-// Cells with kNormC. Of what forward saves, finish reads the last value only. middle: that value, and the new c.
+// Runs cells with kNormC. finish reads only the last value that forward saves. `middle` holds it and the new c.
 template <class Cell>
 void norm_of_cell_step(const SessionThread& t, const SessionLayer& l, const SessionStep& step, const WordRows& x,
                        ptrdiff_t x_row, const float* projected) {

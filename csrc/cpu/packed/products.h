@@ -87,7 +87,7 @@ inline int64_t words_of(Precision precision, int64_t K) {
 
 // ---------------------------------------------------------------- inputs
 
-// Rows of an input as words: `rows` apart.
+// The rows of an input as words, `stride` apart.
 struct WordRows {
   const uint32_t* words;
   ptrdiff_t stride;
@@ -339,7 +339,7 @@ inline void pack_vector(const SessionMatrix& m, int s, const void* source, bool 
   }
 }
 
-// False: no memory for the workspace.
+// Returns false where there is no memory for the workspace.
 inline bool session_pack(const SessionPack* packs, int64_t count) {
   constexpr int L = kWordLanes;
   int64_t widest = 0;

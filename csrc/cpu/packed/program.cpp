@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
 constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
 
-// Layers of a row at a time, with a gain and a bias an element.
+// Layers that take a row at a time, with a gain and a bias for each element.
 const std::map<std::string, LayerKind> kRowLayers = {
     {"layer_norm", LayerKind::layer_norm},
     {"rms_norm", LayerKind::rms_norm},
@@ -26,7 +26,7 @@ const std::map<std::string, LayerKind> kRowLayers = {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Measures first, hands out afterwards: pieces of so many values of 4 bytes.
+// Adds up the sizes of pieces, in values of 4 bytes, and says where each one begins.
 class Layout {
  public:
   size_t add(std::initializer_list<int64_t> sizes) {

@@ -38,7 +38,7 @@ class SessionProgram {
   // Layers one after the other, then finish. `bfloat16`: the weights of products are bfloat16, everything else float32.
   void add(const SeqaccelSessionLayer& described, bool bfloat16 = false);
   void finish();
-  // Another one of the same weights, which both hold, with streams of its own.
+  // Makes a program with streams of its own. Both hold the same weights.
   std::unique_ptr<SessionProgram> fork(int64_t batch) const;
   // The packed weights, for the same kernels: how many bytes; to `out`, or from `from` if there is one, while no other
   // program holds them.
