@@ -58,13 +58,16 @@ def bytes_in_use() -> int:
 
 
 def lost(function: Callable[[], object]) -> int:
-    """Bytes that ``CALLS`` calls do not give back."""
+    """Bytes that ``CALLS`` calls do not give back, the second time too: what others make once does not count."""
     for _ in range(100):  # what is made once: pools, tables, caches
         function()
-    before = bytes_in_use()
-    for _ in range(CALLS):
-        function()
-    return bytes_in_use() - before
+    found = []
+    for _ in range(2):
+        before = bytes_in_use()
+        for _ in range(CALLS):
+            function()
+        found.append(bytes_in_use() - before)
+    return min(found)
 
 
 def examples(name: str) -> list[Arguments]:
