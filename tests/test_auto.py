@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from seqaccel import _extension, backends
-from seqaccel.functional import conv
 from seqaccel.functional.attention import hierarchical
+from seqaccel.functional.conv import _causal_conv1d as conv
 from seqaccel.functional.rnn import _layers
 from seqaccel.functional.rnn._cells import Problem
 

@@ -1,11 +1,11 @@
 """Drop-in modules."""
 
-from seqaccel.nn import rnn, scan
+from seqaccel.nn import conv, rnn, scan
 from seqaccel.nn.attention import HierarchicalAttention
-from seqaccel.nn.conv import TCN, CausalConv1d
+from seqaccel.nn.conv import *  # noqa: F403
 from seqaccel.nn.rnn import *  # noqa: F403
 from seqaccel.nn.scan import *  # noqa: F403
 from seqaccel.nn.streaming import Streaming
 
-__all__ = ["TCN", "CausalConv1d", "HierarchicalAttention", "Streaming"]
-__all__ += rnn.__all__ + scan.__all__
+__all__ = ["HierarchicalAttention", "Streaming"]
+__all__ += conv.__all__ + rnn.__all__ + scan.__all__

@@ -15,7 +15,7 @@ from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
 
-__all__ = ["causal_conv1d"]
+__all__ = ["ACTIVATIONS", "GATED", "causal_conv1d"]
 
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
 GATED = reference.GATED
