@@ -46,7 +46,7 @@ std::vector<float> widened(const Tensor& t) {
   return values;
 }
 
-// Rows of the state, `stride` apart, from or to [B, width].
+// Copies rows of the state, `stride` apart, from or to [B, width].
 void load_rows(const Tensor& from, float* rows, int64_t stride) {
   const std::vector<float> values = widened(from);
   const int64_t width = from.size(1);

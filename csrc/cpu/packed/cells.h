@@ -39,7 +39,7 @@ inline Moments moments_of(const float* x, ptrdiff_t count, float epsilon) {
   return {mean, 1.0f / sqrtf(horizontal_sum<float>(squares) / float(count) + epsilon)};
 }
 
-// Vectors of a block: the gates of L units, or four vectors of units where there is one gate.
+// Number of vectors of a block: one per gate, or four if the cell has one gate.
 template <int Gates>
 constexpr int kBlockVectors = Gates == 1 ? 4 : Gates;
 

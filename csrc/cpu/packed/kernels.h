@@ -57,8 +57,9 @@ SEQACCEL_INLINE void keep_cell(const SessionThread& t, const SessionLayer& l, co
   if (running(t, step, b)) store(at, c);
 }
 
-// Calls use(u, b0, rows, sums of segment 0, sums of segment 1) for the thread's blocks; sums are [rows, vectors, L].
-// Segment 0 multiplies x, which may have been done for all steps; segment 1, if it has columns, multiplies `second`.
+// Calls use(u, b0, rows, sums of segment 0, sums of segment 1) for each of the thread's blocks. Sums are [rows,
+// vectors, L]. Segment 0 multiplies x; that may have been done before, for all steps. Segment 1 multiplies `second` if
+// it has columns.
 template <class Use>
 SEQACCEL_INLINE void for_blocks(const SessionThread& t, const SessionMatrix& m, const SessionStep& step,
                                 const WordRows& first, ptrdiff_t first_row, const float* projected,
@@ -121,8 +122,8 @@ void recurrent_step(const SessionThread& t, const SessionLayer& l, const Session
   t.wait();
 }
 
-// Cells whose second product needs what comes of the first: `first` puts the vector that takes the place of h' into
-// middle[0], and what else the second half needs into middle[1].
+// For cells whose second product needs the result of the first one. `first` writes the vector that takes the place of
+// h' into middle[0], and the other values that the second half needs into middle[1].
 template <class First>
 SEQACCEL_INLINE WordRows first_half(const SessionThread& t, const SessionLayer& l, const SessionStep& step,
                                     const WordRows& x, ptrdiff_t x_row, const float* projected, int vectors_of_unit,

@@ -1,6 +1,6 @@
-// Products of few rows with a packed matrix held as float32, bfloat16 or int8: everything is 32-bit words, a word of
-// the matrix holding 1, 2 or 4 values along k of one row, so that packing is one transposition and a step of the
-// product is one broadcast and one multiply-accumulate in each precision.
+// Products of few rows with a packed matrix held as float32, bfloat16 or int8. Everything is 32-bit words. A word of
+// the matrix holds 1, 2 or 4 values along k of one row. In every precision packing is one transposition, and a step of
+// the product is one broadcast and one multiply-accumulate.
 //
 // At one row all three read a matrix from L3 at the cache's bandwidth (two Zen 4 cores, 185 GB/s: 8 MB in 45 us, 4 MB
 // in 23, 2 MB in 11.4); software prefetch made it slower, 54 to 65 us for the 8 MB.
@@ -23,8 +23,9 @@ SEQACCEL_INLINE Words broadcast_word(uint32_t word) { return word - Words{}; }
 
 // ---------------------------------------------------------------- precisions
 //
-// Sum: the accumulator's vector. kChain: most words in a row that one adds up, since rounding errors grow with it (far
-// below bfloat16's own). multiply: sum += word of the input, in every lane, times a word of each lane's row.
+// Sum is the vector type of the accumulator. kChain is the largest number of words that one accumulator adds up:
+// rounding errors grow with it (they stay far below bfloat16's own). multiply adds to a sum the product of a word of
+// the input, broadcast to every lane, with a word of each lane's row.
 
 struct Float32 {
   typedef Vec<float> Sum;
@@ -91,11 +92,11 @@ inline int64_t words_of(Precision precision, int64_t K) {
 struct WordRows {
   const uint32_t* words;
   ptrdiff_t stride;
-  const float* scales;  // int8: of each row
+  const float* scales;  // int8: one per row
 };
 
-// K values to words, the last one filled up with zero. int8: returns the scale; round(x / scale) + 128, NaN or infinity
-// in x making the scale NaN.
+// Converts K values to words of uint8, round(x / scale) + 128, and returns the scale. Zeros fill up the last word. NaN
+// or infinity in x makes the scale NaN.
 inline float quantise_row(const float* x, ptrdiff_t K, uint32_t* words) {
   constexpr int L = kWordLanes;
   Vec<float> highest = {}, poison = {};
@@ -125,6 +126,7 @@ inline float quantise_row(const float* x, ptrdiff_t K, uint32_t* words) {
   return peak / 127.0f + invalid;
 }
 
+// Converts K values to words of bfloat16. A zero fills up the last word.
 inline void round_row(const float* x, ptrdiff_t K, uint32_t* words) {
   constexpr int L = kWordLanes;
   uint16_t* const out = reinterpret_cast<uint16_t*>(words);
@@ -142,7 +144,7 @@ inline void round_row(const float* x, ptrdiff_t K, uint32_t* words) {
   if (K % 2) out[K] = 0;
 }
 
-// Rows of K values, `stride` apart, as words: where they lie (float32), else in words, `words_of` apart, and scales.
+// Converts rows of K values, `stride` apart, to words and scales. Rows of float32 are used where they lie.
 inline WordRows prepare_rows(Precision precision, const float* x, ptrdiff_t stride, ptrdiff_t K, ptrdiff_t rows,
                              uint32_t* words, float* scales) {
   if (precision == Precision::float32) return {reinterpret_cast<const uint32_t*>(x), stride, nullptr};
@@ -157,7 +159,7 @@ inline WordRows prepare_rows(Precision precision, const float* x, ptrdiff_t stri
   return {words, width, scales};
 }
 
-// The same of rows that are bfloat16 already: words, or where they lie.
+// The same for rows that are bfloat16 already. They are used where they lie if they are aligned to words.
 inline WordRows prepare_rows(const uint16_t* x, ptrdiff_t K, ptrdiff_t rows, uint32_t* words) {
   if (K % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
     return {reinterpret_cast<const uint32_t*>(x), K / 2, nullptr};
@@ -173,8 +175,7 @@ inline WordRows prepare_rows(const uint16_t* x, ptrdiff_t K, ptrdiff_t rows, uin
 
 // ---------------------------------------------------------------- products
 
-// out [MR, NV, L] = rows of x * panel [K words, NV, L]. Several chains along K hide the latency where there are few
-// sums.
+// out [MR, NV, L] = rows of x * panel [K words, NV, L]. If there are few sums, several chains along K hide the latency.
 template <class P, int MR, int NV>
 void word_tile(const uint32_t* x, ptrdiff_t x_row, const uint32_t* panel, ptrdiff_t K, typename P::Sum* out) {
   constexpr int L = kWordLanes, kChains = MR * NV >= 8 ? 1 : (8 + MR * NV - 1) / (MR * NV);
@@ -252,7 +253,7 @@ void word_product(int vectors, const WordRows& x, ptrdiff_t first, ptrdiff_t row
   }
 }
 
-// out [rows, vectors, L] = rows first ... of x times segment s of block u.
+// Multiplies rows of x, from row `first` on, with segment s of block u: out is [rows, vectors, L].
 inline void session_product(const SessionMatrix& m, ptrdiff_t u, int s, const WordRows& x, ptrdiff_t first,
                             ptrdiff_t rows, float* out) {
   constexpr int L = kWordLanes;
@@ -280,8 +281,8 @@ inline void session_product(const SessionMatrix& m, ptrdiff_t u, int s, const Wo
 
 // ---------------------------------------------------------------- packing
 
-// The L rows of a vector, K values from `source`, as words to out [K words, vectors, L]; rows past the last are zero.
-// `row` [L, words] and `wide` [K] are workspace.
+// Packs the L rows of a vector into out [K words, vectors, L]. A row has K values in `source`; rows past the last one
+// are zero. `row` [L, words] and `wide` [K] are workspace.
 inline void pack_vector(const SessionMatrix& m, int s, const void* source, bool bfloat16, ptrdiff_t first, int rows,
                         uint32_t* out, float* scales, int32_t* offsets, uint32_t* row, float* wide) {
   constexpr int L = kWordLanes;

@@ -13,8 +13,8 @@
 namespace seqaccel::packed {
 namespace {
 
-constexpr int64_t kChunkRows = 128;  // of a chunk: their projections, at 2,048 gates, are 1 MB
-constexpr double kSmall = 65536;     // products of a step below which a second thread costs more than it brings
+constexpr int64_t kChunkRows = 128;  // rows per chunk: with 2,048 gates their projections take 1 MB
+constexpr double kSmall = 65536;     // with fewer multiply-adds per step a second thread costs more than it brings
 
 // Layers that take a row at a time, with a gain and a bias for each element.
 const std::map<std::string, LayerKind> kRowLayers = {
@@ -47,7 +47,7 @@ class Layout {
   bool fits_ = true;
 };
 
-// Which layers' outputs lie in one place, because no later layer reads the earlier of them any more.
+// Finds layers whose outputs can share memory: no later layer reads the earlier of the two.
 struct Shares {
   std::vector<int64_t> widths;
   std::vector<size_t> of_layer;
@@ -59,7 +59,7 @@ struct Shares {
         if (from >= 0) last_use[size_t(from)] = i;
       }
     }
-    std::vector<size_t> busy;  // until this layer has run
+    std::vector<size_t> busy;  // the place is in use until this layer has run
     for (size_t i = 0; i + 1 < layers.size(); ++i) {
       size_t place = 0;
       while (place < widths.size() && busy[place] >= i) ++place;
@@ -199,7 +199,7 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry&
     if (cell.projects && w[4]) add_matrix(layer, 1, 1, P, H, w[4], 0, nullptr, bfloat16);
     layer.buffers = cell.norm_c ? 2 : cell.projects ? 1 : 0;
   }
-  // Where h's part of the last gate is apart, so is its bias; else the two are summed.
+  // If h's part of the last gate is kept apart, so is its bias. Otherwise the two biases are summed.
   std::vector<float> bias(size_t((gates + cell.separate) * layer.stride), 0.0f);
   for (int64_t g = 0; g < gates; ++g) {
     const bool separate = cell.separate && g + 1 == gates;
@@ -209,7 +209,7 @@ void SessionProgram::add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry&
     }
   }
   layer.bias = keep(bias.data(), int64_t(bias.size()));
-  // Weights of units, row after row: they are the last ones of the cell.
+  // The weights of units are the last weights of the cell. They are stored row after row.
   std::vector<float> rows;
   int tensor = cell.weights.count;
   for (int i = 0; i < 4 && cell.weight_tensors[i]; ++i) --tensor;
@@ -270,7 +270,7 @@ void SessionProgram::finish() {
   start();
 }
 
-// Streams at zero.
+// Starts all streams at zero.
 void SessionProgram::start() {
   Layout state;
   std::vector<size_t> at;
@@ -349,7 +349,7 @@ void SessionProgram::grow(int64_t chunk, int threads) {
   std::vector<size_t> outputs_at;
   const Shares shares(layers_);
   for (const int64_t width : shares.widths) outputs_at.push_back(layout.add({rows, width}));
-  chunk_ = threads_ = 0;  // should there be no memory
+  chunk_ = threads_ = 0;  // holds if the allocation fails
   buffers_ = AlignedMemory();
   buffers_ = AlignedMemory(layout.bytes(), false);
   const auto at = [&](size_t offset) { return reinterpret_cast<float*>(buffers_.get() + offset); };

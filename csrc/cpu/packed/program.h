@@ -30,18 +30,20 @@ class AlignedMemory {
 
 class SessionProgram {
  public:
-  // The kernels are those of the instruction set at hand, and stay.
+  // A program keeps the kernels of the instruction set that was active when it was made.
   SessionProgram(int64_t batch, Precision precision, const SessionKernels& kernels = active_session_kernels());
   SessionProgram(const SessionProgram&) = delete;
   SessionProgram& operator=(const SessionProgram&) = delete;
 
-  // Layers one after the other, then finish. `bfloat16`: the weights of products are bfloat16, everything else float32.
+  // Adds a layer behind the last one. With `bfloat16` the weights of its products are bfloat16, everything else
+  // float32.
   void add(const SeqaccelSessionLayer& described, bool bfloat16 = false);
+  // Packs the weights. It is called once, after the last layer.
   void finish();
   // Makes a program with streams of its own. Both hold the same weights.
   std::unique_ptr<SessionProgram> fork(int64_t batch) const;
-  // The packed weights, for the same kernels: how many bytes; to `out`, or from `from` if there is one, while no other
-  // program holds them.
+  // Copies the packed weights to `out`, or from `from`, if either is not null, and returns their size in bytes. They
+  // must come from the same kernels, and no other program may hold them while they are overwritten.
   size_t weights(char* out, const char* from);
   const char* isa() const { return kernels_.isa; }
 
@@ -50,11 +52,11 @@ class SessionProgram {
 
   const std::vector<SessionLayer>& layers() const { return layers_; }
   int64_t batch() const { return batch_; }
-  // Rows of the state of a layer, [B, stride].
+  // The state of a layer, [B, stride].
   float* h(int64_t layer) { return layers_[size_t(layer)].h[layers_[size_t(layer)].parity]; }
   float* c(int64_t layer) { return layers_[size_t(layer)].c; }
 
-  std::mutex mutex;  // of a session: held by the thread that uses it
+  std::mutex mutex;  // held by the thread that uses the session
 
  private:
   SessionMatrix& add_matrix(SessionLayer& layer, int index, int64_t gates, int64_t units, int64_t columns_0,
@@ -63,7 +65,7 @@ class SessionProgram {
   void add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* weights, bool bfloat16);
   void add_column(SessionLayer& layer, const SeqaccelSessionLayer& from);
   const float* keep(const float* values, int64_t count);
-  // The layer that the one to be added reaches so far back; throws if it gives another number of features.
+  // The number of the layer that lies `back` places before the next one. Throws if it has another number of features.
   int32_t reached(int64_t back, int64_t features) const;
   int64_t longest_chunk() const;
   void start();
@@ -76,7 +78,7 @@ class SessionProgram {
     int matrix;
   };
 
-  // What programs share, and only read.
+  // Programs share their weights and only read them.
   struct Weights {
     std::vector<std::vector<float>> kept;
     AlignedMemory panels;

@@ -12,9 +12,11 @@
 
 namespace seqaccel::packed {
 
-// How the weights and the inputs of the products are held. bfloat16: both rounded to it, a word is a pair along k, sums
-// are float32. int8: rows of the weight as int8 with a scale each, vectors of the input as uint8 (value + 128) with a
-// scale each, a word is four along k, sums are int32 and the same on every instruction set.
+// How a session holds the weights and inputs of its products, in 32-bit words.
+//   float32   A word is one value.
+//   bfloat16  Weights and inputs are rounded to bfloat16. A word holds two values along k. Sums are float32.
+//   int8      A row of the weight is int8, and an input vector is uint8 (value + 128). Each row and each vector has a
+//             scale. A word holds four values along k. Sums are int32, the same on every instruction set.
 enum class Precision : int32_t { float32, bfloat16, int8 };
 
 enum class LayerKind : int32_t {
@@ -31,25 +33,25 @@ enum class LayerKind : int32_t {
   column,
 };
 
-// [W_0 | W_1], one product a block of units: columns of segment 0 multiply one vector, of segment 1 another, and the
-// two sums stay apart. Vector v, lane q of block u is row v * vector_rows + u * block_rows + q, if it is one of the
-// units: with G gates of N units, vector g of block u holds gate g of units u*L ...; without (interleaved = false) a
-// block is 4 L rows.
+// A packed matrix [W_0 | W_1]. The columns of segment 0 multiply one vector and those of segment 1 another; the two
+// sums stay apart. A block is computed at once. It holds `vectors` vectors of L rows. If the matrix is interleaved,
+// vector g of block u holds gate g of units u * L to u * L + L - 1. Otherwise block u holds rows 4 * u * L to 4 * u * L
+// + 4 * L - 1.
 struct SessionMatrix {
   Precision precision;
-  int32_t vectors;   // of a block, 2 to 4
-  bool interleaved;  // vectors are gates
-  int64_t units;     // N
+  int32_t vectors;   // per block, 2 to 4
+  bool interleaved;  // each vector of a block is a gate
+  int64_t units;
   int64_t columns[2];
-  int64_t words[2];     // of a row of each segment
-  int64_t blocks;       // of L units, or of 4 L rows
-  int64_t panel_words;  // of a block: (words[0] + words[1]) * vectors * L
+  int64_t words[2];  // per row of each segment
+  int64_t blocks;
+  int64_t panel_words;  // per block: (words[0] + words[1]) * vectors * L
   uint32_t* panels;     // [blocks, segment, words, vectors, L]
   float* scales;        // int8: [blocks, 2, vectors, L]
   int32_t* offsets;     // int8: [blocks, 2, vectors, L], 128 times the sum of a row
 };
 
-// One matrix to pack: weight rows are contiguous, bfloat16 or float32; null: a segment of no columns.
+// A matrix to pack. Its weight has contiguous rows of float32 or bfloat16. A segment without columns has a null source.
 struct SessionPack {
   SessionMatrix* matrix;
   const void* source[2];
@@ -62,7 +64,7 @@ struct SessionLayer {
   int32_t cell;    // index in ProductCells, or in ColumnCells
   int32_t source;  // the layer whose output it reads; -1: the session's input
   int32_t skip;    // the layer whose output it adds, or its highway; -1: the session's input; kNoSkip
-  bool relu;       // linear, conv, depthwise: after the addition
+  bool relu;       // linear, conv, depthwise: relu after the skip has been added
   float* output;   // [chunk * B, outputs]; null: the session's output
   int64_t inputs, hidden, outputs;
   SessionMatrix matrices[3];
@@ -75,11 +77,11 @@ struct SessionLayer {
   float* c;         // [B, stride]
   int32_t buffers;
   bool normalised;  // layer norm between the product and the update
-  float* middle;    // [buffers, B, stride]: what passes from a part of a step to the next
+  float* middle;    // [buffers, B, stride]: values that one part of a step hands to the next
   float* sums;      // layer norm: [blocks, B, 2, vectors, L]
   int parity;
-  // conv and depthwise. Input of time t of stream b is at slot t % slots of ring [B, slots, inputs]; there is room for
-  // all that an output sees and for a chunk. `position` [B]: time of the next input.
+  // conv and depthwise: the ring [B, slots, inputs] holds the input of time t of stream b in slot t % slots. It has
+  // room for every input that an output sees and for a chunk. `position` [B] is the time of the next input.
   int64_t taps, dilation, slots;
   float* ring;
   int64_t* position;
@@ -92,16 +94,16 @@ struct SessionRun {
   const void* x;            // [steps, B, inputs] float32 (or bfloat16), or [steps, B] int64 for an embedding
   void* y;                  // [steps, B, outputs] float32 (or bfloat16)
   bool bfloat16;            // x and y
-  bool reverse;             // one recurrent layer: from the last step to the first
-  const int64_t* lengths;   // one recurrent layer: [B], or null
+  bool reverse;             // runs from the last step to the first; for a single recurrent layer
+  const int64_t* lengths;   // [B], or null; for a single recurrent layer
   const bool* advance;      // [B], or null; false: the stream keeps its state
-  double work;              // products of a step and row, to choose the number of threads by
+  double work;              // multiply-adds per step and row: the number of threads depends on it
   float* projected;         // [blocks, chunk * B, vectors, L], where chunk > 1
   uint32_t* scratch;        // [threads, scratch_words]
-  int64_t scratch_words;    // thread's own: rows of x and of h as words, and their scales
-  int64_t scratch_rows_at;  // word that rows of h begin at
-  int64_t scales_at;        // word that the scales begin at
-  int64_t gathered_at;      // word that gathered taps begin at
+  int64_t scratch_words;    // per thread: rows of x and of h as words, and their scales
+  int64_t scratch_rows_at;  // first word of the rows of h
+  int64_t scales_at;        // first word of the scales
+  int64_t gathered_at;      // first word of the gathered taps
   int threads;
 };
 

@@ -1,4 +1,4 @@
-// What a thread of a session's team knows.
+// The view that one thread of a session's team has of its work.
 #pragma once
 
 #include "cpu/packed/products.h"
@@ -14,7 +14,7 @@ struct SessionThread {
   int thread, team;
   Barrier& barrier;
   uint32_t* scratch;
-  ptrdiff_t done, steps;  // before the chunk, in the chunk
+  ptrdiff_t done, steps;  // steps before the chunk, and in it
   const void* x;          // [steps, B, inputs]
   void* y;                // [steps, B, outputs]
   bool narrow_x, narrow_y;
