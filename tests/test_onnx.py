@@ -260,6 +260,62 @@ def test_sru(options):
         assert_same(run, model, *arguments(*sizes))
 
 
+class PackedSRU(torch.nn.Module):
+    """The function, which takes what the module does not."""
+
+    def __init__(self, directions):
+        super().__init__()
+        self.directions = directions
+        shapes = (4, 3 * 6 * directions), (4, 6 * directions), (2 * 6 * directions,), (2 * 6 * directions,)
+        self.parameters_ = torch.nn.ParameterList(torch.randn(shape) * 0.3 for shape in shapes)
+
+    def forward(self, x, **options):
+        weight, skip, weight_c, bias = self.parameters_
+        return SF.sru_layer(x, weight, x @ skip, weight_c, bias, directions=self.directions, **options)
+
+
+class WithKeyword(torch.nn.Module):
+    def __init__(self, module, name):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, x, value):
+        return self.module(x, **{self.name: value})
+
+
+COLUMNS = {
+    "SRU": lambda: PackedSRU(2),
+    "QRNN": lambda: nn.QRNN(4, 6, window=2, bidirectional=True),
+    "MinGRU": lambda: nn.MinGRU(4, 6, num_layers=2),
+    "MinLSTM": lambda: nn.MinLSTM(4, 6, bidirectional=True),
+    "IndRNN": lambda: nn.IndRNN(4, 6, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("name", ["SRU", "QRNN"])
+def test_resets_of_columns(name):
+    model = WithKeyword(COLUMNS[name]().eval(), "reset")
+
+    def arguments(steps, batch):
+        return torch.randn(steps, batch, 4), torch.rand(steps, batch) < 0.3
+
+    _, run = exported(model, arguments(9, 3), ({0: "T", 1: "B"},) * 2)
+    for sizes in ((9, 3), (5, 1), (1, 1), (2, 4)):
+        assert_same(run, model, *arguments(*sizes))
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_packed_sequences_of_columns(name):
+    model = WithKeyword(COLUMNS[name]().eval(), "cu_seqlens")
+
+    def arguments(offsets):
+        return torch.randn(offsets[-1], 1, 4), torch.tensor(offsets)
+
+    _, run = exported(model, arguments([0, 4, 4, 11]), ({0: "T"}, {0: "offsets"}))
+    for offsets in ([0, 4, 4, 11], [0, 1], [0, 3, 5, 5, 6, 20]):
+        assert_same(run, model, *arguments(offsets))
+
+
 class StreamOf(torch.nn.Module):
     def __init__(self, module):
         super().__init__()

@@ -39,8 +39,10 @@ def loop(
     """
     from torch._higher_order_ops.scan import scan
 
-    # Copies: scan takes no views at an offset that depends on B, as a layer's part of a module's state is.
-    return scan(step, [part.clone() for part in state], list(inputs), reverse=reverse)
+    # Contiguous copies: scan takes no views at an offset that depends on B, as a layer's part of a module's state is, and
+    # the state of every step has the same strides.
+    state = [part.clone(memory_format=torch.contiguous_format) for part in state]
+    return scan(step, state, list(inputs), reverse=reverse)
 
 
 def linear_scan(
