@@ -10,6 +10,7 @@ and the results of its float32 C++ inference path. Dropout masks are drawn here 
 import copy
 import json
 import math
+import random
 import sys
 
 import numpy as np
@@ -54,6 +55,41 @@ CASES = {
 }
 
 
+def random_cases(count: int) -> dict:
+    """Cases of arguments drawn at random."""
+    draw, cases = random.Random(0), {}
+    for i in range(count):
+        arguments = {"input_size": draw.randint(2, 5), "hidden_size": draw.randint(2, 5)}
+        if draw.random() < 0.3:
+            arguments["input_size"] = arguments["hidden_size"]
+        for name, values in CHOICES.items():
+            value = draw.choice(values)
+            if value is not None:
+                arguments[name] = value
+        training = arguments.get("dropout", 0) > 0 or arguments.get("rnn_dropout", 0) > 0
+        cases[f"random_{i}"] = arguments, draw.random() < 0.5, draw.random() < 0.4, training
+    return cases
+
+
+#: None leaves an argument out.
+CHOICES = {
+    "num_layers": (1, 2, 3),
+    "dropout": (None, None, None, 0.3),
+    "rnn_dropout": (None, None, None, 0.2),
+    "bidirectional": (None, True),
+    "projection_size": (None, None, 1, 2),
+    "highway_bias": (None, -1.0),
+    "layer_norm": (None, True),
+    "normalize_after": (None, True),
+    "rescale": (None, True),
+    "has_skip_term": (None, None, False),
+    "v1": (None, None, True),
+    "use_tanh": (None, True),
+    "nn_rnn_compatible_return": (None, True),
+    "proj_input_to_hidden_first": (None, None, True),
+}
+
+
 class Pair(torch.nn.Module):
     """A custom_m that also returns recurrent weights for each step."""
 
@@ -79,7 +115,7 @@ def main(path: str) -> None:
     assert sru.__version__ == "2.6.0", sru.__version__
     torch.manual_seed(0)
     index, values = {}, []
-    for name, (arguments, with_c0, padded, training) in CASES.items():
+    for name, (arguments, with_c0, padded, training) in {**CASES, **random_cases(30)}.items():
         keywords = dict(arguments)
         if "custom_m" in keywords:
             keywords["custom_m"] = custom(keywords["custom_m"])
