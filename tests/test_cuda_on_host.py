@@ -15,8 +15,8 @@ import subprocess
 import pytest
 import torch
 import torch.utils.cpp_extension
+from column_cases import each_cell, problem
 from scan_cases import DOUBLE, linear_inputs, needs_cpp, rounded
-from test_scan_columns import each_cell, problem
 from tolerances import assert_close
 
 from seqaccel.functional.scan import CELLS
