@@ -33,9 +33,11 @@ MODULES = {
     "MinLSTM": (lambda: nn.MinLSTM(I, 6, candidate="g"), (T, B, I), False),
     "IndRNN": (lambda: nn.IndRNN(I, 6, nonlinearity="tanh"), (T, B, I), False),
     "CausalConv1d": (lambda: nn.CausalConv1d(I, 6, 3, activation="silu"), (B, I, T), True),
+    "TemporalBlock": (lambda: nn.TemporalBlock(I, 6, 3, 2), (B, I, T), True),
     "TCN": (lambda: nn.TCN(I, [6, 4]), (B, I, T), True),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
 }
+CONVOLUTIONS = tuple(getattr(nn.conv, name) for name in nn.conv.__all__)
 each_module = pytest.mark.parametrize("name", MODULES)
 
 
@@ -55,7 +57,7 @@ class Model(torch.nn.Module):
     def forward(self, x):
         x = x * 2
         found = self.inner(x, x, x) if self.attends else self.inner(x)
-        return found.relu() if isinstance(self.inner, (nn.CausalConv1d, nn.TCN)) else found[0].relu()
+        return found.relu() if isinstance(self.inner, CONVOLUTIONS) else found[0].relu()
 
 
 def model(name):

@@ -35,6 +35,12 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         dropout: probability, in training. Default: 0.2
 
     State: ``(history of conv1, history of conv2)``.
+
+    Example:
+        >>> import torch, seqaccel.nn as snn
+        >>> block = snn.TemporalBlock(4, 8, kernel_size=3, dilation=2)
+        >>> block(torch.randn(2, 4, 10)).shape
+        torch.Size([2, 8, 10])
     """
 
     def __init__(
