@@ -104,6 +104,7 @@ CASES = {
     "IndRNN": Case("scan", lambda: nn.IndRNN(5, 6, num_layers=2), ("TB5",)),
     "linear_scan": Case("scan", LinearScan, ("BT5", "BT5")),
     "CausalConv1d": Case("conv", lambda: nn.CausalConv1d(4, 6, 3, dilation=4, activation="relu"), ("B4T",)),
+    "CausalConv2d": Case("conv", lambda: nn.CausalConv2d(4, 6, 3, activation="relu"), ("B4T9",), {"width": 9}),
     "TemporalBlock": Case("conv", lambda: nn.TemporalBlock(4, 6, 3, 2), ("B4T",)),
     "TCN": Case("conv", lambda: nn.TCN(4, [6, 6], 3), ("B4T",)),
     "HierarchicalAttention": Case(
@@ -124,7 +125,7 @@ STREAMS = {
     "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6), ("TB5",)),
     **{name: CASES[name] for name in ("SRUpp", "QRNN", "MinLSTM", "IndRNN")},
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
-    **{name: CASES[name] for name in ("CausalConv1d", "TemporalBlock", "TCN", "HierarchicalAttention")},
+    **{name: CASES[name] for name in ("CausalConv1d", "CausalConv2d", "TemporalBlock", "TCN", "HierarchicalAttention")},
 }
 
 
@@ -506,7 +507,7 @@ def test_dimensions_found_by_export_stay_general(name):
 def test_skip_init(name):
     kind = getattr(nn, name)
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
-    sizes["HierarchicalAttention"] = (8, 2)
+    sizes |= {"HierarchicalAttention": (8, 2), "CausalConv2d": (4, 6, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())
 

@@ -1,4 +1,4 @@
-"""Dilated causal convolution.
+"""Dilated causal convolutions of sequences, and of grids along one dimension.
 
 ``v[b,o,t] = bias[o] + sum_{c,k} weight[o,c,k] * x[b,c,t - (K-1-k) dilation]``, where ``x`` before its start is
 ``history`` or zero; ``y = relu?(residual + dropout(activation(v)))``.
@@ -101,6 +101,44 @@ def causal_conv1d(
     if bias is not None:
         y = y + bias.unsqueeze(-1)
     return epilogue(y, residual, seed, activation, relu, dropout)
+
+
+def causal_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    history: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    activation: str | None = None,
+    relu: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """x (B, C, T, S), weight (O, C/groups, K, L), residual (B, Y, T, S), history (B, C, (K-1) dilation[0], S): y.
+
+    ``v[b,o,t,s] = bias[o] + sum_{c,k,l} weight[o,c,k,l] * x[b,c,t - (K-1-k) d, s + (l - L//2) e]`` with d and e the
+    dilations and zeros beside the rows.
+    """
+    batch, channels, length, width = x.shape
+    outputs, group_channels, row_taps, column_taps = weight.shape
+    d, e = dilation
+    above, side = (row_taps - 1) * d, column_taps // 2 * e
+    rows = F.pad(x, (0, 0, above, 0)) if history is None else torch.cat([history, x], 2)
+    grid = F.pad(rows, (side, side)).unflatten(1, (groups, channels // groups))
+    w = weight.view(groups, outputs // groups, group_channels, row_taps, column_taps)
+    products = [
+        torch.einsum("goc,bgcts->bgots", w[..., k, j], grid[..., k * d : k * d + length, j * e : j * e + width])
+        for k in range(row_taps)
+        for j in range(column_taps)
+    ]
+    y = sum(products[1:], products[0]).reshape(batch, outputs, length * width)
+    if bias is not None:
+        y = y + bias.unsqueeze(-1)
+    residual = None if residual is None else residual.flatten(2)
+    return epilogue(y, residual, seed, activation, relu, dropout).unflatten(-1, (length, width))
 
 
 def epilogue(

@@ -1,0 +1,179 @@
+"""Convolution of a grid, causal along one dimension: the public call, its checks and choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqaccel import _arguments, _common, backends
+from seqaccel.functional import _onnx
+from seqaccel.reference import conv as reference
+
+__all__ = ["causal_conv2d"]
+
+NAME = "causal_conv2d"
+BACKENDS = ("reference", "torch")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """The dilation along T and along S."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{NAME}: expected dilation to be an int or a tuple of two, but got {value!r}")
+    for d in pair:
+        _arguments.integer(NAME, "dilation", d, 1)
+    return pair
+
+
+@_common.unrecorded
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, initial_state: Tensor | None,
+    dilation: tuple[int, int], groups: int, activation: str | None, output_activation: str | None, dropout: float,
+) -> None:  # fmt: skip
+    if not x.is_floating_point():
+        raise TypeError(f"{NAME}: expected x to have a floating point dtype, but got {x.dtype}")
+    tensors = {"weight": weight, "bias": bias, "residual": residual, "initial_state": initial_state}
+    for key, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise RuntimeError(f"{NAME}: expected {key} to have the dtype of x, {x.dtype}, but got {t.dtype}")
+        if t.device != x.device:
+            raise RuntimeError(
+                f"{NAME}: Expected all tensors to be on the same device, but {key} is on {t.device} and x on {x.device}"
+            )
+    _arguments.integer(NAME, "groups", groups, 1)
+    if x.dim() != 4:
+        raise ValueError(f"{NAME}: expected x to be 4D (B, C, T, S), but got a tensor of size {list(x.shape)}")
+    if weight.dim() != 4 or weight.shape[2] < 1 or weight.shape[3] % 2 != 1:
+        raise ValueError(
+            f"{NAME}: expected weight to be 4D (O, C / groups, K_t, K_s) with K_t >= 1 and an odd K_s, but got a "
+            f"tensor of size {list(weight.shape)}"
+        )
+    batch, channels, rows, width = x.shape
+    outputs, group_channels, row_taps, _ = weight.shape
+    if channels != group_channels * groups:
+        raise ValueError(
+            f"{NAME}: given groups={groups} and weight of size {list(weight.shape)}, expected x to have "
+            f"{group_channels * groups} channels, but got {channels} channels instead"
+        )
+    if outputs % groups:
+        raise ValueError(
+            f"{NAME}: expected the output channels of weight to be divisible by groups={groups}, but got {outputs}"
+        )
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        known = (None, *reference.ACTIVATIONS)
+        raise ValueError(f"{NAME}: expected activation to be one of {known}, but got {activation!r}")
+    gated = activation in reference.GATED
+    if gated and outputs % 2:
+        raise ValueError(
+            f"{NAME}: expected weight to have an even number of output channels for activation={activation!r}, "
+            f"but got {outputs}"
+        )
+    shapes = {
+        "bias": (outputs,),
+        "residual": (batch, outputs // 2 if gated else outputs, rows, width),
+        "initial_state": (batch, channels, (row_taps - 1) * dilation[0], width),
+    }
+    for key, shape in shapes.items():
+        t = tensors[key]
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{NAME}: expected {key} to have shape {shape}, but got {tuple(t.shape)}")
+    if output_activation not in (None, "relu"):
+        raise ValueError(f"{NAME}: expected output_activation to be None or 'relu', but got {output_activation!r}")
+    _arguments.probability(NAME, "dropout", dropout)
+
+
+def _torch_conv(x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout) -> Tensor:
+    """The same from torch's own operators (``F.conv2d``); dropout draws its mask as torch does."""
+    (row_taps, column_taps), (row_dilation, column_dilation) = weight.shape[2:], dilation
+    side = column_taps // 2 * column_dilation
+    if not torch.jit.is_tracing() and (x.numel() == 0 or weight.numel() == 0):  # F.conv2d refuses these
+        y = reference.causal_conv2d(x, weight, bias, dilation=dilation, groups=groups)
+    else:
+        above = (row_taps - 1) * row_dilation
+        rows = F.pad(x, (0, 0, above, 0)) if history is None else torch.cat([history, x], 2)
+        y = F.conv2d(rows, weight, bias, padding=(0, side), dilation=dilation, groups=groups)
+    if activation is not None:
+        y = reference.ACTIVATIONS[activation](y)
+    y = F.dropout(y, dropout, training=dropout > 0)
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y
+
+
+def causal_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+    output_activation: str | None = None,
+    initial_state: Tensor | None = None,
+) -> Tensor:
+    r"""Convolution of a grid (T, S), causal along T and centred along S, with its epilogue fused.
+
+    .. math::
+        v_{b,o,t,s} &= b_o + \sum_{c,k,l} W_{o,c,k,l}\,
+            x_{b,c,\,t-(K_t-1-k)d_t,\,s+(l-\lfloor K_s/2\rfloor)d_s} \\
+        y &= \psi(r + \mathrm{dropout}(\varphi(v)))
+
+    with x zero outside of the grid, or ``initial_state`` before its first row. The output has the grid of the input.
+    The weight holds the taps that count only: K_t rows, the last of which meets the present row. A masked k x k
+    kernel, as in pervasive attention, has K_t = (k + 1) // 2 rows that count: ``masked[:, :, :(k + 1) // 2]``.
+
+    Args:
+        x: input (B, C, T, S).
+        weight: (O, C / groups, K_t, K_s), K_s odd.
+        bias: (O,). Default: none.
+        dilation: distance between taps along T and S, an int for both or a tuple (d_t, d_s). Default: 1
+        groups: blocks of channels convolved apart. Default: 1
+        activation: :math:`\varphi`, one of :func:`~seqaccel.functional.causal_conv1d`'s. Default: None
+        dropout: probability that an activation is zeroed, the others being scaled by 1/(1-p). Default: 0
+        residual: r, of the shape of y, added after the dropout. Default: none.
+        output_activation: :math:`\psi`: ``"relu"`` or None. Default: None
+        initial_state: the (K_t-1)d_t rows before x (B, C, (K_t-1)d_t, S), as a stream carries them. Default: zeros.
+
+    Returns:
+        y (B, O, T, S), with ``"glu"`` or ``"gated"`` O / 2 channels.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message says
+            which one.
+
+    Source: Elbayad, Besacier, Verbeek, Pervasive Attention, 2018.
+
+    Example:
+        >>> import torch, seqaccel.functional as SF
+        >>> x, weight = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 2, 3)
+        >>> SF.causal_conv2d(x, weight)
+        tensor([[[[2., 3., 3., 2.],
+                  [4., 6., 6., 4.],
+                  [4., 6., 6., 4.]]]])
+    """
+    _arguments.tensors(NAME, x=x, weight=weight)
+    _arguments.optional_tensors(NAME, bias=bias, residual=residual, initial_state=initial_state)
+    dilations = _pair(dilation)
+    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
+    _check(x, weight, bias, residual, history, dilations, groups, activation, output_activation, dropout)
+    options: dict[str, Any] = {
+        "dilation": dilations,
+        "groups": groups,
+        "activation": activation,
+        "relu": output_activation == "relu",
+        "dropout": dropout,
+    }
+    # A compiled F.conv2d has guards on the batch's size.
+    prefer = "reference" if x.device.type == "cpu" and torch.compiler.is_compiling() else None
+    backend = backends.choose(NAME, x, BACKENDS, prefer=prefer)
+    if backend == "torch" or _onnx.exporting():
+        return _torch_conv(x, weight, bias, residual, history, **options)
+    seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
+    return reference.causal_conv2d(x, weight, bias, residual, history, seed, **options)
