@@ -304,6 +304,14 @@ def test_resets_of_columns(name):
         assert_same(run, model, *arguments(*sizes))
 
 
+@pytest.mark.parametrize("name", ["MinGRU", "IndRNN"])
+def test_columns_of_a_batch_that_stays_1(name):
+    model = COLUMNS[name]().eval()
+    _, run = exported(model, (torch.randn(5, 1, 4),), ({0: "T"},))
+    for steps in (5, 1, 9):
+        assert_same(run, model, torch.randn(steps, 1, 4))
+
+
 @pytest.mark.parametrize("name", COLUMNS)
 def test_packed_sequences_of_columns(name):
     model = WithKeyword(COLUMNS[name]().eval(), "cu_seqlens")

@@ -39,8 +39,8 @@ def loop(
     """
     from torch._higher_order_ops.scan import scan
 
-    # Contiguous copies: scan takes no views at an offset that depends on B, as a layer's part of a module's state is, and
-    # the state of every step has the same strides.
+    # Contiguous copies: scan takes no views at an offset that depends on B, as a layer's part of a module's state is,
+    # and the state of every step has the same strides.
     state = [part.clone(memory_format=torch.contiguous_format) for part in state]
     return scan(step, state, list(inputs), reverse=reverse)
 
@@ -119,7 +119,7 @@ def columns(
             state: list[Tensor], inputs: list[Tensor], of_steps=of_steps, of_all=of_all, own_bias=own_bias
         ) -> tuple[list[Tensor], Any]:
             at: dict[str, Any] = of_all | {name: t.unsqueeze(0) for name, t in zip(of_steps, inputs, strict=True)}
-            c = state[0]
+            c = state[0].view(at["u"].shape[1], hidden)  # in a loop's graph the sizes of a state are symbols
             if "begins" in at:
                 c = torch.where(at["begins"][0].unsqueeze(1), at["fresh"], c)
             h, c = reference.columns(
