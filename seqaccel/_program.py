@@ -16,7 +16,7 @@ from seqaccel.functional.rnn import CELLS
 from seqaccel.nn.conv import TCN, CausalConv1d, TemporalBlock
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
-from seqaccel.nn.scan import SRU, SRUCell
+from seqaccel.nn.scan import SRU, SRUCell, SRUpp
 from seqaccel.nn.scan._base import Columns
 
 __all__ = ["Layer", "Program", "State", "described"]
@@ -279,6 +279,14 @@ def _sru_cell(module: SRUCell, program: Program, name: str) -> None:
     )
     if norm is not None and module.normalize_after:
         _describe(norm, program, name)
+
+
+@_describe.register
+def _sru_pp(module: SRUpp, program: Program, name: str) -> None:
+    raise TypeError(
+        "module: a Session does not run the attention of SRUpp. Use its extend and step, with a state of "
+        "init_state(batch_size, memory_length=...)"
+    )
 
 
 @_describe.register
