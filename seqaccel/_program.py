@@ -320,12 +320,16 @@ def _columns(module: Columns, program: Program, name: str) -> None:
 
 
 def _convolution(module: CausalConv1d, program: Program, name: str, **options: Any) -> int:
+    for argument, plain in (("stride", 1), ("padding_mode", "zeros")):
+        value = getattr(module, argument)
+        if value != plain:
+            raise ValueError(f"module: a Session runs a CausalConv1d of {argument}={plain!r}, but got {value!r}")
     weight = module.weight.detach()
     outputs, _, taps = weight.shape
     inputs, groups = module.in_channels, module.groups
     shape = {"taps": taps, "dilation": module.dilation, "activation": module.activation or "none"}
     if not program.layers:
-        program.channels_first = True
+        program.channels_first, program.batch_first = not module.channels_last, module.channels_last
     if taps > 1:
         program.keep(name + "history", "r", module.context, inputs)
     gated = module.activation in GATED

@@ -53,19 +53,19 @@ EPILOGUES = [
     dict(),
     dict(activation="relu"),
     dict(activation="relu", residual=True, output_activation="relu"),
-    dict(activation="tanh", history=True),
+    dict(activation="tanh", initial_state=True),
     dict(activation="sigmoid", residual=True),
-    dict(activation="silu", history=True, output_activation="relu"),
+    dict(activation="silu", initial_state=True, output_activation="relu"),
     dict(activation="leaky_relu"),
     dict(activation="leaky_relu", residual=True, output_activation="relu"),
     dict(activation="gelu", residual=True),
-    dict(activation="gelu_tanh", history=True),
+    dict(activation="gelu_tanh", initial_state=True),
     dict(activation="glu", residual=True, output_activation="relu"),
-    dict(activation="gated", history=True),
+    dict(activation="gated", initial_state=True),
 ]
 
 
-def inputs(shape, dtype=torch.float32, residual=False, history=False, bias=True, halves=1):
+def inputs(shape, dtype=torch.float32, residual=False, initial_state=False, bias=True, halves=1):
     """The tensors of a call by argument name, in float64's values rounded to ``dtype``; the weight has ``halves`` times
     the output channels."""
     B, C, O, T, K, dilation, groups = shape
@@ -75,8 +75,8 @@ def inputs(shape, dtype=torch.float32, residual=False, history=False, bias=True,
         sizes["bias"] = (halves * O,)
     if residual:
         sizes["residual"] = (B, O, T)
-    if history:
-        sizes["history"] = (B, C, (K - 1) * dilation)
+    if initial_state:
+        sizes["initial_state"] = (B, C, (K - 1) * dilation)
     tensors = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
     tensors["weight"] /= max(1, C // groups * K) ** 0.5
     return {name: t.to(dtype) for name, t in tensors.items()}
@@ -114,10 +114,11 @@ STOCK_ACTIVATIONS = {
 }
 
 
-def stock(x, weight, bias=None, residual=None, history=None, activation=None, output_activation=None, **options):
+def stock(x, weight, bias=None, residual=None, initial_state=None, activation=None, output_activation=None, **options):
     """The same from torch.nn.functional, independent of the package."""
     context = (weight.shape[2] - 1) * options["dilation"]
-    y = F.conv1d(F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1), weight, bias, **options)
+    padded = F.pad(x, (context, 0)) if initial_state is None else torch.cat([initial_state, x], -1)
+    y = F.conv1d(padded, weight, bias, **options)
     y = STOCK_ACTIVATIONS[activation](y)
     y = y if residual is None else y + residual
     return F.relu(y) if output_activation == "relu" else y
@@ -239,7 +240,7 @@ def test_cpp_on_any_shape(data):
         activation=data.draw(st.sampled_from(ACTIVATIONS)),
         output_activation=data.draw(st.sampled_from([None, "relu"])),
         residual=data.draw(st.booleans()),
-        history=data.draw(st.booleans()),
+        initial_state=data.draw(st.booleans()),
         bias=data.draw(st.booleans()),
     )
     tensors, options = case(shape, epilogue, torch.float64)
@@ -253,7 +254,7 @@ def test_cpp_on_any_shape(data):
 @pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3, 2, 2), (1, 3, 6, 4, 2, 1, 3), (2, 2, 3, 9, 2, 3, 1)], ids=identity)
 def test_gradients_of_every_order(shape, backend):
     for activation in ACTIVATIONS:
-        tensors, _ = case(shape, dict(activation=activation, residual=True, history=True), torch.float64)
+        tensors, _ = case(shape, dict(activation=activation, residual=True, initial_state=True), torch.float64)
         names, values = list(tensors), [t.requires_grad_() for t in tensors.values()]
         for output_activation in (None, "relu"):
 
@@ -272,10 +273,10 @@ def test_gradients_of_every_order(shape, backend):
     assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
-@pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual", "history"])
+@pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual", "initial_state"])
 def test_one_gradient_alone(needed):
     shape = (2, 6, 7, 30, 3, 4, 1)
-    tensors, options = case(shape, dict(activation="relu", residual=True, history=True))
+    tensors, options = case(shape, dict(activation="relu", residual=True, initial_state=True))
     everything = run(on("cpp"), tensors, options)
     tensors[needed].requires_grad_()
     y = on("cpp")(**tensors, **options)
@@ -337,7 +338,7 @@ def test_operators_pass_opcheck(backend, epilogue):
     # An interpreted Triton kernel cannot be traced.
     tests = ("test_schema", "test_faketensor") if backend == "cpp" else ("test_schema",)
     for dropout in (0.0, 0.5):
-        optional = [tensors.get(name) for name in ("x", "weight", "bias", "residual", "history")]
+        optional = [tensors.get(name) for name in ("x", "weight", "bias", "residual", "initial_state")]
         arguments = (*optional, seed, 2, groups, activation, relu, dropout, True)
         torch.library.opcheck(forward, arguments, test_utils=tests)
         y, saved = forward(*arguments)
@@ -345,7 +346,7 @@ def test_operators_pass_opcheck(backend, epilogue):
             torch.library.opcheck(
                 backward,
                 (
-                    torch.randn_like(y), y, saved, tensors["x"], tensors["weight"], tensors.get("history"), seed,
+                    torch.randn_like(y), y, saved, tensors["x"], tensors["weight"], tensors.get("initial_state"), seed,
                     torch.randn_like(tensors["x"]), 2, groups, activation, relu, dropout, "residual" in tensors, wants,
                 ),
                 test_utils=tests,
@@ -405,7 +406,7 @@ def test_errors_name_the_argument():
         ((x, w[:5, :2]), {"groups": 2}, ValueError, "divisible by groups=2, but got 5"),
         ((x, w, torch.randn(5)), {}, ValueError, r"expected bias to have shape \(6,\), but got \(5,\)"),
         ((x, w), {"residual": x}, ValueError, r"expected residual to have shape \(2, 6, 9\)"),
-        ((x, w), {"history": x}, ValueError, r"expected history to have shape \(2, 4, 2\)"),
+        ((x, w), {"initial_state": x}, ValueError, r"expected initial_state to have shape \(2, 4, 2\)"),
         ((x, w), {"dilation": 0}, ValueError, "expected dilation to be positive, but got 0"),
         ((x, w), {"groups": 1.0}, TypeError, "argument 'groups' must be int, not float"),
         ((x, w), {"activation": "elu"}, ValueError, "expected activation to be one of"),
@@ -435,14 +436,14 @@ def test_empty(shape, backend):
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_any_layout(backend):
-    tensors, options = case((3, 6, 8, 21, 3, 2, 1), dict(activation="relu", residual=True, history=True))
+    tensors, options = case((3, 6, 8, 21, 3, 2, 1), dict(activation="relu", residual=True, initial_state=True))
     expected = run(on("reference"), tensors, options)
     strided = {
         "x": tensors["x"].transpose(1, 2).contiguous().transpose(1, 2),
         "weight": tensors["weight"].flip(0).flip(0).permute(2, 1, 0).contiguous().permute(2, 1, 0),
         "bias": torch.stack([tensors["bias"], tensors["bias"]], 1)[:, 0],
         "residual": tensors["residual"][:, :1].expand(3, 8, 21),
-        "history": tensors["history"].transpose(0, 1).contiguous().transpose(0, 1),
+        "initial_state": tensors["initial_state"].transpose(0, 1).contiguous().transpose(0, 1),
     }
     tensors["residual"] = strided["residual"].contiguous()
     expected = run(on("reference"), tensors, options)
@@ -515,7 +516,7 @@ def test_a_spoilt_step_stays_apart(isa, shape, bad):
 def test_a_spoilt_tap_stays_apart(isa, K):
     """Depthwise: a weight that is not finite reaches no gradient of an input that it is not multiplied with."""
     for T in (1, 7, 74):
-        tensors, options = case((2, 5, 5, T, K, 3, 5), dict(history=True))
+        tensors, options = case((2, 5, 5, T, K, 3, 5), dict(initial_state=True))
         grad = torch.randn(2, 5, T)
         with seqaccel.backends.isa(isa):
             expected = run(on("cpp"), tensors, options, grad)
@@ -523,7 +524,7 @@ def test_a_spoilt_tap_stays_apart(isa, K):
                 spoilt = tensors | {"weight": tensors["weight"].clone()}
                 spoilt["weight"][4, 0, k] = float("nan")
                 found = run(on("cpp"), spoilt, options, grad)
-                joined, exact = (torch.cat([r["grad of history"], r["grad of x"]], 2) for r in (found, expected))
+                joined, exact = (torch.cat([r["grad of initial_state"], r["grad of x"]], 2) for r in (found, expected))
                 reached = torch.zeros_like(joined, dtype=torch.bool)
                 reached[:, 4, k * 3 : k * 3 + T] = True
                 assert joined[reached].isnan().all() and torch.equal(joined[~reached], exact[~reached])

@@ -308,7 +308,7 @@ class Attention(nn.HierarchicalAttention):
 
 class Convolution(nn.CausalConv1d):
     def forward(self, x: Tensor, residual: Tensor, history: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, residual=residual, output_activation="relu", history=history)
+        return super().forward(x, residual=residual, output_activation="relu", initial_state=history)
 
 
 class Masked(nn.QRNN):

@@ -1,6 +1,6 @@
 """Dilated causal convolutions of sequences, and of grids along one dimension.
 
-``v[b,o,t] = bias[o] + sum_{c,k} weight[o,c,k] * x[b,c,t - (K-1-k) dilation]``, where ``x`` before its start is
+``v[b,o,t] = bias[o] + sum_{c,k} weight[o,c,k] * x[b,c,stride t - (K-1-k) dilation]``, where ``x`` before its start is
 ``history`` or zero; ``y = relu?(residual + dropout(activation(v)))``.
 """
 
@@ -77,15 +77,16 @@ def causal_conv1d(
     history: Tensor | None = None,
     seed: Tensor | None = None,
     *,
+    stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
     activation: str | None = None,
     relu: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, Y, T), history (B, C, (K-1) d): y (B, Y, T).
+    """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, Y, U), history (B, C, (K-1) d): y (B, Y, U).
 
-    Y is O, or half of it with a gated activation.
+    U is T / stride rounded up; Y is O, or half of it with a gated activation.
     """
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape
@@ -94,10 +95,10 @@ def causal_conv1d(
     padded = padded.view(batch, groups, channels // groups, context + length)
     w = weight.view(groups, outputs // groups, group_channels, taps)
     products = [
-        torch.einsum("goc,bgct->bgot", w[..., k], padded[..., k * dilation : k * dilation + length])
+        torch.einsum("goc,bgct->bgot", w[..., k], padded[..., k * dilation : k * dilation + length : stride])
         for k in range(taps)
     ]
-    y = sum(products[1:], products[0]).reshape(batch, outputs, length)
+    y = sum(products[1:], products[0]).reshape(batch, outputs, -(-length // stride))
     if bias is not None:
         y = y + bias.unsqueeze(-1)
     return epilogue(y, residual, seed, activation, relu, dropout)

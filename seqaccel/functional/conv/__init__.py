@@ -1,6 +1,6 @@
 """Causal convolutions."""
 
-from seqaccel.functional.conv._causal_conv1d import ACTIVATIONS, GATED, causal_conv1d
+from seqaccel.functional.conv._causal_conv1d import ACTIVATIONS, GATED, PADDING_MODES, causal_conv1d, last_steps
 from seqaccel.functional.conv._causal_conv2d import causal_conv2d
 
-__all__ = ["ACTIVATIONS", "GATED", "causal_conv1d", "causal_conv2d"]
+__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "causal_conv1d", "causal_conv2d", "last_steps"]

@@ -15,10 +15,11 @@ from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
 
-__all__ = ["ACTIVATIONS", "GATED", "causal_conv1d"]
+__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "causal_conv1d", "last_steps"]
 
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
 GATED = reference.GATED
+PADDING_MODES = ("zeros", "replicate")
 BACKENDS = ("reference", "cpp", "triton", "torch")
 
 #: Activations whose slope is seen from their value.
@@ -282,21 +283,26 @@ def _check(
     x,
     weight,
     bias,
+    stride,
     dilation,
     groups,
+    padding_mode,
     activation,
     output_activation,
     dropout,
     residual,
-    history,
+    initial_state,
+    return_final_state,
+    channels_last,
 ) -> None:
     name = "causal_conv1d"
+    _arguments.flags(name, return_final_state=return_final_state, channels_last=channels_last)
     tensors = {
         "x": x,
         "weight": weight,
         "bias": bias,
         "residual": residual,
-        "history": history,
+        "initial_state": initial_state,
     }
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected x to have a floating point dtype, but got {x.dtype}")
@@ -310,19 +316,20 @@ def _check(
                 f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} "
                 f"and x on {x.device}"
             )
-    for argument, value in (("dilation", dilation), ("groups", groups)):
+    for argument, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
             raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected {argument} to be positive, but got {value}")
+    layout = "(B, T, C)" if channels_last else "(B, C, T)"
     if x.dim() != 3:
-        raise ValueError(f"{name}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
+        raise ValueError(f"{name}: expected x to be 3D {layout}, but got a tensor of size {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[2] < 1:
         raise ValueError(
             f"{name}: expected weight to be 3D (O, C / groups, K) with K >= 1, but got a tensor of size "
             f"{list(weight.shape)}"
         )
-    batch, channels, length = x.shape
+    batch, channels, length = (x.transpose(1, 2) if channels_last else x).shape
     outputs, group_channels, taps = weight.shape
     if channels != group_channels * groups:
         raise ValueError(
@@ -340,10 +347,13 @@ def _check(
             f"{name}: expected weight to have an even number of output channels for activation={activation!r}, "
             f"but got {outputs}"
         )
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"{name}: expected padding_mode to be one of {PADDING_MODES}, but got {padding_mode!r}")
+    steps, width = -(-length // stride), _outputs(weight, activation)
     shapes = {
         "bias": (outputs,),
-        "residual": (batch, _outputs(weight, activation), length),
-        "history": (batch, channels, (taps - 1) * dilation),
+        "residual": (batch, steps, width) if channels_last else (batch, width, steps),
+        "initial_state": (batch, channels, (taps - 1) * dilation),
     }
     for argument, shape in shapes.items():
         t = tensors[argument]
@@ -356,14 +366,14 @@ def _check(
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
 
 
-def _torch_conv(x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout) -> Tensor:
+def _torch_conv(x, weight, bias, residual, history, *, stride, dilation, groups, activation, relu, dropout) -> Tensor:
     """The same from torch's own operators (``F.conv1d``); dropout draws its mask as torch does."""
     context = (weight.shape[2] - 1) * dilation
     if not torch.jit.is_tracing() and (x.numel() == 0 or weight.numel() == 0):  # F.conv1d refuses these
-        y = reference.causal_conv1d(x, weight, bias, dilation=dilation, groups=groups)
+        y = reference.causal_conv1d(x, weight, bias, stride=stride, dilation=dilation, groups=groups)
     else:
         padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
-        y = F.conv1d(padded, weight, bias, dilation=dilation, groups=groups)
+        y = F.conv1d(padded, weight, bias, stride, dilation=dilation, groups=groups)
     if activation is not None:
         y = reference.ACTIVATIONS[activation](y)
     y = F.dropout(y, dropout, training=dropout > 0)
@@ -387,78 +397,46 @@ def _torch_is_faster(x: Tensor, weight: Tensor, dilation: int, groups: int) -> b
     return not fits(x.shape, weight.shape, dilation, groups)
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dilation: int = 1,
-    groups: int = 1,
-    activation: str | None = None,
-    dropout: float = 0.0,
-    residual: Tensor | None = None,
-    output_activation: str | None = None,
-    history: Tensor | None = None,
-) -> Tensor:
-    r"""Dilated causal convolution with its epilogue fused: an output sees the present and the past only.
+def last_steps(history: Tensor, x: Tensor) -> Tensor:
+    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has; shares no memory with them."""
+    context, length = history.shape[-1], x.shape[-1]
+    if torch.compiler.is_compiling():  # for any length, and with strides that do not depend on it
+        last = torch.cat([history, x], -1).narrow(-1, length, context)
+    elif length >= context:
+        last = x[..., length - context :]
+    else:
+        return torch.cat([history[..., length:], x], -1)
+    return last.clone(memory_format=torch.contiguous_format)
 
-    .. math::
-        v_{b,o,t} &= b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,t-(K-1-k)d} \\
-        y &= \psi(r + \mathrm{dropout}(\varphi(v)))
 
-    with x zero (or ``history``) before its start: the output is as long as the input.
+def _strided(x, weight, history, stride: int, dilation: int):
+    """x, weight, history and dilation of the convolution without a stride that gives the outputs of the one with it.
 
-    Args:
-        x: input (B, C, T).
-        weight: (O, C / groups, K), as :class:`torch.nn.Conv1d` has it; the last tap meets the present.
-        bias: (O,). Default: none.
-        dilation: distance d between taps, in time steps. Default: 1
-        groups: blocks of channels convolved apart; ``groups=C`` is depthwise. Default: 1
-        activation: :math:`\varphi`: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"``
-            (its approximation by tanh), ``"tanh"``, ``"sigmoid"``, or one that halves the channels: ``"glu"`` (first
-            half times sigmoid of the second) and ``"gated"`` (tanh of the first half times sigmoid of the second, as
-            in WaveNet). None: the identity. Default: None
-        dropout: probability that an activation is zeroed, the others being scaled by 1/(1-p). Default: 0
-        residual: r, of the shape of y, added after the dropout. Default: none.
-        output_activation: :math:`\psi`: ``"relu"`` or None. Default: None
-        history: the (K-1)d inputs before x (B, C, (K-1)d), as a stream carries them. Default: zeros.
-
-    Returns:
-        y (B, O, T), with ``"glu"`` or ``"gated"`` (B, O / 2, T).
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message says
-            which one.
-
-    Saved for the backward, beside x and the weight: y for relu, leaky_relu, tanh and sigmoid; a byte an element for
-    relu with a residual; v for the others, and for leaky_relu, tanh and sigmoid where y is not the activation. The
-    dropout mask is recomputed from a seed that torch's generator gives (on the ``torch`` backend it is
-    ``F.dropout``'s). float16 and bfloat16 are computed in float32 on a CPU. A backward that is itself differentiated
-    runs on the reference.
-
-    Source: van den Oord et al., WaveNet, 2016; Bai, Kolter, Koltun, 2018.
-
-    Example:
-        >>> import torch, seqaccel.functional as SF
-        >>> x, weight = torch.ones(1, 1, 5), torch.ones(1, 1, 3)
-        >>> SF.causal_conv1d(x, weight, dilation=2, activation="relu")
-        tensor([[[1., 1., 2., 2., 3.]]])
+    With s = stride, d = dilation and s' = s / gcd(s, d), tap j before the present, j = i + s' m, sees x at
+    s t - j d = s (t - m d / gcd) - i d. Channel (c, i) of the new x is x at s t - i d, for i below s'; its taps are m,
+    at the dilation d / gcd. A channel is repeated at most min(s', K) times, and no output is computed that is not kept.
     """
-    _check_types(x=x, weight=weight, bias=bias, residual=residual, history=history)
-    x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, history)  # type: ignore[assignment]
-    _check(
-        x,
-        weight,
-        bias,
-        dilation,
-        groups,
-        activation,
-        output_activation,
-        dropout,
-        residual,
-        history,
-    )
-    relu = output_activation == "relu"
+    outputs, channels, taps = weight.shape
+    phases, new_dilation = stride // math.gcd(stride, dilation), dilation // math.gcd(stride, dilation)
+    new_taps, copies = -(-taps // phases), min(phases, taps)
+    before = (new_taps - 1) * new_dilation if history is not None else 0  # of the new history
+    left = (copies - 1) * dilation + before * stride
+    if history is not None:
+        x = F.pad(torch.cat([history, x], -1), (left - history.shape[2], 0))
+    elif left:
+        x = F.pad(x, (left, 0))
+    steps = -(-(x.shape[2] - left) // stride) + before
+    parts = [x[..., i * dilation :: stride][..., :steps] for i in range(copies)]  # the earliest tap first
+    x = parts[0] if copies == 1 else torch.stack(parts, 2).flatten(1, 2)
+    weight = F.pad(weight, (new_taps * phases - taps, 0)).view(outputs, channels, new_taps, phases)
+    weight = weight[..., phases - copies :].transpose(2, 3).reshape(outputs, channels * copies, new_taps)
+    if history is not None:
+        history, x = x[..., :before], x[..., before:]
+    return x, weight, history, new_dilation
+
+
+def _convolution(x, weight, bias, residual, history, stride, dilation, groups, activation, relu, dropout) -> Tensor:
+    """y of checked arguments, by the backend that is chosen."""
     options: dict[str, Any] = {
         "dilation": dilation,
         "groups": groups,
@@ -471,19 +449,21 @@ def causal_conv1d(
     operator = "causal_conv1d" if tried else f"causal_conv1d with {activation}"
     backend = backends.choose(operator, x, BACKENDS, prefer=prefer)
     if backend == "torch" or _onnx.exporting():
-        return _torch_conv(x, weight, bias, residual, history, **options)
+        return _torch_conv(x, weight, bias, residual, history, stride=stride, **options)
     seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference" or _common.transforms_active():
-        return reference.causal_conv1d(x, weight, bias, residual, history, seed, **options)
+        return reference.causal_conv1d(x, weight, bias, residual, history, seed, stride=stride, **options)
     dtype = x.dtype
     if backend == "cpp":
         to = _common.compute_dtype(dtype)
-        x, weight, bias, residual, history = (  # type: ignore[assignment]
+        x, weight, bias, residual, history = (
             None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
         )
+    if stride > 1:
+        x, weight, history, dilation = _strided(x, weight, history, stride, dilation)
     if activation in GATED and (backend == "triton" or groups > 1):  # no kernel sees both halves at once
         with backends.backend(backend):
-            v = causal_conv1d(x, weight, bias, dilation=dilation, groups=groups, history=history)
+            v = _convolution(x, weight, bias, None, history, 1, dilation, groups, None, False, 0.0)
         return reference.epilogue(v, residual, seed, activation, relu, dropout).to(dtype)
     arguments = (dilation, groups, activation or "none", relu, float(dropout))
     if torch.compiler.is_compiling():  # autograd records the operator itself
@@ -493,3 +473,124 @@ def causal_conv1d(
     else:
         y, _ = call(_operators(backend)[0], x, weight, bias, residual, history, seed, *arguments, False)
     return y.to(dtype)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    activation: str | None = None,
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+    output_activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    channels_last: bool = False,
+) -> Any:
+    r"""Dilated causal convolution with its epilogue fused: an output sees the present and the past only.
+
+    .. math::
+        v_{b,o,t} &= b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,ts-(K-1-k)d} \\
+        y &= \psi(r + \mathrm{dropout}(\varphi(v)))
+
+    with x before its start zero, its first value (``padding_mode="replicate"``) or ``initial_state``. Without a stride
+    the output is as long as the input.
+
+    Args:
+        x: input (B, C, T).
+        weight: (O, C / groups, K), as :class:`torch.nn.Conv1d` has it; the last tap meets the present.
+        bias: (O,). Default: none.
+        stride: s: outputs are at the steps 0, s, 2s, ... of x only. Default: 1
+        dilation: distance d between taps, in time steps. Default: 1
+        groups: blocks of channels convolved apart; ``groups=C`` is depthwise. Default: 1
+        padding_mode: what x is before its start: ``"zeros"``, or ``"replicate"``: its first value. Default: "zeros"
+        activation: :math:`\varphi`: ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"``
+            (its approximation by tanh), ``"tanh"``, ``"sigmoid"``, or one that halves the channels: ``"glu"`` (first
+            half times sigmoid of the second) and ``"gated"`` (tanh of the first half times sigmoid of the second, as
+            in WaveNet). None: the identity. Default: None
+        dropout: probability that an activation is zeroed, the others being scaled by 1/(1-p). Default: 0
+        residual: r, of the shape of y, added after the dropout. Default: none.
+        output_activation: :math:`\psi`: ``"relu"`` or None. Default: None
+        initial_state: the (K-1)d inputs before x (B, C, (K-1)d), as a stream carries them. Default: none, and
+            ``padding_mode`` says what there is.
+        return_final_state: whether to return the last (K-1)d inputs too. Default: False
+        channels_last: x and residual are (B, T, channels), and so is y. The states stay (B, C, (K-1)d). Default: False
+
+    Returns:
+        y (B, O, U), U being T / s rounded up; with ``"glu"`` or ``"gated"`` (B, O / 2, U). With ``return_final_state``
+        a tuple (y, final_state): the ``initial_state`` of the inputs that follow, (B, C, (K-1)d).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit; the message says
+            which one.
+
+    Saved for the backward, beside x and the weight: y for relu, leaky_relu, tanh and sigmoid; a byte an element for
+    relu with a residual; v for the others, and for leaky_relu, tanh and sigmoid where y is not the activation. The
+    dropout mask is recomputed from a seed that torch's generator gives (on the ``torch`` backend it is
+    ``F.dropout``'s). float16 and bfloat16 are computed in float32 on a CPU. A backward that is itself differentiated
+    runs on the reference.
+
+    A stride computes the outputs that it keeps only. Its kernels are those of stride 1, given every s-th step of x, or
+    where s does not divide d up to min(s, K) such sequences as channels of one.
+
+    Source: van den Oord et al., WaveNet, 2016; Bai, Kolter, Koltun, 2018.
+
+    Example:
+        >>> import torch, seqaccel.functional as SF
+        >>> x, weight = torch.ones(1, 1, 5), torch.ones(1, 1, 3)
+        >>> SF.causal_conv1d(x, weight, dilation=2, activation="relu")
+        tensor([[[1., 1., 2., 2., 3.]]])
+        >>> y, state = SF.causal_conv1d(x, weight, stride=2, padding_mode="replicate", return_final_state=True)
+        >>> y, state
+        (tensor([[[3., 3., 3.]]]), tensor([[[1., 1.]]]))
+    """
+    _check_types(x=x, weight=weight, bias=bias, residual=residual, initial_state=initial_state)
+    given, given_state = x, initial_state
+    x, weight, bias, residual, initial_state = _common.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
+    _check(
+        x,
+        weight,
+        bias,
+        stride,
+        dilation,
+        groups,
+        padding_mode,
+        activation,
+        output_activation,
+        dropout,
+        residual,
+        initial_state,
+        return_final_state,
+        channels_last,
+    )
+    if channels_last:
+        x, given = x.transpose(1, 2), given.transpose(1, 2)
+        residual = None if residual is None else residual.transpose(1, 2)
+    context = (weight.shape[2] - 1) * dilation
+    if padding_mode == "replicate" and initial_state is None and x.shape[2] > 0:
+        initial_state, given_state = (t[..., :1].expand(-1, -1, context) for t in (x, given))
+    y = _convolution(
+        x,
+        weight,
+        bias,
+        residual,
+        initial_state,
+        stride,
+        dilation,
+        groups,
+        activation,
+        output_activation == "relu",
+        dropout,
+    )
+    if channels_last:
+        y = y.transpose(1, 2)
+    if not return_final_state:
+        return y
+    if given_state is None:
+        given_state = given.new_zeros(given.shape[0], given.shape[1], context)
+    return y, last_steps(given_state, given)

@@ -12,31 +12,19 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import ACTIVATIONS, GATED, causal_conv1d
+from seqaccel.functional.conv import ACTIVATIONS, GATED, PADDING_MODES, causal_conv1d
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import State, Streaming
 
-__all__ = ["CausalConv1d", "check_chunk", "check_step", "next_history"]
+__all__ = ["CausalConv1d", "check_chunk", "check_step"]
 
 
-def next_history(history: Tensor, x: Tensor) -> Tensor:
-    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has; shares no memory with them."""
-    context, length = history.shape[-1], x.shape[-1]
-    if torch.compiler.is_compiling():  # for any length, and with strides that do not depend on it
-        last = torch.cat([history, x], -1).narrow(-1, length, context)
-    elif length >= context:
-        last = x[..., length - context :]
-    else:
-        return torch.cat([history[..., length:], x], -1)
-    return last.clone(memory_format=torch.contiguous_format)
-
-
-def check_chunk(module: nn.Module, x: Tensor, state: State, *names: str) -> None:
+def check_chunk(module: nn.Module, x: Tensor, state: State, *names: str, layout: str = "(B, C, T)") -> None:
     title = type(module).__name__
     _arguments.tensor(title, "x", x)
     _arguments.states(title, "state", state, names)
     if x.dim() != 3:
-        raise ValueError(f"{title}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
+        raise ValueError(f"{title}: expected x to be 3D {layout}, but got a tensor of size {list(x.shape)}")
 
 
 def check_step(module: nn.Module, x_t: Tensor) -> None:
@@ -62,29 +50,34 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
     r"""Dilated causal 1-D convolution with the parameters of :class:`torch.nn.Conv1d`.
 
     .. math::
-        y_{b,o,t} = \varphi\Bigl(b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,t-(K-1-k)d}\Bigr)
+        y_{b,o,t} = \varphi\Bigl(b_o + \sum_{c,k} W_{o,c,k}\, x_{b,c,\,ts-(K-1-k)d}\Bigr)
 
-    The output is as long as the input, and step t sees nothing after t. The operator is
+    Without a stride s the output is as long as the input. Step t sees nothing of x after t s. The operator is
     :func:`seqaccel.functional.causal_conv1d`. ``torch.nn.utils.parametrizations.weight_norm`` works on the module.
 
     Args:
         in_channels: C.
         out_channels: O.
         kernel_size: taps K; an int or a tuple of one.
+        stride: s: outputs are at every s-th step of x, from the first. Default: 1
         dilation: distance between taps. Default: 1
         groups: blocks of channels convolved apart. Default: 1
         bias: whether there is a bias. Default: True
+        padding_mode: what x is before its start: ``"zeros"``, or ``"replicate"``: its first value. Default: "zeros"
         activation: one of :func:`~seqaccel.functional.causal_conv1d`'s, or None; ``"glu"`` and ``"gated"`` halve the
             channels. Default: None
+        channels_last: the x and y are (B, T, channels), as a residual is; states stay (B, C, context). Default: False
         device, dtype: of the parameters.
 
     Attributes:
         weight: (O, C / groups, K), uniform in ±1/sqrt(C/groups · K) at first, as torch.nn.Conv1d's.
         bias: (O,), likewise.
 
-    Shape: x (B, C, T) or (C, T); output (B, O, T) or (O, T), with ``"glu"`` or ``"gated"`` O / 2 channels.
-    State of B streams: ``(history,)``, history (B, C, (K-1)·dilation). A step costs O(K·C·O/groups) and one copy of the
-    history.
+    Shape: x (B, C, T) or (C, T); output (B, O, U) or (O, U), U being T / s rounded up; with ``"glu"`` or ``"gated"``
+    O / 2 channels.
+    State of B streams: ``(history,)``, history (B, C, (K-1)·dilation); with ``"replicate"`` ``(history, started)``,
+    started (B,) saying which streams have a history. A step costs O(K·C·O/groups) and one copy of the history. With a
+    stride, ``extend`` takes chunks whose length is a multiple of it, and there is no ``step``.
 
     Example:
         >>> import torch, seqaccel.nn as snn
@@ -102,10 +95,13 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int],
         *,
+        stride: int | tuple[int] = 1,
         dilation: int | tuple[int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         activation: str | None = None,
+        channels_last: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -113,12 +109,15 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         title = type(self).__name__
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = _single(title, "kernel_size", kernel_size)
+        self.stride = _single(title, "stride", stride)
         self.dilation = _single(title, "dilation", dilation)
-        self.activation = activation
+        self.padding_mode, self.activation, self.channels_last = padding_mode, activation, channels_last
         _arguments.integer(title, "in_channels", in_channels, 0)
         _arguments.integer(title, "out_channels", out_channels, 0)
         _single(title, "groups", groups)
-        _arguments.flag(title, "bias", bias)
+        _arguments.flags(title, bias=bias, channels_last=channels_last)
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, but got {padding_mode!r}")
         if in_channels % groups:
             raise ValueError(f"in_channels must be divisible by groups, but got {in_channels} and {groups}")
         if out_channels % groups:
@@ -187,31 +186,38 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         dropout: float = 0.0,
         residual: Tensor | None = None,
         output_activation: str | None = None,
-        history: Tensor | None = None,
-    ) -> Tensor:
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> Any:
         """x (B, C, T) or (C, T); the keyword arguments are :func:`~seqaccel.functional.causal_conv1d`'s."""
         if not isinstance(x, Tensor):
-            given = {"residual": residual, "output_activation": output_activation, "history": history}
-            return self._instead("x", x, dropout=dropout, **given)
+            given = {"residual": residual, "output_activation": output_activation, "initial_state": initial_state}
+            return self._instead("x", x, dropout=dropout, return_final_state=return_final_state, **given)
         unbatched = x.dim() == 2
         if unbatched:
-            _arguments.optional_tensors(type(self).__name__, residual=residual, history=history)
+            _arguments.optional_tensors(type(self).__name__, residual=residual, initial_state=initial_state)
             x = x.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
-            history = None if history is None else history.unsqueeze(0)
-        y = causal_conv1d(
+            initial_state = None if initial_state is None else initial_state.unsqueeze(0)
+        found = causal_conv1d(
             x,
             self.weight,
             self.bias,
+            stride=self.stride,
             dilation=self.dilation,
             groups=self.groups,
+            padding_mode=self.padding_mode,
             activation=self.activation,
             dropout=dropout,
             residual=residual,
             output_activation=output_activation,
-            history=history,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            channels_last=self.channels_last,
         )
-        return y.squeeze(0) if unbatched else y
+        if not unbatched:
+            return found
+        return tuple(t.squeeze(0) for t in found) if return_final_state else found.squeeze(0)
 
     def init_state(
         self,
@@ -220,39 +226,63 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
-        """``(history,)``: zeros (batch_size, in_channels, context)."""
+        """``(history,)``: zeros (batch_size, in_channels, context); with ``"replicate"`` ``(history, started)``."""
         _arguments.integer(type(self).__name__, "batch_size", batch_size, 0)
         weight = self.weight
-        return (
-            torch.zeros(
-                batch_size,
-                self.in_channels,
-                self.context,
-                device=device or weight.device,
-                dtype=dtype or weight.dtype,
-            ),
-        )
+        device = device or weight.device
+        history = torch.zeros(batch_size, self.in_channels, self.context, device=device, dtype=dtype or weight.dtype)
+        if self.padding_mode == "zeros":
+            return (history,)
+        return history, torch.zeros(batch_size, device=device, dtype=torch.bool)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """x (B, C, T): y (B, O, T) and the state after it."""
-        check_chunk(self, x, state, "history")
-        (history,) = state
-        return self.forward(x, history=history), (next_history(history, x),)
+        """x (B, C, T): y (B, O, U) and the state after it. T must be a multiple of the stride."""
+        layout = "(B, T, C)" if self.channels_last else "(B, C, T)"
+        check_chunk(self, x, state, "history", *["started"] * (self.padding_mode != "zeros"), layout=layout)
+        time = 1 if self.channels_last else 2
+        if self.stride > 1 and x.shape[time] % self.stride:
+            raise ValueError(
+                f"{type(self).__name__}: expected x of extend to have a multiple of stride={self.stride} steps, but "
+                f"got {x.shape[time]}"
+            )
+        if self.padding_mode == "zeros":
+            y, history = self.forward(x, initial_state=state[0], return_final_state=True)
+            return y, (history,)
+        history, started = state
+        if x.shape[time] > 0:
+            first = x.narrow(time, 0, 1)
+            first = first.transpose(1, 2) if self.channels_last else first
+            history = torch.where(started.view(-1, 1, 1), history, first)
+            started = torch.ones_like(started)
+        y, history = self.forward(x, initial_state=history, return_final_state=True)
+        return y, (history, started)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """x_t (B, C): y_t (B, O) and the state after it."""
+        """x_t (B, C): y_t (B, O) and the state after it. Not with a stride."""
         check_step(self, x_t)
-        y, state = self.extend(x_t.unsqueeze(-1), state)
-        return y.squeeze(-1), state
+        if self.stride > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: step has no output at every step of x with stride={self.stride}; call extend "
+                "with a multiple of stride steps"
+            )
+        time = 1 if self.channels_last else 2
+        y, state = self.extend(x_t.unsqueeze(time), state)
+        return y.squeeze(time), state
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        if self.stride != 1:
+            text += f", stride={self.stride}"
         if self.dilation != 1:
             text += f", dilation={self.dilation}"
         if self.groups != 1:
             text += f", groups={self.groups}"
         if self.bias is None:
             text += ", bias=False"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
         if self.activation is not None:
             text += f", activation={self.activation!r}"
+        if self.channels_last:
+            text += ", channels_last=True"
         return text

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from seqaccel import _arguments
+from seqaccel.functional.conv import last_steps
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.checkpoints import Checkpoints
-from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step, next_history
+from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["TCN", "TemporalBlock"]
@@ -90,14 +91,14 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
 
     def _run(self, x: Tensor, history1: Tensor | None, history2: Tensor | None) -> tuple[Tensor, Tensor]:
         dropout = self.dropout if self.training else 0.0
-        z = self.conv1(x, dropout=dropout, history=history1)
+        z = self.conv1(x, dropout=dropout, initial_state=history1)
         residual = x if self.downsample is None else self.downsample(x)
         y = self.conv2(
             z,
             dropout=dropout,
             residual=residual,
             output_activation="relu",
-            history=history2,
+            initial_state=history2,
         )
         return z, y
 
@@ -119,7 +120,7 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         """x (B, C, T): y (B, O, T) and the state after it."""
         check_chunk(self, x, state, "history of conv1", "history of conv2")
         z, y = self._run(x, *state)
-        return y, (next_history(state[0], x), next_history(state[1], z))
+        return y, (last_steps(state[0], x), last_steps(state[1], z))
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
