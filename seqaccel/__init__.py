@@ -9,6 +9,8 @@ from seqaccel.backends import backend
 from seqaccel.convert import convert, from_haste, from_mingru, from_mlstm, from_qrnn
 from seqaccel.session import Session
 
+from seqaccel import _steps as _steps  # isort: skip  gives the modules their steps
+
 __all__ = ["Session", "backend", "convert", "from_haste", "from_mingru", "from_mlstm", "from_qrnn", "functional", "nn"]
 
 

@@ -1,5 +1,6 @@
 """Train in parallel, run step by step: one protocol for every causal module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,16 @@ from torch import Tensor
 from seqaccel import _arguments
 
 State = tuple[Any, ...]
+
+#: A step in eval mode without gradients, or None where ``extend`` has to do it. ``seqaccel._steps`` sets it.
+step_outside_of_training: Callable[[Any, Tensor, State], tuple[Tensor, State] | None] | None = None
+
+
+def step_at_once(module: Any, x_t: Tensor, state: State) -> tuple[Tensor, State] | None:
+    """A step by kernels for steps, or None where they do not do the same as ``extend``."""
+    if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled() or step_outside_of_training is None:
+        return None
+    return step_outside_of_training(module, x_t, state)
 
 
 def _check(where: str, state: Any) -> Tensor:

@@ -14,7 +14,7 @@ from seqaccel.functional.conv import last_steps
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step
-from seqaccel.nn.streaming import State, Streaming
+from seqaccel.nn.streaming import State, Streaming, step_at_once
 
 __all__ = ["TCN", "TemporalBlock"]
 
@@ -124,6 +124,9 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
+        found = step_at_once(self, x_t, state)
+        if found is not None:
+            return found
         check_step(self, x_t)
         y, state = self.extend(x_t.unsqueeze(-1), state)
         return y.squeeze(-1), state
@@ -238,6 +241,9 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, num_inputs): y_t (B, num_channels[-1]) and the state after it."""
+        found = step_at_once(self, x_t, state)
+        if found is not None:
+            return found
         check_step(self, x_t)
         y, state = self.extend(x_t.unsqueeze(-1), state)
         return y.squeeze(-1), state
