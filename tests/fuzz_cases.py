@@ -327,6 +327,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "IndRNN": (lambda: seqaccel.nn.IndRNN(4, 5), (3, 2, 4)),
     "CausalConv1d": (lambda: seqaccel.nn.CausalConv1d(4, 5, 3), (2, 4, 7)),
     "CausalConv2d": (lambda: seqaccel.nn.CausalConv2d(4, 5, 3), (2, 4, 6, 7)),
+    "CausalConvTranspose1d": (lambda: seqaccel.nn.CausalConvTranspose1d(4, 5, 3, stride=2), (2, 4, 7)),
     "TemporalBlock": (lambda: seqaccel.nn.TemporalBlock(4, 5, 3, 2, dropout=0.0), (2, 4, 7)),
     "TCN": (lambda: seqaccel.nn.TCN(4, [4], dropout=0.0), (2, 4, 7)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),

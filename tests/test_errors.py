@@ -220,6 +220,21 @@ CALLS = {
             "output_activation": ("tanh", 3),
         },
     ),
+    "causal_conv_transpose1d": (
+        SF.causal_conv_transpose1d,
+        lambda: {"x": torch.randn(B, I, T), "weight": torch.randn(I, H, 3), "stride": 2},
+        {
+            "x": TENSOR,
+            "weight": TENSOR,
+            "bias": OPTIONAL,
+            "initial_state": OPTIONAL,
+            "return_final_state": NOT_FLAGS,
+            "stride": (*NOT_INTS, 0, True),
+            "dilation": (*NOT_INTS, 0, True),
+            "groups": (*NOT_INTS, 0),
+            "activation": ("elu", 3),
+        },
+    ),
     "causal_conv2d": (
         SF.causal_conv2d,
         lambda: {"x": torch.randn(B, I, T, 4), "weight": torch.randn(H, I, 2, 3)},
@@ -364,6 +379,20 @@ CALLS = {
             "bias": NOT_FLAGS,
             "channels_last": NOT_FLAGS,
             "padding_mode": ("reflect", 3),
+            "activation": ("elu", 3),
+        },
+    ),
+    "CausalConvTranspose1d": (
+        nn.CausalConvTranspose1d,
+        lambda: {"in_channels": I, "out_channels": H, "kernel_size": 3},
+        {
+            "in_channels": (*NOT_INTS, -1),
+            "out_channels": NOT_INTS,
+            "kernel_size": (*NOT_INTS, 0, (3, 3), ("3",)),
+            "stride": (*NOT_INTS, 0),
+            "dilation": (*NOT_INTS, 0),
+            "groups": (*NOT_INTS, 0, 3),
+            "bias": NOT_FLAGS,
             "activation": ("elu", 3),
         },
     ),
@@ -534,6 +563,11 @@ FORWARDS = {
         )
         for name in ("QRNN", "MinGRU", "MinLSTM", "IndRNN")
     },
+    "CausalConvTranspose1d": (
+        lambda: nn.CausalConvTranspose1d(I, H, 3, stride=2),
+        {"x": torch.randn(B, I, T)},
+        {"x": TENSOR, "initial_state": OPTIONAL, "return_final_state": NOT_FLAGS},
+    ),
     "CausalConv1d": (
         lambda: nn.CausalConv1d(I, H, 3),
         {"x": torch.randn(B, I, T)},

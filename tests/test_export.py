@@ -105,6 +105,7 @@ CASES = {
     "linear_scan": Case("scan", LinearScan, ("BT5", "BT5")),
     "CausalConv1d": Case("conv", lambda: nn.CausalConv1d(4, 6, 3, dilation=4, activation="relu"), ("B4T",)),
     "CausalConv2d": Case("conv", lambda: nn.CausalConv2d(4, 6, 3, activation="relu"), ("B4T9",), {"width": 9}),
+    "CausalConvTranspose1d": Case("conv", lambda: nn.CausalConvTranspose1d(4, 6, 5, stride=2), ("B4T",)),
     "TemporalBlock": Case("conv", lambda: nn.TemporalBlock(4, 6, 3, 2), ("B4T",)),
     "TCN": Case("conv", lambda: nn.TCN(4, [6, 6], 3), ("B4T",)),
     "HierarchicalAttention": Case(
@@ -507,7 +508,7 @@ def test_dimensions_found_by_export_stay_general(name):
 def test_skip_init(name):
     kind = getattr(nn, name)
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
-    sizes |= {"HierarchicalAttention": (8, 2), "CausalConv2d": (4, 6, 3)}
+    sizes |= {"HierarchicalAttention": (8, 2), "CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())
 

@@ -34,6 +34,7 @@ MODULES = {
     "IndRNN": (lambda: nn.IndRNN(I, 6, nonlinearity="tanh"), (T, B, I), False),
     "CausalConv1d": (lambda: nn.CausalConv1d(I, 6, 3, activation="silu"), (B, I, T), True),
     "CausalConv2d": (lambda: nn.CausalConv2d(I, 6, 3, activation="silu"), (B, I, T, 9), True),
+    "CausalConvTranspose1d": (lambda: nn.CausalConvTranspose1d(I, 6, 5, stride=2), (B, I, T), True),
     "TemporalBlock": (lambda: nn.TemporalBlock(I, 6, 3, 2), (B, I, T), True),
     "TCN": (lambda: nn.TCN(I, [6, 4]), (B, I, T), True),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),

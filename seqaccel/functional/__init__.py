@@ -3,7 +3,7 @@
 from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional import _testing as _testing  # registers operators
 from seqaccel.functional.attention import hierarchical_attention
-from seqaccel.functional.conv import causal_conv1d, causal_conv2d
+from seqaccel.functional.conv import causal_conv1d, causal_conv2d, causal_conv_transpose1d
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.scan import (
@@ -22,6 +22,7 @@ from seqaccel.functional.scan import (
 __all__ = [
     "causal_conv1d",
     "causal_conv2d",
+    "causal_conv_transpose1d",
     "column_layer",
     "fo_pool",
     "hierarchical_attention",

@@ -2,5 +2,14 @@
 
 from seqaccel.functional.conv._causal_conv1d import ACTIVATIONS, GATED, PADDING_MODES, causal_conv1d, last_steps
 from seqaccel.functional.conv._causal_conv2d import causal_conv2d
+from seqaccel.functional.conv._causal_conv_transpose1d import causal_conv_transpose1d
 
-__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "causal_conv1d", "causal_conv2d", "last_steps"]
+__all__ = [
+    "ACTIVATIONS",
+    "GATED",
+    "PADDING_MODES",
+    "causal_conv1d",
+    "causal_conv2d",
+    "causal_conv_transpose1d",
+    "last_steps",
+]

@@ -16,7 +16,7 @@ from seqaccel.functional.conv import ACTIVATIONS, GATED, PADDING_MODES, causal_c
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.streaming import State, Streaming, step_at_once
 
-__all__ = ["CausalConv1d", "check_chunk", "check_step"]
+__all__ = ["CausalConv1d", "check_chunk", "check_step", "single"]
 
 
 def check_chunk(module: nn.Module, x: Tensor, state: State, *names: str, layout: str = "(B, C, T)") -> None:
@@ -34,7 +34,7 @@ def check_step(module: nn.Module, x_t: Tensor) -> None:
         raise ValueError(f"{title}: expected x_t to be 2D (B, C), but got a tensor of size {list(x_t.shape)}")
 
 
-def _single(title: str, name: str, value: int | tuple[int]) -> int:
+def single(title: str, name: str, value: int | tuple[int]) -> int:
     """An int of at least 1, or a tuple of one."""
     if isinstance(value, (tuple, list)):
         if len(value) != 1:
@@ -108,13 +108,13 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         super().__init__()
         title = type(self).__name__
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = _single(title, "kernel_size", kernel_size)
-        self.stride = _single(title, "stride", stride)
-        self.dilation = _single(title, "dilation", dilation)
+        self.kernel_size = single(title, "kernel_size", kernel_size)
+        self.stride = single(title, "stride", stride)
+        self.dilation = single(title, "dilation", dilation)
         self.padding_mode, self.activation, self.channels_last = padding_mode, activation, channels_last
         _arguments.integer(title, "in_channels", in_channels, 0)
         _arguments.integer(title, "out_channels", out_channels, 0)
-        _single(title, "groups", groups)
+        single(title, "groups", groups)
         _arguments.flags(title, bias=bias, channels_last=channels_last)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {PADDING_MODES}, but got {padding_mode!r}")
