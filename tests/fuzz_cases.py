@@ -330,6 +330,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "CausalConvTranspose1d": (lambda: seqaccel.nn.CausalConvTranspose1d(4, 5, 3, stride=2), (2, 4, 7)),
     "TemporalBlock": (lambda: seqaccel.nn.TemporalBlock(4, 5, 3, 2, dropout=0.0), (2, 4, 7)),
     "TCN": (lambda: seqaccel.nn.TCN(4, [4], dropout=0.0), (2, 4, 7)),
+    "PervasiveAttention": (lambda: seqaccel.nn.PervasiveAttention(4, 4, 3, 2, 2, 3, dropout=0.0), (2, 4)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
 }
 
@@ -344,12 +345,21 @@ def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         return MODULES[name][0]().to(dtype)
 
 
+def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
+    """What the module is called with, made of x."""
+    if name == "HierarchicalAttention":
+        return x, x, x
+    if name == "PervasiveAttention":
+        tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()
+        return tokens, tokens
+    return (x,)
+
+
 def training_step(name: str, x: Tensor, state: Tensor | None = None) -> list[Tensor]:
     """Outputs and gradients of a module; ``state`` is the initial one of a module of one state."""
     model = module(name, torch.float64 if isinstance(x, Tensor) and x.dtype == torch.float64 else torch.float32)
     model.zero_grad()
-    inputs = (x, x, x) if name == "HierarchicalAttention" else (x,) if state is None else (x, state)
-    output = model(*inputs)
+    output = model(*inputs_of(name, x)) if state is None else model(x, state)
     output = output if isinstance(output, Tensor) else output[0]
     output.sum().backward()
     return [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]

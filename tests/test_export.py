@@ -45,6 +45,19 @@ class SelfAttention(nn.HierarchicalAttention):
         return super().forward(x, x, x)[0]
 
 
+class Translation(nn.PervasiveAttention):
+    """Of a source of 7 tokens."""
+
+    def forward(self, target: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.source(target.shape[0]), target)
+
+    def source(self, batch: int) -> Tensor:
+        return (torch.arange(7) % 5).expand(batch, -1)
+
+    def init_state(self, batch_size: int) -> Any:  # type: ignore[override]
+        return super().init_state(self.source(batch_size))
+
+
 class LinearScan(torch.nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return SF.linear_scan(a, b)
@@ -57,6 +70,8 @@ def drawn(text: str, batch: int, steps: int) -> Tensor:
     size = [sizes.get(d) or int(d) for d in dims]
     if kind == "lengths":
         return torch.randint(1, steps + 1, size)
+    if kind == "tokens":
+        return torch.randint(5, size)
     if kind == "padding":
         mask = torch.arange(steps) >= torch.randint(1, steps + 1, (batch, 1))
         return mask if dims == "BT" else mask.t()
@@ -108,6 +123,11 @@ CASES = {
     "CausalConvTranspose1d": Case("conv", lambda: nn.CausalConvTranspose1d(4, 6, 5, stride=2), ("B4T",)),
     "TemporalBlock": Case("conv", lambda: nn.TemporalBlock(4, 6, 3, 2), ("B4T",)),
     "TCN": Case("conv", lambda: nn.TCN(4, [6, 6], 3), ("B4T",)),
+    "PervasiveAttention": Case(
+        "conv",
+        lambda: Translation(5, 5, 6, 2, 4, 3, max_positions=100),
+        ("tokens:BT",),
+    ),
     "HierarchicalAttention": Case(
         "attention",
         lambda: SelfAttention(8, 2, batch_first=True, block_size=4, fanout=16, pool_query=1),
@@ -126,7 +146,17 @@ STREAMS = {
     "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6), ("TB5",)),
     **{name: CASES[name] for name in ("SRUpp", "QRNN", "MinLSTM", "IndRNN")},
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
-    **{name: CASES[name] for name in ("CausalConv1d", "CausalConv2d", "TemporalBlock", "TCN", "HierarchicalAttention")},
+    **{
+        name: CASES[name]
+        for name in (
+            "CausalConv1d",
+            "CausalConv2d",
+            "TemporalBlock",
+            "TCN",
+            "PervasiveAttention",
+            "HierarchicalAttention",
+        )
+    },
 }
 
 
@@ -509,6 +539,7 @@ def test_skip_init(name):
     kind = getattr(nn, name)
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
     sizes |= {"HierarchicalAttention": (8, 2), "CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
+    sizes |= {"PervasiveAttention": (5, 6, 4)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fuzz_cases import GENERATORS, MODULES, Arguments, operators, tensors_of
+from fuzz_cases import GENERATORS, MODULES, Arguments, inputs_of, operators, tensors_of
 
 import seqaccel
 
@@ -107,7 +107,7 @@ def test_modules_are_all_here():
 def test_training_steps_lose_no_memory(name):
     make, shape = MODULES[name]
     module, x = make(), torch.randn(shape, requires_grad=True)
-    inputs = (x, x, x) if name == "HierarchicalAttention" else (x,)
+    inputs = inputs_of(name, x)
 
     def step() -> None:
         output = module(*inputs)

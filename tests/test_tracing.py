@@ -37,6 +37,7 @@ MODULES = {
     "CausalConvTranspose1d": (lambda: nn.CausalConvTranspose1d(I, 6, 5, stride=2), (B, I, T), True),
     "TemporalBlock": (lambda: nn.TemporalBlock(I, 6, 3, 2), (B, I, T), True),
     "TCN": (lambda: nn.TCN(I, [6, 4]), (B, I, T), True),
+    "PervasiveAttention": (lambda: nn.PervasiveAttention(9, 9, 6, 2, 4, 3), (B, I), True),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
 }
 CONVOLUTIONS = tuple(getattr(nn.conv, name) for name in nn.conv.__all__)
@@ -55,9 +56,13 @@ class Model(torch.nn.Module):
         super().__init__()
         self.inner = module
         self.attends = isinstance(module, nn.HierarchicalAttention)
+        self.pervasive = isinstance(module, nn.PervasiveAttention)
 
     def forward(self, x):
         x = x * 2
+        if self.pervasive:
+            x = x.abs().long()
+            return self.inner(x, x)
         found = self.inner(x, x, x) if self.attends else self.inner(x)
         return found.relu() if isinstance(self.inner, CONVOLUTIONS) else found[0].relu()
 

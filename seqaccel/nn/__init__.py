@@ -1,6 +1,7 @@
 """Drop-in modules."""
 
 from seqaccel.nn import conv, rnn, scan
+from seqaccel.nn import decoding as decoding
 from seqaccel.nn.attention import HierarchicalAttention
 from seqaccel.nn.conv import *  # noqa: F403
 from seqaccel.nn.rnn import *  # noqa: F403

@@ -1,0 +1,177 @@
+"""Teaches pervasive attention to rewrite strings, and decodes new ones step by step.
+
+    python examples/sequence_to_sequence.py                 # reverse and sort digits, then dates to ISO form
+    python examples/sequence_to_sequence.py --task dates --beam-size 4
+
+The tasks are made here: ``reverse`` and ``sort`` take strings of 1 to 10 digits, ``dates`` takes dates as people write
+them ("3rd of May, 1987"). A model is one network over the grid of target and source positions
+(:class:`seqaccel.nn.PervasiveAttention`). Training sees the whole target at once. Decoding runs row by row through the
+streaming protocol. Training of a task ends when enough unseen strings come out right to the last character.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import random
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from seqaccel import nn
+
+END = "\n"
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+
+
+def digits(draw: random.Random) -> str:
+    return "".join(draw.choice("0123456789") for _ in range(draw.randint(1, 10)))
+
+
+def reverse(draw: random.Random) -> tuple[str, str]:
+    text = digits(draw)
+    return text, text[::-1]
+
+
+def sort(draw: random.Random) -> tuple[str, str]:
+    text = digits(draw)
+    return text, "".join(sorted(text))
+
+
+def dates(draw: random.Random) -> tuple[str, str]:
+    day = datetime.date.fromordinal(draw.randint(693596, 766644))  # of the years 1900 to 2099
+    month = MONTHS[day.month - 1]
+    suffix = "th" if 10 < day.day < 14 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
+    form = draw.choice(
+        (
+            "{d} {month} {y}",
+            "{month} {d}, {y}",
+            "{d}{suffix} of {month}, {y}",
+            "{short} {d}{suffix} {y}",
+            "{d}.{m}.{y}",
+            "{d:02}/{m:02}/{y}",
+        )
+    )
+    text = form.format(d=day.day, m=day.month, y=day.year, month=month, short=month[:3], suffix=suffix)
+    return text, day.isoformat()
+
+
+TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"reverse": reverse, "sort": sort, "dates": dates}
+
+
+def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, L), the bytes of the texts with END behind each and zeros after it; and which are padding."""
+    rows = [torch.tensor(list((text + END).encode())) for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return tokens, tokens == 0
+
+
+def decode(model: nn.PervasiveAttention, texts: list[str], beam_size: int) -> list[str]:
+    """What the model makes of the texts."""
+    source, padding = encode(texts)
+    start = torch.full((len(texts),), ord(END))
+    with torch.no_grad():
+        state = model.init_state(source, padding)
+        tokens, _ = nn.decoding.beam_search(model, state, start, end=ord(END), max_length=32, beam_size=beam_size)
+    return [bytes(row).decode(errors="replace").partition(END)[0] for row in tokens.tolist()]
+
+
+def train(name: str, options: argparse.Namespace) -> bool:
+    """Trains one model; returns whether it reached the goal."""
+    task, draw = TASKS[name], random.Random(options.seed)
+    torch.manual_seed(options.seed)
+    unseen: dict[str, str] = {}
+    while len(unseen) < options.unseen:
+        text, wanted = task(draw)
+        if len(text) > 3:  # of shorter ones there are too few
+            unseen[text] = wanted
+    model = nn.PervasiveAttention(
+        128,
+        128,
+        embedding_dim=32,
+        num_layers=options.num_layers,
+        growth_rate=options.growth_rate,
+        kernel_size=5,
+        max_positions=40,
+        dropout=0.0,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, options.steps, pct_start=0.1)
+    right, began = 0.0, time.perf_counter()
+    with tqdm(range(1, options.steps + 1), desc=name, unit="step", disable=None) as bar:
+        for step in bar:
+            pairs = []
+            while len(pairs) < options.batch_size:
+                text, wanted = task(draw)
+                if text not in unseen:
+                    pairs.append((text, wanted))
+            source, padding = encode([text for text, _ in pairs])
+            target, _ = encode([END + wanted for _, wanted in pairs])  # END begins it too
+            logits = model(source, target[:, :-1], padding)
+            loss = F.cross_entropy(logits.transpose(1, 2), target[:, 1:], ignore_index=0)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % options.check_every == 0 or step == options.steps:
+                model.eval()
+                found = decode(model, list(unseen), 1)
+                model.train()
+                right = sum(a == b for a, b in zip(found, unseen.values(), strict=True)) / len(unseen)
+                bar.set_postfix(loss=f"{loss.item():.4f}", right=f"{right:.1%}")
+                if right >= options.goal and step >= options.check_every:
+                    break
+    seconds = time.perf_counter() - began
+    model.eval()
+    found = decode(model, list(unseen), options.beam_size)
+    right = sum(a == b for a, b in zip(found, unseen.values(), strict=True)) / len(unseen)
+    print(
+        f"{name}: {right:.1%} of {len(unseen)} unseen strings are right to the last character ({step} steps, ", end=""
+    )
+    print(f"{seconds:.0f} s)")
+    for text, made in list(zip(unseen, found, strict=True))[:3]:
+        print(f"    {text:>24} -> {made}")
+    return right >= options.goal
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all", help="what to learn (default: all)")
+    parser.add_argument("--steps", type=int, default=1500, help="most training steps of a task (default: 1500)")
+    parser.add_argument("--batch-size", type=int, default=64, help="strings a step (default: 64)")
+    parser.add_argument("--num-layers", type=int, default=6, help="layers of the network (default: 6)")
+    parser.add_argument("--growth-rate", type=int, default=24, help="channels that a layer adds (default: 24)")
+    parser.add_argument("--beam-size", type=int, default=1, help="hypotheses kept in the last decoding (default: 1)")
+    parser.add_argument("--unseen", type=int, default=500, help="strings kept out of training (default: 500)")
+    parser.add_argument("--check-every", type=int, default=100, help="steps between two tests (default: 100)")
+    parser.add_argument("--goal", type=float, default=0.99, help="share of right strings that ends it (default: 0.99)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for name in ("steps", "batch_size", "num_layers", "growth_rate", "beam_size", "unseen", "check_every"):
+        if getattr(options, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: must be at least 1")
+    reached = [train(name, options) for name in (TASKS if options.task == "all" else [options.task])]
+    return 0 if all(reached) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
