@@ -26,20 +26,7 @@ from tqdm import tqdm
 from seqaccel import nn
 
 END = "\n"
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
 
 
 def digits(draw: random.Random) -> str:
@@ -144,10 +131,8 @@ def train(name: str, options: argparse.Namespace) -> bool:
     model.eval()
     found = decode(model, list(unseen), options.beam_size)
     right = sum(a == b for a, b in zip(found, unseen.values(), strict=True)) / len(unseen)
-    print(
-        f"{name}: {right:.1%} of {len(unseen)} unseen strings are right to the last character ({step} steps, ", end=""
-    )
-    print(f"{seconds:.0f} s)")
+    outcome = f"{right:.1%} of {len(unseen)} unseen strings are right to the last character"
+    print(f"{name}: {outcome} ({step} steps, {seconds:.0f} s)")
     for text, made in list(zip(unseen, found, strict=True))[:3]:
         print(f"    {text:>24} -> {made}")
     return right >= options.goal

@@ -434,7 +434,7 @@ class Stream(torch.nn.Module):
 
 
 def time_of(case: Case) -> int:
-    return case.inputs[0].index("T")
+    return case.inputs[0].rpartition(":")[2].index("T")
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])

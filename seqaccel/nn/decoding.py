@@ -48,7 +48,8 @@ def beam_search(
         >>> import torch, seqaccel.nn as snn
         >>> decoder = snn.PervasiveAttention(10, 10, 8, num_layers=2, growth_rate=8).eval()
         >>> state = decoder.init_state(torch.randint(10, (2, 7)))
-        >>> tokens, scores = snn.decoding.beam_search(decoder, state, torch.zeros(2).long(), end=1, max_length=5, beam_size=3)
+        >>> start = torch.zeros(2, dtype=torch.int64)
+        >>> tokens, scores = snn.decoding.beam_search(decoder, state, start, end=1, max_length=5, beam_size=3)
         >>> scores.shape
         torch.Size([2])
     """

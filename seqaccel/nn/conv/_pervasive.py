@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqaccel import _arguments
+from seqaccel import _arguments, _common
 from seqaccel.functional.conv import causal_conv2d
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.conv._causal2d import CausalConv2d
@@ -154,14 +154,21 @@ class PervasiveAttention(Leaf, Streaming, nn.Module):
         if positions is not None:
             at = torch.arange(tokens.shape[1], device=tokens.device)
             at = at if first is None else first.unsqueeze(1) + at
-            if not torch.compiler.is_compiling() and at.numel() and int(at.max()) >= positions.num_embeddings:
-                raise ValueError(
-                    f"{type(self).__name__}: expected at most max_positions={positions.num_embeddings} positions, "
-                    f"but got {int(at.max()) + 1}"
-                )
+            self._check_positions(at)
             x = x + positions(at)
         return F.dropout(x, self.dropout, self.training)
 
+    @_common.unrecorded
+    def _check_positions(self, at: Tensor) -> None:
+        if torch.compiler.is_compiling() or at.numel() == 0:
+            return
+        most = int(at.max()) + 1
+        if self.max_positions is not None and most > self.max_positions:
+            raise ValueError(
+                f"{type(self).__name__}: expected at most max_positions={self.max_positions} positions, but got {most}"
+            )
+
+    @_common.unrecorded
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         title = type(self).__name__
         _arguments.tensor(title, name, tokens)
@@ -201,7 +208,7 @@ class PervasiveAttention(Leaf, Streaming, nn.Module):
 
     def _pooled(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Over the source positions that count; zero where none does."""
-        if x.shape[2] == 0:
+        if not torch.jit.is_tracing() and x.shape[2] == 0:
             return x.sum(2)
         if self.pooling == "max":  # no value is below zero, so that positions that do not count may be zero
             return (x if valid is None else x * valid[:, None, :, None]).amax(2)
@@ -221,6 +228,7 @@ class PervasiveAttention(Leaf, Streaming, nn.Module):
         x, valid = self._source(source, source_padding_mask)
         return self._run(x, valid, target, None, None)[0]
 
+    @_common.unrecorded
     def _check_batch(self, name: str, tokens: Tensor, batch: int) -> None:
         if tokens.shape[0] != batch:
             raise ValueError(
@@ -246,7 +254,7 @@ class PervasiveAttention(Leaf, Streaming, nn.Module):
     def _matching_state(self, state: State, first: Tensor) -> State:
         return self._fresh(state[0], state[1])
 
-    def extend(self, target: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
+    def extend(self, target: Tensor, state: State) -> tuple[Tensor, State]:
         """target (B, T): logits (B, T, target_vocabulary) of the tokens that follow, and the state after it."""
         self._check_tokens("target", target)
         if not isinstance(state, (tuple, list)) or len(state) != 4:
@@ -256,7 +264,7 @@ class PervasiveAttention(Leaf, Streaming, nn.Module):
         logits, histories = self._run(source, valid, target, position, histories)
         return logits, (source, valid, position + target.shape[1], histories)
 
-    def step(self, target_t: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
+    def step(self, target_t: Tensor, state: State) -> tuple[Tensor, State]:
         """target_t (B,): logits (B, target_vocabulary) and the state after it."""
         _arguments.tensor(type(self).__name__, "target_t", target_t)
         if target_t.dim() != 1:
