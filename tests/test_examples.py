@@ -86,3 +86,15 @@ def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path, text):
     (tmp_path / "out" / "lstm.pt").write_bytes(b"not a checkpoint")
     done = demo(*common, "--resume", cwd=tmp_path)
     assert done.returncode == 2 and "not a checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sequence_to_sequence(tmp_path):
+    script = DEMO.with_name("sequence_to_sequence.py")
+    small = ["--steps=2", "--batch-size=2", "--num-layers=1", "--growth-rate=4", "--unseen=4", "--check-every=1"]
+    command = [sys.executable, str(script), *small, "--beam-size=2", "--goal=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of 4 unseen strings are right") == 3
+    assert subprocess.run([*command, "--goal=1"], cwd=tmp_path, capture_output=True, check=False).returncode == 1
+    refused = subprocess.run([*command, "--steps=0"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--steps" in refused.stderr
