@@ -258,3 +258,60 @@ def test_a_session_takes_the_modules_layout():
     x = torch.randn(2, 9, 4)
     with torch.no_grad():
         assert torch.allclose(seqaccel.Session(module, 2).extend(x), module(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_long_filters(dtype):
+    """Depthwise, by FFT: as the kernel, with states, bias, residual and gradients."""
+    for T, K, options in ((512, 512, {}), (777, 600, {"activation": "gelu"}), (530, 1024, {"activation": "glu"})):
+        x, weight, bias, state = operands(4, 4, K, 1, 4, T, dtype)
+        weight = weight / K**0.5
+        tensors = [t.requires_grad_() for t in (x, weight, bias, state)]
+        residual = torch.randn(2, 2 if options.get("activation") == "glu" else 4, T).to(dtype)
+        for started in (True, False):
+            wanted = tensors if started else tensors[:3]
+            results = []
+            for backend in ("auto", "cpp"):
+                with seqaccel.backend(backend), torch.profiler.profile() as profile:
+                    y = SF.causal_conv1d(
+                        x, weight, bias, groups=4, residual=residual, initial_state=state if started else None,
+                        output_activation="relu", **options,
+                    )  # fmt: skip
+                assert ("aten::fft_rfft" in {event.key for event in profile.key_averages()}) == (backend == "auto")
+                grad = torch.ones_like(y).cumsum(-1) / T
+                results.append([y, *torch.autograd.grad(y, wanted, grad)])
+            tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+            for ours, theirs in zip(*results, strict=True):
+                assert ours.dtype == dtype and error(ours, theirs) < tolerance
+    exact = SF.causal_conv1d(*(t.double() for t in (x, weight, bias)), groups=4)
+    assert error(SF.causal_conv1d(x, weight, bias, groups=4), exact) < {torch.float64: 1e-12}.get(dtype, 0.01)
+
+
+def test_long_filters_gradcheck():
+    x, weight, bias, state = (t.requires_grad_() for t in operands(2, 2, 513, 1, 2, 515))
+
+    def function(x, weight, bias, state):
+        return SF.causal_conv1d(x, weight, bias, groups=2, activation="tanh", initial_state=state)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, state), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias, state), fast_mode=True)
+
+
+def test_when_long_filters_stay_with_the_kernel():
+    x, weight, *_ = operands(4, 4, 512, 1, 4, 600, torch.float32)
+    exported = torch.export.export(Long(weight), (x,), dynamic_shapes=({2: torch.export.Dim("T", min=2)},)).module()
+    for T in (1, 511, 512, 600):
+        found = SF.causal_conv1d(x[..., :T], weight, groups=4)
+        with seqaccel.backend("cpp"):
+            assert error(found, SF.causal_conv1d(x[..., :T], weight, groups=4)) < 1e-5
+        if T > 1:
+            assert error(exported(x[..., :T]), found) < 1e-5
+
+
+class Long(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x):
+        return SF.causal_conv1d(x, self.weight, groups=4)
