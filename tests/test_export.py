@@ -45,6 +45,14 @@ class SelfAttention(nn.HierarchicalAttention):
         return super().forward(x, x, x)[0]
 
 
+class OneByOne(nn.CausalConvTranspose1d):
+    """Of stride 1: the output of a step has no time axis."""
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().step(x_t, state)
+        return y.squeeze(-1), state
+
+
 class Translation(nn.PervasiveAttention):
     """Of a source of 7 tokens."""
 
@@ -146,6 +154,7 @@ STREAMS = {
     "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6), ("TB5",)),
     **{name: CASES[name] for name in ("SRUpp", "QRNN", "MinLSTM", "IndRNN")},
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
+    "CausalConvTranspose1d": Case("conv", lambda: OneByOne(4, 6, 5), ("B4T",)),
     **{
         name: CASES[name]
         for name in (
