@@ -354,18 +354,58 @@ def _causal_conv(module: CausalConv1d, program: Program, name: str) -> None:
 
 @_describe.register
 def _temporal_block(module: TemporalBlock, program: Program, name: str) -> None:
-    source = program.last
-    _convolution(module.conv1, program, f"{name}conv1.")
-    first = program.last
+    _block(module, program, name, program.last, False)
+
+
+def _block(module: TemporalBlock, program: Program, name: str, source: int, skip: bool) -> tuple[int, int]:
+    """Reads the layer ``source``. Returns the numbers of the block's output and, with ``skip``, of what is added to the
+    residual."""
+    first = _convolution(module.conv1, program, f"{name}conv1.", source=program.back(source))
     residual = source
     if module.downsample is not None:
         residual = _convolution(module.downsample, program, f"{name}downsample.", source=program.back(source))
-    _convolution(
+    if skip or module.activation != "relu":
+        added = _convolution(module.conv2, program, f"{name}conv2.", source=program.back(first))
+        return _activated_sum(program, added, residual, module.activation), added
+    y = _convolution(
         module.conv2, program, f"{name}conv2.", source=program.back(first), skip=program.back(residual), relu=True
     )
+    return y, y
+
+
+def _activated_sum(program: Program, a: int, b: int, activation: str | None) -> int:
+    """The sum of two layers' outputs: a depthwise convolution whose one tap is 1, with a skip; then the activation."""
+    width, relu = program.layers[a].outputs, activation == "relu"
+    ones, where = torch.ones(1, width), {"source": program.back(a), "skip": program.back(b)}
+    y = program.add("depthwise", width, width, ones, None, taps=1, relu=relu, **where)
+    return y if relu or activation is None else _activated(program, activation)
+
+
+def _activated(program: Program, activation: str) -> int:
+    """The activation of the last layer."""
+    width, slope = program.layers[-1].outputs, 0.01 if activation == "leaky_relu" else 0.0
+    return program.add(activation, width, width, parameter=slope)
 
 
 @_describe.register
 def _tcn(module: TCN, program: Program, name: str) -> None:
+    begins, x, total = not program.layers, program.last, -1
     for i, block in enumerate(module.network):
-        _describe(block, program, f"{name}network.{i}.")
+        skip = module.use_skip_connections and i + 1 < len(module.network)
+        x, added = _block(block, program, f"{name}network.{i}.", x, skip)
+        if not skip:
+            continue
+        down: Any = module.downsample_skip_connection[i]
+        if down is not None:
+            added = _convolution(down, program, f"{name}skip.{i}.", source=program.back(added))
+        total = added if total < 0 else _activated_sum(program, total, added, None)
+    if total >= 0:
+        _activated_sum(program, total, x, module.activation)
+    elif module.use_skip_connections:  # of one level
+        _activated(program, module.activation)
+    if module.output_projection is not None:
+        _convolution(module.projection_out, program, f"{name}projection_out.")
+    if module.output_activation is not None:
+        _activated(program, module.output_activation)
+    if begins:
+        program.channels_first, program.batch_first = module.input_shape == "NCL", module.input_shape == "NLC"

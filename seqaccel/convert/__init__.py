@@ -1,6 +1,7 @@
 """Swap the layers of an existing model, and take over the weights of other packages: one file per source."""
 
 from seqaccel.convert import locuslab as locuslab  # so that checkpoints load
+from seqaccel.convert import pytorch_tcn as pytorch_tcn
 from seqaccel.convert import sru as sru
 from seqaccel.convert.haste import from_haste
 from seqaccel.convert.mingru import from_mingru

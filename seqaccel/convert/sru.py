@@ -7,7 +7,7 @@ from seqaccel.nn.checkpoints import loads
 
 
 @loads(nn.SRUCell)
-def rename_keys(state_dict: dict[str, Any], prefix: str) -> None:
+def rename_keys(module: nn.SRUCell, state_dict: dict[str, Any], prefix: str) -> None:
     """Renames, in place, the keys of matrices that lie transposed in ``transform_module``."""
     old, new = prefix + "transform_module.", prefix + "weight"
     if old + "weight" in state_dict:

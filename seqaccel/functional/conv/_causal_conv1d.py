@@ -15,7 +15,7 @@ from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
 
-__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "causal_conv1d", "last_steps"]
+__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "activate", "causal_conv1d", "last_steps"]
 
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
 GATED = reference.GATED
@@ -428,6 +428,11 @@ def _by_fft(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | No
     spectrum = torch.fft.rfft(x, size) * torch.fft.rfft(weight.squeeze(1).flip(1), size)
     y = torch.fft.irfft(spectrum, size)[..., before : x.shape[2]]
     return y if bias is None else y + bias.unsqueeze(-1)
+
+
+def activate(v: Tensor, activation: str | None) -> Tensor:
+    """One of ``ACTIVATIONS``, of (B, C, T)."""
+    return v if activation is None else reference.ACTIVATIONS[activation](v)
 
 
 def last_steps(history: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import last_steps
+from seqaccel.functional.conv import ACTIVATIONS, GATED, activate, last_steps
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step
@@ -18,22 +18,38 @@ from seqaccel.nn.streaming import State, Streaming, step_at_once
 
 __all__ = ["TCN", "TemporalBlock"]
 
+NORMS = ("weight_norm", None)
+
+
+def _one_of(title: str, name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if not any(value is one or (type(value) is type(one) and value == one) for one in known):
+        raise ValueError(f"{title}: expected {name} to be one of {known}, but got {value!r}")
+
+
+def _check_block(title: str, activation: Any, use_norm: Any, use_gate: Any) -> None:
+    _one_of(title, "activation", activation, tuple(a for a in ACTIVATIONS if a is not None and a not in GATED))
+    _one_of(title, "use_norm", use_norm, NORMS)
+    _arguments.flag(title, "use_gate", use_gate)
+
 
 class TemporalBlock(Leaf, Streaming, nn.Module):
     r"""One level of a :class:`TCN`.
 
     .. math::
-        z &= \mathrm{dropout}(\mathrm{relu}(W_1 * x + b_1)) \\
-        y &= \mathrm{relu}(x' + \mathrm{dropout}(\mathrm{relu}(W_2 * z + b_2)))
+        z &= \mathrm{dropout}(\varphi(W_1 * x + b_1)) \\
+        y &= \varphi(x' + \mathrm{dropout}(\varphi(W_2 * z + b_2)))
 
-    with causal dilated convolutions, weights W = g·v/‖v‖ (the norm over each output channel), and x' = x, or its 1×1
-    convolution ``downsample`` where the numbers of channels differ. Each line is one operator.
+    with causal dilated convolutions, weights W = g·v/‖v‖ (the norm over each output channel), φ relu, and x' = x, or
+    its 1×1 convolution ``downsample`` where the numbers of channels differ. With relu each line is one operator.
 
     Args:
         in_channels, out_channels: numbers of channels.
         kernel_size: taps of both convolutions.
         dilation: of both.
         dropout: probability, in training. Default: 0.2
+        activation: φ, one of :func:`~seqaccel.functional.causal_conv1d`'s that keep the channels. Default: "relu"
+        use_norm: ``"weight_norm"``, or None: W is a parameter. Default: "weight_norm"
+        use_gate: W_1 has twice the outputs, and a gated linear unit takes the place of its φ. Default: False
 
     State: ``(history of conv1, history of conv2)``.
 
@@ -53,16 +69,21 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         dropout: float = 0.2,
         device: Any = None,
         dtype: Any = None,
+        *,
+        activation: str = "relu",
+        use_norm: str | None = "weight_norm",
+        use_gate: bool = False,
     ) -> None:
         super().__init__()
-        options = {
-            "dilation": dilation,
-            "activation": "relu",
-            "device": device,
-            "dtype": dtype,
-        }
-        self.conv1 = weight_norm(CausalConv1d(in_channels, out_channels, kernel_size, **options))
-        self.conv2 = weight_norm(CausalConv1d(out_channels, out_channels, kernel_size, **options))
+        _check_block("TemporalBlock", activation, use_norm, use_gate)
+        self.activation, self.use_norm, self.use_gate = activation, use_norm, use_gate
+        options: dict[str, Any] = {"dilation": dilation, "device": device, "dtype": dtype}
+        first, first_outputs = ("glu", 2 * out_channels) if use_gate else (activation, out_channels)
+        self.conv1 = CausalConv1d(in_channels, first_outputs, kernel_size, activation=first, **options)
+        self.conv2 = CausalConv1d(out_channels, out_channels, kernel_size, activation=activation, **options)
+        if use_norm == "weight_norm":
+            weight_norm(self.conv1)
+            weight_norm(self.conv2)
         self.downsample = (
             CausalConv1d(in_channels, out_channels, 1, device=device, dtype=dtype)
             if in_channels != out_channels
@@ -89,10 +110,16 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
             return self._instead("x", x)
         return self._run(x, None, None)[1]
 
-    def _run(self, x: Tensor, history1: Tensor | None, history2: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, x: Tensor, history1: Tensor | None, history2: Tensor | None, skip: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z, y and, with ``skip``, what is added to x'."""
         dropout = self.dropout if self.training else 0.0
         z = self.conv1(x, dropout=dropout, initial_state=history1)
         residual = x if self.downsample is None else self.downsample(x)
+        if skip or self.activation != "relu":
+            added = self.conv2(z, dropout=dropout, initial_state=history2)
+            return z, activate(residual + added, self.activation), added
         y = self.conv2(
             z,
             dropout=dropout,
@@ -100,7 +127,7 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
             output_activation="relu",
             initial_state=history2,
         )
-        return z, y
+        return z, y, None
 
     def init_state(
         self,
@@ -119,8 +146,12 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, C, T): y (B, O, T) and the state after it."""
         check_chunk(self, x, state, "history of conv1", "history of conv2")
-        z, y = self._run(x, *state)
-        return y, (last_steps(state[0], x), last_steps(state[1], z))
+        y, _, state = self._extend(x, state, False)
+        return y, state
+
+    def _extend(self, x: Tensor, state: State, skip: bool) -> tuple[Tensor, Tensor | None, State]:
+        z, y, added = self._run(x, *state, skip=skip)
+        return y, added, (last_steps(state[0], x), last_steps(state[1], z))
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
@@ -133,11 +164,12 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
 
 
 class TCN(Leaf, Streaming, Checkpoints, nn.Module):
-    r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i.
+    r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i by default.
 
     Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight
     norm (``weight_g``, ``weight_v``) or torch's parametrizations, with or without its duplicates
-    ``network.{i}.net.0.*`` (conv1) and ``network.{i}.net.4.*`` (conv2).
+    ``network.{i}.net.0.*`` (conv1) and ``network.{i}.net.4.*`` (conv2). The keyword-only options are those of the package
+    ``pytorch-tcn`` (whose defaults of ``kernel_size`` and ``dropout`` are 4 and 0.1), and its state_dict loads too.
 
     Args:
         num_inputs: input channels.
@@ -145,6 +177,15 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
         kernel_size: taps of every convolution. Default: 2
         dropout: probability, in training. Default: 0.2
         device, dtype: of the parameters.
+        dilations: one per level. Default: 2^i
+        dilation_reset: the dilations start at 1 again after this one, a power of two. Default: None, never
+        causal: True; a network that is not causal is refused.
+        use_norm, activation, use_gate: those of :class:`TemporalBlock`. Default: "weight_norm", "relu", False
+        use_skip_connections: the output is the activation of the last level's y plus what every other level adds to its
+            residual, by a 1×1 convolution where the numbers of channels differ. Default: False
+        input_shape: ``"NCL"``, or ``"NLC"``: x and y are (B, T, channels). Default: "NCL"
+        output_projection: channels of a last 1×1 convolution. Default: None, there is none
+        output_activation: after it; one of :func:`~seqaccel.functional.causal_conv1d`'s. Default: None
 
     Attributes:
         network: ``torch.nn.Sequential`` of the blocks. Parameters of level i: ``network.{i}.conv{1,2}.bias``,
@@ -152,7 +193,7 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
             ``network.{i}.downsample.{weight,bias}``.
         receptive_field: time steps that an output sees, itself included.
 
-    Shape: x (B, num_inputs, T); output (B, num_channels[-1], T).
+    Shape: x (B, num_inputs, T); output (B, num_channels[-1], T), or with ``output_projection`` so many channels.
     State of B streams: a tuple of the blocks' states.
 
     Source: Bai, Kolter, Koltun, An Empirical Evaluation of Generic Convolutional and Recurrent Networks, 2018.
@@ -176,6 +217,17 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
         dropout: float = 0.2,
         device: Any = None,
         dtype: Any = None,
+        *,
+        dilations: Sequence[int] | None = None,
+        dilation_reset: int | None = None,
+        causal: bool = True,
+        use_norm: str | None = "weight_norm",
+        activation: str = "relu",
+        use_skip_connections: bool = False,
+        input_shape: str = "NCL",
+        use_gate: bool = False,
+        output_projection: int | None = None,
+        output_activation: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_channels, Sequence) or isinstance(num_channels, str):
@@ -196,13 +248,46 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
             kernel_size,
             dropout,
         )
+        _check_block("TCN", activation, use_norm, use_gate)
+        _arguments.flags("TCN", causal=causal, use_skip_connections=use_skip_connections)
+        if not causal:
+            raise ValueError("TCN: expected causal to be True, but got False; torch.nn.Conv1d runs what is not causal")
+        _one_of("TCN", "input_shape", input_shape, ("NCL", "NLC"))
+        if output_projection is not None:
+            _arguments.integer("TCN", "output_projection", output_projection, 1)
+        _one_of("TCN", "output_activation", output_activation, tuple(a for a in ACTIVATIONS if a not in GATED))
+        if dilation_reset is not None:
+            _arguments.integer("TCN", "dilation_reset", dilation_reset, 1)
+        if dilations is None:
+            period = dilation_reset.bit_length() if dilation_reset is not None else len(num_channels)
+            dilations = [2 ** (i % period) for i in range(len(num_channels))]
+        if not isinstance(dilations, Sequence) or isinstance(dilations, str):
+            raise TypeError(f"TCN: expected dilations to be a list of ints, but got {type(dilations).__name__}")
+        if len(dilations) != len(num_channels):
+            raise ValueError(f"TCN: expected dilations to have {len(num_channels)} ints, but got {len(dilations)}")
+        for dilation in dilations:
+            _arguments.integer("TCN", "dilations", dilation, 1)
+        self.dilations, self.use_norm, self.activation, self.use_gate = list(dilations), use_norm, activation, use_gate
+        self.use_skip_connections, self.input_shape = use_skip_connections, input_shape
+        self.output_projection, self.output_activation = output_projection, output_activation
         widths = [num_inputs, *num_channels]
+        block_options: dict[str, Any] = {"activation": activation, "use_norm": use_norm, "use_gate": use_gate}
         self.network = nn.Sequential(
             *(
-                TemporalBlock(widths[i], widths[i + 1], kernel_size, 2**i, dropout, device, dtype)
+                TemporalBlock(
+                    widths[i], widths[i + 1], kernel_size, self.dilations[i], dropout, device, dtype, **block_options
+                )
                 for i in range(len(num_channels))
             )
         )
+        last, where = num_channels[-1], {"device": device, "dtype": dtype}
+        if use_skip_connections:
+            self.downsample_skip_connection = nn.ModuleList(
+                CausalConv1d(width, last, 1, **where) if width != last else None  # type: ignore[arg-type]
+                for width in num_channels
+            )
+        if output_projection is not None:
+            self.projection_out = CausalConv1d(last, output_projection, 1, **where)
 
     @property
     def _blocks(self) -> list[TemporalBlock]:
@@ -210,13 +295,38 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        return 1 + 2 * sum((self.kernel_size - 1) * 2**i for i in range(len(self.num_channels)))
+        return 1 + 2 * sum((self.kernel_size - 1) * dilation for dilation in self.dilations)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, num_inputs, T): y (B, num_channels[-1], T)."""
         if not isinstance(x, Tensor):
             return self._instead("x", x)
-        return self.network(x)
+        return self._run(x, None)[0]
+
+    def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, tuple[Any, ...]]:
+        """y, and the state after it where there is one."""
+        last_axes = self.input_shape == "NLC"
+        x = x.transpose(-1, -2) if last_axes else x
+        total, states = None, []
+        for i, block in enumerate(self._blocks):
+            skip = self.use_skip_connections and i + 1 < len(self.num_channels)
+            if state is not None:
+                x, added, block_state = block._extend(x, state[i], skip)
+                states.append(block_state)
+            elif skip:
+                _, x, added = block._run(x, None, None, True)
+            else:
+                x, added = block(x), None
+            if skip:
+                down: Any = self.downsample_skip_connection[i]
+                added = added if down is None else down(added)
+                total = added if total is None else total + added
+        if self.use_skip_connections:
+            x = activate(x if total is None else total + x, self.activation)
+        if self.output_projection is not None:
+            x = self.projection_out(x)
+        x = activate(x, self.output_activation)
+        return x.transpose(-1, -2) if last_axes else x, tuple(states)
 
     def init_state(
         self,
@@ -233,11 +343,10 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
         _arguments.tensor("TCN", "x", x)
         if not isinstance(state, (tuple, list)) or len(state) != len(self.num_channels):
             raise TypeError(f"TCN: expected state to be a tuple of {len(self.num_channels)} levels' states")
-        states = []
+        layout = "(B, T, C)" if self.input_shape == "NLC" else "(B, C, T)"
         for block, block_state in zip(self._blocks, state, strict=True):
-            x, block_state = block.extend(x, block_state)
-            states.append(block_state)
-        return x, tuple(states)
+            check_chunk(block, x, block_state, "history of conv1", "history of conv2", layout=layout)
+        return self._run(x, state)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, num_inputs): y_t (B, num_channels[-1]) and the state after it."""
@@ -245,8 +354,16 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
         if found is not None:
             return found
         check_step(self, x_t)
-        y, state = self.extend(x_t.unsqueeze(-1), state)
-        return y.squeeze(-1), state
+        time = 1 if self.input_shape == "NLC" else 2
+        y, state = self.extend(x_t.unsqueeze(time), state)
+        return y.squeeze(time), state
 
     def extra_repr(self) -> str:
-        return f"{self.num_inputs}, {self.num_channels}, kernel_size={self.kernel_size}, dropout={self.dropout}"
+        text = f"{self.num_inputs}, {self.num_channels}, kernel_size={self.kernel_size}, dropout={self.dropout}"
+        plain = {"use_norm": "weight_norm", "activation": "relu", "use_skip_connections": False, "input_shape": "NCL"}
+        plain |= {"use_gate": False, "output_projection": None, "output_activation": None}
+        plain["dilations"] = [2**i for i in range(len(self.num_channels))]
+        for name, default in plain.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text
