@@ -319,6 +319,10 @@ def _columns(module: Columns, program: Program, name: str) -> None:
 # ---- convolutions ----
 
 
+def _slope(activation: str | None) -> float:
+    return 0.01 if activation == "leaky_relu" else 0.0
+
+
 def _convolution(module: CausalConv1d, program: Program, name: str, **options: Any) -> int:
     for argument, plain in (("stride", 1), ("padding_mode", "zeros")):
         value = getattr(module, argument)
@@ -327,7 +331,8 @@ def _convolution(module: CausalConv1d, program: Program, name: str, **options: A
     weight = module.weight.detach()
     outputs, _, taps = weight.shape
     inputs, groups = module.in_channels, module.groups
-    shape = {"taps": taps, "dilation": module.dilation, "activation": module.activation or "none"}
+    shape: dict[str, Any] = {"taps": taps, "dilation": module.dilation, "activation": module.activation or "none"}
+    shape["parameter"] = _slope(module.activation)
     if not program.layers:
         program.channels_first, program.batch_first = not module.channels_last, module.channels_last
     if taps > 1:
@@ -383,14 +388,14 @@ def _activated_sum(program: Program, a: int, b: int, activation: str | None) -> 
 
 def _activated(program: Program, activation: str) -> int:
     """The activation of the last layer."""
-    width, slope = program.layers[-1].outputs, 0.01 if activation == "leaky_relu" else 0.0
-    return program.add(activation, width, width, parameter=slope)
+    width = program.layers[-1].outputs
+    return program.add(activation, width, width, parameter=_slope(activation))
 
 
 @_describe.register
 def _tcn(module: TCN, program: Program, name: str) -> None:
     begins, x, total = not program.layers, program.last, -1
-    for i, block in enumerate(module.network):
+    for i, block in enumerate(module._blocks):
         skip = module.use_skip_connections and i + 1 < len(module.network)
         x, added = _block(block, program, f"{name}network.{i}.", x, skip)
         if not skip:

@@ -19,6 +19,7 @@ NETWORKS = {
     "block": lambda: TemporalBlock(7, 19, 3, dilation=2),
     "tcn": lambda: nn.TCN(5, [8, 8, 33], 3),
     "deep": lambda: nn.TCN(8, [8] * 7, 2),
+    "leaky_relu": lambda: nn.CausalConv1d(5, 38, 3, activation="leaky_relu"),
     "gated": lambda: nn.CausalConv1d(5, 38, 3, dilation=2, activation="gated"),
     "glu_grouped": lambda: nn.CausalConv1d(6, 12, 3, groups=2, activation="glu"),
     "stack": lambda: torch.nn.Sequential(

@@ -83,7 +83,7 @@ def test_an_older_checkpoint_has_buffers_elsewhere():
     "options",
     [
         {"causal": False},
-        {"causal": 1},
+        {"causal": "no"},
         {"dilations": [1]},
         {"dilations": [1, 0]},
         {"dilations": 3},
@@ -92,7 +92,7 @@ def test_an_older_checkpoint_has_buffers_elsewhere():
         {"activation": "glu"},
         {"activation": None},
         {"activation": []},
-        {"use_skip_connections": 1},
+        {"use_skip_connections": "no"},
         {"input_shape": "LNC"},
         {"use_gate": "yes"},
         {"output_projection": 0},

@@ -13,7 +13,8 @@ def rename_keys(module: nn.TCN, state_dict: dict[str, Any], prefix: str) -> None
     """Renames, in place, the keys to those of the module at ``prefix``.
 
     ``net.0`` is ``conv1`` and ``net.4`` is ``conv2``; ``weight_g`` and ``weight_v`` are the parametrization's
-    ``original0`` and ``original1``. A plain ``weight`` (weight norm removed) becomes v, and its norm g, where the module has weight norm.
+    ``original0`` and ``original1``. A plain ``weight`` (weight norm removed) becomes v, and its norm
+    g, where the module has weight norm.
     """
     modules = {"conv1": "conv1", "conv2": "conv2", "net.0": "conv1", "net.4": "conv2"}
     weights = {"weight_g": "original0", "weight_v": "original1"}

@@ -15,6 +15,7 @@ __all__ = [
     "ACTIVATIONS",
     "GATED",
     "PADDING_MODES",
+    "activate",
     "causal_conv1d",
     "causal_conv2d",
     "causal_conv_transpose1d",

@@ -137,7 +137,7 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> State:
         """``(history of conv1, history of conv2)``: zeros (batch_size, channels, context)."""
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         return (
             *self.conv1.init_state(batch_size, **where),
             *self.conv2.init_state(batch_size, **where),
@@ -150,7 +150,7 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         return y, state
 
     def _extend(self, x: Tensor, state: State, skip: bool) -> tuple[Tensor, Tensor | None, State]:
-        z, y, added = self._run(x, *state, skip=skip)
+        z, y, added = self._run(x, state[0], state[1], skip)
         return y, added, (last_steps(state[0], x), last_steps(state[1], z))
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
@@ -168,8 +168,9 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
 
     Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight
     norm (``weight_g``, ``weight_v``) or torch's parametrizations, with or without its duplicates
-    ``network.{i}.net.0.*`` (conv1) and ``network.{i}.net.4.*`` (conv2). The keyword-only options are those of the package
-    ``pytorch-tcn`` (whose defaults of ``kernel_size`` and ``dropout`` are 4 and 0.1), and its state_dict loads too.
+    ``network.{i}.net.0.*`` (conv1) and ``network.{i}.net.4.*`` (conv2). The keyword-only options are those of the
+    package ``pytorch-tcn`` (whose defaults of ``kernel_size`` and ``dropout`` are 4 and 0.1). Its state_dict loads
+    too.
 
     Args:
         num_inputs: input channels.
@@ -282,10 +283,10 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
         )
         last, where = num_channels[-1], {"device": device, "dtype": dtype}
         if use_skip_connections:
-            self.downsample_skip_connection = nn.ModuleList(
-                CausalConv1d(width, last, 1, **where) if width != last else None  # type: ignore[arg-type]
-                for width in num_channels
-            )
+            downs: list[Any] = [
+                CausalConv1d(width, last, 1, **where) if width != last else None for width in num_channels
+            ]
+            self.downsample_skip_connection = nn.ModuleList(downs)
         if output_projection is not None:
             self.projection_out = CausalConv1d(last, output_projection, 1, **where)
 
@@ -307,7 +308,8 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
         """y, and the state after it where there is one."""
         last_axes = self.input_shape == "NLC"
         x = x.transpose(-1, -2) if last_axes else x
-        total, states = None, []
+        total: Any = None
+        states = []
         for i, block in enumerate(self._blocks):
             skip = self.use_skip_connections and i + 1 < len(self.num_channels)
             if state is not None:
