@@ -4,7 +4,9 @@ The stock contender pads on the left and runs ``F.conv1d``, relu and, in a TCN, 
 same weight norm on both sides. ``pytorch-tcn`` joins where it is installed.
 """
 
+import functools
 import importlib.util
+import io
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +177,132 @@ def bench_tcn_inference(B, C, T, K, levels):
         flops=flops,
         bytes=moved,
     )
+
+
+class StockWaveNet(nn.Module):
+    """A WaveNet as one writes it in torch."""
+
+    def __init__(self, channels, kernel_size, layers):
+        super().__init__()
+        self.channels = channels
+        self.input = nn.Conv1d(channels, channels, 1)
+        self.gates = nn.ModuleList(nn.Conv1d(channels, 2 * channels, kernel_size, dilation=2**i) for i in range(layers))
+        self.outputs = nn.ModuleList(nn.Conv1d(channels, 2 * channels, 1) for _ in range(layers))
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Conv1d(channels, channels, 1), nn.ReLU(), nn.Conv1d(channels, channels, 1)
+        )
+
+    def forward(self, x):
+        x, skips = self.input(x), 0
+        for gate, output in zip(self.gates, self.outputs, strict=True):
+            v = gate(F.pad(x, ((gate.kernel_size[0] - 1) * gate.dilation[0], 0)))
+            filtered, opened = v.chunk(2, 1)
+            y = output(torch.tanh(filtered) * torch.sigmoid(opened))
+            x, skips = x + y[:, : self.channels], skips + y[:, self.channels :]
+        return self.head(skips)
+
+
+WAVENETS = [{"B": 1, "C": 64, "T": 16384, "K": 2, "levels": 10}, {"B": 4, "C": 32, "T": 8192, "K": 3, "levels": 8}]
+
+
+def wavenets(C, K, levels):
+    ours = snn.WaveNet(C, None, C, C, layers=levels, kernel_size=K)
+    return {"seqaccel[cpp]": ours, "torch": StockWaveNet(C, K, levels)}
+
+
+def wavenet_cost(B, C, T, K, levels):
+    """Operations of the layers, input and head, and the bytes of the layers: x and skips read and written."""
+    products = levels * (2 * C * C * K + 2 * C * C) + 3 * C * C
+    return 2 * B * T * products, 4 * levels * (4 * B * C * T + 2 * C * C * (K + 1))
+
+
+@suite(WAVENETS, ["seqaccel[cpp]", "torch"])
+def bench_wavenet_inference(B, C, T, K, levels):
+    x = torch.randn(B, C, T)
+    flops, moved = wavenet_cost(B, C, T, K, levels)
+    modules = wavenets(C, K, levels)
+    return Case(contenders(modules, lambda m: inference(m.eval(), [x])), flops=flops, bytes=moved)
+
+
+@suite(WAVENETS, ["seqaccel[cpp]", "torch"])
+def bench_wavenet_training(B, C, T, K, levels):
+    x, grad = torch.randn(B, C, T), torch.randn(B, C, T)
+    flops, moved = wavenet_cost(B, C, T, K, levels)
+    modules = wavenets(C, K, levels)
+    return Case(contenders(modules, lambda m: train(m, x, grad)), flops=3 * flops, bytes=3 * moved)
+
+
+class OneStep(nn.Module):
+    """A step of a module, with its state as inputs and outputs."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x_t, *state):
+        if isinstance(self.module, nn.LSTM):
+            y, (h, c) = self.module(x_t.unsqueeze(0), state)
+            return y[0], h, c
+        y, state = self.module.step(x_t, state)
+        return y, *state
+
+
+def onnx_step(module, x_t, state):
+    """One step in ONNX Runtime on one thread: it reads the states and writes the next ones."""
+    import onnxruntime
+
+    file = io.BytesIO()
+    names = [f"state_{i}" for i in range(len(state))]
+    torch.onnx.export(
+        OneStep(module).eval(),
+        (x_t, *state),
+        file,
+        input_names=["x", *names],
+        output_names=["y", *(f"next_{name}" for name in names)],
+        dynamo=False,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {"x": x_t.numpy()} | {name: part.numpy() for name, part in zip(names, state, strict=True)}
+
+    def run():
+        y, *after = session.run(None, feed)
+        feed.update(zip(names, after, strict=True))
+        return y
+
+    return run
+
+
+def one_thread(function):
+    def run():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+@suite([{"net": "LSTM 16"}, {"net": "WaveNet 16x18"}], ["seqaccel[session]", "onnxruntime"])
+def bench_conv_session_step(net):
+    """A sample of an audio network, batch 1, on one thread."""
+    if net == "LSTM 16":
+        module = nn.LSTM(1, 16)
+        state = (torch.zeros(1, 1, 16), torch.zeros(1, 1, 16))
+        weights = 4 * 16 * (1 + 16)
+    else:
+        module = snn.WaveNet(1, 1, 16, 16, layers=9, stacks=2).eval()
+        state = module.init_state(1)
+        weights = 18 * (2 * 16 * 16 * 2 + 2 * 16 * 16)
+    x_t = torch.randn(1, 1)
+    session = seqaccel.Session(module)
+    runs = {"seqaccel[session]": one_thread(functools.partial(session.step, x_t))}
+    if importlib.util.find_spec("onnxruntime"):
+        runs["onnxruntime"] = onnx_step(module, x_t, state)
+    return Case(runs, flops=2 * weights, bytes=4 * weights)
 
 
 @suite([{"B": B, "C": 64, "K": 3, "levels": 4} for B in (1, 64)], ["seqaccel[cpp]", "torch"])

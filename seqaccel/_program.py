@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqaccel.convert import REPLACEMENTS
 from seqaccel.functional.conv import GATED
 from seqaccel.functional.rnn import CELLS
-from seqaccel.nn.conv import TCN, CausalConv1d, TemporalBlock
+from seqaccel.nn.conv import TCN, CausalConv1d, GatedConvLM, TemporalBlock, WaveNet, WaveNetLayer
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 from seqaccel.nn.scan import SRU, SRUCell, SRUpp
@@ -73,7 +73,7 @@ class Program:
         self.layers: list[Layer] = []
         self.states: list[State] = []
         self.batch_first = False  # of recurrent layers
-        self.channels_first = False  # begins with a convolution: (B, C, T)
+        self.channels_first = False  # begins with a convolution: (B, C, T), or (B, T) indices
 
     def add(self, kind: str, inputs: int, outputs: int, *weights: Tensor | None, **options: Any) -> int:
         """Returns the layer's number."""
@@ -348,8 +348,13 @@ def _convolution(module: CausalConv1d, program: Program, name: str, **options: A
             whole[i * rows : (i + 1) * rows, :, i * columns : (i + 1) * columns] = block
     else:
         whole = weight.permute(0, 2, 1)
-    outputs //= 2 if gated else 1
-    return program.add("conv", inputs, outputs, whole.flatten(1), module.bias, **shape, **options)
+    return _convolved(program, whole.flatten(1), module.bias, inputs, **shape, **options)
+
+
+def _convolved(program: Program, weight: Tensor, bias: Tensor | None, inputs: int, **options: Any) -> int:
+    """A convolution of all channels: weight (O, K · C), with the channels of a tap together."""
+    outputs = weight.shape[0] // (2 if options["activation"] in GATED else 1)
+    return program.add("conv", inputs, outputs, weight, bias, **options)
 
 
 @_describe.register
@@ -414,3 +419,84 @@ def _tcn(module: TCN, program: Program, name: str) -> None:
         _activated(program, module.output_activation)
     if begins:
         program.channels_first, program.batch_first = module.input_shape == "NCL", module.input_shape == "NLC"
+
+
+@_describe.register
+def _wavenet_layer(module: WaveNetLayer, program: Program, name: str) -> None:
+    raise TypeError("module: a WaveNetLayer has two outputs: a Session runs the whole WaveNet")
+
+
+@_describe.register
+def _wavenet(module: WaveNet, program: Program, name: str) -> None:
+    """The conditions are more channels of the input. The residual stream carries them along unchanged."""
+    channels = module.residual_channels
+    conditions = (module.condition_channels or 0) + (module.global_channels or 0)
+    if not program.layers:
+        program.channels_first = True
+    if isinstance(module.input, nn.Embedding):
+        if conditions:
+            raise ValueError("module: a Session does not run a WaveNet that has an embedding and conditions")
+        _describe(module.input, program, f"{name}input.")
+    else:
+        weight = _widened(module.input.weight.detach(), conditions, conditions)
+        weight[channels:, module.in_channels :, -1] = torch.eye(conditions)
+        _widened_conv(module.input, weight, program, f"{name}input.")
+    x, skip = program.last, -1
+    for i, layer in enumerate(module._layers):
+        weight = _widened(layer.conv.weight.detach(), 0, conditions)
+        added = [m.weight.detach().flatten(1) for m in (layer.condition, layer.global_condition) if m is not None]
+        if added:
+            weight[:, channels:, -1] = torch.cat(added, 1)
+        source = program.back(x)
+        z = _widened_conv(layer.conv, weight, program, f"{name}layers.{i}.", source=source)
+        weight, bias, last = layer.output.weight.detach()[..., 0], layer.output.bias, i + 1 == len(module.layers)
+        gates = weight.shape[1]
+        if not last:
+            rows = torch.cat([weight[:channels], weight.new_zeros(conditions, gates)])
+            shift = None if bias is None else torch.cat([bias.detach()[:channels], bias.new_zeros(conditions)])
+            x = program.add("linear", gates, channels + conditions, rows, shift, skip=program.back(x))
+        skip = program.add(
+            "linear",
+            gates,
+            module.skip_channels,
+            weight[channels:],
+            None if bias is None else bias.detach()[channels:],
+            source=program.back(z),
+            skip=0 if skip < 0 else program.back(skip),
+            relu=last,
+        )
+    _describe(module.head, program, f"{name}head.")
+
+
+def _widened(weight: Tensor, outputs: int, inputs: int) -> Tensor:
+    """A copy of weight (O, C, K) with more outputs and inputs, whose weights are 0."""
+    return torch.nn.functional.pad(weight, (0, 0, 0, inputs, 0, outputs)).clone()
+
+
+def _widened_conv(module: CausalConv1d, weight: Tensor, program: Program, name: str, **options: Any) -> int:
+    """The layer of a module with ``weight`` in place of its own."""
+    outputs, inputs, taps = weight.shape
+    bias: Tensor | None = module.bias
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias.detach(), (0, outputs - bias.shape[0]))
+    if taps > 1:
+        program.keep(name + "history", "r", module.context, inputs)
+    shape = {"taps": taps, "dilation": module.dilation, "activation": module.activation or "none"}
+    return _convolved(program, weight.permute(0, 2, 1).flatten(1), bias, inputs, **shape, **options)
+
+
+@_describe.register
+def _gated_language_model(module: GatedConvLM, program: Program, name: str) -> None:
+    if not isinstance(module.projection, nn.Linear):
+        raise TypeError("module: a Session does not run a GatedConvLM with cutoffs")
+    program.batch_first = program.batch_first or not program.layers
+    _describe(module.embedding, program, f"{name}embedding.")
+    _convolution(module.input, program, f"{name}input.")
+    for i, block in enumerate(module.blocks):
+        source = program.last
+        *first, last = enumerate(cast(Any, block))
+        for j, conv in first:
+            _convolution(conv, program, f"{name}blocks.{i}.{j}.")
+        j, conv = last
+        _convolution(conv, program, f"{name}blocks.{i}.{j}.", skip=program.back(source))
+    _describe(module.projection, program, f"{name}projection.")

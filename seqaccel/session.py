@@ -35,12 +35,13 @@ class Session:
     Args:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
             :class:`~seqaccel.nn.LSTMCell`, :class:`~seqaccel.nn.SRU`, …) or of :mod:`torch.nn`, in float32 on the CPU,
-            any number of layers, one direction (the output of a cell is h); a :class:`~seqaccel.nn.CausalConv1d` or
-            :class:`~seqaccel.nn.TCN`, whose past inputs stay in rings; or a :class:`torch.nn.Sequential` of those with
-            ``Linear``, ``Embedding`` (first), ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d``
-            (of the features of a step, by its running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``,
-            ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and
-            ``Dropout`` do nothing.
+            any number of layers, one direction (the output of a cell is h); a :class:`~seqaccel.nn.CausalConv1d`,
+            :class:`~seqaccel.nn.TCN`, :class:`~seqaccel.nn.WaveNet` (the local and then the global condition are more
+            channels of its input) or :class:`~seqaccel.nn.GatedConvLM`, whose past inputs stay in rings; or a
+            :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first), ``LayerNorm`` and ``RMSNorm``
+            (of the last dimension), ``BatchNorm1d`` (of the features of a step, by its running statistics), and, not
+            first, ``Softmax`` (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``,
+            ``LeakyReLU`` and ``ELU``; ``Identity`` and ``Dropout`` do nothing.
         batch_size: number of independent streams B. Default: 1
         weights: precision of the packed matrices. ``"float32"``; ``"bfloat16"``: half the memory, weights and the
             values they multiply are rounded to 8 bits; ``"int8"``: a quarter of the memory, each row of a weight, and
@@ -204,13 +205,14 @@ class Session:
 
     def extend(self, x: Tensor, *, advance: Tensor | None = None) -> Tensor:
         """Output for a chunk: (T, B, …) gives (T, B, features); (B, T, …) where the recurrent layers are batch first.
-        Where the module begins with a convolution: (B, C, T) gives (B, features, T).
+        Where the module begins with a convolution: (B, C, T) gives (B, features, T), and (B, T) where it is a WaveNet
+        of classes.
 
         ``advance`` as in :meth:`step`, for all steps of the chunk.
         """
         shape: tuple[int | None, ...] = (None, *self._step_shape)
         if self._channels_first:
-            x = self._checked(x, (*shape[1:], None)).permute(2, 0, 1).contiguous()
+            x = self._checked(x, (*shape[1:], None)).movedim(-1, 0).contiguous()
         elif self.batch_first:
             x = self._checked(x, (shape[1], None, *shape[2:])).transpose(0, 1).contiguous()
         else:

@@ -331,6 +331,9 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "TemporalBlock": (lambda: seqaccel.nn.TemporalBlock(4, 5, 3, 2, dropout=0.0), (2, 4, 7)),
     "TCN": (lambda: seqaccel.nn.TCN(4, [4], dropout=0.0), (2, 4, 7)),
     "PervasiveAttention": (lambda: seqaccel.nn.PervasiveAttention(4, 4, 3, 2, 2, 3, dropout=0.0), (2, 4)),
+    "GatedConv1d": (lambda: seqaccel.nn.GatedConv1d(4, 5, 3), (2, 4, 7)),
+    "WaveNetLayer": (lambda: seqaccel.nn.WaveNetLayer(4, 5), (2, 4, 7)),
+    "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
 }
 

@@ -409,6 +409,42 @@ CALLS = {
             "activation": ("elu", 3),
         },
     ),
+    "GatedConv1d": (
+        nn.GatedConv1d,
+        lambda: {"in_channels": I, "out_channels": H, "kernel_size": 3},
+        {"in_channels": (*NOT_INTS, -1), "out_channels": (*NOT_INTS, -1), "activation": ("relu", None, 3)},
+    ),
+    "WaveNetLayer": (
+        nn.WaveNetLayer,
+        lambda: {"residual_channels": I, "skip_channels": H},
+        {
+            **dict.fromkeys(("residual_channels", "skip_channels", "kernel_size", "dilation"), (*NOT_INTS, 0)),
+            **dict.fromkeys(("gate_channels", "condition_channels", "global_channels"), ("4", 2.5, 0)),
+            "bias": NOT_FLAGS,
+        },
+    ),
+    "WaveNet": (
+        nn.WaveNet,
+        lambda: {"in_channels": I, "residual_channels": H, "skip_channels": H, "layers": 2},
+        {
+            **dict.fromkeys(("in_channels", "residual_channels", "skip_channels", "layers"), (*NOT_INTS, 0)),
+            **dict.fromkeys(("stacks", "kernel_size", "input_kernel_size"), (*NOT_INTS, 0)),
+            **dict.fromkeys(("out_channels", "gate_channels", "head_channels"), ("4", 2.5, 0)),
+            **dict.fromkeys(("condition_channels", "global_channels"), ("4", 2.5, 0)),
+            **dict.fromkeys(("embedding", "bias"), NOT_FLAGS),
+        },
+    ),
+    "GatedConvLM": (
+        nn.GatedConvLM,
+        lambda: {"num_embeddings": 9, "embedding_dim": I, "channels": H, "num_layers": 1, "kernel_size": 2},
+        {
+            **dict.fromkeys(("num_embeddings", "embedding_dim", "channels"), (*NOT_INTS, 0)),
+            **dict.fromkeys(("num_layers", "kernel_size"), (*NOT_INTS, 0)),
+            "bottleneck_channels": ("4", 2.5, 0),
+            "dropout": (*NOT_NUMBERS, None, 2),
+            "cutoffs": (3, "3"),
+        },
+    ),
     "TCN": (
         nn.TCN,
         lambda: {"num_inputs": I, "num_channels": [H, H]},
@@ -581,6 +617,25 @@ FORWARDS = {
         },
     ),
     "TCN": (lambda: nn.TCN(I, [H]), {"x": torch.randn(B, I, T)}, {"x": TENSOR}),
+    "WaveNetLayer": (
+        lambda: nn.WaveNetLayer(I, H, condition_channels=2, global_channels=3),
+        {"x": torch.randn(B, I, T), "condition": torch.randn(B, 2, T), "global_condition": torch.randn(B, 3)},
+        {
+            "x": TENSOR,
+            "condition": (*TENSOR, torch.randn(B, 3, T)),
+            "global_condition": (*TENSOR, torch.randn(B, 2)),
+        },
+    ),
+    "WaveNet": (
+        lambda: nn.WaveNet(I, layers=2),
+        {"x": torch.randn(B, I, T)},
+        {"x": (*TENSOR, torch.randn(B, T)), "condition": (3, torch.randn(B, 2, T))},
+    ),
+    "GatedConvLM": (
+        lambda: nn.GatedConvLM(9, I, H, 1, 2),
+        {"x": torch.zeros(B, T, dtype=torch.int64)},
+        {"x": (*TENSOR, torch.zeros(T, dtype=torch.int64))},
+    ),
     "HierarchicalAttention": (
         lambda: nn.HierarchicalAttention(8, 2, batch_first=True),
         dict.fromkeys(("query", "key", "value"), torch.randn(B, T, 8)),
@@ -634,6 +689,7 @@ def test_the_valid_calls_are_valid():
 
 
 STREAMS = {name: FORWARDS[name][0] for name in ("RNN", "GRU", "LSTM", "SRU", "SRUpp", "MinGRU", "CausalConv1d", "TCN")}
+STREAMS |= {"WaveNet": FORWARDS["WaveNet"][0], "WaveNetLayer": lambda: nn.WaveNetLayer(I, H)}
 STREAMS["QRNN"] = lambda: nn.QRNN(I, H, window=2)
 STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
 
@@ -644,7 +700,7 @@ def test_bad_streams(name):
     state = module.init_state(B)
     x_t = torch.randn(B, I)
     module.step(x_t, state)
-    chunk = torch.randn(B, I, T) if name in ("CausalConv1d", "TCN") else torch.randn(T, B, I)
+    chunk = torch.randn(B, I, T) if name in ("CausalConv1d", "TCN", "WaveNet", "WaveNetLayer") else torch.randn(T, B, I)
     module.extend(chunk, state)
     for bad in (2.5, "3", None, -1, True):
         refused(lambda bad=bad: module.init_state(bad), "batch_size")

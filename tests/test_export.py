@@ -83,6 +83,8 @@ def drawn(text: str, batch: int, steps: int) -> Tensor:
     if kind == "padding":
         mask = torch.arange(steps) >= torch.randint(1, steps + 1, (batch, 1))
         return mask if dims == "BT" else mask.t()
+    if kind == "words":
+        return torch.randint(9, size)
     if kind == "causal":
         return torch.ones(size, dtype=torch.bool).triu(1)
     return torch.randn(size)
@@ -136,6 +138,10 @@ CASES = {
         lambda: Translation(5, 5, 6, 2, 4, 3, max_positions=100),
         ("tokens:BT",),
     ),
+    "GatedConv1d": Case("conv", lambda: nn.GatedConv1d(4, 6, 3, dilation=2), ("B4T",)),
+    "WaveNetLayer": Case("conv", lambda: nn.WaveNetLayer(4, 6, dilation=3), ("B4T",)),
+    "WaveNet": Case("conv", lambda: nn.WaveNet(4, 3, 6, 8, layers=2, stacks=2), ("B4T",)),
+    "GatedConvLM": Case("conv", lambda: nn.GatedConvLM(9, 6, 8, 2, 3, bottleneck_channels=4), ("words:BT",)),
     "HierarchicalAttention": Case(
         "attention",
         lambda: SelfAttention(8, 2, batch_first=True, block_size=4, fanout=16, pool_query=1),
@@ -155,17 +161,9 @@ STREAMS = {
     **{name: CASES[name] for name in ("SRUpp", "QRNN", "MinLSTM", "IndRNN")},
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
     "CausalConvTranspose1d": Case("conv", lambda: OneByOne(4, 6, 5), ("B4T",)),
-    **{
-        name: CASES[name]
-        for name in (
-            "CausalConv1d",
-            "CausalConv2d",
-            "TemporalBlock",
-            "TCN",
-            "PervasiveAttention",
-            "HierarchicalAttention",
-        )
-    },
+    **{name: CASES[name] for name in ("CausalConv1d", "CausalConv2d", "TemporalBlock", "TCN", "PervasiveAttention")},
+    **{name: CASES[name] for name in ("GatedConv1d", "WaveNetLayer", "WaveNet", "GatedConvLM")},
+    "HierarchicalAttention": CASES["HierarchicalAttention"],
 }
 
 
@@ -549,6 +547,7 @@ def test_skip_init(name):
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
     sizes |= {"HierarchicalAttention": (8, 2), "CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     sizes |= {"PervasiveAttention": (5, 6, 4)}
+    sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())
 

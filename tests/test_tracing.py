@@ -38,9 +38,13 @@ MODULES = {
     "TemporalBlock": (lambda: nn.TemporalBlock(I, 6, 3, 2), (B, I, T), True),
     "TCN": (lambda: nn.TCN(I, [6, 4]), (B, I, T), True),
     "PervasiveAttention": (lambda: nn.PervasiveAttention(9, 9, 6, 2, 4, 3), (B, I), True),
+    "GatedConv1d": (lambda: nn.GatedConv1d(I, 6, 3), (B, I, T), True),
+    "WaveNetLayer": (lambda: nn.WaveNetLayer(I, 6, dilation=2), (B, I, T), True),
+    "WaveNet": (lambda: nn.WaveNet(I, 3, 6, 8, layers=2, stacks=2), (B, I, T), True),
+    "GatedConvLM": (lambda: nn.GatedConvLM(40, 6, 8, 2, 3, bottleneck_channels=4), (B, T), True),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
 }
-CONVOLUTIONS = tuple(getattr(nn.conv, name) for name in nn.conv.__all__)
+ONE_OUTPUT = tuple(getattr(nn.conv, name) for name in nn.conv.__all__ if name != "WaveNetLayer")
 each_module = pytest.mark.parametrize("name", MODULES)
 
 
@@ -59,12 +63,12 @@ class Model(torch.nn.Module):
         self.pervasive = isinstance(module, nn.PervasiveAttention)
 
     def forward(self, x):
-        x = x * 2
         if self.pervasive:
-            x = x.abs().long()
+            x = (x * 2).abs().long()
             return self.inner(x, x)
+        x = (x.abs() * 2).long() if isinstance(self.inner, nn.GatedConvLM) else x * 2
         found = self.inner(x, x, x) if self.attends else self.inner(x)
-        return found.relu() if isinstance(self.inner, CONVOLUTIONS) else found[0].relu()
+        return found.relu() if isinstance(self.inner, ONE_OUTPUT) else found[0].relu()
 
 
 def model(name):
