@@ -334,6 +334,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "GatedConv1d": (lambda: seqaccel.nn.GatedConv1d(4, 5, 3), (2, 4, 7)),
     "WaveNetLayer": (lambda: seqaccel.nn.WaveNetLayer(4, 5), (2, 4, 7)),
     "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
+    "GatedConvLM": (lambda: seqaccel.nn.GatedConvLM(4, 3, 4, 2, 2, bottleneck_channels=3, dropout=0.0), (2, 4)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
 }
 
@@ -352,9 +353,9 @@ def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
     if name == "HierarchicalAttention":
         return x, x, x
-    if name == "PervasiveAttention":
+    if name in ("PervasiveAttention", "GatedConvLM"):
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()
-        return tokens, tokens
+        return (tokens,) * (2 if name == "PervasiveAttention" else 1)
     return (x,)
 
 

@@ -53,6 +53,23 @@ class OneByOne(nn.CausalConvTranspose1d):
         return y.squeeze(-1), state
 
 
+class OneOutput(torch.nn.Module):
+    """A WaveNetLayer's two outputs as one."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.layer = nn.WaveNetLayer(*sizes, dilation=3)
+        self.init_state = self.layer.init_state
+
+    def extend(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        outputs, state = self.layer.extend(x, state)
+        return torch.cat(outputs, 1), state
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        outputs, state = self.layer.step(x_t, state)
+        return torch.cat(outputs, 1), state
+
+
 class Translation(nn.PervasiveAttention):
     """Of a source of 7 tokens."""
 
@@ -162,7 +179,8 @@ STREAMS = {
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
     "CausalConvTranspose1d": Case("conv", lambda: OneByOne(4, 6, 5), ("B4T",)),
     **{name: CASES[name] for name in ("CausalConv1d", "CausalConv2d", "TemporalBlock", "TCN", "PervasiveAttention")},
-    **{name: CASES[name] for name in ("GatedConv1d", "WaveNetLayer", "WaveNet", "GatedConvLM")},
+    "WaveNetLayer": Case("conv", lambda: OneOutput(4, 6), ("B4T",)),
+    **{name: CASES[name] for name in ("GatedConv1d", "WaveNet", "GatedConvLM")},
     "HierarchicalAttention": CASES["HierarchicalAttention"],
 }
 

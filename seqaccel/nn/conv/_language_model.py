@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqaccel import _arguments
+from seqaccel.functional.conv import last_steps
 from seqaccel.nn._leaf import Leaf
-from seqaccel.nn.conv._causal import next_history
 from seqaccel.nn.conv._wavenet import GatedConv1d
 from seqaccel.nn.streaming import State, Streaming
 
@@ -179,8 +179,8 @@ class GatedConvLM(Leaf, Streaming, nn.Module):
         after = []
         h = F.dropout(self.embedding(x), dropout, training=dropout > 0).transpose(1, 2)
         if state is not None:
-            after.append(next_history(histories[0], h))
-        h = self.input(h, dropout=dropout, history=histories[0])
+            after.append(last_steps(histories[0], h))
+        h = self.input(h, dropout=dropout, initial_state=histories[0])
         for block, history in zip(self._blocks(), histories[1:], strict=True):
             z = h
             for i, conv in enumerate(block):
@@ -189,8 +189,8 @@ class GatedConvLM(Leaf, Streaming, nn.Module):
                     z = conv(z, dropout=dropout, residual=residual)
                     continue
                 if state is not None:
-                    after.append(next_history(history, z))
-                z = conv(z, dropout=dropout, residual=residual, history=history)
+                    after.append(last_steps(history, z))
+                z = conv(z, dropout=dropout, residual=residual, initial_state=history)
             h = z
         return h.transpose(1, 2), tuple(after)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import GATED, causal_conv1d
+from seqaccel.functional.conv import GATED, causal_conv1d, last_steps
 from seqaccel.nn._leaf import Leaf
-from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step, next_history
+from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step
 from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["GatedConv1d", "WaveNet", "WaveNetLayer"]
@@ -220,7 +220,7 @@ class WaveNetLayer(Leaf, Streaming, nn.Module):
         self, x: Tensor, history: Tensor | None, condition: Tensor | None, global_condition: Tensor | None
     ) -> Tensor:
         if self.condition is None and self.global_condition is None:
-            return self.conv(x, history=history)
+            return self.conv(x, initial_state=history)
         added = None
         if self.condition is not None:
             added = self.condition(condition)
@@ -228,7 +228,7 @@ class WaveNetLayer(Leaf, Streaming, nn.Module):
             constant = self.global_condition(global_condition).unsqueeze(-1)
             added = constant.expand(-1, -1, x.shape[-1]) if added is None else added + constant
         conv = self.conv
-        v = causal_conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, residual=added, history=history)
+        v = causal_conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, residual=added, initial_state=history)
         value, gate = v.chunk(2, 1)
         return torch.tanh(value) * torch.sigmoid(gate)
 
@@ -251,7 +251,7 @@ class WaveNetLayer(Leaf, Streaming, nn.Module):
         (history,) = state
         y, skip = self._run(x, None, history, condition, global_condition)
         assert y is not None
-        return (y, skip), (next_history(history, x),)
+        return (y, skip), (last_steps(history, x),)
 
     def step(  # type: ignore[override]
         self, x_t: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None
@@ -455,14 +455,14 @@ class WaveNet(Leaf, Streaming, nn.Module):
         after = []
         if isinstance(self.input, CausalConv1d):
             if histories[0] is not None:
-                after.append(next_history(histories[0], x))
-            x = self.input(x, history=histories[0])
+                after.append(last_steps(histories[0], x))
+            x = self.input(x, initial_state=histories[0])
         else:
             x = self.input(x).transpose(1, 2)
         skip = None
         for layer, history in zip(self._layers, histories[1:], strict=True):
             if state is not None:
-                after.append(next_history(history, x))
+                after.append(last_steps(history, x))
             more = layer is not self.layers[-1]
             y, skip = layer._run(x, skip, history, condition, global_condition, residual=more)
             x = x if y is None else y
