@@ -352,7 +352,12 @@ def _product(
     )  # fmt: skip
 
 
-def _check(x: Tensor, weight: Tensor, dilation: int, groups: int, activation: str) -> None:
+def _check(
+    x: Tensor, weight: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None, dilation: int, groups: int,
+    activation: str,
+) -> None:  # fmt: skip
+    if reset is not None or cu_seqlens is not None:
+        raise ValueError("causal_conv1d: the Triton kernels take no reset and no cu_seqlens")
     if activation not in ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid"):
         raise ValueError(f"causal_conv1d: the Triton kernels have no activation {activation!r}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -394,6 +399,8 @@ def causal_conv1d_forward(
     residual: Tensor | None,
     history: Tensor | None,
     seed: Tensor | None,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
     dilation: int,
     groups: int,
     activation: str,
@@ -402,7 +409,7 @@ def causal_conv1d_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Like ``seqaccel::causal_conv1d_forward``: y, and what the backward pass needs beside it."""
-    _check(x, weight, dilation, groups, activation)
+    _check(x, weight, reset, cu_seqlens, dilation, groups, activation)
     shape = (x.shape[0], weight.shape[0], x.shape[2])
     first = 0
     if history is not None:
@@ -425,6 +432,8 @@ def causal_conv1d_backward(
     weight: Tensor,
     history: Tensor | None,
     seed: Tensor | None,
+    reset: Tensor | None,
+    cu_seqlens: Tensor | None,
     addend: Tensor | None,
     dilation: int,
     groups: int,
@@ -435,7 +444,7 @@ def causal_conv1d_backward(
     wants: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Like ``seqaccel::causal_conv1d_backward``: gradients of x, weight, bias, residual, history; empty if unwanted."""
-    _check(x, weight, dilation, groups, activation)
+    _check(x, weight, reset, cu_seqlens, dilation, groups, activation)
     grad_y, y, saved, x, weight, addend = _contiguous(grad_y, y, saved, x, weight, addend)
     batch, channels, length = x.shape
     outputs, group_channels, taps = weight.shape

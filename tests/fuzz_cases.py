@@ -203,13 +203,22 @@ def causal_conv1d_forward(rng: random.Random) -> Arguments:
     dropout = rng.choice([0.0, 0.0, 0.3, 1.0])
     activation = rng.choice(["none", *(name for name in ACTIVATIONS if groups == 1 or name not in GATED)])
     rows = outputs * (2 if activation in GATED else 1)
+    reset = cu_seqlens = None
+    if rng.random() < 0.3:
+        reset = torch.rand(B, T) < rng.random()
+    elif rng.random() < 0.3:
+        B = 1
+        cu_seqlens = torch.tensor([0, *sorted(rng.randint(0, T) for _ in range(rng.randint(0, 4))), T])
+    histories = B if cu_seqlens is None else len(cu_seqlens) - 1
     return {
         "x": torch.randn(B, channels, T, dtype=dtype),
         "weight": torch.randn(rows, group_channels, K, dtype=dtype) * (group_channels * K) ** -0.5,
         "bias": maybe(rng, lambda: torch.randn(rows, dtype=dtype)),
         "residual": maybe(rng, lambda: torch.randn(B, outputs, T, dtype=dtype)),
-        "history": maybe(rng, lambda: torch.randn(B, channels, (K - 1) * dilation, dtype=dtype)),
+        "history": maybe(rng, lambda: torch.randn(histories, channels, (K - 1) * dilation, dtype=dtype)),
         "seed": torch.randint(-(1 << 62), 1 << 62, (1,)) if dropout > 0 else None,
+        "reset": reset,
+        "cu_seqlens": cu_seqlens,
         "dilation": dilation,
         "groups": groups,
         "activation": activation,
@@ -233,6 +242,43 @@ def causal_conv1d_backward(rng: random.Random) -> Arguments:
         "has_residual": has_residual,
         "wants": rng.randrange(32),
     }
+
+
+def causal_conv2d_forward(rng: random.Random) -> Arguments:
+    B, T, S, K, row_dilation, column_dilation = sizes(rng, 3, 12, 12, 4, 3, 5)
+    K, row_dilation, column_dilation = max(1, K), max(1, row_dilation), max(1, column_dilation)
+    groups = rng.choice([1, 1, 2])
+    group_channels, outputs = (max(1, size) for size in sizes(rng, 20 // groups, 20 // groups))
+    dtype, channels, outputs = floating(rng), group_channels * groups, outputs * groups
+    dropout = rng.choice([0.0, 0.0, 0.3])
+    activation = rng.choice(["none", *(name for name in ACTIVATIONS if groups == 1 or name not in GATED)])
+    rows = outputs * (2 if activation in GATED else 1)
+    weight = torch.randn(rows, group_channels, K, rng.choice([1, 3, 5]), dtype=dtype)
+    return {
+        "x": torch.randn(B, channels, T, S, dtype=dtype),
+        "weight": weight * weight[0].numel() ** -0.5,
+        "bias": maybe(rng, lambda: torch.randn(rows, dtype=dtype)),
+        "residual": maybe(rng, lambda: torch.randn(B, outputs, T, S, dtype=dtype)),
+        "history": maybe(rng, lambda: torch.randn(B, channels, (K - 1) * row_dilation, S, dtype=dtype)),
+        "seed": torch.randint(-(1 << 62), 1 << 62, (1,)) if dropout > 0 else None,
+        "row_dilation": row_dilation,
+        "column_dilation": column_dilation,
+        "groups": groups,
+        "activation": activation,
+        "relu": boolean(rng),
+        "dropout": dropout,
+        "save": boolean(rng),
+    }
+
+
+def causal_conv2d_backward(rng: random.Random) -> Arguments:
+    arguments = causal_conv2d_forward(rng) | {"save": True}
+    y, saved = OPERATORS.causal_conv2d_forward(**arguments)
+    has_residual = arguments["residual"] is not None
+    for name in ("bias", "residual", "save"):
+        del arguments[name]
+    found = {"grad_y": torch.randn_like(y), "y": y, "saved": saved}
+    return arguments | found | {"has_residual": has_residual, "wants": rng.randrange(32)}
 
 
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
@@ -285,6 +331,8 @@ GENERATORS: dict[str, Generator] = {
     "best_isa": lambda rng: {},
     "causal_conv1d_backward": causal_conv1d_backward,
     "causal_conv1d_forward": causal_conv1d_forward,
+    "causal_conv2d_backward": causal_conv2d_backward,
+    "causal_conv2d_forward": causal_conv2d_forward,
     "column_backward": column_backward,
     "column_forward": column_forward,
     "elementwise": elementwise,
@@ -353,7 +401,7 @@ def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
     if name == "HierarchicalAttention":
         return x, x, x
-    if name in ("PervasiveAttention", "GatedConvLM"):
+    if name in ("PervasiveAttention", "GatedConvLM") and isinstance(x, Tensor):
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()
         return (tokens,) * (2 if name == "PervasiveAttention" else 1)
     return (x,)

@@ -66,13 +66,14 @@ def _conv(channels, groups, T=9, B=2):
     x, weight, bias = torch.randn(B, channels, T), torch.randn(4, channels // groups, 3), torch.randn(4)
     residual, history, seed = torch.randn(B, 4, T), torch.randn(B, channels, 4), torch.tensor([7])
     options = (2, groups, "silu", True, 0.25)
+    whole = (None, None)  # no reset, no cu_seqlens
     yield (
         "causal_conv1d_forward",
         conv.causal_conv1d_forward,
-        (x, weight, bias, residual, history, seed, *options, True),
+        (x, weight, bias, residual, history, seed, *whole, *options, True),
     )
-    y, saved = conv.causal_conv1d_forward(x, weight, bias, residual, history, seed, *options, True)
-    given = (torch.randn_like(y), y, saved, x, weight, history, seed, torch.randn_like(x), *options, True, 31)
+    y, saved = conv.causal_conv1d_forward(x, weight, bias, residual, history, seed, *whole, *options, True)
+    given = (torch.randn_like(y), y, saved, x, weight, history, seed, *whole, torch.randn_like(x), *options, True, 31)
     yield "causal_conv1d_backward", conv.causal_conv1d_backward, given
 
 

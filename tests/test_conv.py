@@ -339,7 +339,7 @@ def test_operators_pass_opcheck(backend, epilogue):
     tests = ("test_schema", "test_faketensor") if backend == "cpp" else ("test_schema",)
     for dropout in (0.0, 0.5):
         optional = [tensors.get(name) for name in ("x", "weight", "bias", "residual", "initial_state")]
-        arguments = (*optional, seed, 2, groups, activation, relu, dropout, True)
+        arguments = (*optional, seed, None, None, 2, groups, activation, relu, dropout, True)
         torch.library.opcheck(forward, arguments, test_utils=tests)
         y, saved = forward(*arguments)
         for wants in (31, 5):
@@ -347,7 +347,8 @@ def test_operators_pass_opcheck(backend, epilogue):
                 backward,
                 (
                     torch.randn_like(y), y, saved, tensors["x"], tensors["weight"], tensors.get("initial_state"), seed,
-                    torch.randn_like(tensors["x"]), 2, groups, activation, relu, dropout, "residual" in tensors, wants,
+                    None, None, torch.randn_like(tensors["x"]), 2, groups, activation, relu, dropout,
+                    "residual" in tensors, wants,
                 ),
                 test_utils=tests,
             )  # fmt: skip
@@ -356,7 +357,7 @@ def test_operators_pass_opcheck(backend, epilogue):
 def test_operators_refuse_what_would_read_out_of_bounds():
     forward, backward = torch.ops.seqaccel.causal_conv1d_forward, torch.ops.seqaccel.causal_conv1d_backward
     x, w = torch.randn(2, 4, 9), torch.randn(6, 2, 3)
-    good = dict(x=x, weight=w, bias=None, residual=None, history=None, seed=None)
+    good = dict(x=x, weight=w, bias=None, residual=None, history=None, seed=None, reset=None, cu_seqlens=None)
     plain = (2, 2, "relu", False, 0.0, True)
     y, saved = forward(*good.values(), *plain)
     wrong = [
@@ -369,6 +370,9 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         ("bias", torch.randn(5)),
         ("residual", torch.randn(2, 6, 8)),
         ("history", torch.randn(2, 4, 3)),
+        ("reset", torch.zeros(2, 9)),
+        ("reset", torch.zeros(2, 8, dtype=torch.bool)),
+        ("cu_seqlens", torch.tensor([0, 9])),
     ]
     for name, value in wrong:
         with pytest.raises(RuntimeError, match=name):
@@ -379,7 +383,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
     for dropout in (-0.1, 1.1, float("nan"), 0.5):  # 0.5: there is no seed
         with pytest.raises(RuntimeError, match="dropout"):
             forward(*good.values(), 2, 2, "relu", False, dropout, True)
-    rest = (None, None, 2, 2, "relu", False, 0.0, False, 31)
+    rest = (*[None] * 4, 2, 2, "relu", False, 0.0, False, 31)
     backward(y, y, saved, x, w, None, *rest)
     for arguments in [
         (y[..., :-1], y, saved, x, w, None),

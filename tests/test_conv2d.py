@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv import EPILOGUES, STOCK_ACTIVATIONS, run
+from test_conv import EPILOGUES, STOCK_ACTIVATIONS, USABLE_ISAS, assert_within_bound, run
 from tolerances import error
 
 import seqaccel
@@ -33,7 +33,7 @@ def case(shape, epilogue, dtype=torch.float64):
     sizes = {"x": (B, C, *grid), "weight": (rows, C // groups, *taps), "bias": (rows,)}
     if epilogue.get("residual"):
         sizes["residual"] = (B, O, *grid)
-    if epilogue.get("history"):
+    if epilogue.get("initial_state"):
         sizes["initial_state"] = (B, C, (taps[0] - 1) * d, grid[1])
     generator = torch.Generator().manual_seed(C + 10 * O)
     tensors = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
@@ -72,10 +72,10 @@ def test_reference_is_a_masked_convolution(epilogue, backend):
             assert error(value, expected[name]) < 1e-13, (shape, name)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradients_of_every_order(backend):
     for shape in SHAPES[1:4]:
-        tensors, options = case(shape, dict(activation="tanh", residual=True, history=True))
+        tensors, options = case(shape, dict(activation="tanh", residual=True, initial_state=True))
         names, values = list(tensors), [t.requires_grad_() for t in tensors.values()]
 
         def function(*arguments, names=names, options=options):
@@ -86,13 +86,59 @@ def test_gradients_of_every_order(backend):
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 def test_empty(backend):
     for x, weight in (((0, 4, 5, 6), (6, 4, 2, 3)), ((2, 4, 0, 6), (6, 4, 2, 3)), ((2, 4, 5, 0), (6, 4, 2, 3))):
         tensors = {"x": torch.randn(x), "weight": torch.randn(weight), "bias": torch.randn(6)}
         found = run(on(backend), tensors, {})
         assert found["y"].shape == (x[0], 6, *x[2:])
         assert torch.equal(found["grad of weight"], torch.zeros(weight))
+
+
+@pytest.mark.parametrize("isa", USABLE_ISAS)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_cpp_matches_reference(epilogue, isa, poison):
+    for shape in (*SHAPES, (2, 5, 70, (40, 48), (3, 5), 1, 1), (1, 3, 4, (5, 3), (2, 5), (1, 9), 1)):
+        tensors, options = case(shape, epilogue)
+        expected = run(on("reference"), tensors, options)
+        narrow = {name: t.float() for name, t in tensors.items()}
+        exact = run(on("reference"), {name: t.double() for name, t in narrow.items()}, options)
+        with seqaccel.backends.isa(isa):
+            for name, value in run(on("cpp"), tensors, options).items():
+                assert error(value, expected[name]) < 1e-13, (shape, name)
+            assert_within_bound(run(on("cpp"), narrow, options), exact)
+
+
+def test_dropout_draws_the_mask_of_the_reference():
+    tensors, options = case(SHAPES[1], dict(activation="relu", residual=True))
+    results = []
+    for name in ("cpp", "reference"):
+        torch.manual_seed(11)
+        results.append(run(on(name), tensors, {**options, "dropout": 0.3}))
+    for name, value in results[0].items():
+        assert error(value, results[1][name]) < 1e-13, name
+
+
+def test_operators_refuse_what_would_read_out_of_bounds():
+    forward = torch.ops.seqaccel.causal_conv2d_forward
+    x, w = torch.randn(2, 4, 5, 9), torch.randn(6, 4, 2, 3)
+    good = dict(x=x, weight=w, bias=None, residual=None, history=None, seed=None)
+    options = (1, 1, 1, "none", False, 0.0, True)
+    forward(*good.values(), *options)
+    for name, value in [
+        ("x", x[0]),
+        ("weight", w[0]),
+        ("weight", w[..., :2]),
+        ("bias", torch.randn(5)),
+        ("residual", x),
+        ("history", x),
+        ("history", torch.randn(2, 4, 9)),
+    ]:
+        with pytest.raises(RuntimeError, match=name):
+            forward(*{**good, name: value}.values(), *options)
+    for bad in [(0, 1, 1), (1, 0, 1), (1, 1, 3), (1 << 60, 1, 1), (1, 1 << 60, 1)]:
+        with pytest.raises(RuntimeError):
+            forward(*good.values(), *bad, *options[3:])
 
 
 def test_no_row_sees_a_later_one():

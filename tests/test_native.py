@@ -287,9 +287,9 @@ def calls_with_text():
     yield "rnn_backward", lambda: ops.rnn_backward(*backward)
     forward = ("gru_reset_before", narrow[0], narrow[1], None, [narrow[2], narrow[3], None, None], None, False)
     yield "rnn_forward_bfloat16", lambda: ops.rnn_forward_bfloat16(*forward)
-    yield "causal_conv1d_forward", lambda: ops.causal_conv1d_forward(*conv, *[None] * 4, 1, 1, "tanh", False, 0.0, True)
-    out, kept = ops.causal_conv1d_forward(*conv, *[None] * 4, 1, 1, "tanh", False, 0.0, True)
-    arguments = (out, out, kept, *conv, None, None, None, 1, 1, "tanh", False, 0.0, False, 7)
+    yield "causal_conv1d_forward", lambda: ops.causal_conv1d_forward(*conv, *[None] * 6, 1, 1, "tanh", False, 0.0, True)
+    out, kept = ops.causal_conv1d_forward(*conv, *[None] * 6, 1, 1, "tanh", False, 0.0, True)
+    arguments = (out, out, kept, *conv, *[None] * 5, 1, 1, "tanh", False, 0.0, False, 7)
     yield "causal_conv1d_backward", lambda: ops.causal_conv1d_backward(*arguments)
     operands = torch.ones(3, 2, 6), *[None] * 3, torch.zeros(2, 2), *[None] * 5
     yield "column_forward", lambda: ops.column_forward("fo_pool", *operands, 1, True)
@@ -351,7 +351,7 @@ def test_out_of_memory_says_so():
 def test_sizes_whose_product_overflows(size):
     ops, x = torch.ops.seqaccel, torch.empty(size, 1, 0)
     weights = [torch.empty(512, 0), torch.zeros(512, 512), None, None]
-    conv = (torch.empty(size, 0, 1), torch.empty(2**20, 0, 1), *[None] * 4, 1, 1, "none", False, 0.0, False)
+    conv = (torch.empty(size, 0, 1), torch.empty(2**20, 0, 1), *[None] * 6, 1, 1, "none", False, 0.0, False)
     for call in (
         lambda: ops.mm(torch.empty(size, 0), torch.empty(0, size)),
         lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, None, None, False, False),
@@ -380,7 +380,7 @@ def test_nothing_to_do_takes_no_time():
     )
     assert all(grad.shape == heads.shape for grad in grads[:3])
     assert ops.causal_conv1d_forward(
-        torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 4, 1, 1, "none", False, 0.0, False
+        torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 6, 1, 1, "none", False, 0.0, False
     )[0].shape == (many, 1, 0)
     none = torch.empty(many, 0, 3)
     weights = [torch.ones(4, 3), torch.ones(4, 4), None, None]

@@ -43,13 +43,24 @@ def bfloat16_arguments():
 
 
 def conv_arguments(save=False):
-    return double(2, 4, 6), double(6, 2, 3), double(6), double(2, 6, 6), None, None, 1, 2, "tanh", True, 0.0, save
+    return double(2, 4, 6), double(6, 2, 3), double(6), double(2, 6, 6), *[None] * 4, 1, 2, "tanh", True, 0.0, save
 
 
 def conv_backward_arguments():
     x, weight, *_ = arguments = conv_arguments(True)
     y, saved = torch.ops.seqaccel.causal_conv1d_forward(*arguments)
-    return torch.randn_like(y), y, saved, x, weight, None, None, None, 1, 2, "tanh", True, 0.0, True, 31
+    return torch.randn_like(y), y, saved, x, weight, *[None] * 5, 1, 2, "tanh", True, 0.0, True, 31
+
+
+def grid_arguments(save=False):
+    residual = double(2, 6, 3, 5)
+    return double(2, 4, 3, 5), double(6, 2, 2, 3), double(6), residual, None, None, 1, 1, 2, "tanh", True, 0.0, save
+
+
+def grid_backward_arguments():
+    x, weight, *_ = arguments = grid_arguments(True)
+    y, saved = torch.ops.seqaccel.causal_conv2d_forward(*arguments)
+    return torch.randn_like(y), y, saved, x, weight, None, None, 1, 1, 2, "tanh", True, 0.0, True, 31
 
 
 def column_arguments(save=False):
@@ -78,6 +89,8 @@ ARGUMENTS = {
     "rnn_forward_bfloat16": bfloat16_arguments,
     "causal_conv1d_forward": conv_arguments,
     "causal_conv1d_backward": conv_backward_arguments,
+    "causal_conv2d_forward": grid_arguments,
+    "causal_conv2d_backward": grid_backward_arguments,
     "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), None, False, True),
     "linear_scan_backward": lambda: (
         *(double(2, 4, 3), double(2, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3)),

@@ -69,6 +69,71 @@ def dropout_mask(seed: Tensor, shape: tuple[int, int, int], p: float) -> Tensor:
     return (h >= min(round(p * 2**32), _WORD)).view(shape)
 
 
+def origins(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each time step of x (B, C, T): where its sequence begins, and which row of the history is before that; (B, T).
+
+    Offsets of any value stay within x: the first sequence begins at 0 and the last one ends with x.
+    """
+    batch, _, length = x.shape
+    t = torch.arange(length, device=x.device)
+    if reset is not None:
+        begins = torch.where(reset, t, 0).cummax(1).values
+        return begins, torch.arange(batch, device=x.device)[:, None].expand(batch, length)
+    assert cu_seqlens is not None
+    inner = cu_seqlens[1:-1].clamp(0, length).cummax(0).values
+    row = (inner[:, None] <= t).sum(0)
+    begins = torch.cat([inner.new_zeros(1), inner])[row]
+    return begins[None], row[None]
+
+
+def taps(
+    x: Tensor, history: Tensor | None, kernel_size: int, dilation: int, origin: tuple[Tensor, Tensor]
+) -> list[Tensor]:
+    """What each tap meets (B, C, T): x some steps before, or the history where the sequence begins after that."""
+    begins, row = origin
+    channels, length = x.shape[1:]
+    t = torch.arange(length, device=x.device)
+    context = (kernel_size - 1) * dilation
+    found = []
+    for k in range(kernel_size):
+        shift = (kernel_size - 1 - k) * dilation
+        inside = (t - shift >= begins)[:, None]
+        shifted = F.pad(x, (shift, 0))[..., :length]
+        if history is None or context == 0:
+            found.append(torch.where(inside, shifted, 0.0))
+        else:
+            at = (context + t - shift - begins).clamp(0, context - 1)  # of the history
+            before = history[row[:, None], torch.arange(channels, device=x.device)[:, None], at[:, None]]
+            found.append(torch.where(inside, shifted, before))
+    return found
+
+
+def final_state(
+    x: Tensor, history: Tensor | None, context: int, reset: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The last steps of each sequence, as many as ``context``, those before its start being the history's."""
+    _, channels, length = x.shape
+    count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n, channel = torch.arange(count, device=x.device), torch.arange(channels, device=x.device)[:, None]
+    if history is None:
+        history = x.new_zeros(count, channels, context)
+    if length == 0:
+        return history.clone()
+    if cu_seqlens is None:
+        begins, _ = origins(x, reset, None)
+        begin, end, of = begins[:, -1], begins.new_full((count,), length), n
+    else:
+        ends = cu_seqlens[1:-1].clamp(0, length).cummax(0).values
+        begin = torch.cat([ends.new_zeros(1), ends])
+        end, of = torch.cat([ends, ends.new_full((1,), length)]), torch.zeros_like(n)
+    t = end[:, None] - context + torch.arange(context, device=x.device)
+    values = x[of[:, None, None], channel, t.clamp(0, length - 1)[:, None]]
+    if context == 0:
+        return values
+    before = history[n[:, None, None], channel, (context + t - begin[:, None]).clamp(0, context - 1)[:, None]]
+    return torch.where((t >= begin[:, None])[:, None], values, before)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -76,6 +141,8 @@ def causal_conv1d(
     residual: Tensor | None = None,
     history: Tensor | None = None,
     seed: Tensor | None = None,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     *,
     stride: int = 1,
     dilation: int = 1,
@@ -86,17 +153,22 @@ def causal_conv1d(
 ) -> Tensor:
     """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, Y, U), history (B, C, (K-1) d): y (B, Y, U).
 
-    U is T / stride rounded up; Y is O, or half of it with a gated activation.
+    U is T / stride rounded up; Y is O, or half of it with a gated activation. Where ``reset`` (B, T) is true a
+    sequence begins, with the history of its row before it. ``cu_seqlens`` (N + 1) divides an x of one row into N
+    sequences; then history is (N, C, (K-1) d).
     """
     batch, channels, length = x.shape
-    outputs, group_channels, taps = weight.shape
-    context = (taps - 1) * dilation
-    padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
-    padded = padded.view(batch, groups, channels // groups, context + length)
-    w = weight.view(groups, outputs // groups, group_channels, taps)
+    outputs, group_channels, kernel_size = weight.shape
+    context = (kernel_size - 1) * dilation
+    if reset is None and cu_seqlens is None:
+        padded = F.pad(x, (context, 0)) if history is None else torch.cat([history, x], -1)
+        met = [padded[..., k * dilation : k * dilation + length] for k in range(kernel_size)]
+    else:
+        met = taps(x, history, kernel_size, dilation, origins(x, reset, cu_seqlens))
+    w = weight.view(groups, outputs // groups, group_channels, kernel_size)
     products = [
-        torch.einsum("goc,bgct->bgot", w[..., k], padded[..., k * dilation : k * dilation + length : stride])
-        for k in range(taps)
+        torch.einsum("goc,bgct->bgot", w[..., k], met[k][..., ::stride].unflatten(1, (groups, channels // groups)))
+        for k in range(kernel_size)
     ]
     y = sum(products[1:], products[0]).reshape(batch, outputs, -(-length // stride))
     if bias is not None:

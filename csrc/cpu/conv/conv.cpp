@@ -2,6 +2,10 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "common/tensor.h"
 
 namespace seqaccel::conv {
@@ -16,24 +20,129 @@ Activation parse_activation(const std::string& name) {
   return Activation(found);
 }
 
-ConvShape check_inputs(const Tensor& x, const Tensor& weight, const OptionalTensor& history, int64_t dilation,
-                       int64_t groups) {
-  check_float_or_double(x, "x");
-  const ScalarType dtype = x.scalar_type();
-  check_tensor(x, "x", {-1, -1, -1}, dtype);
-  STD_TORCH_CHECK(dilation >= 1 && groups >= 1, "seqaccel: dilation and groups must be positive, but got ", dilation,
-                  " and ", groups);
+void check_groups(const Tensor& x, const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(groups >= 1, "seqaccel: groups must be positive, but got ", groups);
   STD_TORCH_CHECK(x.size(1) % groups == 0, "seqaccel: the channels of x, ", x.size(1),
                   ", must be divisible by groups, ", groups);
-  check_tensor(weight, "weight", {-1, x.size(1) / groups, -1}, dtype);
-  STD_TORCH_CHECK(weight.size(0) % groups == 0 && weight.size(2) >= 1, "seqaccel: weight must have a multiple of ",
-                  groups, " output channels and at least one tap, but has shape ", shape_string(weight));
-  const ConvShape shape = {ptrdiff_t(x.size(0)), ptrdiff_t(x.size(1)),      ptrdiff_t(weight.size(0)),
-                           ptrdiff_t(x.size(2)), ptrdiff_t(weight.size(2)), ptrdiff_t(dilation),
-                           ptrdiff_t(groups)};
-  STD_TORCH_CHECK(dilation <= (int64_t(1) << 40) / weight.size(2), "seqaccel: dilation ", dilation, " is too large");
-  if (history) check_tensor(*history, "history", {x.size(0), x.size(1), shape.context()}, dtype);
+  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) % groups == 0 && weight.size(2) >= 1,
+                  "seqaccel: weight must have a multiple of ", groups,
+                  " output channels and at least one tap, but has shape ", shape_string(weight));
+}
+
+void check_dilation(int64_t dilation, int64_t taps, int64_t width = 1) {
+  STD_TORCH_CHECK(dilation >= 1, "seqaccel: dilation must be positive, but got ", dilation);
+  STD_TORCH_CHECK(dilation <= (int64_t(1) << 40) / taps / std::max<int64_t>(width, 1), "seqaccel: dilation ", dilation,
+                  " is too large");
+}
+
+// The sequences that rows of the batch consist of; a shape points to them.
+class Sequences {
+ public:
+  Sequences(ConvShape& shape, OptionalTensor reset, OptionalTensor cu_seqlens) {
+    if (!reset && !cu_seqlens) return;
+    segments_.reserve(1);  // not null, even where there is no step
+    STD_TORCH_CHECK(!reset || !cu_seqlens, "seqaccel: expected reset or cu_seqlens, but got both");
+    if (reset) {
+      check_tensor(*reset, "reset", {shape.batch, shape.length}, ScalarType::Bool);
+      shape.history_rows = shape.batch;
+      add_resets(shape, to_contiguous(*reset));
+    } else {
+      STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0,
+                      "seqaccel: expected cu_seqlens to have shape [sequences + 1], but got ",
+                      shape_string(*cu_seqlens));
+      check_tensor(*cu_seqlens, "cu_seqlens", {cu_seqlens->size(0)}, ScalarType::Long);
+      STD_TORCH_CHECK(shape.batch == 1, "seqaccel: expected a batch of 1 with cu_seqlens, but got ", shape.batch);
+      shape.history_rows = cu_seqlens->size(0) - 1;
+      STD_TORCH_CHECK(shape.history_rows > 0 || shape.length == 0,
+                      "seqaccel: expected cu_seqlens to have at least 2 offsets");
+      add_offsets(shape, to_contiguous(*cu_seqlens));
+    }
+    shape.segments = segments_.data();
+    shape.first_segment = first_.data();
+  }
+  Sequences(const Sequences&) = delete;
+
+ private:
+  void add_resets(const ConvShape& shape, const Tensor& reset) {
+    const bool* const begins = reset.const_data_ptr<bool>();
+    for (ptrdiff_t b = 0; b < shape.batch; ++b) {
+      first_.push_back(segments_.size());
+      const bool* const row = begins + b * shape.length;
+      for (ptrdiff_t t = 0; t < shape.length;) {
+        const void* const next = t + 1 < shape.length ? memchr(row + t + 1, 1, shape.length - t - 1) : nullptr;
+        const ptrdiff_t end = next ? static_cast<const bool*>(next) - row : shape.length;
+        segments_.push_back({t, end, b});
+        t = end;
+      }
+    }
+    first_.push_back(segments_.size());
+  }
+
+  // Offsets of any value stay within the row; the first sequence begins at 0 and the last one ends with the row.
+  void add_offsets(const ConvShape& shape, const Tensor& cu_seqlens) {
+    const int64_t* const offsets = cu_seqlens.const_data_ptr<int64_t>();
+    first_.push_back(0);
+    for (ptrdiff_t n = 0, begin = 0; n < shape.history_rows; ++n) {
+      const ptrdiff_t most = shape.length, offset = offsets[n + 1];
+      const ptrdiff_t end = n + 1 == shape.history_rows || offset > most ? most : offset < begin ? begin : offset;
+      if (begin < end) segments_.push_back({begin, end, n});
+      begin = end;
+    }
+    first_.push_back(segments_.size());
+  }
+
+  std::vector<Segment> segments_;
+  std::vector<ptrdiff_t> first_;
+};
+
+ConvShape sequence_shape(const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups) {
+  check_float_or_double(x, "x");
+  check_tensor(x, "x", {-1, -1, -1}, x.scalar_type());
+  check_groups(x, weight, groups);
+  check_tensor(weight, "weight", {-1, x.size(1) / groups, -1}, x.scalar_type());
+  check_dilation(dilation, weight.size(2));
+  return {x.size(0), x.size(1), weight.size(0), x.size(2), weight.size(2), dilation, groups};
+}
+
+ConvShape grid_shape(const Tensor& x, const Tensor& weight, int64_t row_dilation, int64_t column_dilation,
+                     int64_t groups) {
+  check_float_or_double(x, "x");
+  check_tensor(x, "x", {-1, -1, -1, -1}, x.scalar_type());
+  check_groups(x, weight, groups);
+  check_tensor(weight, "weight", {-1, x.size(1) / groups, -1, -1}, x.scalar_type());
+  const int64_t row_taps = weight.size(2), column_taps = weight.size(3), width = x.size(3);
+  STD_TORCH_CHECK(column_taps % 2 == 1, "seqaccel: weight must have an odd number of taps in a row, but has shape ",
+                  shape_string(weight));
+  check_dilation(row_dilation, row_taps, width);
+  check_dilation(column_dilation, column_taps);
+  ConvShape shape = {x.size(0),    x.size(1), weight.size(0), x.size(2) * width, row_taps * column_taps,
+                     row_dilation, groups};
+  if (column_taps == 1) {  // a sequence
+    shape.dilation *= width;
+    return shape;
+  }
+  shape.width = std::max<int64_t>(width, 1);
+  if (width == 0) shape.dilation = 0;  // nothing lies before nothing
+  shape.column_taps = column_taps;
+  shape.column_dilation = column_dilation;
   return shape;
+}
+
+// A tensor [N, C, T, S] as [N, C, T * S], and back.
+Tensor flat(const Tensor& t, const char* name, const Tensor& like) {
+  check_tensor(t, name, {-1, -1, -1, -1}, like.scalar_type());
+  const Extents sizes = {t.size(0), t.size(1), t.size(2) * t.size(3)};
+  return view_of(to_contiguous(t), sizes, row_major(sizes));
+}
+
+OptionalTensor flat(const OptionalTensor& t, const char* name, const Tensor& like) {
+  return t ? OptionalTensor(flat(*t, name, like)) : OptionalTensor();
+}
+
+Tensor as_grid(const Tensor& t, int64_t rows, int64_t width) {
+  if (t.dim() != 3) return t;  // not wanted
+  const Extents sizes = {t.size(0), t.size(1), rows, width};
+  return view_of(t, sizes, row_major(sizes));
 }
 
 ConvEpilogue make_epilogue(const std::string& activation, bool relu, double dropout, const OptionalTensor& seed) {
@@ -109,12 +218,16 @@ void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Ten
   check_workspace(run(p));
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
-                                   OptionalTensor history, OptionalTensor seed, int64_t dilation, int64_t groups,
-                                   Text activation, bool relu, double dropout, bool save) {
-  const ConvShape shape = check_inputs(x, weight, history, dilation, groups);
-  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
+void check_history(const ConvShape& shape, const OptionalTensor& history, ScalarType dtype) {
+  const ptrdiff_t rows = shape.segments ? shape.history_rows : shape.batch;
+  if (history) check_tensor(*history, "history", {rows, shape.in_channels, shape.context()}, dtype);
+}
+
+// x [B, C, T] and the others likewise: of a grid its rows one after another.
+std::tuple<Tensor, Tensor> forward_of(const ConvShape& shape, const ConvEpilogue& epilogue, Tensor x, Tensor weight,
+                                      OptionalTensor bias, OptionalTensor residual, OptionalTensor history, bool save) {
   const ScalarType dtype = x.scalar_type();
+  check_history(shape, history, dtype);
   if (bias) check_tensor(*bias, "bias", {shape.out_channels}, dtype);
   check_gates(shape, epilogue);
   const int64_t outputs = epilogue.y_channels(shape);
@@ -138,6 +251,27 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
     run_forward<double>(shape, epilogue, x, weight, bias, residual, history, y, saved, kind);
   }
   return {y, saved};
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
+                                   OptionalTensor history, OptionalTensor seed, OptionalTensor reset,
+                                   OptionalTensor cu_seqlens, int64_t dilation, int64_t groups, Text activation,
+                                   bool relu, double dropout, bool save) {
+  ConvShape shape = sequence_shape(x, weight, dilation, groups);
+  const Sequences sequences(shape, reset, cu_seqlens);
+  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
+  return forward_of(shape, epilogue, x, weight, bias, residual, history, save);
+}
+
+std::tuple<Tensor, Tensor> forward_grid(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
+                                        OptionalTensor history, OptionalTensor seed, int64_t row_dilation,
+                                        int64_t column_dilation, int64_t groups, Text activation, bool relu,
+                                        double dropout, bool save) {
+  const ConvShape shape = grid_shape(x, weight, row_dilation, column_dilation, groups);
+  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
+  const auto [y, saved] = forward_of(shape, epilogue, flat(x, "x", x), flat(weight, "weight", x), bias,
+                                     flat(residual, "residual", x), flat(history, "history", x), save);
+  return {as_grid(y, x.size(2), x.size(3)), saved};
 }
 
 struct Gradients {
@@ -173,14 +307,11 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
   check_workspace(run(p));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, OptionalTensor y, Tensor saved, Tensor x,
-                                                            Tensor weight, OptionalTensor history, OptionalTensor seed,
-                                                            OptionalTensor addend, int64_t dilation, int64_t groups,
-                                                            Text activation, bool relu, double dropout,
-                                                            bool has_residual, int64_t wants) {
-  const ConvShape shape = check_inputs(x, weight, history, dilation, groups);
-  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
+Gradients backward_of(const ConvShape& shape, const ConvEpilogue& epilogue, Tensor grad_y, OptionalTensor y,
+                      Tensor saved, Tensor x, Tensor weight, OptionalTensor history, OptionalTensor addend,
+                      bool has_residual, int64_t wants) {
   const ScalarType dtype = x.scalar_type();
+  check_history(shape, history, dtype);
   const int64_t B = shape.batch, C = shape.in_channels, O = shape.out_channels, T = shape.length, P = shape.context();
   check_gates(shape, epilogue);
   const int64_t Y = epilogue.y_channels(shape);
@@ -202,7 +333,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
     return wants & flag ? new_tensor(x, sizes) : new_tensor(x, {0});
   };
   Gradients grads = {make(kWantsX, {B, C, T}), make(kWantsWeight, {O, C / shape.groups, shape.kernel_size}),
-                     make(kWantsBias, {O}), make(kWantsResidual, {B, Y, T}), make(kWantsHistory, {B, C, P})};
+                     make(kWantsBias, {O}), make(kWantsResidual, {B, Y, T}),
+                     make(kWantsHistory, {shape.segments ? shape.history_rows : B, C, P})};
   if (B == 0 || O == 0 || T == 0) {
     for (Tensor* grad : {&grads.x, &grads.weight, &grads.bias, &grads.history}) {
       if (grad->numel() > 0) torch::stable::zero_(*grad);
@@ -212,7 +344,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
   } else {
     run_backward<double>(shape, epilogue, grad_y, y, saved, kind, x, weight, history, addend, wants, grads);
   }
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, OptionalTensor y, Tensor saved, Tensor x,
+                                                            Tensor weight, OptionalTensor history, OptionalTensor seed,
+                                                            OptionalTensor reset, OptionalTensor cu_seqlens,
+                                                            OptionalTensor addend, int64_t dilation, int64_t groups,
+                                                            Text activation, bool relu, double dropout,
+                                                            bool has_residual, int64_t wants) {
+  ConvShape shape = sequence_shape(x, weight, dilation, groups);
+  const Sequences sequences(shape, reset, cu_seqlens);
+  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
+  const Gradients grads =
+      backward_of(shape, epilogue, grad_y, y, saved, x, weight, history, addend, has_residual, wants);
   return {grads.x, grads.weight, grads.bias, grads.residual, grads.history};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_grid(Tensor grad_y, OptionalTensor y, Tensor saved,
+                                                                 Tensor x, Tensor weight, OptionalTensor history,
+                                                                 OptionalTensor seed, int64_t row_dilation,
+                                                                 int64_t column_dilation, int64_t groups,
+                                                                 Text activation, bool relu, double dropout,
+                                                                 bool has_residual, int64_t wants) {
+  const ConvShape shape = grid_shape(x, weight, row_dilation, column_dilation, groups);
+  const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
+  const Gradients grads =
+      backward_of(shape, epilogue, flat(grad_y, "grad_y", x), flat(y, "y", x), saved, flat(x, "x", x),
+                  flat(weight, "weight", x), flat(history, "history", x), OptionalTensor(), has_residual, wants);
+  const int64_t rows = x.size(2), width = x.size(3), taps = weight.size(2);
+  return {as_grid(grads.x, rows, width), as_grid(grads.weight, taps, weight.size(3)), grads.bias,
+          as_grid(grads.residual, rows, width), as_grid(grads.history, (taps - 1) * row_dilation, width)};
 }
 
 }  // namespace
@@ -220,16 +382,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? history, Tensor? seed, "
-      "int dilation, int groups, str activation, bool relu, float dropout, bool save) -> (Tensor, Tensor)");
+      "Tensor? reset, Tensor? cu_seqlens, int dilation, int groups, str activation, bool relu, float dropout, "
+      "bool save) -> (Tensor, Tensor)");
   m.def(
       "causal_conv1d_backward(Tensor grad_y, Tensor? y, Tensor saved, Tensor x, Tensor weight, Tensor? history, "
-      "Tensor? seed, Tensor? addend, int dilation, int groups, str activation, bool relu, float dropout, "
+      "Tensor? seed, Tensor? reset, Tensor? cu_seqlens, Tensor? addend, int dilation, int groups, str activation, "
+      "bool relu, float dropout, bool has_residual, int wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "causal_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? history, Tensor? seed, "
+      "int row_dilation, int column_dilation, int groups, str activation, bool relu, float dropout, bool save) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "causal_conv2d_backward(Tensor grad_y, Tensor? y, Tensor saved, Tensor x, Tensor weight, Tensor? history, "
+      "Tensor? seed, int row_dilation, int column_dilation, int groups, str activation, bool relu, float dropout, "
       "bool has_residual, int wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {
   m.impl("causal_conv1d_forward", TORCH_BOX(&forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&backward));
+  m.impl("causal_conv2d_forward", TORCH_BOX(&forward_grid));
+  m.impl("causal_conv2d_backward", TORCH_BOX(&backward_grid));
 }
 
 }  // namespace seqaccel::conv

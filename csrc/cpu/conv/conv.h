@@ -8,13 +8,60 @@
 
 namespace seqaccel::conv {
 
+// Time steps [begin, end) of a row of the batch, with row `history` of the history before them.
+struct Segment {
+  ptrdiff_t begin, end, history;
+};
+
+// What tap k meets: the time step `steps` from the present, in a column `columns` to the right.
+struct Tap {
+  ptrdiff_t steps, columns;
+};
+
+// Time steps are those of a sequence, or the elements of a grid, row after row of `width` columns. Of a grid's taps
+// `column_taps` lie in each row, `column_dilation` apart and centred; the dilation is that between rows.
 struct ConvShape {
   ptrdiff_t batch, in_channels, out_channels, length, kernel_size, dilation, groups;
+  ptrdiff_t width = 1, column_taps = 1, column_dilation = 1;
+  // Where rows of the batch are several sequences: those of row b are segments[first_segment[b] ...
+  // first_segment[b + 1]), in order. Null: each row is one.
+  const Segment* segments = nullptr;
+  const ptrdiff_t* first_segment = nullptr;
+  ptrdiff_t history_rows = 0;  // with segments
 
-  ptrdiff_t context() const { return (kernel_size - 1) * dilation; }  // time steps before the first that an output sees
+  // Time steps before the first that an output sees.
+  ptrdiff_t context() const { return (kernel_size / column_taps - 1) * dilation * width; }
+  // Columns to either side that an output sees.
+  ptrdiff_t beside() const {
+    const ptrdiff_t columns = column_taps / 2 * column_dilation;
+    return columns < width ? columns : width - 1;
+  }
   ptrdiff_t group_in() const { return in_channels / groups; }
   ptrdiff_t group_out() const { return out_channels / groups; }
-  bool depthwise() const { return group_in() == 1 && groups > 1; }
+  bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1; }
+  Tap tap(ptrdiff_t k) const {
+    const ptrdiff_t columns = (k % column_taps - column_taps / 2) * column_dilation;
+    return {columns - (kernel_size / column_taps - 1 - k / column_taps) * dilation * width, columns};
+  }
+
+  // The segment that time step t of row b lies in.
+  Segment segment(ptrdiff_t b, ptrdiff_t t) const {
+    if (!segments) return {0, length, b};
+    ptrdiff_t low = first_segment[b], high = first_segment[b + 1];
+    while (high - low > 1) {
+      const ptrdiff_t middle = low + (high - low) / 2;
+      (segments[middle].begin <= t ? low : high) = middle;
+    }
+    return segments[low];
+  }
+  // f(segment) for those of row b that have a time step in [begin, end).
+  template <typename F>
+  void for_segments(ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, const F& f) const {
+    if (!segments) return f(Segment{0, length, b});
+    for (ptrdiff_t i = first_segment[b]; i < first_segment[b + 1]; ++i) {
+      if (segments[i].begin < end && segments[i].end > begin) f(segments[i]);
+    }
+  }
 };
 
 // y = relu?(residual + dropout(activation(conv(x) + bias))). A gated activation takes output channel o and, as the
@@ -38,7 +85,7 @@ struct ConvForward {
   const T* weight;    // [O, C / groups, K]
   const T* bias;      // [O]
   const T* residual;  // [B, Y, T]
-  const T* history;   // [B, C, P], the time steps before x; null: zeros
+  const T* history;   // [B, C, P], the time steps before x (or before a segment); null: zeros
   T* y;               // [B, Y, T]
   T* pre;             // [B, O, T] conv + bias, for the backward; may be null
   uint8_t* active;    // [B, O, T] where relu and dropout let the gradient through; may be null

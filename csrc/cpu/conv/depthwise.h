@@ -57,10 +57,12 @@ inline ptrdiff_t depthwise_scratch(const ConvShape& s) {
   return (context + head + kDepthwiseStrip + 64) / 16 * 16;
 }
 
-// y[t] = sum_k w[k] x[t - (K-1-k) d], emit(t, n, values) for every strip. `before` ends where x begins (null: zeros).
+// y[t] = sum_k w[k] x[t - (K-1-k) d], t < length, emit(t, n, values) for every strip. `before` ends where x begins
+// (null: zeros).
 template <typename T, typename Emit>
-inline void depthwise_row(const ConvShape& s, const T* x, const T* before, const T* w, T* scratch, const Emit& emit) {
-  const ptrdiff_t context = s.context(), head = context < s.length ? context : s.length;
+inline void depthwise_row(const ConvShape& s, const T* x, ptrdiff_t length, const T* before, const T* w, T* scratch,
+                          const Emit& emit) {
+  const ptrdiff_t context = s.context(), head = context < length ? context : length;
   T* padded = scratch;
   T* strip = scratch + context + head;
   if (before) {
@@ -69,8 +71,8 @@ inline void depthwise_row(const ConvShape& s, const T* x, const T* before, const
     memset(padded, 0, context * sizeof(T));
   }
   memcpy(padded + context, x, head * sizeof(T));
-  for (ptrdiff_t t = 0; t < s.length;) {
-    const ptrdiff_t end = t < head ? head : s.length;
+  for (ptrdiff_t t = 0; t < length;) {
+    const ptrdiff_t end = t < head ? head : length;
     const ptrdiff_t n = end - t < kDepthwiseStrip ? end - t : kDepthwiseStrip;
     correlate(t < head ? padded + t : x + t - context, w, s.kernel_size, s.dilation, n, strip);
     emit(t, n, strip);
@@ -91,10 +93,13 @@ inline bool depthwise_forward(const ConvForward<T>& p) {
     T* mine = scratch + omp_get_thread_num() * size;
 #pragma omp for schedule(static)
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
-      const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = b * s.in_channels + o / s.group_out();
-      depthwise_row(s, p.x + c * s.length, p.history ? p.history + (c + 1) * context : nullptr,
-                    p.weight + o * s.kernel_size, mine,
-                    [&](ptrdiff_t t, ptrdiff_t n, const T* acc) { finish_row(p, o, b, t, n, acc); });
+      const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();
+      s.for_segments(b, 0, s.length, [&](const Segment& at) {
+        const T* before = p.history ? p.history + (at.history * s.in_channels + c + 1) * context : nullptr;
+        depthwise_row(s, p.x + (b * s.in_channels + c) * s.length + at.begin, at.end - at.begin, before,
+                      p.weight + o * s.kernel_size, mine,
+                      [&](ptrdiff_t t, ptrdiff_t n, const T* acc) { finish_row(p, o, b, at.begin + t, n, acc); });
+      });
     }
   }
   return true;
@@ -110,9 +115,11 @@ inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
   constexpr ptrdiff_t L = Lanes<T>;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (ptrdiff_t c = 0; c < s.in_channels; ++c) {
-    for (ptrdiff_t b = 0; b < s.batch; ++b) {
-      const ptrdiff_t row = b * s.in_channels + c;
-      const T* first_g = g + (b * s.out_channels + c * multiplier) * s.length;
+    bool empty = true;  // the sums of the weight's gradient
+    const auto add_segment = [&](ptrdiff_t b, const Segment& segment) {
+      const ptrdiff_t row = (b * s.in_channels + c) * s.length + segment.begin, length = segment.end - segment.begin;
+      const ptrdiff_t history_row = segment.history * s.in_channels + c;
+      const T* first_g = g + (b * s.out_channels + c * multiplier) * s.length + segment.begin;
       const auto gather = [&](ptrdiff_t begin, ptrdiff_t end, T* out, const T* add) {  // time steps begin ... end
         ptrdiff_t u = begin;
         while (u < end) {
@@ -124,15 +131,15 @@ inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
               const ptrdiff_t at = u + (K - 1 - k) * s.dilation;  // [at, at + m) clipped to [0, length)
               const T* from = first_g + j * s.length;
               Vec<T> value, weight = broadcast(p.weight[(c * multiplier + j) * K + k]);
-              if (at >= 0 && at + L <= s.length) {
+              if (at >= 0 && at + L <= length) {
                 value = load(from + at);
-              } else if (at + m <= 0 || at >= s.length) {
+              } else if (at + m <= 0 || at >= length) {
                 continue;
               } else {  // past the ends both are 0: a weight that is not finite stays apart
                 const T w = weight[0];
                 value = weight = Vec<T>{};
                 for (int i = 0; i < m; ++i) {
-                  if (at + i >= 0 && at + i < s.length) value[i] = from[at + i], weight[i] = w;
+                  if (at + i >= 0 && at + i < length) value[i] = from[at + i], weight[i] = w;
                 }
               }
               acc += weight * value;
@@ -142,19 +149,26 @@ inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
           u += m;
         }
       };
-      if (p.grad_x) gather(0, s.length, p.grad_x + row * s.length, p.addend ? p.addend + row * s.length : nullptr);
-      if (p.grad_history) gather(-context, 0, p.grad_history + row * context, nullptr);
-      if (!p.grad_weight) continue;
+      if (p.grad_x) gather(0, length, p.grad_x + row, p.addend ? p.addend + row : nullptr);
+      if (p.grad_history) {
+        T* const to = p.grad_history + history_row * context;
+        gather(-context, 0, to, s.segments ? to : nullptr);
+      }
+      if (!p.grad_weight) return;
       for (ptrdiff_t j = 0; j < multiplier; ++j) {
         const T* gr = first_g + j * s.length;
         for (ptrdiff_t k = 0; k < K; ++k) {
-          const ptrdiff_t shift = (K - 1 - k) * s.dilation, head = shift < s.length ? shift : s.length;
-          T sum = dot(gr + head, p.x + row * s.length + head - shift, s.length - head);
-          if (p.history) sum += dot(gr, p.history + (row + 1) * context - shift, head);
+          const ptrdiff_t shift = (K - 1 - k) * s.dilation, head = shift < length ? shift : length;
+          T sum = dot(gr + head, p.x + row + head - shift, length - head);
+          if (p.history) sum += dot(gr, p.history + (history_row + 1) * context - shift, head);
           T& total = p.grad_weight[(c * multiplier + j) * K + k];
-          total = b ? total + sum : sum;
+          total = empty ? sum : total + sum;
         }
       }
+      empty = false;
+    };
+    for (ptrdiff_t b = 0; b < s.batch; ++b) {
+      s.for_segments(b, 0, s.length, [&](const Segment& segment) { add_segment(b, segment); });
     }
   }
 }

@@ -4,6 +4,9 @@
 //   data       dx[c, t]    = sum_{o,k} W[o, c, k] g[o, t + s_k]        g = the gradient of conv + bias
 //   weight     dW[o, c, k] = sum_{b,t} g[o, t] x[c, t - s_k]
 //
+// A grid is its rows one after another, so that a tap is still a shift. A tap beside the centre finds zeros where it
+// would leave its row. A shift never leaves the segment of a time step: before it lies the history.
+//
 // All three use one register tile of kRows x kVectors vectors: rows are broadcast, columns are vectors.
 //
 // forward and data: rows are output channels (W in its own layout; for data, transposed once per call). Columns are the
@@ -94,16 +97,17 @@ struct GradientTile {
   ptrdiff_t stride;
 };
 
-// Adds what time steps [begin, end) of sequence b, which g numbers `own`, give to the weight gradient.
+// Adds what time steps [begin, end) of a segment of sequence b, which g numbers `own`, give to the weight gradient.
 template <typename T>
 inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const GradientTile<T>& g,
-                                ptrdiff_t own, ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, T* panel, T* partial) {
+                                ptrdiff_t own, ptrdiff_t b, const Segment& segment, ptrdiff_t begin, ptrdiff_t end,
+                                T* panel, T* partial) {
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
   const WeightPanels<T> panels(O);
   const RowBlocks blocks(C);
   for (ptrdiff_t group = 0; group < s.groups; ++group) {
     const T* xg = x + (b * s.in_channels + group * C) * s.length;
-    const T* hg = history ? history + (b * s.in_channels + group * C) * context : nullptr;
+    const T* hg = history ? history + (segment.history * s.in_channels + group * C) * context : nullptr;
     for (ptrdiff_t j = 0; j < panels.count; ++j) {
       const ptrdiff_t width = panels.width(j), first = j * kColumns<T>;
       transpose_panel<T>(g.values + (own * s.out_channels + group * O + first) * g.stride + begin, g.stride, O - first,
@@ -115,15 +119,28 @@ inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history
         for (ptrdiff_t i = c + rows; i < next; ++i) prefetch_row<false>(xg + i * s.length + begin, end - begin);
         const Multiply<T> multiply = multiply_tile<T>(rows, width / Lanes<T>);
         for (ptrdiff_t k = 0; k < K; ++k) {
-          const ptrdiff_t shift = (K - 1 - k) * s.dilation;
-          const ptrdiff_t middle = smaller(larger(begin, shift), end);  // x from here on, the history before
+          const Tap tap = s.tap(k);
           T* to = sums + (k * C + c) * width;
-          if (middle < end) {
-            multiply(xg + c * s.length + middle - shift, s.length, panel + (middle - begin) * width, end - middle, to,
-                     width, true);
+          const auto add = [&](ptrdiff_t t, ptrdiff_t until) {
+            // x from `middle` on, the history before
+            const ptrdiff_t middle = smaller(larger(t, segment.begin + tap.columns - tap.steps), until);
+            if (middle < until) {
+              multiply(xg + c * s.length + middle + tap.steps, s.length, panel + (middle - begin) * width,
+                       until - middle, to, width, true);
+            }
+            if (hg && t < middle) {
+              multiply(hg + c * context + context + t - segment.begin + tap.steps, context, panel + (t - begin) * width,
+                       middle - t, to, width, true);
+            }
+          };
+          if (tap.columns == 0) {
+            add(begin, end);
+            continue;
           }
-          if (hg && begin < middle) {
-            multiply(hg + c * context + context + begin - shift, context, panel, middle - begin, to, width, true);
+          for (ptrdiff_t row = begin / s.width * s.width; row < end; row += s.width) {  // of the grid
+            const ptrdiff_t t = larger(begin, row + larger(0, -tap.columns));
+            const ptrdiff_t until = smaller(end, row + s.width - larger(0, tap.columns));
+            if (t < until) add(t, until);
           }
         }
       }
@@ -137,9 +154,10 @@ inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history
 struct BackwardItems {
   static constexpr ptrdiff_t kElements = 64 << 10;  // of that gradient: 256 KB of floats
   static constexpr ptrdiff_t kUnit = 16;
-  ptrdiff_t batch, length, context, sequences, cuts;  // an item: one of `cuts` parts of some of `sequences` sequences
+  // An item: one of `cuts` parts of some of `sequences` sequences; it sees `beside` steps more to either side.
+  ptrdiff_t batch, length, context, beside, sequences, cuts;
   BackwardItems(const ConvShape& s, ptrdiff_t threads)
-      : batch(s.batch), length(s.length), context(s.context()), sequences(1), cuts(1) {
+      : batch(s.batch), length(s.length), context(s.context()), beside(s.beside()), sequences(1), cuts(1) {
     const ptrdiff_t columns = larger(kElements / s.out_channels, 4 * kUnit);
     if (length < columns / 2) {
       sequences = smaller(columns / length, larger(1, batch / (4 * threads)));
@@ -161,7 +179,7 @@ struct BackwardItems {
   }
   // Row stride of the gradient: rows an odd number of cache lines apart fall into different sets.
   ptrdiff_t stride() const {
-    const ptrdiff_t n = smaller(length, ceil_div(ceil_div(length, kUnit), cuts) * kUnit + context);
+    const ptrdiff_t n = smaller(length, ceil_div(ceil_div(length, kUnit), cuts) * kUnit + context + 2 * beside);
     return (ceil_div(n, kUnit) | 1) * kUnit;
   }
 };
@@ -182,17 +200,25 @@ template <typename T>
 bool forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
   if (s.depthwise()) return depthwise_forward(p);
-  const Product<T> product = {p.weight,        {p.x, p.history, s.in_channels, s.length, s.length, s.context()},
-                              s.batch,         s.groups,
-                              s.group_out(),   s.group_in(),
-                              s.kernel_size,   s.dilation,
-                              /*first=*/0,     s.length,
-                              /*direction=*/-1};
-  const ptrdiff_t size = whole_lines(product_scratch<T>(product.rows, product.depth()));
+  const ptrdiff_t size = whole_lines(product_scratch<T>(s.group_out(), s.group_in() * s.kernel_size));
   Workspace workspace;
   T* scratch;
+  Tap* taps;
   workspace.reserve(scratch, p.threads * size);
+  workspace.reserve(taps, s.kernel_size);
   if (!workspace.allocate()) return false;
+  for (ptrdiff_t k = 0; k < s.kernel_size; ++k) taps[k] = s.tap(k);
+  const Product<T> product = {p.weight,
+                              {p.x, p.history, s.in_channels, s.length, s.length, s.context()},
+                              &s,
+                              taps,
+                              /*newest=*/s.kernel_size - 1,
+                              /*first_row=*/0,
+                              s.batch,
+                              s.group_out(),
+                              s.group_in(),
+                              /*first=*/0,
+                              s.length};
 #pragma omp parallel num_threads(p.threads)
   {
     run_product(
@@ -233,9 +259,10 @@ bool backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_prod
 template <typename T>
 bool backward(const ConvBackward<T>& p) {
   const ConvShape& s = p.shape;
-  const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
+  const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context(), beside = s.beside();
   const bool identity = p.epilogue.activation == Activation::none && !p.epilogue.relu && p.epilogue.dropout == 0;
   const bool wants_data = p.grad_x || p.grad_history, wants_product = wants_data || p.grad_weight;
+  if (p.grad_history && s.segments) memset(p.grad_history, 0, s.history_rows * s.in_channels * context * sizeof(T));
   if (s.depthwise()) return backward_depthwise(p, identity, wants_product);
   const BackwardItems items(s, p.threads);
   const BackwardSizes<T> sizes(s, items);
@@ -247,7 +274,13 @@ bool backward(const ConvBackward<T>& p) {
   workspace.reserve(all_bias_sums, p.threads * sizes.bias);
   workspace.reserve(scratches, p.threads * sizes.scratch);
   workspace.reserve(all_g, p.threads * sizes.g);
+  Tap* taps;
+  workspace.reserve(taps, K);
   if (!workspace.allocate()) return false;
+  for (ptrdiff_t k = 0; k < K; ++k) taps[k] = {-s.tap(k).steps, -s.tap(k).columns};
+  // Segments of a row that share a row of the history add to its gradient one after another: in one thread.
+  const ptrdiff_t unit = p.grad_history && s.segments && s.history_rows == s.batch ? items.cuts : 1;
+  const ptrdiff_t units = items.count() / unit;
 
 #pragma omp parallel num_threads(p.threads)
   {
@@ -268,31 +301,35 @@ bool backward(const ConvBackward<T>& p) {
     }
     memset(partial, 0, sizes.partial * sizeof(T));
     memset(bias_sums, 0, sizes.bias * sizeof(T));
-    for (ptrdiff_t item = items.count() * me / team; item < items.count() * (me + 1) / team; ++item) {
+    for (ptrdiff_t item = units * me / team * unit; item < units * (me + 1) / team * unit; ++item) {
       const ptrdiff_t first = items.first(item), last = items.last(item);
-      const ptrdiff_t begin = items.begin(item), end = items.end(item), after = smaller(s.length, end + context);
+      const ptrdiff_t begin = items.begin(item), end = items.end(item);
+      const ptrdiff_t before = larger(0, begin - beside), after = smaller(s.length, end + context + beside);
       const GradientTile<T> g = identity ? GradientTile<T>{p.grad_y + first * s.out_channels * s.length, s.length}
-                                         : GradientTile<T>{own_g - begin, stride};
+                                         : GradientTile<T>{own_g - before, stride};
       if (!identity || p.grad_bias || p.grad_residual) {
         for (ptrdiff_t row = first * s.out_channels; row < last * s.out_channels; ++row) {
           const bool keeps = !identity && wants_product;
-          T* to = own_g + (row - first * s.out_channels) * stride;
+          T* to = own_g + (row - first * s.out_channels) * stride + begin - before;
           bias_sums[row % s.out_channels] += differentiate_row<T>(p, row, begin, end, true, keeps ? to : nullptr);
-          if (keeps && wants_data) differentiate_row<T>(p, row, end, after, false, to + end - begin);
+          if (!keeps || !wants_data) continue;
+          differentiate_row<T>(p, row, end, after, false, to + end - begin);
+          if (before < begin) differentiate_row<T>(p, row, before, begin, false, to + before - begin);
         }
       }
       if (wants_data) {
+        const ptrdiff_t start = p.grad_history && begin == 0 && !s.segments ? -context : begin;
         const Product<T> product = {transposed,
                                     {g.values, nullptr, s.out_channels, s.length, g.stride, 0},
+                                    &s,
+                                    taps,
+                                    /*newest=*/0,
+                                    first,
                                     last - first,
-                                    s.groups,
                                     C,
                                     O,
-                                    K,
-                                    s.dilation,
-                                    /*first=*/p.grad_history && begin == 0 ? -context : begin,
-                                    /*steps=*/end - (p.grad_history && begin == 0 ? -context : begin),
-                                    /*direction=*/1};
+                                    start,
+                                    /*steps=*/end - start};
         const auto prepare = [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) {
           if (!p.grad_x || t < 0) return;
           const ptrdiff_t offset = ((first + b) * s.in_channels + channel) * s.length + t;
@@ -311,21 +348,44 @@ bool backward(const ConvBackward<T>& p) {
             memcpy(to + before, acc + before, (n - before) * sizeof(T));
           }
         };
-        const ptrdiff_t columns = product.batch * product.steps, blocks = RowBlocks(C).count;
-        for (ptrdiff_t group = 0; group < s.groups; ++group) {
-          for (ptrdiff_t column = 0; column < columns; column += kColumns<T>) {
-            product_tile(product, group, column, smaller(kColumns<T>, columns - column), 0, blocks, scratch, prepare,
-                         emit);
+        const auto run_all = [&](const Product<T>& p, const auto& prepare, const auto& emit) {
+          const ptrdiff_t columns = p.batch * p.steps, blocks = RowBlocks(C).count;
+          for (ptrdiff_t group = 0; group < s.groups; ++group) {
+            for (ptrdiff_t column = 0; column < columns; column += kColumns<T>) {
+              product_tile(p, group, column, smaller(kColumns<T>, columns - column), 0, blocks, scratch, prepare, emit);
+            }
           }
+        };
+        run_all(product, prepare, emit);
+        for (ptrdiff_t b = first; p.grad_history && s.segments && b < last; ++b) {
+          s.for_segments(b, begin, end, [&](const Segment& segment) {
+            if (segment.begin < begin) return;
+            Product<T> head = product;
+            head.signal.values += (b - first) * s.out_channels * g.stride;
+            head.batch = 1;
+            head.first = segment.begin - context;
+            head.steps = context;
+            head.only = &segment;
+            run_all(
+                head, [](ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t) {},
+                [&](ptrdiff_t channel, ptrdiff_t, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+                  T* to =
+                      p.grad_history + (segment.history * s.in_channels + channel + 1) * context + t - segment.begin;
+                  for (ptrdiff_t i = 0; i < n; ++i) to[i] += acc[i];
+                });
+          });
         }
       }
       if (p.grad_weight) {
         for (ptrdiff_t b = first; b < last; ++b) {
-          const ptrdiff_t parts = ceil_div(end - begin, kWeightSteps), n = end - begin;
-          for (ptrdiff_t part = 0; part < parts; ++part) {
-            add_weight_gradient(s, p.x, p.history, g, b - first, b, begin + n * part / parts,
-                                begin + n * (part + 1) / parts, scratch, partial);
-          }
+          s.for_segments(b, begin, end, [&](const Segment& segment) {
+            const ptrdiff_t from = larger(begin, segment.begin), n = smaller(end, segment.end) - from;
+            const ptrdiff_t parts = ceil_div(n, kWeightSteps);
+            for (ptrdiff_t part = 0; part < parts; ++part) {
+              add_weight_gradient(s, p.x, p.history, g, b - first, b, segment, from + n * part / parts,
+                                  from + n * (part + 1) / parts, scratch, partial);
+            }
+          });
         }
       }
     }

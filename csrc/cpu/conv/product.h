@@ -70,11 +70,22 @@ struct RowBlocks {
   ptrdiff_t begin(ptrdiff_t i) const { return n * i / count; }
 };
 
+template <typename T>
+SEQACCEL_INLINE void clear(T* out, ptrdiff_t n) {
+  for (ptrdiff_t i = 0; i < n; ++i) out[i] = T(0);
+}
+
+// A run of a product's columns: time steps [t, t + n) of one segment of sequence b.
+struct Run {
+  ptrdiff_t b, t, n, column;
+  Segment segment;
+};
+
 // The operand whose shifted rows make the columns of a product: value(b, c, t) for channel c of sequence b.
 template <typename T>
 struct Signal {
   const T* values;   // [batch, channels, length], rows `stride` apart
-  const T* history;  // [batch, channels, context], the time steps before; null: zeros
+  const T* history;  // [rows, channels, context], the time steps before a segment; null: zeros
   ptrdiff_t channels, length, stride, context;
 
   // Brings value(b, c, t) ... value(b, c, t + n - 1) into the second-level cache.
@@ -84,46 +95,76 @@ struct Signal {
     for (ptrdiff_t i = 0; i < n; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
   }
 
-  // out[i] = value(b, c, t + i), zero outside
-  SEQACCEL_INLINE void copy(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
+  // out[i] = value(b, c, t + i), zero outside of the segment and its history
+  SEQACCEL_INLINE void copy(ptrdiff_t b, const Segment& segment, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
     const T* row = values + (b * channels + c) * stride;
-    if (t >= 0 && t + n <= length) {
+    if (t >= segment.begin && t + n <= segment.end) {
       const ptrdiff_t whole = n & ~ptrdiff_t(Lanes<T> - 1);
       for (ptrdiff_t i = 0; i < whole; i += Lanes<T>) store(out + i, load(row + t + i));
       for (ptrdiff_t i = whole; i < n; ++i) out[i] = row[t + i];
       return;
     }
-    const T* before = history ? history + (b * channels + c + 1) * context : nullptr;
+    const T* before = history ? history + (segment.history * channels + c + 1) * context : nullptr;
     ptrdiff_t i = 0;
-    for (; i < n && t + i < 0; ++i) out[i] = before && t + i >= -context ? before[t + i] : T(0);
-    for (; i < n && t + i < length; ++i) out[i] = row[t + i];
+    for (ptrdiff_t at = t - segment.begin; i < n && at + i < 0; ++i) {
+      out[i] = before && at + i >= -context ? before[at + i] : T(0);
+    }
+    for (; i < n && t + i < segment.end; ++i) out[i] = row[t + i];
     for (; i < n; ++i) out[i] = T(0);
   }
 };
 
-// out[m, column] = sum_{c,k} A[m, c * K + k] * signal(c, t + direction * s_k), for every group; a column is a time step
-// of a sequence.
+// out[m, column] = sum_{c,k} A[m, c * K + k] * signal(c, t + s_k), for every group; a column is a time step of a
+// sequence.
 template <typename T>
 struct Product {
   const T* a;  // [groups * rows, channels * K]
   Signal<T> signal;
-  ptrdiff_t batch, groups, rows, channels, taps, dilation;  // rows and channels of one group
-  ptrdiff_t first, steps;                                   // columns of a sequence: time steps [first, first + steps)
-  int direction;
+  const ConvShape* shape;
+  const Tap* tap;                 // [K]
+  ptrdiff_t newest;               // the tap that reads furthest ahead
+  ptrdiff_t first_row;            // the row of the batch that is sequence 0
+  ptrdiff_t batch;                // sequences
+  ptrdiff_t rows, channels;       // of one group
+  ptrdiff_t first, steps;         // columns of a sequence: time steps [first, first + steps)
+  const Segment* only = nullptr;  // the segment that all columns belong to; null: they have their own
 
-  ptrdiff_t depth() const { return channels * taps; }
-  ptrdiff_t shift(ptrdiff_t k) const { return direction * (taps - 1 - k) * dilation; }
+  ptrdiff_t taps() const { return shape->kernel_size; }
+  ptrdiff_t depth() const { return channels * taps(); }
+
+  // out[i] = signal(c, t + i + s_k) of a run from its column `from` on
+  SEQACCEL_INLINE void copy(const Run& run, ptrdiff_t c, ptrdiff_t k, ptrdiff_t from, ptrdiff_t n, T* out) const {
+    const ptrdiff_t columns = tap[k].columns, width = shape->width;
+    if (columns >= width || columns <= -width) return clear(out, n);
+    signal.copy(run.b, run.segment, c, run.t + from + tap[k].steps, n, out);
+    if (columns == 0) return;
+    // Where the tap's column lies outside of the grid.
+    const ptrdiff_t begin = columns > 0 ? larger(0, width - columns) : 0;
+    const ptrdiff_t end = columns > 0 ? width : smaller(width, -columns);
+    for (ptrdiff_t i = -((run.t + from + shape->context()) % width); i < n; i += width) {
+      const ptrdiff_t j = larger(0, i + begin);
+      clear(out + j, smaller(n, i + end) - j);
+    }
+  }
 };
 
-// f(b, t, n, column) for each run of columns [begin, begin + count) that lies in one sequence.
-template <typename F>
-SEQACCEL_INLINE void for_runs(ptrdiff_t begin, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t first, const F& f) {
-  for (ptrdiff_t done = 0; done < count;) {
-    const ptrdiff_t b = (begin + done) / steps, t = (begin + done) % steps, n = smaller(steps - t, count - done);
-    f(b, t + first, n, done);
-    done += n;
+// The runs of columns [begin, begin + count).
+template <typename T>
+struct Runs {
+  Run list[kColumns<T>];
+  ptrdiff_t size = 0;
+  Runs(const Product<T>& p, ptrdiff_t begin, ptrdiff_t count) {
+    for (ptrdiff_t done = 0; done < count;) {
+      const ptrdiff_t b = (begin + done) / p.steps, t = p.first + (begin + done) % p.steps;
+      const Segment segment = p.only ? *p.only : p.shape->segment(p.first_row + b, t);
+      const ptrdiff_t n = smaller(smaller(p.first + p.steps, segment.end) - t, count - done);
+      list[size++] = {b, t, n, done, segment};
+      done += n;
+    }
   }
-}
+  const Run* begin() const { return list; }
+  const Run* end() const { return list + size; }
+};
 
 template <typename T>
 inline ptrdiff_t product_scratch(ptrdiff_t rows, ptrdiff_t depth) {
@@ -172,33 +213,33 @@ inline void dot_rows(const T* a, ptrdiff_t rows, ptrdiff_t depth, const T* colum
 template <typename T, typename Prepare, typename Emit>
 inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, ptrdiff_t count, ptrdiff_t first_block,
                          ptrdiff_t last_block, T* scratch, const Prepare& prepare, const Emit& emit) {
-  const ptrdiff_t depth = p.depth(), steps = p.steps;
+  const ptrdiff_t depth = p.depth(), taps = p.taps();
   const RowBlocks blocks(p.rows);
-  const ptrdiff_t newest = p.direction < 0 ? p.taps - 1 : 0;  // the tap that reads furthest ahead
+  const Runs<T> runs(p, begin, count);
   const T* a = p.a + group * p.rows * depth;
   T* out = scratch;  // [a block's rows, kColumns] once for each block
   T* panel = scratch + p.rows * kColumns<T>;
   const ptrdiff_t vectors = ceil_div(count, Lanes<T>), panel_width = vectors * Lanes<T>;
   // The part of the next tile's signal that block `block` of those that multiply rows [r0, r0 + deep) of A fetches.
   const auto fetch_next = [&](ptrdiff_t r0, ptrdiff_t deep, ptrdiff_t block) {
-    const ptrdiff_t from = r0 / p.taps, n_channels = deep / p.taps, all = last_block - first_block;
+    const ptrdiff_t from = r0 / taps, n_channels = deep / taps, all = last_block - first_block;
     const ptrdiff_t first = from + n_channels * (block - first_block) / all;
     const ptrdiff_t end = from + n_channels * (block - first_block + 1) / all;
     for (ptrdiff_t c = first; c < end; ++c) {
-      for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t) {
-        p.signal.prefetch(b, group * p.channels + c, t + n + p.shift(newest), n);
-      });
+      for (const Run& run : runs) {
+        p.signal.prefetch(run.b, group * p.channels + c, run.t + run.n + p.tap[p.newest].steps, run.n);
+      }
     }
   };
   for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += kDepth) {
     const ptrdiff_t deep = smaller(kDepth, depth - r0);
-    for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-      ptrdiff_t c = r0 / p.taps, k = r0 % p.taps;
+    for (const Run& run : runs) {
+      ptrdiff_t c = r0 / taps, k = r0 % taps;
       for (ptrdiff_t r = 0; r < deep; ++r) {
-        p.signal.copy(b, group * p.channels + c, t + p.shift(k), n, panel + r * panel_width + column);
-        if (++k == p.taps) k = 0, ++c;
+        p.copy(run, group * p.channels + c, k, 0, run.n, panel + r * panel_width + run.column);
+        if (++k == taps) k = 0, ++c;
       }
-    });
+    }
     if (count < panel_width) {
       for (ptrdiff_t r = 0; r < deep; ++r) {
         for (ptrdiff_t i = count; i < panel_width; ++i) panel[r * panel_width + i] = T(0);
@@ -210,14 +251,13 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
       T* to = out + row * kColumns<T>;
       fetch_next(r0, deep, block);
       for (ptrdiff_t r = row; last && r < end; ++r) {
-        for_runs(begin, count, steps, p.first,
-                 [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t) { prepare(group * p.rows + r, b, t, n); });
+        for (const Run& run : runs) prepare(group * p.rows + r, run.b, run.t, run.n);
       }
       multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<T>, r0 > 0);
       for (ptrdiff_t r = row; last && r < end; ++r) {
-        for_runs(begin, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-          emit(group * p.rows + r, b, t, n, out + r * kColumns<T> + column);
-        });
+        for (const Run& run : runs) {
+          emit(group * p.rows + r, run.b, run.t, run.n, out + r * kColumns<T> + run.column);
+        }
       }
     }
   }
@@ -227,23 +267,22 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
 template <typename T, typename Emit>
 inline void product_few(const Product<T>& p, ptrdiff_t group, ptrdiff_t count, ptrdiff_t first_block,
                         ptrdiff_t last_block, T* scratch, const Emit& emit) {
-  const ptrdiff_t depth = p.depth(), steps = p.steps, stride = ceil_div(depth, Lanes<T>) * Lanes<T>;
+  const ptrdiff_t depth = p.depth(), taps = p.taps(), stride = ceil_div(depth, Lanes<T>) * Lanes<T>;
+  const Runs<T> runs(p, 0, count);
   const RowBlocks blocks(p.rows);
   const ptrdiff_t first_row = blocks.begin(first_block), last_row = blocks.begin(last_block);
   const T* a = p.a + (group * p.rows + first_row) * depth;
   T* out = scratch;  // [rows, kColumns]
   T* columns = scratch + p.rows * kColumns<T>;
-  for_runs(0, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-    for (ptrdiff_t i = 0; i < n; ++i) {
-      T* to = columns + (column + i) * stride;
+  for (const Run& run : runs) {
+    for (ptrdiff_t i = 0; i < run.n; ++i) {
+      T* to = columns + (run.column + i) * stride;
       for (ptrdiff_t c = 0; c < p.channels; ++c) {
-        for (ptrdiff_t k = 0; k < p.taps; ++k) {
-          p.signal.copy(b, group * p.channels + c, t + i + p.shift(k), 1, to + c * p.taps + k);
-        }
+        for (ptrdiff_t k = 0; k < taps; ++k) p.copy(run, group * p.channels + c, k, i, 1, to + c * taps + k);
       }
       for (ptrdiff_t r = depth; r < stride; ++r) to[r] = T(0);
     }
-  });
+  }
   const ptrdiff_t rows = last_row - first_row;
   for (ptrdiff_t c = 0; c < count;) {
     const T* from = columns + c * stride;
@@ -259,9 +298,9 @@ inline void product_few(const Product<T>& p, ptrdiff_t group, ptrdiff_t count, p
     }
   }
   for (ptrdiff_t row = first_row; row < last_row; ++row) {
-    for_runs(0, count, steps, p.first, [&](ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, ptrdiff_t column) {
-      emit(group * p.rows + row, b, t, n, out + (row - first_row) * kColumns<T> + column);
-    });
+    for (const Run& run : runs) {
+      emit(group * p.rows + row, run.b, run.t, run.n, out + (row - first_row) * kColumns<T> + run.column);
+    }
   }
 }
 
@@ -277,10 +316,11 @@ inline void run_product(const Product<T>& p, T* scratch, const Prepare& prepare,
   const ptrdiff_t tiles = ceil_div(columns, width);
   const RowBlocks blocks(p.rows);
   const ptrdiff_t most = together ? 1 : blocks.count;
-  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * p.groups), most));
+  const ptrdiff_t groups = p.shape->groups;
+  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * groups), most));
 #pragma omp for schedule(dynamic, 4) nowait
-  for (ptrdiff_t item = 0; item < tiles * p.groups * parts; ++item) {
-    const ptrdiff_t part = item % parts, group = item / parts % p.groups, begin = item / parts / p.groups * width;
+  for (ptrdiff_t item = 0; item < tiles * groups * parts; ++item) {
+    const ptrdiff_t part = item % parts, group = item / parts % groups, begin = item / parts / groups * width;
     const ptrdiff_t first_block = blocks.count * part / parts, last_block = blocks.count * (part + 1) / parts;
     if (few) {
       product_few(p, group, columns, first_block, last_block, scratch, emit);

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
+from seqaccel.functional._offsets import check_offsets
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
 
@@ -52,6 +53,8 @@ def _forward_fake(
     residual,
     history,
     seed,
+    reset,
+    cu_seqlens,
     dilation,
     groups,
     activation,
@@ -76,6 +79,8 @@ def _backward_fake(
     weight,
     history,
     seed,
+    reset,
+    cu_seqlens,
     addend,
     dilation,
     groups,
@@ -91,7 +96,7 @@ def _backward_fake(
         weight.shape,
         weight.shape[:1],
         grad_y.shape,
-        (*x.shape[:2], context),
+        (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[1], context),
     )
     return tuple(x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes))
 
@@ -122,6 +127,8 @@ class _CausalConv1d(torch.autograd.Function):
         residual,
         history,
         seed,
+        reset,
+        cu_seqlens,
         backend,
         dilation,
         groups,
@@ -138,6 +145,8 @@ class _CausalConv1d(torch.autograd.Function):
             residual,
             history,
             seed,
+            reset,
+            cu_seqlens,
             dilation,
             groups,
             activation,
@@ -149,19 +158,24 @@ class _CausalConv1d(torch.autograd.Function):
             kept.append(saved)
         kind = _saved_kind(activation, relu, dropout, residual is not None)
         needs_y = relu or (activation != "none" and kind == "nothing")
-        ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
+        ctx.save_for_backward(
+            x, weight, bias, residual, history, seed, reset, cu_seqlens, y if needs_y else None, saved
+        )
         ctx.options = (dilation, groups, activation, relu, dropout)
         ctx.backend = backend
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, weight, bias, residual, history, seed, y, saved = ctx.saved_tensors
+        x, weight, bias, residual, history, seed, reset, cu_seqlens, y, saved = ctx.saved_tensors
         dilation, groups, activation, relu, dropout = ctx.options
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            grads = _gradients(x, weight, bias, residual, history, seed, ctx.options, grad_y, needs)
-            return (*grads, *[None] * 8)
+            others = (seed, reset, cu_seqlens, *ctx.options)
+            grads = _common.differentiable_backward(
+                lambda *tensors: _definition(*tensors, *others), (x, weight, bias, residual, history), (grad_y,), needs
+            )
+            return (*grads, *[None] * 10)
         # Without a relu around it the residual's gradient is that of y.
         own_residual = needs[3] and relu
         wants = sum(1 << i for i, need in enumerate(needs) if need and (i != 3 or own_residual))
@@ -174,6 +188,8 @@ class _CausalConv1d(torch.autograd.Function):
             weight,
             history,
             seed,
+            reset,
+            cu_seqlens,
             None,
             dilation,
             groups,
@@ -186,14 +202,14 @@ class _CausalConv1d(torch.autograd.Function):
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if needs[3] and not relu:
             grads[3] = grad_y
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 10)
 
 
 # ---- the operators' facts ----
 
 
 def _definition(
-    x, weight, bias, residual, history, seed, dilation, groups, activation, relu, dropout, save=False
+    x, weight, bias, residual, history, seed, reset, cu_seqlens, dilation, groups, activation, relu, dropout, save=False
 ) -> Tensor:
     return reference.causal_conv1d(
         x,
@@ -202,6 +218,8 @@ def _definition(
         residual,
         history,
         seed,
+        reset,
+        cu_seqlens,
         dilation=dilation,
         groups=groups,
         activation=None if activation == "none" else activation,
@@ -210,17 +228,10 @@ def _definition(
     )
 
 
-def _gradients(x, weight, bias, residual, history, seed, options, grad_y, needs):
-    """Differentiable gradients of x, weight, bias, residual and history."""
-    return _common.differentiable_backward(
-        lambda *tensors: _definition(*tensors, seed, *options), (x, weight, bias, residual, history), (grad_y,), needs
-    )
-
-
 def _recorded(backend, *arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
-    y = _CausalConv1d.apply(*operands[:6], backend, *operands[6:], kept)
+    y = _CausalConv1d.apply(*operands[:8], backend, *operands[8:], kept)
     return y, kept[0] if save else y.new_empty(0)
 
 
@@ -242,7 +253,7 @@ def _from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
 
 def _register(backend: str) -> None:
     suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
-    by_batch: dict[str | int, int] = {"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0}
+    by_batch: dict[str | int, int] = {"x": 0, "residual": 0, "history": 0, "reset": 0, 0: 0, 1: 0}
     register(
         Operator(
             "causal_conv1d_forward" + suffix,
@@ -251,17 +262,20 @@ def _register(backend: str) -> None:
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
             batch=by_batch,
+            packs=("cu_seqlens", 1),
             from_row=_from_row,
             autocast=autocast,
         )
     )
-    by_batch = {"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, "addend": 0, 0: 0, 3: 0, 4: 0}
+    by_batch = {"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, "reset": 0, "addend": 0}
+    by_batch |= {0: 0, 3: 0, 4: 0}
     register(
         Operator(
             "causal_conv1d_backward" + suffix,
             _backward_fake,
             _backward_flops,
             batch=by_batch,
+            packs=("cu_seqlens", 1),
             summed=(1, 2),
             from_row=_from_row,
             autocast=autocast,
@@ -293,6 +307,8 @@ def _check(
     residual,
     initial_state,
     return_final_state,
+    reset,
+    cu_seqlens,
     channels_last,
 ) -> None:
     name = "causal_conv1d"
@@ -349,11 +365,31 @@ def _check(
         )
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"{name}: expected padding_mode to be one of {PADDING_MODES}, but got {padding_mode!r}")
+    if reset is not None:
+        if reset.dtype != torch.bool or reset.shape != (batch, length):
+            raise ValueError(
+                f"{name}: expected reset to be torch.bool of shape {(batch, length)}, "
+                f"but got {reset.dtype} of {tuple(reset.shape)}"
+            )
+        if cu_seqlens is not None:
+            raise ValueError(f"{name}: expected no reset with cu_seqlens, which says where sequences begin")
+        if padding_mode != "zeros" and initial_state is None:
+            raise ValueError(f"{name}: expected padding_mode='zeros' with reset; cu_seqlens takes {padding_mode!r}")
+    sequences = batch
+    if cu_seqlens is not None:
+        check_offsets(name, cu_seqlens, length, batch)
+        sequences = cu_seqlens.shape[0] - 1
+    for argument, t in (("reset", reset), ("cu_seqlens", cu_seqlens)):
+        if t is not None and t.device != x.device:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} "
+                f"and x on {x.device}"
+            )
     steps, width = -(-length // stride), _outputs(weight, activation)
     shapes = {
         "bias": (outputs,),
         "residual": (batch, steps, width) if channels_last else (batch, width, steps),
-        "initial_state": (batch, channels, (taps - 1) * dilation),
+        "initial_state": (sequences, channels, (taps - 1) * dilation),
     }
     for argument, shape in shapes.items():
         t = tensors[argument]
@@ -473,7 +509,9 @@ def _strided(x, weight, history, stride: int, dilation: int):
     return x, weight, history, new_dilation
 
 
-def _convolution(x, weight, bias, residual, history, stride, dilation, groups, activation, relu, dropout) -> Tensor:
+def _convolution(
+    x, weight, bias, residual, history, reset, cu_seqlens, stride, dilation, groups, activation, relu, dropout
+) -> Tensor:
     """y of checked arguments, by the backend that is chosen."""
     options: dict[str, Any] = {
         "dilation": dilation,
@@ -486,34 +524,45 @@ def _convolution(x, weight, bias, residual, history, stride, dilation, groups, a
     tried = activation in (None, "relu", "tanh", "sigmoid", "silu")  # on a GPU
     operator = "causal_conv1d" if tried else f"causal_conv1d with {activation}"
     backend = backends.choose(operator, x, BACKENDS, prefer=prefer)
+    by_taps = stride > 1 or _onnx.exporting() or backend in ("triton", "torch")
+    if by_taps and (reset is not None or cu_seqlens is not None) and x.numel() > 0:
+        # What each tap meets becomes a channel, and the convolution one of a single tap.
+        origin = reference.origins(x, reset, cu_seqlens)
+        x = torch.stack(reference.taps(x, history, weight.shape[2], dilation, origin), 2).flatten(1, 2)[..., ::stride]
+        weight, history, reset, cu_seqlens = weight.flatten(1).unsqueeze(-1), None, None, None
+        stride = dilation = 1
+        options["dilation"] = 1
     if backend == "torch" or _onnx.exporting():
         return _torch_conv(x, weight, bias, residual, history, stride=stride, **options)
     seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference" or _common.transforms_active():
-        return reference.causal_conv1d(x, weight, bias, residual, history, seed, stride=stride, **options)
+        sequences = (reset, cu_seqlens)
+        return reference.causal_conv1d(x, weight, bias, residual, history, seed, *sequences, stride=stride, **options)
     dtype = x.dtype
     if backend == "cpp":
         to = _common.compute_dtype(dtype)
         x, weight, bias, residual, history = (
             None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
         )
+    whole = reset is None and cu_seqlens is None
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
-    if backend == "cpp" and not traced and _fft_is_faster(x, weight, stride, dilation, groups):
+    if backend == "cpp" and whole and not traced and _fft_is_faster(x, weight, stride, dilation, groups):
         v = _by_fft(x, weight, bias, history)
         return reference.epilogue(v, residual, seed, activation, relu, dropout).contiguous().to(dtype)
     if stride > 1:
         x, weight, history, dilation = _strided(x, weight, history, stride, dilation)
     if activation in GATED and (backend == "triton" or groups > 1):  # no kernel sees both halves at once
         with backends.backend(backend):
-            v = _convolution(x, weight, bias, None, history, 1, dilation, groups, None, False, 0.0)
+            v = _convolution(x, weight, bias, None, history, reset, cu_seqlens, 1, dilation, groups, None, False, 0.0)
         return reference.epilogue(v, residual, seed, activation, relu, dropout).to(dtype)
+    operands = (x, weight, bias, residual, history, seed, reset, cu_seqlens)
     arguments = (dilation, groups, activation or "none", relu, float(dropout))
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        y, _ = _operators(backend)[0](x, weight, bias, residual, history, seed, *arguments, False)
+        y, _ = _operators(backend)[0](*operands, *arguments, False)
     elif _common.needs_grad(x, weight, bias, residual, history):
-        y = _CausalConv1d.apply(x, weight, bias, residual, history, seed, backend, *arguments)
+        y = _CausalConv1d.apply(*operands, backend, *arguments)
     else:
-        y, _ = call(_operators(backend)[0], x, weight, bias, residual, history, seed, *arguments, False)
+        y, _ = call(_operators(backend)[0], *operands, *arguments, False)
     return y.to(dtype)
 
 
@@ -532,6 +581,8 @@ def causal_conv1d(
     output_activation: str | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    reset: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     channels_last: bool = False,
 ) -> Any:
     r"""Dilated causal convolution with its epilogue fused: an output sees the present and the past only.
@@ -561,6 +612,10 @@ def causal_conv1d(
         initial_state: the (K-1)d inputs before x (B, C, (K-1)d), as a stream carries them. Default: none, and
             ``padding_mode`` says what there is.
         return_final_state: whether to return the last (K-1)d inputs too. Default: False
+        reset: (B, T) bool: a sequence begins at the steps where it is true. What a tap would meet before that step is
+            ``initial_state`` again, or zero. Default: none.
+        cu_seqlens: offsets (N + 1,), int64, ascending from 0 to T: an x of one row holds N sequences one after
+            another. The states are (N, C, (K-1)d) then. Default: none.
         channels_last: x and residual are (B, T, channels), and so is y. The states stay (B, C, (K-1)d). Default: False
 
     Returns:
@@ -594,6 +649,7 @@ def causal_conv1d(
         (tensor([[[3., 3., 3.]]]), tensor([[[1., 1.]]]))
     """
     _check_types(x=x, weight=weight, bias=bias, residual=residual, initial_state=initial_state)
+    _check_types(reset=reset, cu_seqlens=cu_seqlens)
     given, given_state = x, initial_state
     x, weight, bias, residual, initial_state = _common.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
     _check(
@@ -610,6 +666,8 @@ def causal_conv1d(
         residual,
         initial_state,
         return_final_state,
+        reset,
+        cu_seqlens,
         channels_last,
     )
     if channels_last:
@@ -617,13 +675,21 @@ def causal_conv1d(
         residual = None if residual is None else residual.transpose(1, 2)
     context = (weight.shape[2] - 1) * dilation
     if padding_mode == "replicate" and initial_state is None and x.shape[2] > 0:
-        initial_state, given_state = (t[..., :1].expand(-1, -1, context) for t in (x, given))
+        if cu_seqlens is None:
+            initial_state, given_state = (t[..., :1].expand(-1, -1, context) for t in (x, given))
+        else:
+            first = cu_seqlens[:-1].clamp(0, x.shape[2] - 1)  # of each sequence
+            initial_state, given_state = (
+                t[0].index_select(1, first).t().unsqueeze(-1).expand(-1, -1, context) for t in (x, given)
+            )
     y = _convolution(
         x,
         weight,
         bias,
         residual,
         initial_state,
+        reset,
+        cu_seqlens,
         stride,
         dilation,
         groups,
@@ -635,6 +701,8 @@ def causal_conv1d(
         y = y.transpose(1, 2)
     if not return_final_state:
         return y
+    if reset is not None or cu_seqlens is not None:
+        return y, reference.final_state(given, given_state, context, reset, cu_seqlens)
     if given_state is None:
         given_state = given.new_zeros(given.shape[0], given.shape[1], context)
     return y, last_steps(given_state, given)

@@ -1,7 +1,8 @@
-"""Convolution of a grid, causal along one dimension: the public call, its checks and choice of backend."""
+"""Convolution of a grid, causal along one dimension: the public call, checks, autograd and choice of backend."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,12 +11,136 @@ from torch import Tensor
 
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
+from seqaccel.functional._registration import Operator, call, register
+from seqaccel.functional.conv._causal_conv1d import _from_row, _outputs, _saved_kind
 from seqaccel.reference import conv as reference
 
 __all__ = ["causal_conv2d"]
 
 NAME = "causal_conv2d"
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "cpp", "torch")
+
+
+def _definition(
+    x,
+    weight,
+    bias,
+    residual,
+    history,
+    seed,
+    row_dilation,
+    column_dilation,
+    groups,
+    activation,
+    relu,
+    dropout,
+    save=False,
+) -> Tensor:
+    return reference.causal_conv2d(
+        x, weight, bias, residual, history, seed, dilation=(row_dilation, column_dilation), groups=groups,
+        activation=None if activation == "none" else activation, relu=relu, dropout=dropout,
+    )  # fmt: skip
+
+
+class _CausalConv2d(torch.autograd.Function):
+    """Saves what the convolution of sequences does; a list ``kept`` takes what the operator saved."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, history, seed, options, kept=None):
+        operator = torch.ops.seqaccel.causal_conv2d_forward
+        y, saved = call(operator, x, weight, bias, residual, history, seed, *options, True)
+        if kept is not None:
+            kept.append(saved)
+        *_, activation, relu, dropout = options
+        nothing = _saved_kind(activation, relu, dropout, residual is not None) == "nothing"
+        needs_y = relu or (activation != "none" and nothing)
+        ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, bias, residual, history, seed, y, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            inputs = (x, weight, bias, residual, history)
+            grads = _common.differentiable_backward(
+                lambda *tensors: _definition(*tensors, seed, *ctx.options), inputs, (grad_y,), needs
+            )
+            return (*grads, None, None, None)
+        # Without a relu around it the residual's gradient is that of y.
+        relu = ctx.options[-2]
+        wants = sum(1 << i for i, need in enumerate(needs) if need and (i != 3 or relu))
+        grads = call(
+            torch.ops.seqaccel.causal_conv2d_backward,
+            grad_y, y, saved, x, weight, history, seed, *ctx.options, residual is not None, wants,
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if needs[3] and not relu:
+            grads[3] = grad_y
+        return (*grads, None, None, None)
+
+
+# ---- the operators' facts ----
+
+
+def _forward_fake(
+    x, weight, bias, residual, history, seed, row_dilation, column_dilation, groups, activation, relu, dropout, save
+):
+    batch, _, rows, width = x.shape
+    kind = _saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
+    saved = x.new_empty(
+        (0,) if kind == "nothing" else (batch, weight.shape[0], rows * width),
+        dtype=torch.uint8 if kind == "active" else x.dtype,
+    )
+    return x.new_empty(batch, _outputs(weight, activation), rows, width), saved
+
+
+def _backward_fake(
+    grad_y, y, saved, x, weight, history, seed, row_dilation, column_dilation, groups, activation, relu, dropout,
+    has_residual, wants,
+):  # fmt: skip
+    state = (*x.shape[:2], (weight.shape[2] - 1) * row_dilation, x.shape[3])
+    shapes = (x.shape, weight.shape, weight.shape[:1], grad_y.shape, state)
+    return tuple(x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes))
+
+
+def _recorded(*arguments):
+    *operands, save = arguments
+    kept: list[Tensor] = []
+    y = _CausalConv2d.apply(*operands[:6], tuple(operands[6:]), kept)
+    return y, kept[0] if save else y.new_empty(0)
+
+
+def _forward_flops(x, weight, *_) -> int:
+    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
+
+
+def _backward_flops(grad_y, y, saved, x, weight, *rest) -> int:
+    return _forward_flops(x, weight) * (rest[-1] & 1) + _forward_flops(x, weight) * (rest[-1] >> 1 & 1)
+
+
+register(
+    Operator(
+        "causal_conv2d_forward",
+        _forward_fake,
+        _forward_flops,
+        definition=_definition,
+        recorded=_recorded,
+        batch={"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0},
+        from_row=_from_row,
+    )
+)
+register(
+    Operator(
+        "causal_conv2d_backward",
+        _backward_fake,
+        _backward_flops,
+        batch={"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, 0: 0, 3: 0, 4: 0},
+        summed=(1, 2),
+        from_row=_from_row,
+    )
+)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -170,10 +295,26 @@ def causal_conv2d(
         "relu": output_activation == "relu",
         "dropout": dropout,
     }
-    # A compiled F.conv2d has guards on the batch's size.
-    prefer = "reference" if x.device.type == "cpu" and torch.compiler.is_compiling() else None
-    backend = backends.choose(NAME, x, BACKENDS, prefer=prefer)
+    backend = backends.choose(NAME, x, BACKENDS)
     if backend == "torch" or _onnx.exporting():
         return _torch_conv(x, weight, bias, residual, history, **options)
     seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
-    return reference.causal_conv2d(x, weight, bias, residual, history, seed, **options)
+    if backend == "reference" or _common.transforms_active():
+        return reference.causal_conv2d(x, weight, bias, residual, history, seed, **options)
+    dtype = x.dtype
+    to = _common.compute_dtype(dtype)
+    x, weight, bias, residual, history = (None if t is None else t.to(to) for t in (x, weight, bias, residual, history))  # type: ignore[assignment]
+    if activation in reference.GATED and groups > 1:  # no kernel sees both halves at once
+        v = causal_conv2d(x, weight, bias, dilation=dilations, groups=groups, initial_state=history)
+        flat = None if residual is None else residual.flatten(2)
+        y = reference.epilogue(v.flatten(2), flat, seed, activation, options["relu"], dropout)
+        return y.unflatten(2, v.shape[2:]).to(dtype)
+    operands = (x, weight, bias, residual, history, seed)
+    arguments = (*dilations, groups, activation or "none", options["relu"], float(dropout))
+    if torch.compiler.is_compiling():  # autograd records the operator itself
+        y, _ = torch.ops.seqaccel.causal_conv2d_forward(*operands, *arguments, False)
+    elif _common.needs_grad(*operands[:5]):
+        y = _CausalConv2d.apply(*operands, arguments)
+    else:
+        y, _ = call(torch.ops.seqaccel.causal_conv2d_forward, *operands, *arguments, False)
+    return y.to(dtype)

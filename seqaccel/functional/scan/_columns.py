@@ -4,7 +4,6 @@ The functions of single cells (``sru``, ``fo_pool``, ...) name their arguments a
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._matmul import add_mm_, mm
+from seqaccel.functional._offsets import check_offsets
 from seqaccel.functional._registration import Operator, call, register
 from seqaccel.functional.scan._cells import CELLS
 from seqaccel.functional.scan._operands import check_alike, in_float32_under_autocast, operator
@@ -183,25 +183,6 @@ def check_types(caller: Caller, directions: Any, scale: Any = None, **tensors: A
 
 
 @_common.unrecorded
-def _check_offsets(name: str, cu_seqlens: Tensor, u: Tensor, steps: int, batch: int, others: tuple[Any, Any]) -> None:
-    if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"{name}: expected cu_seqlens to be torch.int64 of shape (N + 1,), N at least 1, "
-            f"but got {cu_seqlens.dtype} of {tuple(cu_seqlens.shape)}"
-        )
-    if batch != 1:
-        raise ValueError(f"{name}: expected a batch of 1 with cu_seqlens, but got {batch}")
-    if others[0] is not None or others[1] is not None:
-        raise ValueError(f"{name}: expected no mask_pad and no reset with cu_seqlens, which says where sequences begin")
-    if _common.transforms_active() or _onnx.exporting() or cu_seqlens.device.type != "cpu" or cu_seqlens.is_meta:
-        return  # where nothing waits for values: kernels keep offsets in range
-    if torch.compiler.is_compiling() or _common.is_distributed(cu_seqlens):
-        return
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != steps or any(b < a for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"{name}: expected cu_seqlens to ascend from 0 to {steps}, but got {ends!r:.60}")
-
-
 def _refuse(
     caller: Caller, key: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, first_name: str, first: Tensor
 ) -> None:
@@ -257,7 +238,11 @@ def check(
         channels = features // K
     sequences = batch
     if cu_seqlens is not None:
-        _check_offsets(name, cu_seqlens, first, steps, batch, (mask_pad, reset))
+        if mask_pad is not None or reset is not None:
+            raise ValueError(
+                f"{name}: expected no mask_pad and no reset with cu_seqlens, which says where sequences begin"
+            )
+        check_offsets(name, cu_seqlens, steps, batch)
         sequences = cu_seqlens.shape[0] - 1
     dtype, device = first.dtype, first.device
     if not dtype.is_floating_point:
