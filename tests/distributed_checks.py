@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_export import CASES
+from test_export import CASES, Case
 from test_operators import ARGUMENTS
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
@@ -34,8 +34,11 @@ from seqaccel import nn
 from seqaccel.functional import _registration
 
 PROCESSES = 2
-#: Torch's linear layers, in the projections of attention, take no batch that the processes cannot share evenly.
-BATCHES = {name: (4,) if name in ("HierarchicalAttention", "SRUpp") else (4, 5) for name in CASES}
+#: Modules whose parameters are stacked, or arranged anew, by torch's operators.
+REARRANGED = ("TCN", "TemporalBlock", "CausalConvTranspose1d", "WaveNet", "WaveNetLayer", "MinGRU")
+#: Torch's linear layers, in these modules' projections, take no batch that the processes cannot share evenly.
+FLAT = ("HierarchicalAttention", "SRUpp", "PervasiveAttention", "GatedConvLM")
+BATCHES = {name: (4,) if name in FLAT else (4, 5) for name in CASES}
 Results = list[torch.Tensor]
 
 
@@ -63,18 +66,23 @@ def sharded(t: torch.Tensor, mesh: DeviceMesh, d: int) -> DTensor:
     return distribute_tensor(t, mesh, [Shard(d)])
 
 
+def batch_dims(case: Case) -> list[int]:
+    """Of the inputs."""
+    return [text.rpartition(":")[2].index("B") for text in case.inputs]
+
+
 def on_shards(name: str, mesh: DeviceMesh) -> None:
     """A module gives the same results and gradients on a batch in shards."""
     for batch in BATCHES[name]:
         module, copy = pair(lambda: CASES[name].make().eval())
-        inputs, dims = CASES[name].arguments(batch, 7), [text.index("B") for text in CASES[name].inputs]
+        inputs, dims = CASES[name].arguments(batch, 7), batch_dims(CASES[name])
         expected = trained(module, *inputs)
         distribute_module(copy, mesh)
         found = trained(copy, *(sharded(t, mesh, d) for t, d in zip(inputs, dims, strict=True)))
         assert found[0].placements == (Shard(dims[0]),), found[0].placements
         for gradient in found[len(found) - len(list(copy.parameters())) :] if list(copy.parameters()) else ():
-            # By torch, behind weight norm and where the parameters of both directions are stacked.
-            replicated = name in ("TCN", "MinGRU") and gradient.placements == (Replicate(),)
+            # By torch, behind weight norm and where parameters are stacked or arranged anew.
+            replicated = name in REARRANGED and gradient.placements == (Replicate(),)
             assert replicated or gradient.placements == (Partial(),), gradient.placements
         assert_close(whole(found), expected)
 
@@ -107,7 +115,7 @@ def data_parallel(name: str, mesh: DeviceMesh) -> None:
     """DistributedDataParallel and FSDP2 average the gradients of the processes' parts of a batch."""
     for wrap in (DistributedDataParallel, fully_shard):
         module, copy = pair(lambda: CASES[name].make().eval())
-        inputs, dims = CASES[name].arguments(4, 7), [text.index("B") for text in CASES[name].inputs]
+        inputs, dims = CASES[name].arguments(4, 7), batch_dims(CASES[name])
         expected = trained(module, *inputs)
         mine = [t.chunk(PROCESSES, d)[dist.get_rank()] for t, d in zip(inputs, dims, strict=True)]
         found = whole(trained(wrap(copy), *mine))

@@ -291,6 +291,12 @@ def calls_with_text():
     out, kept = ops.causal_conv1d_forward(*conv, *[None] * 6, 1, 1, "tanh", False, 0.0, True)
     arguments = (out, out, kept, *conv, *[None] * 5, 1, 1, "tanh", False, 0.0, False, 7)
     yield "causal_conv1d_backward", lambda: ops.causal_conv1d_backward(*arguments)
+    grid = torch.ones(1, 2, 3, 3), torch.ones(4, 2, 2, 3)
+    rest = (1, 1, 1, "tanh", False, 0.0)
+    yield "causal_conv2d_forward", lambda: ops.causal_conv2d_forward(*grid, *[None] * 4, *rest, True)
+    y, pre = ops.causal_conv2d_forward(*grid, *[None] * 4, *rest, True)
+    conv2d = (y, y, pre, *grid, None, None, *rest, False, 7)
+    yield "causal_conv2d_backward", lambda: ops.causal_conv2d_backward(*conv2d)
     operands = torch.ones(3, 2, 6), *[None] * 3, torch.zeros(2, 2), *[None] * 5
     yield "column_forward", lambda: ops.column_forward("fo_pool", *operands, 1, True)
     h = torch.ones(3, 2, 2)

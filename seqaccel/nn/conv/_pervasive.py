@@ -152,17 +152,17 @@ class PervasiveAttention(Leaf, Streaming, nn.Module):
     ) -> Tensor:
         x = embedding(tokens)
         if positions is not None:
-            at = torch.arange(tokens.shape[1], device=tokens.device)
-            at = at if first is None else first.unsqueeze(1) + at
-            self._check_positions(at)
-            x = x + positions(at)
+            length = tokens.shape[1]
+            self._check_positions(length, first)
+            at = torch.ones_like(tokens).cumsum(1) - 1  # sharded as the tokens are
+            x = x + positions(at if first is None else at + first.unsqueeze(1))
         return F.dropout(x, self.dropout, self.training)
 
     @_common.unrecorded
-    def _check_positions(self, at: Tensor) -> None:
-        if torch.compiler.is_compiling() or at.numel() == 0:
+    def _check_positions(self, length: int, first: Tensor | None) -> None:
+        if torch.compiler.is_compiling() or length == 0:
             return
-        most = int(at.max()) + 1
+        most = length if first is None or first.numel() == 0 else int(first.max()) + length
         if self.max_positions is not None and most > self.max_positions:
             raise ValueError(
                 f"{type(self).__name__}: expected at most max_positions={self.max_positions} positions, but got {most}"

@@ -298,7 +298,7 @@ class WaveNet(Leaf, Streaming, nn.Module):
 
     .. math::
         x^{(0)} &= W_0 * u, \qquad (x^{(l+1)}, s^{(l)}) = \text{WaveNetLayer}_l(x^{(l)}, c, g) \\
-        y &= W_2\, \mathrm{relu}\Bigl(W_1\, \mathrm{relu}\bigl(\textstyle\sum_l s^{(l)}\bigr)\Bigr)
+        y &= W_2\, \mathrm{relu}\Bigl(W_1\, \mathrm{relu}\bigl(\sum_l s^{(l)}\bigr)\Bigr)
 
     Each of ``stacks`` stacks has ``layers`` layers with dilations 1, 2, 4, … 2^(layers-1). The biases of the 1×1
     convolutions are left out above.
