@@ -166,15 +166,22 @@ def test_a_layer_streams_both_outputs():
 @each
 def test_streams_reset_and_select(name):
     module, x, conditions = made(name, 3)
-    if conditions:
-        pytest.skip("the state does not depend on how a condition comes in")
+
+    def given(rows, steps):
+        """The conditions of some rows of the batch and steps."""
+        return {key: c[rows][..., steps] if c.dim() == 3 else c[rows] for key, c in conditions.items()}
+
+    every, before, after = [0, 1, 2], slice(20), slice(20, None)
     with torch.no_grad():
-        _, state = module.extend(x[..., :20], module.init_state(3))
+        _, state = module.extend(x[..., :20], module.init_state(3), **given(every, before))
         state = module.reset(state, torch.tensor([False, True, False]))
-        y, _ = module.extend(x[[0, 1, 0]][..., 20:], module.select(state, torch.tensor([0, 1, 0])))
+        chosen = [0, 1, 0]
+        state = module.select(state, torch.tensor(chosen))
+        y, _ = module.extend(x[chosen][..., 20:], state, **given(chosen, after))
         time = 1 if isinstance(module, snn.GatedConvLM) else 2
-        torch.testing.assert_close(y[1], module(x[1:2, ..., 20:])[0], rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(y[2], module(x).narrow(time, 20, 20)[0], rtol=1e-11, atol=1e-12)
+        fresh, whole = module(x[1:2, ..., 20:], **given([1], after)), module(x, **conditions).narrow(time, 20, 20)
+        torch.testing.assert_close(y[1], fresh[0], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(y[2], whole[0], rtol=1e-11, atol=1e-12)
 
 
 def test_generation_feeds_outputs_back():
