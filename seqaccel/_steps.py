@@ -25,6 +25,8 @@ from seqaccel.session import Session
 
 _VERSION, _TRAINING = operator.attrgetter("_version"), operator.itemgetter("training")
 _OPTIONS = operator.itemgetter("dilation", "groups", "activation")
+_ACTIVATION = operator.itemgetter("activation")
+_NETWORK_OPTIONS = operator.itemgetter("output_activation", "input_shape", "use_skip_connections", "use_gate")
 
 
 def _plain(module: nn.Module) -> bool:
@@ -53,6 +55,7 @@ class _Stepper:
         self.lock = threading.Lock()
         self.parameters: list[Tensor] = [*module.parameters(), *module.buffers()]  # a weight may be a buffer
         self.convolutions = [m.__dict__ for m in ours if isinstance(m, CausalConv1d)]
+        self.networks = [m.__dict__ for m in ours if isinstance(m, TCN)]
         members = [m.__dict__[kind] for m in modules for kind in ("_modules", "_parameters", "_buffers")]
         self.members, self.empty = [d for d in members if d], [d for d in members if not d]
         self.empty += [m.__dict__[kind] for m in modules for kind in ("_forward_hooks", "_forward_pre_hooks")]
@@ -82,6 +85,8 @@ class _Stepper:
             list(map(_VERSION, self.parameters)),
             list(map(Tensor.data_ptr, self.parameters)),
             list(map(_OPTIONS, self.convolutions)),
+            list(map(_ACTIVATION, self.attributes)),
+            list(map(_NETWORK_OPTIONS, self.networks)),
             list(map(len, self.attributes)),
         )
 

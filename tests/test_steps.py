@@ -235,3 +235,21 @@ def test_threads_share_a_module():
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert not failed
+
+
+@pytest.mark.parametrize("change", ["activation", "output_activation"])
+def test_another_activation_is_seen(change):
+    tcn = snn.TCN(4, [6, 6], 3).eval()
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        state = tcn.init_state(2)
+        for t in range(5):
+            _, state = tcn.step(x[..., t], state)
+        if change == "activation":
+            for block in tcn.network:
+                block.activation = None
+        else:
+            tcn.output_activation = "tanh"
+        found, _ = tcn.step(x[..., 5], state)
+        wanted, _ = tcn.extend(x[..., 5:6], state)
+    torch.testing.assert_close(found, wanted[..., 0])
