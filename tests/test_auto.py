@@ -11,7 +11,7 @@ import torch
 
 from seqaccel import _extension, backends
 from seqaccel.functional.attention import hierarchical
-from seqaccel.functional.conv import _causal_conv1d as conv
+from seqaccel.functional.conv import _equivalents as conv
 from seqaccel.functional.rnn import _layers
 from seqaccel.functional.rnn._cells import Problem
 
@@ -99,15 +99,15 @@ def test_sizes_that_auto_keeps_from_triton():
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight = empty(256, 256, 3)
-    assert not conv._torch_is_faster(empty(32, 256, 4096), weight, 16, 1)
-    assert not conv._torch_is_faster(empty(16, 2048, 2048), empty(2048, 1, 4), 1, 2048)
+    assert not conv.torch_is_faster(empty(32, 256, 4096), weight, 16, 1)
+    assert not conv.torch_is_faster(empty(16, 2048, 2048), empty(2048, 1, 4), 1, 2048)
     for x, groups in ((empty(16, 256, 1024), 1), (empty(32, 256, 4096), 4), (empty(70000, 256, 32), 1)):
-        assert conv._torch_is_faster(x, weight, 16, groups)
-    assert conv._torch_is_faster(empty(1, 1024, 2**21 + 64), empty(1024, 1024, 3), 1, 1)
-    assert conv._torch_is_faster(empty(32, 256, 4096, dtype=FLOAT64), weight, 16, 1)
+        assert conv.torch_is_faster(x, weight, 16, groups)
+    assert conv.torch_is_faster(empty(1, 1024, 2**21 + 64), empty(1024, 1024, 3), 1, 1)
+    assert conv.torch_is_faster(empty(32, 256, 4096, dtype=FLOAT64), weight, 16, 1)
     # The gradient's launch has no room for so many strips of time, or taps of groups, though the forward's has.
-    assert conv._torch_is_faster(empty(1, 16, 65535 * 1024), empty(16, 16, 3), 1, 1)
-    assert conv._torch_is_faster(empty(1, 65534, 64), empty(65534, 2, 3), 1, 32767)
+    assert conv.torch_is_faster(empty(1, 16, 65535 * 1024), empty(16, 16, 3), 1, 1)
+    assert conv.torch_is_faster(empty(1, 65534, 64), empty(65534, 2, 3), 1, 32767)
     assert hierarchical._triton_takes(empty(16, 8, 4096, 64))
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
         assert not hierarchical._triton_takes(query)

@@ -1,15 +1,9 @@
 """Causal convolutions."""
 
-from seqaccel.functional.conv._causal_conv1d import (
-    ACTIVATIONS,
-    GATED,
-    PADDING_MODES,
-    activate,
-    causal_conv1d,
-    last_steps,
-)
+from seqaccel.functional.conv._causal_conv1d import activate, causal_conv1d, last_steps
 from seqaccel.functional.conv._causal_conv2d import causal_conv2d
 from seqaccel.functional.conv._causal_conv_transpose1d import causal_conv_transpose1d
+from seqaccel.functional.conv._checks import ACTIVATIONS, GATED, PADDING_MODES
 
 __all__ = [
     "ACTIVATIONS",

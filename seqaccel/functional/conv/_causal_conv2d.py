@@ -12,7 +12,7 @@ from torch import Tensor
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, register
-from seqaccel.functional.conv._causal_conv1d import _from_row, _outputs, _saved_kind
+from seqaccel.functional.conv._operators import from_row, output_channels, saved_kind
 from seqaccel.reference import conv as reference
 
 __all__ = ["causal_conv2d"]
@@ -52,7 +52,7 @@ class _CausalConv2d(torch.autograd.Function):
         if kept is not None:
             kept.append(saved)
         *_, activation, relu, dropout = options
-        nothing = _saved_kind(activation, relu, dropout, residual is not None) == "nothing"
+        nothing = saved_kind(activation, relu, dropout, residual is not None) == "nothing"
         needs_y = relu or (activation != "none" and nothing)
         ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
         ctx.options = options
@@ -88,12 +88,12 @@ def _forward_fake(
     x, weight, bias, residual, history, seed, row_dilation, column_dilation, groups, activation, relu, dropout, save
 ):
     batch, _, rows, width = x.shape
-    kind = _saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
+    kind = saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
     saved = x.new_empty(
         (0,) if kind == "nothing" else (batch, weight.shape[0], rows * width),
         dtype=torch.uint8 if kind == "active" else x.dtype,
     )
-    return x.new_empty(batch, _outputs(weight, activation), rows, width), saved
+    return x.new_empty(batch, output_channels(weight, activation), rows, width), saved
 
 
 def _backward_fake(
@@ -128,7 +128,7 @@ register(
         definition=_definition,
         recorded=_recorded,
         batch={"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0},
-        from_row=_from_row,
+        from_row=from_row,
     )
 )
 register(
@@ -138,7 +138,7 @@ register(
         _backward_flops,
         batch={"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, 0: 0, 3: 0, 4: 0},
         summed=(1, 2),
-        from_row=_from_row,
+        from_row=from_row,
     )
 )
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqaccel import _arguments, _common
-from seqaccel.functional.conv._causal_conv1d import ACTIVATIONS, GATED, causal_conv1d
+from seqaccel.functional.conv._causal_conv1d import causal_conv1d
+from seqaccel.functional.conv._checks import ACTIVATIONS, GATED
 
 __all__ = ["causal_conv_transpose1d"]
 
