@@ -1,12 +1,10 @@
 #include "cpu/conv/conv.h"
 
-#include <omp.h>
-
-#include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/conv/checks.h"
 
 namespace seqaccel::conv {
 namespace {
@@ -18,21 +16,6 @@ Activation parse_activation(const std::string& name) {
   STD_TORCH_CHECK(found >= 0 && Activation(found) != Activation::elu && Activation(found) != Activation::hardswish,
                   "seqaccel: convolutions have no activation '", name, "'");
   return Activation(found);
-}
-
-void check_groups(const Tensor& x, const Tensor& weight, int64_t groups) {
-  STD_TORCH_CHECK(groups >= 1, "seqaccel: groups must be positive, but got ", groups);
-  STD_TORCH_CHECK(x.size(1) % groups == 0, "seqaccel: the channels of x, ", x.size(1),
-                  ", must be divisible by groups, ", groups);
-  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) % groups == 0 && weight.size(2) >= 1,
-                  "seqaccel: weight must have a multiple of ", groups,
-                  " output channels and at least one tap, but has shape ", shape_string(weight));
-}
-
-void check_dilation(int64_t dilation, int64_t taps, int64_t width = 1) {
-  STD_TORCH_CHECK(dilation >= 1, "seqaccel: dilation must be positive, but got ", dilation);
-  STD_TORCH_CHECK(dilation <= (int64_t(1) << 40) / taps / std::max<int64_t>(width, 1), "seqaccel: dilation ", dilation,
-                  " is too large");
 }
 
 // The sequences that rows of the batch consist of; a shape points to them.
@@ -94,15 +77,6 @@ class Sequences {
   std::vector<Segment> segments_;
   std::vector<ptrdiff_t> first_;
 };
-
-ConvShape sequence_shape(const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups) {
-  check_float_or_double(x, "x");
-  check_tensor(x, "x", {-1, -1, -1}, x.scalar_type());
-  check_groups(x, weight, groups);
-  check_tensor(weight, "weight", {-1, x.size(1) / groups, -1}, x.scalar_type());
-  check_dilation(dilation, weight.size(2));
-  return {x.size(0), x.size(1), weight.size(0), x.size(2), weight.size(2), dilation, groups};
-}
 
 ConvShape grid_shape(const Tensor& x, const Tensor& weight, int64_t row_dilation, int64_t column_dilation,
                      int64_t groups) {
@@ -180,12 +154,6 @@ Saved saved_kind(const ConvEpilogue& e, bool has_residual) {
   }
 }
 
-int thread_count(double multiply_adds) {
-  constexpr double kEach = 100e3;  // what a thread must have to do to be worth waking: 3 us
-  const int most = omp_in_parallel() ? 1 : omp_get_max_threads();
-  return multiply_adds >= kEach * most ? most : multiply_adds < kEach ? 1 : int(multiply_adds / kEach);
-}
-
 double multiply_adds(const ConvShape& s) {
   return double(s.batch) * double(s.out_channels) * double(s.length) * double(s.group_in() * s.kernel_size + 4);
 }
@@ -194,10 +162,6 @@ bool run(const ConvForward<float>& p) { return active_conv_kernels().forward_flo
 bool run(const ConvForward<double>& p) { return active_conv_kernels().forward_double(p); }
 bool run(const ConvBackward<float>& p) { return active_conv_kernels().backward_float(p); }
 bool run(const ConvBackward<double>& p) { return active_conv_kernels().backward_double(p); }
-
-void check_workspace(bool allocated) {
-  STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the workspace of a convolution");
-}
 
 template <typename T>
 void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Tensor& x, const Tensor& weight,
@@ -216,11 +180,6 @@ void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Ten
   if (kind == Saved::active) p.active = saved.mutable_data_ptr<uint8_t>();
   p.threads = thread_count(multiply_adds(shape));
   check_workspace(run(p));
-}
-
-void check_history(const ConvShape& shape, const OptionalTensor& history, ScalarType dtype) {
-  const ptrdiff_t rows = shape.segments ? shape.history_rows : shape.batch;
-  if (history) check_tensor(*history, "history", {rows, shape.in_channels, shape.context()}, dtype);
 }
 
 // x [B, C, T] and the others likewise: of a grid its rows one after another.

@@ -1,0 +1,53 @@
+// What the operators of convolutions check before they run, and the threads that they take.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "common/tensor.h"
+#include "cpu/conv/conv.h"
+
+namespace seqaccel::conv {
+
+inline void check_groups(const Tensor& x, const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(groups >= 1, "seqaccel: groups must be positive, but got ", groups);
+  STD_TORCH_CHECK(x.size(1) % groups == 0, "seqaccel: the channels of x, ", x.size(1),
+                  ", must be divisible by groups, ", groups);
+  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) % groups == 0 && weight.size(2) >= 1,
+                  "seqaccel: weight must have a multiple of ", groups,
+                  " output channels and at least one tap, but has shape ", shape_string(weight));
+}
+
+inline void check_dilation(int64_t dilation, int64_t taps, int64_t width = 1) {
+  STD_TORCH_CHECK(dilation >= 1, "seqaccel: dilation must be positive, but got ", dilation);
+  STD_TORCH_CHECK(dilation <= (int64_t(1) << 40) / taps / std::max<int64_t>(width, 1), "seqaccel: dilation ", dilation,
+                  " is too large");
+}
+
+inline ConvShape sequence_shape(const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups) {
+  check_float_or_double(x, "x");
+  check_tensor(x, "x", {-1, -1, -1}, x.scalar_type());
+  check_groups(x, weight, groups);
+  check_tensor(weight, "weight", {-1, x.size(1) / groups, -1}, x.scalar_type());
+  check_dilation(dilation, weight.size(2));
+  return {x.size(0), x.size(1), weight.size(0), x.size(2), weight.size(2), dilation, groups};
+}
+
+inline void check_history(const ConvShape& shape, const OptionalTensor& history, ScalarType dtype) {
+  const ptrdiff_t rows = shape.segments ? shape.history_rows : shape.batch;
+  if (history) check_tensor(*history, "history", {rows, shape.in_channels, shape.context()}, dtype);
+}
+
+// How many threads are worth waking.
+inline int thread_count(double multiply_adds) {
+  constexpr double kEach = 100e3;  // what a thread must have to do to be worth waking: 3 us
+  const int most = omp_in_parallel() ? 1 : omp_get_max_threads();
+  return multiply_adds >= kEach * most ? most : multiply_adds < kEach ? 1 : int(multiply_adds / kEach);
+}
+
+inline void check_workspace(bool allocated) {
+  STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the workspace of a convolution");
+}
+
+}  // namespace seqaccel::conv
