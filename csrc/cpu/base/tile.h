@@ -7,7 +7,7 @@
 //
 // - matmul/kernels.h: B lies in panels, A in strips or rows; or both stay in place, with a prefetch at each k.
 // - conv/product.h: B lies in panels of shifted rows.
-// - attention/hierarchical/: neither operand is packed.
+// - attention/: neither operand is packed.
 //
 // Three kinds of products have a loop of their own:
 //

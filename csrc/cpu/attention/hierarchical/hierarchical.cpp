@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/tensor.h"
+#include "cpu/attention/operands.h"
 
 namespace seqaccel::attention::hierarchical {
 namespace {
@@ -20,11 +20,6 @@ struct Call {
   bool mass_bias;
   double scale;
 };
-
-// The tensor itself if its last dimension is contiguous, else a contiguous copy.
-Tensor rows_contiguous(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
 
 Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& pool_query,
                int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks, bool causal, bool mass_bias,
@@ -58,24 +53,6 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
           D,
           mass_bias,
           scale};
-}
-
-template <typename T>
-Heads<const T> read(const Tensor& t) {
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-template <typename T>
-Heads<T> write(const Tensor& t) {
-  return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-// An uninitialised tensor of t's shape. Its dimensions of time and heads have the order in memory that t's have.
-Tensor empty_heads(const Tensor& t) {
-  if (t.stride(1) < t.stride(2)) {
-    return torch::stable::transpose(new_tensor(t, {t.size(0), t.size(2), t.size(1), t.size(3)}), 1, 2);
-  }
-  return new_tensor(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
 }
 
 template <typename T>

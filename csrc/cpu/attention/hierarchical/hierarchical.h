@@ -4,18 +4,11 @@
 // levels, L summary levels.
 #pragma once
 
+#include "cpu/attention/heads.h"
 #include "cpu/attention/hierarchical/cover.h"
 #include "cpu/base/dispatch.h"
 
 namespace seqaccel::attention::hierarchical {
-
-// A [B, heads, T, D] array with a contiguous last dimension and these strides of the others.
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t batch, head, time;
-  T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
-};
 
 template <typename T>
 struct Attention {

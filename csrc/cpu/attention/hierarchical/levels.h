@@ -1,19 +1,12 @@
 // Where the keys and values of a level of the pyramid lie.
 #pragma once
 
+#include "cpu/attention/attend.h"
 #include "cpu/attention/hierarchical/hierarchical.h"
-#include "cpu/base/isa.h"
 
 namespace seqaccel::SEQACCEL_ISA::attention::hierarchical {
 
-// The children of a level: tokens, or nodes of the level below.
-template <typename T>
-struct Rows {
-  const T* key;
-  const T* value;
-  ptrdiff_t key_row, value_row;
-};
-
+// The children of a level are tokens, or nodes of the level below.
 template <typename T>
 SEQACCEL_INLINE Rows<T> level_rows(const Attention<T>& p, int64_t b, int64_t g, int level) {
   if (level == 0) return {p.key.at(b, g), p.value.at(b, g), p.key.time, p.value.time};

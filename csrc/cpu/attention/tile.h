@@ -10,7 +10,7 @@
 #include "cpu/base/shuffle.h"
 #include "cpu/base/tile.h"
 
-namespace seqaccel::SEQACCEL_ISA::attention::hierarchical {
+namespace seqaccel::SEQACCEL_ISA::attention {
 
 constexpr int kTileRows = SEQACCEL_REGISTERS >= 32 || SEQACCEL_VECTOR_BYTES >= 32 ? 6 : 4;
 constexpr int kTileVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
@@ -171,4 +171,4 @@ inline void softmax_in_place(T* w, ptrdiff_t n) {
   for (ptrdiff_t j = 0; j < n; ++j) w[j] /= sum;
 }
 
-}  // namespace seqaccel::SEQACCEL_ISA::attention::hierarchical
+}  // namespace seqaccel::SEQACCEL_ISA::attention
