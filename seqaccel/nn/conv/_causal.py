@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import ACTIVATIONS, GATED, PADDING_MODES, causal_conv1d
-from seqaccel.nn._leaf import Leaf
-from seqaccel.nn.streaming import State, Streaming, step_at_once
+from seqaccel.functional.conv import PADDING_MODES, causal_conv1d
+from seqaccel.nn.conv._base import Convolution, check_chunk, single
+from seqaccel.nn.streaming import State, step_at_once
 
-__all__ = ["CausalConv1d", "check_chunk", "check_step", "single"]
-
-
-def check_chunk(module: nn.Module, x: Tensor, state: State, *names: str, layout: str = "(B, C, T)") -> None:
-    title = type(module).__name__
-    _arguments.tensor(title, "x", x)
-    _arguments.states(title, "state", state, names)
-    if x.dim() != 3:
-        raise ValueError(f"{title}: expected x to be 3D {layout}, but got a tensor of size {list(x.shape)}")
+__all__ = ["CausalConv1d"]
 
 
-def check_step(module: nn.Module, x_t: Tensor) -> None:
-    title = type(module).__name__
-    _arguments.tensor(title, "x_t", x_t)
-    if x_t.dim() != 2:
-        raise ValueError(f"{title}: expected x_t to be 2D (B, C), but got a tensor of size {list(x_t.shape)}")
-
-
-def single(title: str, name: str, value: int | tuple[int]) -> int:
-    """An int of at least 1, or a tuple of one."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 1:
-            raise ValueError(f"{title}: expected {name} to be an int or a tuple of one, but got {value!r}")
-        value = value[0]
-    _arguments.integer(title, name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be a positive integer, but got {value}")
-    return value
-
-
-class CausalConv1d(Leaf, Streaming, nn.Module):
+class CausalConv1d(Convolution):
     r"""Dilated causal 1-D convolution with the parameters of :class:`torch.nn.Conv1d`.
 
     .. math::
@@ -107,72 +76,14 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
     ) -> None:
         super().__init__()
         title = type(self).__name__
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = single(title, "kernel_size", kernel_size)
         self.stride = single(title, "stride", stride)
         self.dilation = single(title, "dilation", dilation)
-        self.padding_mode, self.activation, self.channels_last = padding_mode, activation, channels_last
-        _arguments.integer(title, "in_channels", in_channels, 0)
-        _arguments.integer(title, "out_channels", out_channels, 0)
-        single(title, "groups", groups)
-        _arguments.flags(title, bias=bias, channels_last=channels_last)
+        self.padding_mode, self.channels_last = padding_mode, channels_last
+        _arguments.flag(title, "channels_last", channels_last)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {PADDING_MODES}, but got {padding_mode!r}")
-        if in_channels % groups:
-            raise ValueError(f"in_channels must be divisible by groups, but got {in_channels} and {groups}")
-        if out_channels % groups:
-            raise ValueError(f"out_channels must be divisible by groups, but got {out_channels} and {groups}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
-        if activation in GATED and out_channels % 2:
-            raise ValueError(f"out_channels must be even for activation={activation!r}, but got {out_channels}")
-        self.weight = nn.Parameter(
-            torch.empty(
-                out_channels,
-                in_channels // groups,
-                self.kernel_size,
-                device=device,
-                dtype=dtype,
-            )
-        )
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """With a parametrization too, such as weight norm, whose modules torch refuses to pickle."""
-        kind = type(self).__mro__[1] if is_parametrized(self) else type(self)
-        state = {**self.__dict__, "_load_state_dict_pre_hooks": OrderedDict()}
-        for key, hook in self._load_state_dict_pre_hooks.items():
-            if "weight_norm.<locals>" not in getattr(
-                getattr(hook, "hook", hook), "__qualname__", ""
-            ):  # a local function
-                state["_load_state_dict_pre_hooks"][key] = hook
-        return object.__new__, (kind,), state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        parametrizations: Any = self._modules.get("parametrizations")
-        if parametrizations is not None and not all(hasattr(type(self), name) for name in parametrizations):
-            parametrize._inject_new_class(self)
-            for name, applied in parametrizations.items():
-                parametrize._inject_property(self, name)
-                if type(applied[0]).__name__ == "_WeightNorm" and name == "weight":  # loads the older form
-                    self._load_state_dict_pre_hooks.update(weight_norm(nn.Linear(1, 1))._load_state_dict_pre_hooks)
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters as torch.nn.Conv1d does, through the weight's parametrization where there is one."""
-        weight = self.weight.detach()
-        if weight.numel() == 0:
-            return
-        bound = (weight.shape[1] * self.kernel_size) ** -0.5
-        nn.init.uniform_(weight, -bound, bound)
-        if is_parametrized(self, "weight"):
-            self.weight = weight  # type: ignore[assignment]
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        self._create(in_channels, out_channels, groups, bias, activation, device, dtype)
 
     @property
     def context(self) -> int:
@@ -193,13 +104,11 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         if not isinstance(x, Tensor):
             given = {"residual": residual, "output_activation": output_activation, "initial_state": initial_state}
             return self._instead("x", x, dropout=dropout, return_final_state=return_final_state, **given)
-        unbatched = x.dim() == 2
-        if unbatched:
-            _arguments.optional_tensors(type(self).__name__, residual=residual, initial_state=initial_state)
-            x = x.unsqueeze(0)
-            residual = None if residual is None else residual.unsqueeze(0)
-            initial_state = None if initial_state is None else initial_state.unsqueeze(0)
-        found = causal_conv1d(
+        if x.dim() == 2:
+            tensors = {"x": x, "residual": residual, "initial_state": initial_state}
+            options = {"dropout": dropout, "output_activation": output_activation}
+            return self._unbatched(tensors, return_final_state=return_final_state, **options)
+        return causal_conv1d(
             x,
             self.weight,
             self.bias,
@@ -215,9 +124,6 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
             return_final_state=return_final_state,
             channels_last=self.channels_last,
         )
-        if not unbatched:
-            return found
-        return tuple(t.squeeze(0) for t in found) if return_final_state else found.squeeze(0)
 
     def init_state(
         self,
@@ -227,13 +133,10 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> State:
         """``(history,)``: zeros (batch_size, in_channels, context); with ``"replicate"`` ``(history, started)``."""
-        _arguments.integer(type(self).__name__, "batch_size", batch_size, 0)
-        weight = self.weight
-        device = device or weight.device
-        history = torch.zeros(batch_size, self.in_channels, self.context, device=device, dtype=dtype or weight.dtype)
+        state = super().init_state(batch_size, device=device, dtype=dtype)
         if self.padding_mode == "zeros":
-            return (history,)
-        return history, torch.zeros(batch_size, device=device, dtype=torch.bool)
+            return state
+        return *state, torch.zeros(batch_size, device=state[0].device, dtype=torch.bool)
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, C, T): y (B, O, U) and the state after it. T must be a multiple of the stride."""
@@ -259,33 +162,9 @@ class CausalConv1d(Leaf, Streaming, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it. Not with a stride."""
-        found = step_at_once(self, x_t, state)
-        if found is not None:
-            return found
-        check_step(self, x_t)
         if self.stride > 1:
             raise RuntimeError(
                 f"{type(self).__name__}: step has no output at every step of x with stride={self.stride}; call extend "
                 "with a multiple of stride steps"
             )
-        time = 1 if self.channels_last else 2
-        y, state = self.extend(x_t.unsqueeze(time), state)
-        return y.squeeze(time), state
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        if self.stride != 1:
-            text += f", stride={self.stride}"
-        if self.dilation != 1:
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        if self.padding_mode != "zeros":
-            text += f", padding_mode={self.padding_mode!r}"
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        if self.channels_last:
-            text += ", channels_last=True"
-        return text
+        return step_at_once(self, x_t, state) or self._step(x_t, state, 1 if self.channels_last else 2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import ACTIVATIONS, GATED, causal_conv2d
-from seqaccel.nn._leaf import Leaf
-from seqaccel.nn.streaming import State, Streaming
+from seqaccel.functional.conv import causal_conv2d
+from seqaccel.nn.conv._base import Convolution
+from seqaccel.nn.streaming import State
 
 __all__ = ["CausalConv2d"]
 
@@ -24,7 +24,7 @@ def _pair(title: str, name: str, value: int | tuple[int, int]) -> tuple[int, int
     return pair
 
 
-class CausalConv2d(Leaf, Streaming, nn.Module):
+class CausalConv2d(Convolution):
     r"""2-D convolution of a grid (T, S), causal along T and centred along S.
 
     .. math::
@@ -82,41 +82,12 @@ class CausalConv2d(Leaf, Streaming, nn.Module):
     ) -> None:
         super().__init__()
         title = type(self).__name__
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         rows, columns = _pair(title, "kernel_size", kernel_size)
         if columns % 2 == 0:
             raise ValueError(f"{title}: expected an odd kernel_size along S, but got {kernel_size!r}")
         self.kernel_size = (rows if isinstance(kernel_size, (tuple, list)) else (rows + 1) // 2, columns)
         self.dilation = _pair(title, "dilation", dilation)
-        self.activation = activation
-        _arguments.integer(title, "in_channels", in_channels, 0)
-        _arguments.integer(title, "out_channels", out_channels, 0)
-        _arguments.integer(title, "groups", groups, 1)
-        _arguments.flag(title, "bias", bias)
-        if in_channels % groups:
-            raise ValueError(f"in_channels must be divisible by groups, but got {in_channels} and {groups}")
-        if out_channels % groups:
-            raise ValueError(f"out_channels must be divisible by groups, but got {out_channels} and {groups}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
-        if activation in GATED and out_channels % 2:
-            raise ValueError(f"out_channels must be even for activation={activation!r}, but got {out_channels}")
-        factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size, **factory))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, **factory))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters as a torch.nn.Conv2d of this kernel size does."""
-        if self.weight.numel() == 0:
-            return
-        bound = self.weight[0].numel() ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        self._create(in_channels, out_channels, groups, bias, activation, device, dtype)
 
     def load_masked(self, weight: Tensor) -> None:
         """Takes over the weight (O, C / groups, K, K_s) of a masked kernel: of its K = 2 K_t - 1 rows the first K_t."""
@@ -148,13 +119,10 @@ class CausalConv2d(Leaf, Streaming, nn.Module):
         if not isinstance(x, Tensor):
             given = {"residual": residual, "output_activation": output_activation, "initial_state": initial_state}
             return self._instead("x", x, dropout=dropout, **given)
-        unbatched = x.dim() == 3
-        if unbatched:
-            _arguments.optional_tensors(type(self).__name__, residual=residual, initial_state=initial_state)
-            x = x.unsqueeze(0)
-            residual = None if residual is None else residual.unsqueeze(0)
-            initial_state = None if initial_state is None else initial_state.unsqueeze(0)
-        y = causal_conv2d(
+        if x.dim() == 3:
+            tensors = {"x": x, "residual": residual, "initial_state": initial_state}
+            return self._unbatched(tensors, dropout=dropout, output_activation=output_activation)
+        return causal_conv2d(
             x,
             self.weight,
             self.bias,
@@ -166,7 +134,6 @@ class CausalConv2d(Leaf, Streaming, nn.Module):
             output_activation=output_activation,
             initial_state=initial_state,
         )
-        return y.squeeze(0) if unbatched else y
 
     def init_state(
         self,
@@ -207,21 +174,4 @@ class CausalConv2d(Leaf, Streaming, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """A row x_t (B, C, S): y_t (B, O, S) and the state after it."""
-        title = type(self).__name__
-        _arguments.tensor(title, "x_t", x_t)
-        if x_t.dim() != 3:
-            raise ValueError(f"{title}: expected x_t to be 3D (B, C, S), but got a tensor of size {list(x_t.shape)}")
-        y, state = self.extend(x_t.unsqueeze(2), state)
-        return y.squeeze(2), state
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        if self.dilation != (1, 1):
-            text += f", dilation={self.dilation}"
-        if self.groups != 1:
-            text += f", groups={self.groups}"
-        if self.bias is None:
-            text += ", bias=False"
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        return text
+        return self._step(x_t, state, 2, "3D (B, C, S)")

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqaccel import _arguments
 from seqaccel.functional.conv import last_steps
-from seqaccel.nn._leaf import Leaf
+from seqaccel.nn.conv._base import ConvStream
 from seqaccel.nn.conv._wavenet import GatedConv1d
-from seqaccel.nn.streaming import State, Streaming
+from seqaccel.nn.streaming import State
 
 __all__ = ["GatedConvLM"]
 
 
-class GatedConvLM(Leaf, Streaming, nn.Module):
+class GatedConvLM(ConvStream):
     r"""Gated convolutional language model: an embedding, blocks of gated convolutions, a projection onto all words.
 
     .. math::
@@ -134,10 +133,6 @@ class GatedConvLM(Leaf, Streaming, nn.Module):
     def _with_history(self) -> list[GatedConv1d]:
         return [self.input, *(block[len(block) // 2] for block in self._blocks())]
 
-    @property
-    def receptive_field(self) -> int:
-        return 1 + sum(conv.context for conv in self._with_history())
-
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T) int64: logits (B, T, V), with ``cutoffs`` log-probabilities."""
         if not isinstance(x, Tensor):
@@ -194,17 +189,6 @@ class GatedConvLM(Leaf, Streaming, nn.Module):
             h = z
         return h.transpose(1, 2), tuple(after)
 
-    def init_state(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> State:
-        """A tuple of histories, all zeros."""
-        _arguments.integer(type(self).__name__, "batch_size", batch_size, 0)
-        return tuple(conv.init_state(batch_size, device=device, dtype=dtype)[0] for conv in self._with_history())
-
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, T) int64: output (B, T, V) and the state after it."""
         self._check(x)
@@ -214,12 +198,7 @@ class GatedConvLM(Leaf, Streaming, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B,) int64: output (B, V) and the state after it."""
-        title = type(self).__name__
-        _arguments.tensor(title, "x_t", x_t)
-        if x_t.dim() != 1:
-            raise ValueError(f"{title}: expected x_t to be 1D (B,), but got a tensor of size {list(x_t.shape)}")
-        y, state = self.extend(x_t.unsqueeze(-1), state)
-        return y.squeeze(1), state
+        return self._step(x_t, state, 1, "1D (B,)")
 
     def extra_repr(self) -> str:
         return f"receptive_field={self.receptive_field}, dropout={self.dropout}"

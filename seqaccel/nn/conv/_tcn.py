@@ -11,10 +11,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from seqaccel import _arguments
 from seqaccel.functional.conv import ACTIVATIONS, GATED, activate, last_steps
-from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.checkpoints import Checkpoints
-from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step
-from seqaccel.nn.streaming import State, Streaming, step_at_once
+from seqaccel.nn.conv._base import ConvStream, check_chunk
+from seqaccel.nn.conv._causal import CausalConv1d
+from seqaccel.nn.streaming import State, step_at_once
 
 __all__ = ["TCN", "TemporalBlock"]
 
@@ -32,7 +32,7 @@ def _check_block(title: str, activation: Any, use_norm: Any, use_gate: Any) -> N
     _arguments.flag(title, "use_gate", use_gate)
 
 
-class TemporalBlock(Leaf, Streaming, nn.Module):
+class TemporalBlock(ConvStream):
     r"""One level of a :class:`TCN`.
 
     .. math::
@@ -129,19 +129,8 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
         )
         return z, y, None
 
-    def init_state(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> State:
-        """``(history of conv1, history of conv2)``: zeros (batch_size, channels, context)."""
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        return (
-            *self.conv1.init_state(batch_size, **where),
-            *self.conv2.init_state(batch_size, **where),
-        )
+    def _with_history(self) -> Sequence[CausalConv1d]:
+        return self.conv1, self.conv2
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """x (B, C, T): y (B, O, T) and the state after it."""
@@ -155,15 +144,10 @@ class TemporalBlock(Leaf, Streaming, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
-        found = step_at_once(self, x_t, state)
-        if found is not None:
-            return found
-        check_step(self, x_t)
-        y, state = self.extend(x_t.unsqueeze(-1), state)
-        return y.squeeze(-1), state
+        return step_at_once(self, x_t, state) or self._step(x_t, state, 2)
 
 
-class TCN(Leaf, Streaming, Checkpoints, nn.Module):
+class TCN(Checkpoints, ConvStream):
     r"""Temporal convolutional network: a stack of :class:`TemporalBlock`, level i with dilation 2^i by default.
 
     Constructor, forward and checkpoints of locuslab's ``TemporalConvNet``: its state_dict loads, with old-style weight
@@ -294,9 +278,8 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
     def _blocks(self) -> list[TemporalBlock]:
         return cast(list[TemporalBlock], list(self.network))
 
-    @property
-    def receptive_field(self) -> int:
-        return 1 + 2 * sum((self.kernel_size - 1) * dilation for dilation in self.dilations)
+    def _with_history(self) -> Sequence[CausalConv1d]:
+        return [conv for block in self._blocks for conv in block._with_history()]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, num_inputs, T): y (B, num_channels[-1], T)."""
@@ -352,13 +335,7 @@ class TCN(Leaf, Streaming, Checkpoints, nn.Module):
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, num_inputs): y_t (B, num_channels[-1]) and the state after it."""
-        found = step_at_once(self, x_t, state)
-        if found is not None:
-            return found
-        check_step(self, x_t)
-        time = 1 if self.input_shape == "NLC" else 2
-        y, state = self.extend(x_t.unsqueeze(time), state)
-        return y.squeeze(time), state
+        return step_at_once(self, x_t, state) or self._step(x_t, state, 1 if self.input_shape == "NLC" else 2)
 
     def extra_repr(self) -> str:
         text = f"{self.num_inputs}, {self.num_channels}, kernel_size={self.kernel_size}, dropout={self.dropout}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from seqaccel import _arguments
 from seqaccel.functional.conv import GATED, causal_conv1d, last_steps
-from seqaccel.nn._leaf import Leaf
-from seqaccel.nn.conv._causal import CausalConv1d, check_chunk, check_step
-from seqaccel.nn.streaming import State, Streaming
+from seqaccel.nn.conv._base import ConvStream, check_chunk, check_step
+from seqaccel.nn.conv._causal import CausalConv1d
+from seqaccel.nn.streaming import State
 
 __all__ = ["GatedConv1d", "WaveNet", "WaveNetLayer"]
 
@@ -91,7 +91,7 @@ def _optional_channels(title: str, name: str, value: int | None) -> None:
         _arguments.integer(title, name, value, 1)
 
 
-class WaveNetLayer(Leaf, Streaming, nn.Module):
+class WaveNetLayer(ConvStream):
     r"""One layer of a :class:`WaveNet`.
 
     .. math::
@@ -232,15 +232,8 @@ class WaveNetLayer(Leaf, Streaming, nn.Module):
         value, gate = v.chunk(2, 1)
         return torch.tanh(value) * torch.sigmoid(gate)
 
-    def init_state(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> State:
-        """``(history,)``: zeros (batch_size, residual_channels, (K-1)·dilation)."""
-        return self.conv.init_state(batch_size, device=device, dtype=dtype)
+    def _with_history(self) -> Sequence[CausalConv1d]:
+        return (self.conv,)
 
     def extend(  # type: ignore[override]
         self, x: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None
@@ -293,7 +286,7 @@ def check_conditions(
             raise ValueError(f"{title}: expected {name} to have shape {shape}, but got {tuple(value.shape)}")
 
 
-class WaveNet(Leaf, Streaming, nn.Module):
+class WaveNet(ConvStream):
     r"""WaveNet: gated dilated convolutions with residual and skip connections.
 
     .. math::
@@ -427,10 +420,6 @@ class WaveNet(Leaf, Streaming, nn.Module):
     def _layers(self) -> list[WaveNetLayer]:
         return cast(list[WaveNetLayer], list(self.layers))
 
-    @property
-    def receptive_field(self) -> int:
-        return 1 + sum(conv.context for conv in self._with_history())
-
     def forward(self, x: Tensor, *, condition: Tensor | None = None, global_condition: Tensor | None = None) -> Tensor:
         """x (B, in_channels, T), or (B, T) int64 with ``embedding``: y (B, out_channels, T)."""
         if not isinstance(x, Tensor):
@@ -469,18 +458,7 @@ class WaveNet(Leaf, Streaming, nn.Module):
         assert skip is not None
         return self.head(torch.relu(skip)), tuple(after)
 
-    def init_state(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> State:
-        """A tuple of histories, all zeros."""
-        _arguments.integer("WaveNet", "batch_size", batch_size, 0)
-        return tuple(conv.init_state(batch_size, device=device, dtype=dtype)[0] for conv in self._with_history())
-
-    def _with_history(self) -> list[CausalConv1d]:
+    def _with_history(self) -> Sequence[CausalConv1d]:
         first = [self.input] if isinstance(self.input, CausalConv1d) and self.input.context else []
         return [*first, *(layer.conv for layer in self._layers)]
 
@@ -496,14 +474,8 @@ class WaveNet(Leaf, Streaming, nn.Module):
         self, x_t: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """x_t (B, in_channels), or (B,) int64 with ``embedding``: y_t (B, out_channels) and the state after it."""
-        dims, shape = (1, "1D (B,)") if self.embedding else (2, "2D (B, C)")
-        _arguments.tensor("WaveNet", "x_t", x_t)
-        if x_t.dim() != dims:
-            raise ValueError(f"WaveNet: expected x_t to be {shape}, but got a tensor of size {list(x_t.shape)}")
-        y, state = self.extend(
-            x_t.unsqueeze(-1), state, condition=_one_step(self, condition), global_condition=global_condition
-        )
-        return y.squeeze(-1), state
+        conditions = {"condition": _one_step(self, condition), "global_condition": global_condition}
+        return self._step(x_t, state, -1, "1D (B,)" if self.embedding else "2D (B, C)", **conditions)
 
     @torch.no_grad()
     def generate(
