@@ -7,6 +7,7 @@ from tolerances import error
 
 import seqaccel
 import seqaccel.functional as SF
+from seqaccel import nn
 
 KINDS = ["reset", "cu_seqlens"]
 
@@ -202,6 +203,29 @@ def test_offsets_of_any_value_stay_within_x():
             y, y, saved, x, weight, history, None, None, torch.tensor(bad), None, *rest[:-1], False, 31
         )
         assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_takes_them_with_and_without_a_batch(kind, channels_last):
+    conv = nn.CausalConv1d(3, 4, 3, dilation=2, activation="silu", channels_last=channels_last)
+    options, count = sequences(kind, 1, 20), 1
+    if kind == "cu_seqlens":
+        count = len(options[kind]) - 1
+    x, residual, state = torch.randn(1, 3, 20), torch.randn(1, 4, 20), torch.randn(count, 3, 4)
+    if channels_last:
+        x, residual = x.transpose(1, 2), residual.transpose(1, 2)
+    given = {"dilation": 2, "activation": "silu", "channels_last": channels_last, "residual": residual}
+    expected = SF.causal_conv1d(
+        x, conv.weight, conv.bias, initial_state=state, return_final_state=True, **given, **options
+    )
+    found = conv(x, residual=residual, initial_state=state, return_final_state=True, **options)
+    assert all(map(torch.equal, found, expected))
+    if kind == "reset":
+        options, state, expected = {"reset": options["reset"][0]}, state[0], (expected[0], expected[1][0])
+    found = conv(x[0], residual=residual[0], initial_state=state, return_final_state=True, **options)
+    assert torch.equal(found[0], expected[0][0]) and torch.equal(found[1], expected[1])
+    assert torch.equal(conv(x[0], **options).unsqueeze(0), conv(x, **sequences(kind, 1, 20)))
 
 
 def test_errors_name_the_argument():

@@ -324,6 +324,38 @@ def test_packed_sequences_of_columns(name):
         assert_same(run, model, *arguments(offsets))
 
 
+class Convolution(nn.CausalConv1d):
+    def __init__(self, name, **options):
+        super().__init__(4, 6, 3, dilation=2, **options)
+        self.name = name
+
+    def forward(self, x, value, history):
+        return super().forward(x, initial_state=history, return_final_state=True, **{self.name: value})
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "groups": 2, "activation": "glu"}], ids=["", "options"])
+def test_resets_of_a_convolution(options):
+    model = Convolution("reset", **options).eval()
+
+    def arguments(steps, batch):
+        return torch.randn(batch, 4, steps), torch.rand(batch, steps) < 0.3, torch.randn(batch, 4, 4)
+
+    _, run = exported(model, arguments(9, 3), ({0: "B", 2: "T"}, {0: "B", 1: "T"}, {0: "B"}))
+    for sizes in ((9, 3), (5, 1), (1, 1), (12, 4)):
+        assert_same(run, model, *arguments(*sizes))
+
+
+def test_packed_sequences_of_a_convolution():
+    model = Convolution("cu_seqlens", activation="relu").eval()
+
+    def arguments(offsets):
+        return torch.randn(1, 4, offsets[-1]), torch.tensor(offsets), torch.randn(len(offsets) - 1, 4, 4)
+
+    _, run = exported(model, arguments([0, 4, 4, 11]), ({2: "T"}, {0: "offsets"}, {0: "sequences"}))
+    for offsets in ([0, 4, 4, 11], [0, 1], [0, 3, 5, 5, 6, 20]):
+        assert_same(run, model, *arguments(offsets))
+
+
 class StreamOf(torch.nn.Module):
     def __init__(self, module):
         super().__init__()

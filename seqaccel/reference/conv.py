@@ -69,6 +69,12 @@ def dropout_mask(seed: Tensor, shape: tuple[int, int, int], p: float) -> Tensor:
     return (h >= min(round(p * 2**32), _WORD)).view(shape)
 
 
+def _inner_offsets(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Where the second sequence begins, the third, ... Those of an ONNX graph ascend: ONNX has no running maximum."""
+    inner = cu_seqlens[1:-1].clamp(0, length)
+    return inner if torch.onnx.is_in_onnx_export() else inner.cummax(0).values
+
+
 def origins(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of each time step of x (B, C, T): where its sequence begins, and which row of the history is before that; (B, T).
 
@@ -77,10 +83,12 @@ def origins(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> tuple
     batch, _, length = x.shape
     t = torch.arange(length, device=x.device)
     if reset is not None:
-        begins = torch.where(reset, t, 0).cummax(1).values
-        return begins, torch.arange(batch, device=x.device)[:, None].expand(batch, length)
+        number = reset.long().cumsum(1)  # of the sequence; 0: the one that goes on from the history
+        first = number.new_zeros(batch, length + 1)
+        first = first.scatter(1, torch.where(reset, number, 0), torch.where(reset, t, 0))
+        return first.gather(1, number), torch.arange(batch, device=x.device)[:, None].expand(batch, length)
     assert cu_seqlens is not None
-    inner = cu_seqlens[1:-1].clamp(0, length).cummax(0).values
+    inner = _inner_offsets(cu_seqlens, length)
     row = (inner[:, None] <= t).sum(0)
     begins = torch.cat([inner.new_zeros(1), inner])[row]
     return begins[None], row[None]
@@ -120,10 +128,11 @@ def final_state(
     if length == 0:
         return history.clone()
     if cu_seqlens is None:
-        begins, _ = origins(x, reset, None)
-        begin, end, of = begins[:, -1], begins.new_full((count,), length), n
+        assert reset is not None
+        begin = torch.where(reset, torch.arange(length, device=x.device), 0).amax(1)
+        end, of = begin.new_full((count,), length), n
     else:
-        ends = cu_seqlens[1:-1].clamp(0, length).cummax(0).values
+        ends = _inner_offsets(cu_seqlens, length)
         begin = torch.cat([ends.new_zeros(1), ends])
         end, of = torch.cat([ends, ends.new_full((1,), length)]), torch.zeros_like(n)
     t = end[:, None] - context + torch.arange(context, device=x.device)

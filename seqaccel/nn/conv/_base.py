@@ -176,12 +176,19 @@ class Convolution(ConvStream):
         """How many time steps before the present an output sees."""
         raise NotImplementedError
 
-    def _unbatched(self, tensors: dict[str, Tensor | None], **options: Any) -> Any:
-        """``forward`` of tensors without a batch, the first being x."""
+    def _unbatched(self, tensors: dict[str, Tensor | None], cu_seqlens: Tensor | None = None, **options: Any) -> Any:
+        """``forward`` of tensors without a batch, the first being x. The states of packed sequences have one."""
         _arguments.optional_tensors(type(self).__name__, **tensors)
-        batched = {name: None if t is None else t.unsqueeze(0) for name, t in tensors.items()}
-        found = self.forward(**batched, **options)
-        return tuple(t.squeeze(0) for t in found) if isinstance(found, tuple) else found.squeeze(0)
+        state = None
+        if cu_seqlens is not None:
+            options["cu_seqlens"], state = cu_seqlens, "initial_state"
+        found = self.forward(
+            **{name: t if t is None or name == state else t.unsqueeze(0) for name, t in tensors.items()}, **options
+        )
+        if not isinstance(found, tuple):
+            return found.squeeze(0)
+        y, final_state = found
+        return y.squeeze(0), final_state if state else final_state.squeeze(0)
 
     def init_state(
         self,

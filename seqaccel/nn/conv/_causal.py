@@ -99,15 +99,25 @@ class CausalConv1d(Convolution):
         output_activation: str | None = None,
         initial_state: Tensor | None = None,
         return_final_state: bool = False,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Any:
-        """x (B, C, T) or (C, T); the keyword arguments are :func:`~seqaccel.functional.causal_conv1d`'s."""
+        """x (B, C, T) or (C, T); the keyword arguments are :func:`~seqaccel.functional.causal_conv1d`'s.
+
+        Without a batch ``reset`` is (T,). With ``cu_seqlens`` the states are (N, C, context) for an x (C, T) too.
+        """
+        options: dict[str, Any] = {
+            "dropout": dropout,
+            "output_activation": output_activation,
+            "return_final_state": return_final_state,
+        }
         if not isinstance(x, Tensor):
-            given = {"residual": residual, "output_activation": output_activation, "initial_state": initial_state}
-            return self._instead("x", x, dropout=dropout, return_final_state=return_final_state, **given)
+            tensors = {"residual": residual, "initial_state": initial_state, "reset": reset, "cu_seqlens": cu_seqlens}
+            return self._instead("x", x, **options, **tensors)
         if x.dim() == 2:
-            tensors = {"x": x, "residual": residual, "initial_state": initial_state}
-            options = {"dropout": dropout, "output_activation": output_activation}
-            return self._unbatched(tensors, return_final_state=return_final_state, **options)
+            return self._unbatched(
+                {"x": x, "residual": residual, "initial_state": initial_state, "reset": reset}, cu_seqlens, **options
+            )
         return causal_conv1d(
             x,
             self.weight,
@@ -122,6 +132,8 @@ class CausalConv1d(Convolution):
             output_activation=output_activation,
             initial_state=initial_state,
             return_final_state=return_final_state,
+            reset=reset,
+            cu_seqlens=cu_seqlens,
             channels_last=self.channels_last,
         )
 
