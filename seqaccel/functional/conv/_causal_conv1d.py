@@ -49,10 +49,8 @@ def _convolution(
         "dropout": dropout,
     }
     prefer = "torch" if x.device.type == "cuda" and torch_is_faster(x, weight, dilation, groups) else None
-    tried = activation in (None, "relu", "tanh", "sigmoid", "silu")  # on a GPU
-    operator = "causal_conv1d" if tried else f"causal_conv1d with {activation}"
-    backend = backends.choose(operator, x, BACKENDS, prefer=prefer)
-    by_taps = stride > 1 or _onnx.exporting() or backend in ("triton", "torch")
+    backend = backends.choose("causal_conv1d", x, BACKENDS, prefer=prefer)
+    by_taps = stride > 1 or _onnx.exporting() or backend == "torch"
     if by_taps and (reset is not None or cu_seqlens is not None) and x.numel() > 0:
         # What each tap meets becomes a channel, and the convolution one of a single tap.
         origin = reference.origins(x, reset, cu_seqlens)
@@ -79,7 +77,7 @@ def _convolution(
         return reference.epilogue(v, residual, seed, activation, relu, dropout).contiguous().to(dtype)
     if stride > 1:
         x, weight, history, dilation = without_stride(x, weight, history, stride, dilation)
-    if activation in GATED and (backend == "triton" or groups > 1):  # no kernel sees both halves at once
+    if activation in GATED and groups > 1:  # no kernel sees both halves at once
         with backends.backend(backend):
             v = _convolution(x, weight, bias, None, history, reset, cu_seqlens, 1, dilation, groups, None, False, 0.0)
         return reference.epilogue(v, residual, seed, activation, relu, dropout).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
-from seqaccel.functional._registration import Operator, call, register
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.functional.conv._operators import from_row, output_channels, saved_kind
 from seqaccel.reference import conv as reference
 
 __all__ = ["causal_conv2d"]
 
 NAME = "causal_conv2d"
-BACKENDS = ("reference", "cpp", "torch")
+BACKENDS = ("reference", "cpp", "triton", "torch")
 
 
 def _definition(
@@ -46,16 +47,15 @@ class _CausalConv2d(torch.autograd.Function):
     """Saves what the convolution of sequences does; a list ``kept`` takes what the operator saved."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, history, seed, options, kept=None):
-        operator = torch.ops.seqaccel.causal_conv2d_forward
-        y, saved = call(operator, x, weight, bias, residual, history, seed, *options, True)
+    def forward(ctx, x, weight, bias, residual, history, seed, backend, options, kept=None):
+        y, saved = call(_operators(backend)[0], x, weight, bias, residual, history, seed, *options, True)
         if kept is not None:
             kept.append(saved)
         *_, activation, relu, dropout = options
         nothing = saved_kind(activation, relu, dropout, residual is not None) == "nothing"
         needs_y = relu or (activation != "none" and nothing)
         ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
-        ctx.options = options
+        ctx.options, ctx.backend = options, backend
         return y
 
     @staticmethod
@@ -67,18 +67,18 @@ class _CausalConv2d(torch.autograd.Function):
             grads = _common.differentiable_backward(
                 lambda *tensors: _definition(*tensors, seed, *ctx.options), inputs, (grad_y,), needs
             )
-            return (*grads, None, None, None)
+            return (*grads, None, None, None, None)
         # Without a relu around it the residual's gradient is that of y.
         relu = ctx.options[-2]
         wants = sum(1 << i for i, need in enumerate(needs) if need and (i != 3 or relu))
         grads = call(
-            torch.ops.seqaccel.causal_conv2d_backward,
+            _operators(ctx.backend)[1],
             grad_y, y, saved, x, weight, history, seed, *ctx.options, residual is not None, wants,
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if needs[3] and not relu:
             grads[3] = grad_y
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 # ---- the operators' facts ----
@@ -105,10 +105,10 @@ def _backward_fake(
     return tuple(x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes))
 
 
-def _recorded(*arguments):
+def _recorded(backend, *arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
-    y = _CausalConv2d.apply(*operands[:6], tuple(operands[6:]), kept)
+    y = _CausalConv2d.apply(*operands[:6], backend, tuple(operands[6:]), kept)
     return y, kept[0] if save else y.new_empty(0)
 
 
@@ -120,27 +120,44 @@ def _backward_flops(grad_y, y, saved, x, weight, *rest) -> int:
     return _forward_flops(x, weight) * (rest[-1] & 1) + _forward_flops(x, weight) * (rest[-1] >> 1 & 1)
 
 
-register(
-    Operator(
-        "causal_conv2d_forward",
-        _forward_fake,
-        _forward_flops,
-        definition=_definition,
-        recorded=_recorded,
-        batch={"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0},
-        from_row=from_row,
+def _register(backend: str) -> None:
+    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    register(
+        Operator(
+            "causal_conv2d_forward" + suffix,
+            _forward_fake,
+            _forward_flops,
+            definition=_definition,
+            recorded=functools.partial(_recorded, backend),
+            batch={"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0},
+            from_row=from_row,
+            autocast=autocast,
+        )
     )
-)
-register(
-    Operator(
-        "causal_conv2d_backward",
-        _backward_fake,
-        _backward_flops,
-        batch={"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, 0: 0, 3: 0, 4: 0},
-        summed=(1, 2),
-        from_row=from_row,
+    register(
+        Operator(
+            "causal_conv2d_backward" + suffix,
+            _backward_fake,
+            _backward_flops,
+            batch={"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, 0: 0, 3: 0, 4: 0},
+            summed=(1, 2),
+            from_row=from_row,
+            autocast=autocast,
+        )
     )
-)
+
+
+_register("cpp")
+
+
+def _operators(backend: str) -> tuple[Any, Any]:
+    """The forward and the backward operator."""
+    if backend == "cpp":
+        return torch.ops.seqaccel.causal_conv2d_forward, torch.ops.seqaccel.causal_conv2d_backward
+    from seqaccel.kernels import conv as triton_kernels
+
+    once(_register, "triton")
+    return triton_kernels.causal_conv2d_forward, triton_kernels.causal_conv2d_backward
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -302,19 +319,23 @@ def causal_conv2d(
     if backend == "reference" or _common.transforms_active():
         return reference.causal_conv2d(x, weight, bias, residual, history, seed, **options)
     dtype = x.dtype
-    to = _common.compute_dtype(dtype)
-    x, weight, bias, residual, history = (None if t is None else t.to(to) for t in (x, weight, bias, residual, history))  # type: ignore[assignment]
+    if backend == "cpp":
+        to = _common.compute_dtype(dtype)
+        x, weight, bias, residual, history = (  # type: ignore[assignment]
+            None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
+        )
     if activation in reference.GATED and groups > 1:  # no kernel sees both halves at once
-        v = causal_conv2d(x, weight, bias, dilation=dilations, groups=groups, initial_state=history)
+        with backends.backend(backend):
+            v = causal_conv2d(x, weight, bias, dilation=dilations, groups=groups, initial_state=history)
         flat = None if residual is None else residual.flatten(2)
         y = reference.epilogue(v.flatten(2), flat, seed, activation, options["relu"], dropout)
         return y.unflatten(2, v.shape[2:]).to(dtype)
     operands = (x, weight, bias, residual, history, seed)
     arguments = (*dilations, groups, activation or "none", options["relu"], float(dropout))
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        y, _ = torch.ops.seqaccel.causal_conv2d_forward(*operands, *arguments, False)
+        y, _ = _operators(backend)[0](*operands, *arguments, False)
     elif _common.needs_grad(*operands[:5]):
-        y = _CausalConv2d.apply(*operands, arguments)
+        y = _CausalConv2d.apply(*operands, backend, arguments)
     else:
-        y, _ = call(torch.ops.seqaccel.causal_conv2d_forward, *operands, *arguments, False)
+        y, _ = call(_operators(backend)[0], *operands, *arguments, False)
     return y.to(dtype)
