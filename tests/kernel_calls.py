@@ -62,19 +62,31 @@ def _columns(cell, T=3, B=2, packed=False):
     yield "column_backward", scan.column_backward, (cell, *given)
 
 
-def _conv(channels, groups, T=9, B=2):
-    x, weight, bias = torch.randn(B, channels, T), torch.randn(4, channels // groups, 3), torch.randn(4)
-    residual, history, seed = torch.randn(B, 4, T), torch.randn(B, channels, 4), torch.tensor([7])
-    options = (2, groups, "silu", True, 0.25)
-    whole = (None, None)  # no reset, no cu_seqlens
-    yield (
-        "causal_conv1d_forward",
-        conv.causal_conv1d_forward,
-        (x, weight, bias, residual, history, seed, *whole, *options, True),
-    )
-    y, saved = conv.causal_conv1d_forward(x, weight, bias, residual, history, seed, *whole, *options, True)
-    given = (torch.randn_like(y), y, saved, x, weight, history, seed, *whole, torch.randn_like(x), *options, True, 31)
+def _conv(channels, groups, T=9, B=2, activation="silu", sequences=None):
+    """``sequences``: "reset" or "cu_seqlens"."""
+    B = 1 if sequences == "cu_seqlens" else B
+    rows = 8 if activation == "gated" else 4
+    x, weight, bias = torch.randn(B, channels, T), torch.randn(rows, channels // groups, 3), torch.randn(rows)
+    reset = torch.arange(T).expand(B, T) % 4 == 1 if sequences == "reset" else None
+    offsets = torch.tensor([0, T // 2, T // 2, T]) if sequences == "cu_seqlens" else None
+    history = torch.randn(B if offsets is None else 3, channels, 4)
+    residual, seed, options = torch.randn(B, 4, T), torch.tensor([7]), (2, groups, activation, True, 0.25)
+    given = (x, weight, bias, residual, history, seed, reset, offsets, *options)
+    yield "causal_conv1d_forward", conv.causal_conv1d_forward, (*given, True)
+    y, saved = conv.causal_conv1d_forward(*given, True)
+    given = (torch.randn_like(y), y, saved, x, weight, *given[4:8], torch.randn_like(x), *options, True, 31)
     yield "causal_conv1d_backward", conv.causal_conv1d_backward, given
+
+
+def _conv2d(channels, groups, T=4, B=2):
+    x, weight, bias = torch.randn(B, channels, T, 5), torch.randn(4, channels // groups, 2, 3), torch.randn(4)
+    residual, history, seed = torch.randn(B, 4, T, 5), torch.randn(B, channels, 2, 5), torch.tensor([7])
+    options = (2, 1, groups, "silu", True, 0.25)
+    given = (x, weight, bias, residual, history, seed, *options)
+    yield "causal_conv2d_forward", conv.causal_conv2d_forward, (*given, True)
+    y, saved = conv.causal_conv2d_forward(*given, True)
+    given = (torch.randn_like(y), y, saved, x, weight, history, seed, *options, True, 31)
+    yield "causal_conv2d_backward", conv.causal_conv2d_backward, given
 
 
 def _attention(T=9, B=1):
@@ -97,7 +109,15 @@ TABLE = {
     **{f"columns {cell}": functools.partial(_columns, cell) for cell in COLUMN_CELLS},
     "columns packed": functools.partial(_columns, "fo_pool", packed=True),
     "conv": functools.partial(_conv, 6, 1),
+    "conv gated": functools.partial(_conv, 6, 1, activation="gated"),
     "conv depthwise": functools.partial(_conv, 4, 4),
+    **{
+        f"conv{' depthwise' * (groups > 1)} {sequences}": functools.partial(_conv, 4, groups, sequences=sequences)
+        for groups in (1, 4)
+        for sequences in ("reset", "cu_seqlens")
+    },
+    "conv2d": functools.partial(_conv2d, 6, 1),
+    "conv2d depthwise": functools.partial(_conv2d, 4, 4),
     "attention": _attention,
 }
 

@@ -54,6 +54,7 @@ class Usage:
     shared: int  # bytes a block
     spills: int  # bytes a thread that the configuration may spill
     least_shared: int  # bytes a block may use on the GPUs that the configuration is for
+    copies: list[int]  # the sizes of its asynchronous copies to shared memory, in bytes
 
     def problems(self) -> list[str]:
         """What keeps this configuration from being shipped."""
@@ -129,6 +130,7 @@ def compile_configuration(configuration, arch: int) -> Usage:
         shared=max(used.get("SHARED", 0), compiled.metadata.shared),
         spills=configuration.spills,
         least_shared=configuration.least_shared,
+        copies=sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\.[^;]*?, (0x\w+)", compiled.asm["ptx"])}),
     )
 
 

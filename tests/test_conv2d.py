@@ -86,7 +86,7 @@ def test_gradients_of_every_order(backend):
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp", "triton"])
 def test_empty(backend):
     for x, weight in (((0, 4, 5, 6), (6, 4, 2, 3)), ((2, 4, 0, 6), (6, 4, 2, 3)), ((2, 4, 5, 0), (6, 4, 2, 3))):
         tensors = {"x": torch.randn(x), "weight": torch.randn(weight), "bias": torch.randn(6)}
@@ -109,14 +109,37 @@ def test_cpp_matches_reference(epilogue, isa, poison):
             assert_within_bound(run(on("cpp"), narrow, options), exact)
 
 
-def test_dropout_draws_the_mask_of_the_reference():
-    tensors, options = case(SHAPES[1], dict(activation="relu", residual=True))
+@pytest.mark.parametrize("epilogue", [EPILOGUES[i] for i in (2, 3, 11)], ids=str)
+def test_triton_matches_reference(epilogue, poison):
+    for shape in (SHAPES[1], (1, 4, 6, (5, 3), (2, 3), (1, 2), 2), (2, 4, 4, (5, 3), (3, 3), (2, 1), 4)):
+        tensors, options = case(shape, epilogue)
+        narrow = {name: t.float() for name, t in tensors.items()}
+        exact = run(on("reference"), {name: t.double() for name, t in narrow.items()}, options)
+        assert_within_bound(run(on("triton"), narrow, options), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_triton_on_a_gpu(dtype, bound, allow_tf32):
+    allow_tf32(False)
+    for shape in ((2, 64, 96, (40, 48), (3, 5), 1, 1), (2, 32, 32, (33, 17), (2, 3), (2, 1), 32)):
+        tensors, options = case(shape, EPILOGUES[3])
+        tensors = {name: t.to("cuda", dtype) for name, t in tensors.items()}
+        exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+        for name, value in run(on("triton"), tensors, options).items():
+            assert error(value, exact[name]) < bound, (shape, name)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_dropout_draws_the_mask_of_the_reference(backend):
+    dtype, bound = (torch.float64, 1e-13) if backend == "cpp" else (torch.float32, 1e-6)
+    tensors, options = case(SHAPES[1], dict(activation="relu", residual=True), dtype)
     results = []
-    for name in ("cpp", "reference"):
+    for name in (backend, "reference"):
         torch.manual_seed(11)
         results.append(run(on(name), tensors, {**options, "dropout": 0.3}))
     for name, value in results[0].items():
-        assert error(value, results[1][name]) < 1e-13, name
+        assert error(value, results[1][name]) < bound, name
 
 
 def test_operators_refuse_what_would_read_out_of_bounds():

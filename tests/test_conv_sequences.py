@@ -91,12 +91,18 @@ def test_cpp_with_many_items_of_several_sequences(kind):
             assert error(value, expected[name]) < 1e-13, (shape, name)
 
 
+# B, C, O, T, K, dilation, groups: dense, groups, depthwise with several outputs of a channel.
+TRITON_SHAPES = [(2, 5, 7, 70, 3, 9, 1), (2, 6, 10, 33, 3, 5, 2), (2, 3, 6, 41, 4, 3, 3)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_triton_matches_reference(kind, poison):
-    tensors, options = problem(kind, SHAPES[6], EPILOGUES[3], torch.float32)
-    exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
-    for name, value in run(on("triton"), tensors, options).items():
-        assert error(value, exact[name]) < 2e-6, name
+@pytest.mark.parametrize("epilogue", [EPILOGUES[i] for i in (0, 3, 5, 11)], ids=str)
+def test_triton_matches_reference(epilogue, kind, poison):
+    for shape in TRITON_SHAPES:
+        tensors, options = problem(kind, shape, epilogue, torch.float32, density=0.1)
+        exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+        for name, value in run(on("triton"), tensors, options).items():
+            assert error(value, exact[name]) < 2e-6, (shape, name)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -118,6 +124,31 @@ def test_gradients_of_every_order(kind, backend):
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[3] >= 33], ids=identity)
 def test_sequences_do_not_leak(shape, backend, isa):
+    with seqaccel.backends.isa(isa):
+        check_that_sequences_do_not_leak(shape, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_on_a_gpu(kind, dtype, bound, allow_tf32):
+    allow_tf32(False)
+    for shape in ((2, 96, 150, 640, 3, 16, 1), (2, 64, 64, 512, 4, 2, 4), (2, 128, 256, 512, 4, 2, 128)):
+        tensors, options = problem(kind, shape, EPILOGUES[3], dtype, density=0.02)
+        tensors = {name: t.cuda() for name, t in tensors.items()}
+        options = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+        exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+        for name, value in run(on("triton"), tensors, options).items():
+            assert error(value, exact[name]) < bound, (shape, name)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("shape", TRITON_SHAPES, ids=identity)
+def test_sequences_do_not_leak_on_triton(shape):
+    check_that_sequences_do_not_leak(shape, "triton")
+
+
+def check_that_sequences_do_not_leak(shape, backend):
     """What is not finite in one sequence, or in the gradient of its outputs, reaches nothing of another one."""
     O, T = shape[2:4]
     start, end = T // 3, T // 3 + 5
@@ -125,22 +156,21 @@ def test_sequences_do_not_leak(shape, backend, isa):
     tensors["initial_state"] = tensors["initial_state"].repeat(3, 1, 1)
     options["cu_seqlens"] = torch.tensor([0, start, end, T])
     grad = torch.randn(1, O, T)
-    with seqaccel.backends.isa(isa):
-        expected = run(on(backend), tensors, options, grad)
-        for bad in (float("nan"), float("inf")):
-            spoilt = {name: t.clone() for name, t in tensors.items()}
-            spoilt["x"][..., start:end] = bad
-            spoilt["initial_state"][1] = bad
-            y = on(backend)(**spoilt, **options)
-            for part in (slice(0, start), slice(end, T)):
-                assert torch.equal(y[..., part], expected["y"][..., part])
-            spoilt_grad = grad.clone()
-            spoilt_grad[..., start:end] = bad
-            found = run(on(backend), tensors, options, spoilt_grad)
-            for part in (slice(0, start), slice(end, T)):
-                assert torch.equal(found["grad of x"][..., part], expected["grad of x"][..., part])
-            for n in (0, 2):
-                assert torch.equal(found["grad of initial_state"][n], expected["grad of initial_state"][n])
+    expected = run(on(backend), tensors, options, grad)
+    for bad in (float("nan"), float("inf")):
+        spoilt = {name: t.clone() for name, t in tensors.items()}
+        spoilt["x"][..., start:end] = bad
+        spoilt["initial_state"][1] = bad
+        y = on(backend)(**spoilt, **options)
+        for part in (slice(0, start), slice(end, T)):
+            assert torch.equal(y[..., part], expected["y"][..., part])
+        spoilt_grad = grad.clone()
+        spoilt_grad[..., start:end] = bad
+        found = run(on(backend), tensors, options, spoilt_grad)
+        for part in (slice(0, start), slice(end, T)):
+            assert torch.equal(found["grad of x"][..., part], expected["grad of x"][..., part])
+        for n in (0, 2):
+            assert torch.equal(found["grad of initial_state"][n], expected["grad of initial_state"][n])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "torch"])
@@ -191,17 +221,17 @@ def test_operators_pass_opcheck(kind):
     torch.library.opcheck(torch.ops.seqaccel.causal_conv1d_backward.default, given)
 
 
-def test_offsets_of_any_value_stay_within_x():
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_offsets_of_any_value_stay_within_x(backend):
+    forward, backward = SF.conv._operators.operators(backend)
     x, weight, history = torch.randn(1, 3, 9), torch.randn(4, 3, 3), torch.randn(4, 3, 2)
     rest = (1, 1, "none", False, 0.0, True)
     for bad in ([5, 7, 3, -9, 1 << 60], [-1 << 62, 1 << 62, 4, 4, 4], [9, 9, 9, 9, 9]):
         given = (x, weight, None, None, history, None, None, torch.tensor(bad))
-        y, saved = torch.ops.seqaccel.causal_conv1d_forward(*given, *rest)
+        y, saved = forward(*given, *rest)
         expected = SF.conv._causal_conv1d.reference.causal_conv1d(*given)
         torch.testing.assert_close(y, expected)
-        grads = torch.ops.seqaccel.causal_conv1d_backward(
-            y, y, saved, x, weight, history, None, None, torch.tensor(bad), None, *rest[:-1], False, 31
-        )
+        grads = backward(y, y, saved, x, weight, history, None, None, torch.tensor(bad), None, *rest[:-1], False, 31)
         assert all(grad.isfinite().all() for grad in grads)
 
 

@@ -83,9 +83,8 @@ def _depthwise() -> list[Configuration]:
         rows.append(_row(depthwise.conv_depthwise_kernel, given, options, 4))
         given = _given(p, "x", "weight", "y")
         rows.append(_row(depthwise.conv_depthwise_kernel, given, {"GRID": True, **_NONE, **block}, 4))
-        given = _given(
-            p, "grad_y", "y", "active", "seed", "end", "x", "weight", "addend", "grad_x", "grad_residual", "taps", "sums"
-        )  # fmt: skip
+        given = _given(p, "grad_y", "y", "active", "seed", "end", "x", "weight", "addend", "grad_x")
+        given |= _given(p, "grad_residual", "taps", "sums")
         rows.append(_row(depthwise.conv_depthwise_gradient_kernel, given, options, 4))
         given = _given(p, "grad_y", "y", "active", "seed", "end", "folded")
         rows.append(_row(taps.conv_fold_kernel, given, {**_EPILOGUE, "BT": 256}, 4))

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqaccel.kernels._launch import Configuration, wrap_triton
-from seqaccel.kernels.conv.epilogue import PLAIN, Epilogue, finish, gradient_at
+from seqaccel.kernels._launch import wrap_triton
+from seqaccel.kernels.conv.epilogue import Epilogue, finish, gradient_at
 from seqaccel.kernels.conv.taps import Sequences, Taps, tap_at
 
 STRIP = 1024  # time steps per program
@@ -145,7 +145,9 @@ def depthwise_gradients(
     strips = triton.cdiv(length, STRIP)
     empty = grad_y.numel() == 0 or x.numel() == 0
     fresh = grad_y.new_zeros if empty else grad_y.new_empty
-    by_tap, sums = (fresh((batch * strips, *shape), dtype=torch.float32) for shape in ((outputs, taps.count), (outputs,)))
+    by_tap, sums = (
+        fresh((batch * strips, *shape), dtype=torch.float32) for shape in ((outputs, taps.count), (outputs,))
+    )
     if not empty:
         wrap_triton(conv_depthwise_gradient_kernel)[(batch * channels, strips)](
             grad_y, y, pre, active, epilogue.seed, end, x, weight, addend, grad_x, grad_residual,

@@ -1,7 +1,7 @@
 """What follows a convolution: bias, activation, dropout, residual, relu; and the gradient of all of these.
 
-``y = relu?(residual + dropout(activation(v)))`` with v = conv + bias. "glu" and "gated" take two rows of v for one of y:
-the value at o and the gate at O + o.
+``y = relu?(residual + dropout(activation(v)))`` with v = conv + bias. "glu" and "gated" take two rows of v for one of
+y: the value at o and the gate at O + o.
 """
 
 import torch

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqaccel.kernels._launch import Configuration, precision, wrap_triton
+from seqaccel.kernels._launch import precision, wrap_triton
 from seqaccel.kernels.conv.epilogue import PLAIN, Epilogue, finish, gradient_at
 from seqaccel.kernels.conv.taps import Sequences, Taps, tap_at
 
@@ -198,13 +198,15 @@ def conv_sum_kernel(p_partial, p_sum, parts, K, M, BP: tl.constexpr, BN: tl.cons
     acc = tl.zeros([BN], dtype=tl.float32)
     for i in range(0, parts, BP):
         part = (i + o_p).to(tl.int64)
-        acc += tl.sum(tl.load(p_partial + part * K * M + n[None, :], mask=(part < parts) & (n < K * M)[None, :], other=0.0), 0)
+        acc += tl.sum(
+            tl.load(p_partial + part * K * M + n[None, :], mask=(part < parts) & (n < K * M)[None, :], other=0.0), 0
+        )
     tl.store(p_sum + n % M * K + n // M, acc.to(p_sum.dtype.element_ty), mask=n < K * M)
 
 
-#: Tiles of products: output channels -> (time steps, channels per multiplication, warps, stages). TF32 and 16 bits up to
-#: 128 channels were tuned on an H100, with another order of the loop. Without tensor cores larger tiles spill registers. A tile of 256 channels and 64 steps
-#: would read x once for all of them, and 25% more bytes per operation than 128 by 128; with 128 steps it spills.
+#: Tiles of products: output channels -> (time steps, channels per multiplication, warps, stages). TF32 and 16 bits were
+#: tuned on an H100, with another order of the loop. Without tensor cores larger tiles spill registers. A tile of 256
+#: channels and 64 steps would load 25% more bytes per operation than one of 128 and 128; with 128 steps it spills.
 _PRODUCT = {
     "ieee": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 8, 2)},
     "tf32": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 4, 3), 128: (64, 16, 4, 3)},
