@@ -55,6 +55,7 @@ class Usage:
     spills: int  # bytes a thread that the configuration may spill
     least_shared: int  # bytes a block may use on the GPUs that the configuration is for
     copies: list[int]  # the sizes of its asynchronous copies to shared memory, in bytes
+    loads: list[int]  # and of its loads from memory
 
     def problems(self) -> list[str]:
         """What keeps this configuration from being shipped."""
@@ -117,7 +118,7 @@ def compile_configuration(configuration, arch: int) -> Usage:
     )
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    used = resources(compiled.asm["cubin"])
+    used, ptx = resources(compiled.asm["cubin"]), compiled.asm["ptx"]
     return Usage(
         kernel=kernel.__name__,
         arch=arch,
@@ -130,7 +131,8 @@ def compile_configuration(configuration, arch: int) -> Usage:
         shared=max(used.get("SHARED", 0), compiled.metadata.shared),
         spills=configuration.spills,
         least_shared=configuration.least_shared,
-        copies=sorted({int(n, 0) for n in re.findall(r"cp\.async\.c[ag]\.[^;]*?, (0x\w+)", compiled.asm["ptx"])}),
+        copies=sorted({int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*?, (0x\w+)", ptx)}),
+        loads=sorted({int(v or 1) * int(b) // 8 for v, b in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)}),
     )
 
 

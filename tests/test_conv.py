@@ -192,6 +192,26 @@ def test_triton_matches_reference(epilogue, poison):
         assert_within_bound(run(on("triton"), tensors, options), exact)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("channels", [(3, 3), (2, 4)], ids=str)
+def test_triton_depthwise_in_vectors(channels, dtype, bound, poison):
+    """Every remainder of a tap's distance by the 4 or 8 steps of a vector."""
+    C, O = channels
+    for dilation in (1, 2, 3, 5, 8, 13):
+        tensors, options = case((2, C, O, 48, 3, dilation, C), EPILOGUES[2 if dilation % 2 else 8], dtype)
+        exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
+        for name, value in run(on("triton"), tensors, options).items():
+            assert error(value, exact[name]) < bound, (dilation, name)
+
+
+def test_triton_reads_channels_last_as_it_is():
+    tensors, options = case((2, 16, 7, 37, 3, 5, 1), EPILOGUES[1])
+    expected = run(on("triton"), tensors, options)
+    last = {**tensors, "x": tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)}
+    for name, value in run(on("triton"), last, options).items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_triton_at_a_real_size_is_as_accurate_as_torch():
     tensors, options = case((1, 64, 64, 256, 3, 4, 1), EPILOGUES[2])
     exact = run(on("reference"), {name: t.double() for name, t in tensors.items()}, options)
@@ -202,6 +222,8 @@ def test_triton_configurations_compile_without_spills():
     from offline import check_configurations
 
     for usage in check_configurations("seqaccel.kernels.conv"):
+        if usage.kernel.startswith("conv_depthwise") and usage.constexprs["V"] != "1":
+            assert 16 in usage.loads and usage.shared <= 16, usage  # steps are shifted in registers
         # Whatever the dilation and the length, operands come in vectors of 16 bytes (8 in the smallest tile).
         if usage.arch == 80 and usage.kernel in ("conv_product_kernel", "conv_weight_kernel"):
             assert 16 in usage.copies and (min(usage.copies) >= 8 or usage.kernel == "conv_weight_kernel"), usage

@@ -76,16 +76,19 @@ def _products() -> list[Configuration]:
 
 
 def _depthwise() -> list[Configuration]:
-    rows, block = [], {"BT": depthwise.STRIP}
-    for p in ("*fp32", "*bf16"):
-        given = _given(p, "x", "history", "begin", "row", "weight", "bias", "residual", "seed", "y", "active")
-        options = {"GRID": False, **_EPILOGUE, **block}
-        rows.append(_row(depthwise.conv_depthwise_kernel, given, options, 4))
-        given = _given(p, "x", "weight", "y")
-        rows.append(_row(depthwise.conv_depthwise_kernel, given, {"GRID": True, **_NONE, **block}, 4))
-        given = _given(p, "grad_y", "y", "active", "seed", "end", "x", "weight", "addend", "grad_x")
+    rows, single = [], {"TAPS": 0, "REST": 0, "N": depthwise.STRIP, "V": 1}
+    forward, backward = depthwise.conv_depthwise_kernel, depthwise.conv_depthwise_gradient_kernel
+    for p, v in (("*fp32", 4), ("*bf16", 8)):
+        vectors = {"GRID": False, "TAPS": 4, "REST": 3, "N": depthwise.STRIP // v, "V": v}
+        given = _given(p, "x", "weight", "bias", "residual", "seed", "y", "active")
+        rows.append(_row(forward, given, {**vectors, **_EPILOGUE}, 4, multiples_of_16=("T",)))
+        given |= _given(p, "history", "begin", "row")
+        rows.append(_row(forward, given, {"GRID": False, **single, **_EPILOGUE}, 4))
+        rows.append(_row(forward, _given(p, "x", "weight", "y"), {"GRID": True, **single, **_NONE}, 4))
+        given = _given(p, "grad_y", "y", "active", "seed", "x", "weight", "addend", "grad_x")
         given |= _given(p, "grad_residual", "taps", "sums")
-        rows.append(_row(depthwise.conv_depthwise_gradient_kernel, given, options, 4))
+        rows.append(_row(backward, given, {**vectors, **_EPILOGUE}, 4, multiples_of_16=("T", "L")))
+        rows.append(_row(backward, given | _given(p, "end"), {"GRID": False, **single, **_EPILOGUE}, 4))
         given = _given(p, "grad_y", "y", "active", "seed", "end", "folded")
         rows.append(_row(taps.conv_fold_kernel, given, {**_EPILOGUE, "BT": 256}, 4))
     return rows
