@@ -18,6 +18,7 @@ from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 from seqaccel.nn.scan import SRU, SRUCell, SRUpp
 from seqaccel.nn.scan._base import Columns
+from seqaccel.nn.scan._sru_pp import Attention, Projection
 
 __all__ = ["Layer", "Program", "State", "described"]
 
@@ -44,6 +45,7 @@ class Layer:
     skip: int = 0
     taps: int = 1
     dilation: int = 1
+    heads: int = 0
     activation: str = "none"
     relu: bool = False
     zoneout_h: float = 0.0
@@ -54,7 +56,7 @@ class Layer:
 @dataclasses.dataclass
 class State:
     """A part of the state: of which tensor, of which layer, its letter (``csrc/common/session_table.h``), and its shape
-    without the batch. States h and c of one name are stacked by layers."""
+    without the batch. The states of one name are stacked by layers, but for inputs kept."""
 
     name: str
     layer: int
@@ -63,13 +65,19 @@ class State:
 
     @property
     def stacked(self) -> bool:
-        return self.part in "hc"
+        return self.part not in "rx"
+
+    @property
+    def channels_first(self) -> bool:
+        """It lies in C++ as (B, T, C)."""
+        return self.part == "r"
 
 
 class Program:
     """Layers in the order in which they run, and the parts of their states."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_length: int | None) -> None:
+        self.memory_length = memory_length  # earlier steps that a step attends to
         self.layers: list[Layer] = []
         self.states: list[State] = []
         self.batch_first = False  # of recurrent layers
@@ -94,14 +102,16 @@ class Program:
         self.states.append(State(name, len(self.layers), part, shape))
 
 
-def described(module: nn.Module) -> Program:
-    """The layers of a module.
+def described(module: nn.Module, memory_length: int | None = None) -> Program:
+    """The layers of a module, where each step attends to ``memory_length`` steps before it.
 
     Raises:
         TypeError, ValueError: a session does not run it.
     """
-    program = Program()
+    program = Program(memory_length)
     _describe(module, program, "")
+    if memory_length is not None and all(layer.kind != "attention" for layer in program.layers):
+        raise ValueError(f"memory_length: nothing attends in {type(module).__name__}: expected None")
     return program
 
 
@@ -242,8 +252,9 @@ def _recurrent(module: Recurrent, program: Program, name: str) -> None:
 # ---- column cells ----
 
 
-@_describe.register
-def _sru(module: SRU, program: Program, name: str) -> None:
+@_describe.register(SRU)
+@_describe.register(SRUpp)
+def _sru(module: Any, program: Program, name: str) -> None:
     if module.input_to_hidden is not None:
         _describe(module.input_to_hidden, program, name)
     for cell in module.rnn_lst:
@@ -252,16 +263,21 @@ def _sru(module: SRU, program: Program, name: str) -> None:
 
 @_describe.register
 def _sru_cell(module: SRUCell, program: Program, name: str) -> None:
-    if module.custom_m is not None:
+    custom = getattr(module, module._custom)
+    if not isinstance(custom, Attention | Projection | None):
         raise TypeError("module: a Session does not run an SRU with custom_m")
     if module.bidirectional:
         raise ValueError("module: a bidirectional SRU cannot run step by step")
     inputs, hidden, matrices, norm = module.input_size, module.hidden_size, module.num_matrices, module.layer_norm
-    weight, source = module.weight.detach(), program.last
+    source = program.last
     if norm is not None and not module.normalize_after:
         _describe(norm, program, name)
-    if module.weight_proj is not None:
-        program.add("linear", inputs, module.weight_proj.shape[1], module.weight_proj.t(), None)
+    if custom is not None:
+        weight = _attention(custom, program, name)
+    else:
+        weight = module.weight.detach()
+        if module.weight_proj is not None:
+            program.add("linear", inputs, module.weight_proj.shape[1], module.weight_proj.t(), None)
     skips = module.has_skip_term and matrices == 3
     program.keep(name + "c", "c", hidden)
     program.add(
@@ -281,12 +297,33 @@ def _sru_cell(module: SRUCell, program: Program, name: str) -> None:
         _describe(norm, program, name)
 
 
-@_describe.register
-def _sru_pp(module: SRUpp, program: Program, name: str) -> None:
-    raise TypeError(
-        "module: a Session does not run the attention of SRUpp. Use its extend and step, with a state of "
-        "init_state(batch_size, memory_length=...)"
-    )
+def _attention(module: Attention | Projection, program: Program, name: str) -> Tensor:
+    """Adds the transform of an SRU++ layer but for its last product, whose weight (inner, 3H or 4H) it returns."""
+    _describe(module.linear1, program, name)
+    last = module.linear2
+    if isinstance(module, Attention):
+        length, query, last = program.memory_length, program.last, module.linear3
+        if length is None:
+            raise ValueError(
+                "memory_length: a Session of SRUpp needs to know to how many steps before it a step attends"
+            )
+        weight, inner = module.linear2.weight.detach().clone(), last.in_features
+        weight[inner:] *= module.alpha.detach()
+        program.add("linear", inner, 2 * inner, weight, None)
+        program.keep(name + "age", "n")
+        program.keep(name + "memory", "m", length, 2 * inner)
+        program.add(
+            "attention",
+            2 * inner,
+            inner,
+            skip=program.back(query),
+            taps=length + 1,
+            heads=module.num_heads,
+            parameter=1.0,
+        )
+    if module.layer_norm is not None:
+        _describe(module.layer_norm, program, name)
+    return last.weight.detach().t()
 
 
 @_describe.register

@@ -18,6 +18,7 @@ __all__ = ["Session"]
 
 _PRECISIONS = ("float32", "bfloat16", "int8")
 _MOST_STREAMS = 2**31 - 1
+_MOST_STEPS = 2**24  # their number is kept in float32
 _MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32 bits
 
 
@@ -34,24 +35,26 @@ class Session:
 
     Args:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
-            :class:`~seqaccel.nn.LSTMCell`, :class:`~seqaccel.nn.SRU`, …) or of :mod:`torch.nn`, in float32 on the CPU,
-            any number of layers, one direction (the output of a cell is h); a :class:`~seqaccel.nn.CausalConv1d`,
-            :class:`~seqaccel.nn.TCN`, :class:`~seqaccel.nn.WaveNet` (the local and then the global condition are more
-            channels of its input) or :class:`~seqaccel.nn.GatedConvLM`, whose past inputs stay in rings; or a
-            :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first), ``LayerNorm`` and ``RMSNorm``
-            (of the last dimension), ``BatchNorm1d`` (of the features of a step, by its running statistics), and, not
-            first, ``Softmax`` (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``, ``Hardswish``, ``GELU``,
-            ``LeakyReLU`` and ``ELU``; ``Identity`` and ``Dropout`` do nothing.
+            :class:`~seqaccel.nn.LSTMCell`, :class:`~seqaccel.nn.SRU`, :class:`~seqaccel.nn.SRUpp`, …) or of
+            :mod:`torch.nn`, in float32 on the CPU, any number of layers, one direction (the output of a cell is h); a
+            :class:`~seqaccel.nn.CausalConv1d`, :class:`~seqaccel.nn.TCN`, :class:`~seqaccel.nn.WaveNet` (the local and
+            then the global condition are more channels of its input) or :class:`~seqaccel.nn.GatedConvLM`, whose past
+            inputs stay in rings; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
+            ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d`` (of the features of a step, by its
+            running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``,
+            ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and ``Dropout`` do nothing.
         batch_size: number of independent streams B. Default: 1
         weights: precision of the packed matrices. ``"float32"``; ``"bfloat16"``: half the memory, weights and the
             values they multiply are rounded to 8 bits; ``"int8"``: a quarter of the memory, each row of a weight, and
             at each step each vector it multiplies, is rounded to 255 values with a scale. Sums, biases, embeddings, the
-            cell's functions and the state stay float32 (int8: sums are exact). Default: ``"float32"``
+            cell's functions, attention and the state stay float32 (int8: sums are exact). Default: ``"float32"``
+        memory_length: for an :class:`~seqaccel.nn.SRUpp`, which needs it: each step attends to itself and to at most so
+            many steps before it, whose keys and values stay in a ring of this size. Default: None, nothing attends.
 
     Raises:
         TypeError: a session cannot run ``module``, or a module in it.
-        ValueError: ``batch_size`` or ``weights`` is out of range, or the module is bidirectional, or not float32 on the
-            CPU.
+        ValueError: ``batch_size``, ``weights`` or ``memory_length`` is out of range, or the module is bidirectional, or
+            not float32 on the CPU.
         RuntimeError: the C++ kernels are missing.
 
     Example:
@@ -67,12 +70,21 @@ class Session:
         torch.Size([1, 3])
     """
 
-    def __init__(self, module: torch.nn.Module, batch_size: int = 1, weights: str = "float32") -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        batch_size: int = 1,
+        weights: str = "float32",
+        *,
+        memory_length: int | None = None,
+    ) -> None:
         _check_kernels()
         if weights not in _PRECISIONS:
             raise ValueError(f"weights: expected 'float32', 'bfloat16' or 'int8', but got {weights!r}")
         _check_batch_size(batch_size)
-        program = described(module)
+        if memory_length is not None and not (_integer(memory_length) and 1 <= memory_length <= _MOST_STEPS):
+            raise ValueError(f"memory_length: expected an integer from 1 to {_MOST_STEPS}, but got {memory_length!r}")
+        program = described(module, memory_length)
         layers = program.layers
         if not layers:
             raise TypeError("module: there is nothing to run in an empty Sequential")
@@ -91,7 +103,7 @@ class Session:
                         f"but {layer.kind} has {tensor.dtype} on {tensor.device}"
                     )
             widest = max(layer.inputs * layer.taps, layer.outputs)
-            if weights == "int8" and layer.kind != "embedding" and widest > _MOST_INT8:
+            if weights == "int8" and layer.kind not in ("embedding", "attention") and widest > _MOST_INT8:
                 raise ValueError(f"weights: int8 takes up to {_MOST_INT8} features, but {layer.kind} has {widest}")
             layer.weights = [None if t is None else _plain(t.detach()) for t in layer.weights]
             if any(t is not None and t.numel() > 0 and t.data_ptr() == 0 for t in layer.weights):
@@ -236,9 +248,10 @@ class Session:
     def select(self, indices: Tensor) -> None:
         """Stream b continues from the state of stream ``indices[b]``; an index may repeat (beam search)."""
         _arguments.tensor("Session.select", "indices", indices)
-        integral = indices.dim() == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
-        chosen = indices.tolist() if integral else []
-        if len(chosen) != self.batch_size or not all(0 <= i < self.batch_size for i in chosen):
+        fits = tuple(indices.shape) == (self.batch_size,)
+        integral = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+        chosen = indices.tolist() if fits and integral else []
+        if not chosen or not all(0 <= i < self.batch_size for i in chosen):
             raise ValueError(
                 f"indices: expected {self.batch_size} integers from 0 to {self.batch_size - 1}, but got {indices}"
             )
@@ -258,13 +271,14 @@ class Session:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors ``h`` and ``c``, each (num_layers, B, features), of a convolution ``history``
-        (B, C, (K-1)·dilation), and of a QRNN with a window of 2 ``x_0`` …, (B, features); in a Sequential ``<index>.h``
-        …"""
+        (B, C, (K-1)·dilation), of a QRNN with a window of 2 ``x_0`` …, (B, features), and of the layers of an SRUpp
+        that attend ``memory`` (layers, B, memory_length, 2·proj_size), the steps' keys and values (times alpha), oldest
+        first, and ``age`` (layers, B), how many of them there have been; in a Sequential ``<index>.h`` …"""
         state, found = {}, []
         for name, parts in self._grouped().items():
             tensor = torch.empty(self._tensor_shape(parts), dtype=torch.float32, device="cpu")
             found += _addresses(tensor, parts)
-            state[name] = tensor.transpose(1, 2) if parts[0].part == "r" else tensor
+            state[name] = tensor.transpose(1, 2) if parts[0].channels_first else tensor
         self._session.read_state(found)
         return state
 
@@ -282,7 +296,7 @@ class Session:
         tensors, found = [], []
         for name, parts in groups.items():
             shape, value = self._tensor_shape(parts), state_dict[name]
-            history = parts[0].part == "r"
+            history = parts[0].channels_first
             shape = (shape[0], shape[2], shape[1]) if history else shape
             _arguments.tensor("state_dict", repr(name), value)
             if value.is_complex() or value.is_meta:
@@ -302,8 +316,12 @@ def _check_kernels() -> None:
         raise RuntimeError(f"a Session needs the C++ kernels: {_extension.cpp_error}")
 
 
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or not 1 <= batch_size <= _MOST_STREAMS:
+    if not (_integer(batch_size) and 1 <= batch_size <= _MOST_STREAMS):
         raise ValueError(f"batch_size: expected an integer from 1 to {_MOST_STREAMS}, but got {batch_size!r}")
 
 

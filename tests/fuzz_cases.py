@@ -424,14 +424,14 @@ def training_arguments(rng: random.Random) -> Arguments:
     return {"name": name, "x": x, "state": state}
 
 
-STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM"]
+STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM", "SRUpp"]
 
 
 def session(
     name: str, weights: str, batch_size: int, x_t: Tensor, x: Tensor, mask: Tensor, indices: Tensor, state: list[Tensor]
 ) -> list[Tensor]:
     """What a session gives by all of its methods."""
-    streamed = seqaccel.Session(module(name), batch_size, weights)
+    streamed = seqaccel.Session(module(name), batch_size, weights, memory_length=3 if name == "SRUpp" else None)
     found = [streamed.step(x_t), streamed.extend(x)]
     streamed.reset(mask)
     streamed.select(indices)
@@ -445,6 +445,9 @@ def session(
 def session_arguments(rng: random.Random) -> Arguments:
     name, B = rng.choice(STREAMED), rng.randint(1, 20)
     widths = {"PeepholeLSTM": (3, 5), "LayerNormLSTM": (5, 5), "MultiplicativeLSTM": (5, 5)}.get(name, (5,))
+    state = [torch.randn(1, B, width).tanh() for width in widths]
+    if name == "SRUpp":  # the ages, the memory, c
+        state = [4.0 * torch.rand(2, B), torch.randn(2, B, 3, 4), torch.randn(2, B, 5).tanh()]
     return {
         "name": name,
         "weights": rng.choice(["float32", "bfloat16", "int8"]),
@@ -453,7 +456,7 @@ def session_arguments(rng: random.Random) -> Arguments:
         "x": torch.randn(*sizes(rng, 9), B, 4),
         "mask": torch.rand(B) < 0.5,
         "indices": torch.randint(0, B, (B,)),
-        "state": [torch.randn(1, B, width).tanh() for width in widths],
+        "state": state,
     }
 
 

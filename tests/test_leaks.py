@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import gc
 import pickle
 import random
@@ -120,9 +121,10 @@ def test_training_steps_lose_no_memory(name):
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_sessions_lose_no_memory(weights):
-    module = torch.nn.Sequential(seqaccel.nn.LSTM(4, 5), torch.nn.Linear(5, 3))
-    session, x = seqaccel.Session(module, 2, weights), torch.randn(2, 4)
+    module = torch.nn.Sequential(seqaccel.nn.LSTM(4, 5), seqaccel.nn.SRUpp(5, 5, 2, 1), torch.nn.Linear(5, 3))
+    make = functools.partial(seqaccel.Session, module, 2, weights, memory_length=3)
+    session, x = make(), torch.randn(2, 4)
     assert lost(lambda: session.step(x)) <= ALLOWED
-    assert lost(lambda: seqaccel.Session(module, 2, weights)) <= ALLOWED
+    assert lost(make) <= ALLOWED
     assert lost(lambda: copy.copy(session.fork(3))) <= ALLOWED
     assert lost(lambda: pickle.loads(pickle.dumps(session))) <= ALLOWED

@@ -313,8 +313,8 @@ def test_narrow_weights_keep_a_trained_models_bits_per_byte():
 def test_bad_modules_are_named():
     with pytest.raises(TypeError, match="module: expected a recurrent layer or cell of seqaccel.nn .* but got Conv1d"):
         seqaccel.Session(torch.nn.Conv1d(2, 2, 2))
-    with pytest.raises(TypeError, match="does not run the attention of SRUpp. Use its extend and step"):
-        seqaccel.Session(torch.nn.Sequential(torch.nn.Linear(3, 3), nn.SRUpp(3, 4, 2)))
+    with pytest.raises(TypeError, match="a Session does not run an SRU with custom_m"):
+        seqaccel.Session(nn.SRU(3, 4, custom_m=torch.nn.Linear(3, 16)))
     with pytest.raises(TypeError, match="nothing to run"):
         seqaccel.Session(torch.nn.Sequential())
     with pytest.raises(TypeError, match="must not begin with ReLU"):

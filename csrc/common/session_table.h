@@ -18,18 +18,22 @@ extern "C" {
 //   softmax                  none
 //   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish     none; parameter: slope or alpha
 //   the recurrent cells      as the operator rnn_forward has them
+//   attention                none. The queries [outputs] attend, head by head, to the keys and values of `taps` steps,
+//                            the last of which is their own. Inputs: the keys [inputs / 2] and then the values, of
+//                            as many heads or fewer. parameter: the queries times this are added to the result
 //   the column cells         weight [matrices * hidden, inputs], the same for the input of the step before,
 //                            bias [., hidden], weight of the state [., hidden]; parameter: scale of column_forward
 //
 // A layer reads the output of the layer `source` places before it. 1 (or 0) is the last one, and the place before the
 // first layer is the session's input. `skip` counts likewise, and 0 is none: the output that a linear, conv or
-// depthwise layer adds to its activation, or that a column cell's highway adds.
+// depthwise layer adds to its activation, that a column cell's highway adds, or that attention takes as its queries.
 struct SeqaccelSessionLayer {
   const char* kind;
   int64_t inputs, hidden, outputs;
   int64_t matrices;  // column cells: inputs of a unit
   int64_t source, skip;
-  int64_t taps, dilation;  // conv, depthwise
+  int64_t taps, dilation;  // conv, depthwise; attention: taps
+  int64_t heads;           // attention: of the queries
   const char* activation;  // linear, conv, depthwise: as the kinds, or "none"
   int64_t relu;            // linear, conv, depthwise: applied after the addition of `skip`
   const float* weights[10];
@@ -39,7 +43,8 @@ struct SeqaccelSessionLayer {
 
 // A part of a layer's state. It is copied to `out`, or if that is null from `from`. Parts are h [batch, outputs] and
 // c [batch, hidden]; for a column cell x [batch, inputs], the input of the step before; for conv and depthwise
-// r [batch, (taps - 1) * dilation, inputs], the inputs before, oldest first.
+// r [batch, (taps - 1) * dilation, inputs], the inputs before, oldest first. Attention has r too, and n [batch], how
+// many of those steps there have been: n is written before r.
 struct SeqaccelSessionPart {
   int64_t layer;
   char part;
@@ -76,7 +81,7 @@ struct SeqaccelSessionTable {
 };
 
 // The version counts changes of these structs: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 5
+#define SEQACCEL_SESSION_TABLE_VERSION 6
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

@@ -43,6 +43,7 @@ class Session {
       layer.skip = integer("skip");
       layer.taps = integer("taps");
       layer.dilation = integer("dilation");
+      layer.heads = integer("heads");
       layer.relu = given["relu"].cast<bool>();
       layer.zoneout_h = number("zoneout_h");
       layer.zoneout_c = number("zoneout_c");

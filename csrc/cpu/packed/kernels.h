@@ -10,6 +10,7 @@
 // barrier.
 #include <math.h>
 
+#include "cpu/packed/attention.h"
 #include "cpu/packed/cells.h"
 #include "cpu/packed/columns.h"
 #include "cpu/packed/dense.h"
@@ -441,6 +442,8 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
       return conv_layer(t, l);
     case LayerKind::depthwise:
       return depthwise_layer(t, l);
+    case LayerKind::attention:
+      return attention_layer(t, l);
     case LayerKind::embedding:
       return embedding_layer(t, l);
     case LayerKind::layer_norm:
@@ -490,7 +493,7 @@ inline void session_run(const SessionRun* pointer) {
     SessionLayer& l = run.layers[i];
     l.parity ^= int(run.steps & 1);
     for (ptrdiff_t b = 0; l.position && b < run.batch; ++b) {
-      if (run.advance == nullptr || run.advance[b]) l.position[b] = (l.position[b] + run.steps) % l.slots;
+      if (run.advance == nullptr || run.advance[b]) l.position[b] += run.steps;
     }
   }
 }

@@ -135,6 +135,7 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   layer.parameter = float(from.parameter);
   layer.taps = std::max<int64_t>(from.taps, 1);
   layer.dilation = std::max<int64_t>(from.dilation, 1);
+  layer.heads = std::max<int64_t>(from.heads, 1);
   layer.relu = from.relu != 0;
   layer.source = reached(from.source > 0 ? from.source : 1, layer.inputs);
   layer.skip = from.skip > 0 ? reached(from.skip, layer.outputs) : kNoSkip;
@@ -156,6 +157,9 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
     layer.kind = LayerKind::depthwise;
     layer.weights = keep(w[0], layer.taps * P);
     layer.bias = keep(w[1], P);
+  } else if (name == "attention") {
+    if (layer.skip == kNoSkip) throw std::invalid_argument("attention needs queries");
+    layer.kind = LayerKind::attention;
   } else if (name == "embedding") {
     layer.kind = LayerKind::embedding;
     layer.weights = keep(w[0], I * P);
@@ -279,7 +283,7 @@ void SessionProgram::start() {
     at.push_back(state.add({l.buffers, batch_, l.stride}));
     const SessionMatrix& m = l.matrices[0];
     at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
-    const bool rings = l.kind == LayerKind::conv || l.kind == LayerKind::depthwise;
+    const bool rings = l.kind == LayerKind::conv || l.kind == LayerKind::depthwise || l.kind == LayerKind::attention;
     l.slots = rings ? (l.taps - 1) * l.dilation + longest_chunk() : 0;
     at.push_back(state.add({batch_, l.slots, l.inputs}));
     at.push_back(state.add({rings ? 2 : 0, batch_}));
@@ -296,6 +300,7 @@ void SessionProgram::start() {
   run_.count = int64_t(layers_.size());
   run_.batch = batch_;
   for (const SessionLayer& l : layers_) {
+    if (l.kind == LayerKind::attention) run_.work += 2.0 * double(l.taps) * double(l.outputs);
     for (const SessionMatrix& m : l.matrices) {
       run_.work += double(m.columns[0] + m.columns[1]) * double(m.units * (m.interleaved ? m.vectors : 1));
     }

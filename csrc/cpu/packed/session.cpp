@@ -1,4 +1,5 @@
 // The sessions' C functions: a program of layers with its own packed weights and its own state.
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -90,7 +91,7 @@ int extend(void* session, const void* x, int64_t steps, float* y, const bool* ad
   });
 }
 
-// The inputs that a convolution keeps, [batch, (taps - 1) * dilation, inputs], oldest first.
+// The inputs that a convolution or attention keeps, [batch, (taps - 1) * dilation, inputs], oldest first.
 void ring(const SessionLayer& l, int64_t batch, float* out, const float* from) {
   const int64_t seen = (l.taps - 1) * l.dilation;
   for (int64_t i = 0; i < batch * seen; ++i) {
@@ -114,8 +115,19 @@ int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
     for (int64_t i = 0; i < count; ++i) {
       const auto& [layer, part, out, from] = parts[i];
       const SessionLayer& l = p->layers()[size_t(layer)];
-      if (part == 'r') {
+      if (part == 'r' || part == 'm') {
         ring(l, p->batch(), out, from);
+        continue;
+      }
+      if (part == 'n') {
+        const int64_t most = l.taps - 1;
+        for (int64_t b = 0; b < p->batch(); ++b) {
+          if (out) {
+            out[b] = float(std::min(l.position[b], most));
+          } else {
+            l.position[b] = from[b] > 0.0f ? int64_t(std::min(from[b], float(most))) : 0;
+          }
+        }
         continue;
       }
       float* const rows = part == 'c' ? p->c(layer) : p->h(layer);

@@ -23,6 +23,7 @@ enum class LayerKind : int32_t {
   linear,
   conv,
   depthwise,
+  attention,
   embedding,
   layer_norm,
   rms_norm,
@@ -63,7 +64,7 @@ struct SessionLayer {
   Activation activation;
   int32_t cell;    // index in ProductCells, or in ColumnCells
   int32_t source;  // the layer whose output it reads; -1: the session's input
-  int32_t skip;    // the layer whose output it adds, or its highway; -1: the session's input; kNoSkip
+  int32_t skip;    // the layer whose output it adds, its highway or its queries; -1: the session's input; kNoSkip
   bool relu;       // linear, conv, depthwise: relu after the skip has been added
   float* output;   // [chunk * B, outputs]; null: the session's output
   int64_t inputs, hidden, outputs;
@@ -80,9 +81,10 @@ struct SessionLayer {
   float* middle;    // [buffers, B, stride]: values that one part of a step hands to the next
   float* sums;      // layer norm: [blocks, B, 2, vectors, L]
   int parity;
-  // conv and depthwise: the ring [B, slots, inputs] holds the input of time t of stream b in slot t % slots. It has
-  // room for every input that an output sees and for a chunk. `position` [B] is the time of the next input.
+  // conv, depthwise and attention: the ring [B, slots, inputs] holds the input of time t of stream b in slot t % slots.
+  // It has room for every input that an output sees and for a chunk. `position` [B] is the time of the next input.
   int64_t taps, dilation, slots;
+  int64_t heads;  // attention
   float* ring;
   int64_t* position;
 };

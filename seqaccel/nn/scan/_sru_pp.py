@@ -15,7 +15,7 @@ from seqaccel.nn.scan._sru import SRUCell, by_direction, check_masks
 from seqaccel.nn.streaming import State, Streaming
 
 
-class _Projection(nn.Module):
+class Projection(nn.Module):
     """u = W₂ LN(W₁ x), of a layer without attention."""
 
     layer_norm: nn.LayerNorm | None
@@ -41,7 +41,7 @@ class _Projection(nn.Module):
         return self.linear2(self.dropout(x if self.layer_norm is None else self.layer_norm(x)))
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """u = W₃ LN(α Attn(Q, K, V) + Q), Q = W₁ x and [K; V] = W₂ Q; K and V also of the memory."""
 
     layer_norm: nn.LayerNorm | None
@@ -238,11 +238,11 @@ class SRUpp(Leaf, Streaming, nn.Module):
                 attends = num_layers - i <= attention_last_n_layers
             transform: nn.Module
             if attends:
-                transform = _Attention(
+                transform = Attention(
                     inputs, outputs, proj_size, num_heads, dropout, float(attn_dropout), attn_layer_norm, **where
                 )
             else:
-                transform = _Projection(inputs, outputs, proj_size, dropout, attn_layer_norm, **where)
+                transform = Projection(inputs, outputs, proj_size, dropout, attn_layer_norm, **where)
             cells.append(
                 _Cell(
                     inputs,
