@@ -89,6 +89,19 @@ def _conv2d(channels, groups, T=4, B=2):
     yield "causal_conv2d_backward", conv.causal_conv2d_backward, given
 
 
+def _wavenet_layer(T=9, B=2):
+    C, G, S = 5, 6, 3
+    x, weight, bias = torch.randn(B, C, T), torch.randn(2 * G, C, 2), torch.randn(2 * G)
+    output_weight, output_bias, skip = torch.randn(C + S, G, 1), torch.randn(C + S), torch.randn(B, S, T)
+    condition, global_condition, history = torch.randn(B, 2 * G, T), torch.randn(B, 2 * G), torch.randn(B, C, 3)
+    given = (x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, 3, True, True)
+    yield "wavenet_layer_forward", conv.wavenet_layer_forward, given
+    y, next_skip, saved = conv.wavenet_layer_forward(*given)
+    grads = torch.randn_like(y), torch.randn_like(next_skip)
+    given = (*grads, saved, x, weight, output_weight, history, 3, 255)
+    yield "wavenet_layer_backward", conv.wavenet_layer_backward, given
+
+
 def _attention(T=9, B=1):
     query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T, 4), torch.randn(B, 1, T, 4)
     given, options = (query, key, value, torch.randn(2, 1, 4)), (2, 2, -1, 1, True, True, 0.4)
@@ -116,6 +129,7 @@ TABLE = {
         for groups in (1, 4)
         for sequences in ("reset", "cu_seqlens")
     },
+    "wavenet layer": _wavenet_layer,
     "conv2d": functools.partial(_conv2d, 6, 1),
     "conv2d depthwise": functools.partial(_conv2d, 4, 4),
     "attention": _attention,

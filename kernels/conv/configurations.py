@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from seqaccel.kernels._launch import Configuration
-from seqaccel.kernels.conv import depthwise, product, taps
+from seqaccel.kernels.conv import depthwise, product, taps, wavenet
 
 _NUMBERS = {"threshold": "i64", "scale": "fp32"}
 _EPILOGUE = {"ACTIVATION": "relu", "RELU": True, "DROPOUT": True}
@@ -94,4 +94,19 @@ def _depthwise() -> list[Configuration]:
     return rows
 
 
-CONFIGURATIONS = [*_products(), *_depthwise()]
+def _layers() -> list[Configuration]:
+    rows = []
+    for kind, p in (("ieee", "*fp32"), ("tf32", "*fp32"), ("half", "*bf16")):
+        for side, (steps, depth, warps, stages) in wavenet.TILES[kind].items():
+            shape = {"BG": side, "BT": steps, "BR": wavenet.ROWS, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
+            forward, backward = wavenet.wavenet_forward_kernel, wavenet.wavenet_gate_kernel
+            given = dict.fromkeys((name for name in forward.arg_names if name.startswith("p_")), p)
+            wide = {"multiples_of_16": ("PC", "PG")}
+            rows.append(_row(forward, given, {**shape, "BC": depth}, warps, stages, **wide))
+            given = dict.fromkeys((name for name in backward.arg_names if name.startswith("p_")), p)
+            wide = {"multiples_of_16": ("PC", "PS", "PG", "P")}
+            rows.append(_row(backward, given | {"p_sums": "*fp32"}, shape, warps, stages, **wide))
+    return rows
+
+
+CONFIGURATIONS = [*_products(), *_depthwise(), *_layers()]

@@ -224,13 +224,13 @@ _WEIGHT = {
 }
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """torch's own switch for convolutions decides; its default is TF32."""
     return precision(dtype, torch.backends.cudnn.conv)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    return _precision(dtype) if dtype == torch.float32 else "half"
+def kind_of(dtype: torch.dtype) -> str:
+    return precision_of(dtype) if dtype == torch.float32 else "half"
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -307,7 +307,7 @@ def product(
     if y.numel() == 0:
         return
     outputs = rows // groups
-    kind = _kind(x.dtype)
+    kind = kind_of(x.dtype)
     table = _PRODUCT[kind]
     if _shared_memory(x.device) >= _MORE:
         table = table | _PRODUCT_MORE.get(kind, {})
@@ -320,7 +320,7 @@ def product(
         bias, residual, epilogue.seed, y, pre, active,
         length, steps, first, taps.context, channels, outputs, taps.count, groups, *taps[1:], *epilogue.numbers,
         DIRECTION=direction, GRID=taps.across > 1, **epilogue.options,
-        PRECISION=_precision(x.dtype), BO=side, BT=block, BC=depth, num_warps=warps, num_stages=stages,
+        PRECISION=precision_of(x.dtype), BO=side, BT=block, BC=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def weight_parts(
     """Parts of the weight's gradient [parts, K, G * O, C] of g and x as they are staged, x after its history or not."""
     batch, length, groups, _ = g.shape
     outputs, lead = rows // groups, taps.context if has_history else 0
-    table = _WEIGHT[_kind(x.dtype)]
+    table = _WEIGHT[kind_of(x.dtype)]
     side = _side(table, max(outputs, channels))
     steps, warps, stages = table[side]
     tiles = triton.cdiv(outputs, side) * triton.cdiv(channels, side)
@@ -347,7 +347,7 @@ def weight_parts(
     wrap_triton(conv_weight_kernel)[(tiles, taps.count * groups, splits)](
         g, x, begin, partial, batch, length, x.shape[1], lead, channels, x.shape[3], outputs, g.shape[3], taps.count,
         groups, *taps[1:], per_split, GRID=taps.across > 1,
-        PRECISION=_precision(x.dtype), BO=side, BC=side, BT=steps, num_warps=warps, num_stages=stages,
+        PRECISION=precision_of(x.dtype), BO=side, BC=side, BT=steps, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return partial
 
