@@ -1,7 +1,8 @@
 """Causal convolutions on a GPU, in Triton: of sequences and of grids.
 
 ``epilogue.py`` has what follows a convolution and its gradient, ``taps.py`` where taps meet x and what tells sequences
-apart, ``product.py`` dense convolutions, ``depthwise.py`` depthwise ones, and ``operators.py`` puts them together. ``wavenet.py`` has a layer of WaveNet.
+apart, ``product.py`` dense convolutions, ``depthwise.py`` depthwise ones, and ``operators.py`` puts them together.
+``wavenet.py`` has a layer of WaveNet.
 """
 
 from seqaccel.kernels.conv.configurations import CONFIGURATIONS

@@ -97,8 +97,8 @@ def _depthwise() -> list[Configuration]:
 def _layers() -> list[Configuration]:
     rows = []
     for kind, p in (("ieee", "*fp32"), ("tf32", "*fp32"), ("half", "*bf16")):
-        for side, (steps, depth, warps, stages) in wavenet.TILES[kind].items():
-            shape = {"BG": side, "BT": steps, "BR": wavenet.ROWS, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
+        for side, (steps, depth, height, warps, stages) in wavenet.TILES[kind].items():
+            shape = {"BG": side, "BT": steps, "BR": height, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
             forward, backward = wavenet.wavenet_forward_kernel, wavenet.wavenet_gate_kernel
             given = dict.fromkeys((name for name in forward.arg_names if name.startswith("p_")), p)
             wide = {"multiples_of_16": ("PC", "PG")}

@@ -34,13 +34,13 @@ from seqaccel.kernels.conv.product import (
 )
 from seqaccel.kernels.conv.taps import WHOLE, Taps
 
-#: Gates of a program -> (time steps, channels per multiplication, warps, stages). No GPU has run them.
+#: Gates of a program -> (time steps, channels and rows of x' and s' per multiplication, warps, stages). The largest
+#: that spill no registers and fit 99 KiB of shared memory; no GPU has run them.
 TILES = {
-    "ieee": {16: (32, 16, 4, 2), 32: (32, 16, 4, 2), 64: (32, 16, 8, 2), 128: (32, 16, 8, 2)},
-    "tf32": {16: (64, 16, 4, 2), 32: (64, 16, 4, 2), 64: (64, 16, 8, 3), 128: (64, 16, 8, 3)},
-    "half": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 64, 8, 3), 128: (64, 64, 8, 3)},
+    "ieee": {16: (32, 16, 32, 4, 2), 32: (32, 16, 32, 4, 2), 64: (32, 16, 64, 8, 2), 128: (32, 16, 32, 8, 2)},
+    "tf32": {16: (64, 16, 64, 4, 2), 32: (64, 16, 64, 4, 2), 64: (64, 16, 64, 8, 3), 128: (32, 16, 32, 8, 2)},
+    "half": {16: (64, 32, 64, 4, 2), 32: (64, 32, 64, 4, 2), 64: (64, 64, 64, 8, 3), 128: (64, 64, 32, 8, 3)},
 }
-ROWS = 64  # of x' and s' per multiplication
 
 
 @triton.jit(do_not_specialize=["lead"])
@@ -159,16 +159,18 @@ def wavenet_gate_kernel(
     s = tl.load(p_saved + G * T + o_v, mask=valid, other=0.0).to(tl.float32)
     value = tl.where(valid, dz * s * (1 - a * a), 0.0)
     gate = tl.where(valid, dz * a * s * (1 - s), 0.0)
-    p_g += i_b * T * P + t * P + o_g
-    tl.store(p_g, value.to(p_g.dtype.element_ty), mask=valid)
-    tl.store(p_g + G, gate.to(p_g.dtype.element_ty), mask=valid)
-    tl.store(p_g + 2 * G, tl.zeros([BG, BT], dtype=p_g.dtype.element_ty), mask=(o_g < P - 2 * G) & (t < T))
     if p_z is not None:
-        tl.store(p_z + i_b * T * PG + t * PG + o_g, (a * s).to(p_z.dtype.element_ty), mask=(o_g < PG) & (t < T))
+        p_z += i_b * T * PG
+        tl.store(p_z + (t * PG + o_g), (a * s).to(p_z.dtype.element_ty), mask=(o_g < PG) & (t < T))
     if p_grad_condition is not None:
-        p_grad_condition += i_b * 2 * G * T + o_v
-        tl.store(p_grad_condition, value.to(p_grad_condition.dtype.element_ty), mask=valid)
-        tl.store(p_grad_condition + G * T, gate.to(p_grad_condition.dtype.element_ty), mask=valid)
+        p_grad_condition += i_b * 2 * G * T
+        tl.store(p_grad_condition + o_v, value.to(p_grad_condition.dtype.element_ty), mask=valid)
+        tl.store(p_grad_condition + G * T + o_v, gate.to(p_grad_condition.dtype.element_ty), mask=valid)
+    p_g += i_b * T * P
+    tl.store(p_g + (t * P + o_g), value.to(p_g.dtype.element_ty), mask=valid)
+    tl.store(p_g + G + (t * P + o_g), gate.to(p_g.dtype.element_ty), mask=valid)
+    rest = tl.zeros([BG, BT], dtype=p_g.dtype.element_ty)
+    tl.store(p_g + 2 * G + (t * P + o_g), rest, mask=(o_g < P - 2 * G) & (t < T))
     if p_sums is not None:
         p_sums += (i_b * tl.num_programs(0) + tl.program_id(0)) * 2 * G + tl.arange(0, BG)
         tl.store(p_sums, tl.sum(value, 1), mask=tl.arange(0, BG) < G)
@@ -208,7 +210,7 @@ def _check(x: Tensor, weight: Tensor, output_weight: Tensor, taps: Taps, **tenso
         )
 
 
-def _tile(x: Tensor, gates: int) -> tuple[int, tuple[int, int, int, int]]:
+def _tile(x: Tensor, gates: int) -> tuple[int, tuple[int, int, int, int, int]]:
     table = TILES[kind_of(x.dtype)]
     side = next(side for side in table if side >= gates)
     return side, table[side]
@@ -251,12 +253,12 @@ def wavenet_layer_forward(
     )
     staged, lead = stage(x, 1, history), 0 if history is None else taps.context
     inner, outer = stage_weight(weight, 1), stage_weight(output_weight, 1)
-    side, (steps, depth, warps, stages) = _tile(x, gates)
+    side, (steps, depth, height, warps, stages) = _tile(x, gates)
     wrap_triton(wavenet_forward_kernel)[(triton.cdiv(length, steps), batch)](
         staged, inner, bias, condition, global_condition, outer, output_bias, x.contiguous() if residual else None,
         skip, y if residual else None, next_skip, saved if save else None,
         length, lead, channels, staged.shape[3], gates, outer.shape[2], skips, taps.count, dilation,
-        PRECISION=precision_of(x.dtype), BG=side, BT=steps, BC=depth, BR=ROWS, num_warps=warps, num_stages=stages,
+        PRECISION=precision_of(x.dtype), BG=side, BT=steps, BC=depth, BR=height, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y, next_skip, saved
 
@@ -300,7 +302,7 @@ def wavenet_layer_backward(
     ]
     d_y, d_skip = (None if pair is None else pair[0] for pair in given)
     outer = stage_weight(output_weight, 1)
-    side, (steps, _, warps, stages) = _tile(x, gates)
+    side, (steps, _, height, warps, stages) = _tile(x, gates)
     tiles = triton.cdiv(length, steps)
     g = x.new_empty((batch, length, 1, padded(rows)))
     z = x.new_empty((batch, length, 1, padded(gates))) if wants_outer else None
@@ -308,7 +310,7 @@ def wavenet_layer_backward(
     wrap_triton(wavenet_gate_kernel)[(tiles, batch)](
         d_y, d_skip, outer, saved, g, z, grads[5] if wants_condition else None, sums,
         length, channels, padded(channels), skips, padded(skips), gates, outer.shape[2], g.shape[3],
-        PRECISION=precision_of(x.dtype), BG=side, BT=steps, BR=ROWS, num_warps=warps, num_stages=stages,
+        PRECISION=precision_of(x.dtype), BG=side, BT=steps, BR=height, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if wants_x or wants_history:
         transposed = stage_weight(weight, 1, transposed=True)
