@@ -90,7 +90,7 @@ def _depthwise() -> list[Configuration]:
         rows.append(_row(backward, given, {**vectors, **_EPILOGUE}, 4, multiples_of_16=("T", "L")))
         rows.append(_row(backward, given | _given(p, "end"), {"GRID": False, **single, **_EPILOGUE}, 4))
         given = _given(p, "grad_y", "y", "active", "seed", "end", "folded")
-        rows.append(_row(taps.conv_fold_kernel, given, {**_EPILOGUE, "BT": 256}, 4))
+        rows.append(_row(taps.conv_fold_kernel, given, {**_EPILOGUE, "BT": taps.FOLD}, 4))
     return rows
 
 

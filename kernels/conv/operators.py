@@ -35,7 +35,7 @@ def _fits(x: Sequence[int], weight: Sequence[int], context: int, groups: int) ->
     widest = max(x[1], weight[0])
     if not _is_depthwise(weight, groups):
         widest = groups * max(padded(x[1] // groups), padded(weight[0] // groups))
-    return widest * length < 1 << 31 and programs <= 65535
+    return max(widest * length, 2 * weight[2] * weight[0] * padded(weight[1])) < 1 << 31 and programs <= 65535
 
 
 def _is_depthwise(weight: Sequence[int], groups: int) -> bool:

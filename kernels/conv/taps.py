@@ -16,6 +16,9 @@ from seqaccel.kernels._launch import wrap_triton
 from seqaccel.kernels.conv.epilogue import Epilogue, gradient_at
 
 
+FOLD = 1024  # steps per program where sequences are folded
+
+
 class Taps(NamedTuple):
     """The distances of taps, in steps."""
 
@@ -121,8 +124,8 @@ def fold(
     bounds = sequences.bounds
     folded = grad_y.new_zeros((count, rows, context))
     if folded.numel() and grad_y.numel():
-        wrap_triton(conv_fold_kernel)[(count * rows, triton.cdiv(context, 256))](
+        wrap_triton(conv_fold_kernel)[(count * rows, triton.cdiv(context, FOLD))](
             grad_y, y, pre, active, epilogue.seed, sequences.end if bounds is None else None, bounds, folded,
-            rows, outputs, length, context, *epilogue.numbers, **epilogue.options, BT=256, num_warps=4,
+            rows, outputs, length, context, *epilogue.numbers, **epilogue.options, BT=FOLD, num_warps=4,
         )  # fmt: skip
     return folded
