@@ -15,7 +15,6 @@ from torch import Tensor
 from seqaccel.kernels._launch import wrap_triton
 from seqaccel.kernels.conv.epilogue import Epilogue, gradient_at
 
-
 FOLD = 1024  # steps per program where sequences are folded
 
 
