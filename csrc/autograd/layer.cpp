@@ -1,22 +1,15 @@
 // Recurrent layers without lengths and zoneout, and their autograd node. functional/rnn/ does the same in Python, but
-// Python takes as long as the kernels of a small problem. It uses torch's C++ API, so a build serves one torch version.
+// Python takes as long as the kernels of a small problem.
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
-#include <torch/extension.h>
+
+#include "node.h"
 
 namespace seqaccel {
 namespace {
 
-using torch::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using Optional = std::optional<Tensor>;
 using Arguments = std::array<Optional, 11>;  // input, h_0, c_0, and up to eight weights
-
-c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
 c10::List<Optional> weights_of(const Arguments& a, size_t count) {
   return c10::List<Optional>(at::ArrayRef<Optional>(a.data() + 3, count));
@@ -41,12 +34,6 @@ variable_list outputs_of(const torch::jit::Stack& found, bool has_c, bool stacke
     outputs.push_back(state);
   }
   return outputs;
-}
-
-// Whether a gradient comes from a vmap over a backward pass.
-bool is_batched(const Tensor& t) {
-  constexpr auto keys = c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
-  return t.defined() && t.key_set().has_any(keys);
 }
 
 // A tensor that shares the version counter of `t`, but no memory. It tells later whether `t` was modified.
@@ -145,24 +132,6 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
 
 namespace {
 
-// Whether a tensor is dense, on the CPU, and not under a transform, a tracer or a Python dispatch mode.
-bool is_ordinary(const Tensor& t) {
-  static const auto expected =
-      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
-                           c10::DispatchKey::BackendSelect});
-  const auto local = c10::impl::tls_local_dispatch_key_set();
-  return t.layout() == c10::kStrided && expected.isSupersetOf((t.key_set() | local.included_) - local.excluded_);
-}
-
-// Converts an argument from Python; None leaves `t` empty. Returns false for a subclass of Tensor and for a tensor that
-// is not ordinary.
-bool take(const py::handle& given, Optional& t) {
-  if (given.is_none()) return true;
-  if (!THPVariable_CheckExact(given.ptr())) return false;
-  t = THPVariable_Unpack(given.ptr());
-  return is_ordinary(*t);
-}
-
 // A row of functional/rnn/_cells.py. `shapes` has a string per weight: a letter per dimension, then `?` if the weight
 // may be missing.
 struct Cell {
@@ -248,7 +217,7 @@ std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, cons
   if (found == cells().end()) return {};
   const Cell& cell = found->second;
   const size_t count = cell.shapes.size(), stack = weights.size();
-  if (at::impl::torch_function_mode_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0)) return {};
+  if (python_must_run()) return {};
   Optional x, h, c;
   if (!take(input, x) || !take(h_0, h) || !take(c_0, c)) return {};
   std::vector<Arguments> calls(stack);
@@ -303,10 +272,11 @@ std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, cons
 }
 
 }  // namespace
-}  // namespace seqaccel
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("add_cell", &seqaccel::add_cell);
-  m.def("layers", &seqaccel::layers);
-  m.def("watch", &seqaccel::watch);
+void bind_layers(py::module_& m) {
+  m.def("add_cell", &add_cell);
+  m.def("layers", &layers);
+  m.def("watch", &watch);
 }
+
+}  // namespace seqaccel
