@@ -228,6 +228,14 @@ def why_not_auto(name: str, device: torch.device) -> str | None:
 why_not_auto._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
 
 
+def node(input: Any) -> Any:
+    """The calls and autograd nodes in C++ (``csrc/autograd``), or None where they are not there, cannot serve, or
+    another backend was asked for. A call that returns None declines: the general path does it."""
+    if torch.compiler.is_dynamo_compiling() or type(input) is not torch.Tensor or not input.is_cpu:
+        return None
+    return _extension.autograd if asked() in ("auto", "cpp") else None
+
+
 def choose(operator: str, tensor: torch.Tensor, supported: Sequence[str], *, prefer: str | None = None) -> str:
     """The backend that runs an operator.
 

@@ -74,8 +74,8 @@ class CausalConvolution : public torch::autograd::Function<CausalConvolution> {
       const py::object function =
           py::module_::import("seqaccel.functional.conv._operators").attr("differentiate_again");
       const std::vector<Optional> operands(a.begin(), a.begin() + kOperands);
-      const py::object found = function(operands, a[kOperands], grad_y, needs, options.dilation, options.groups,
-                                        options.activation, options.relu, options.dropout);
+      const py::object found = function(operands, grad_y, needs, a[kOperands], py::none(), py::none(), options.dilation,
+                                        options.groups, options.activation, options.relu, options.dropout);
       size_t i = 1;
       for (const py::handle grad : found) grads[i++] = grad.is_none() ? Tensor() : grad.cast<Tensor>();
       return grads;

@@ -164,9 +164,7 @@ class CausalConv1d(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             others = (seed, reset, cu_seqlens, *ctx.options)
-            grads = _common.differentiable_backward(
-                lambda *tensors: _definition(*tensors, *others), (x, weight, bias, residual, history), (grad_y,), needs
-            )
+            grads = differentiate_again((x, weight, bias, residual, history), grad_y, needs, *others)
             return (*grads, *[None] * 10)
         # Without a relu around it the residual's gradient is that of y.
         own_residual = needs[3] and relu
@@ -195,6 +193,12 @@ class CausalConv1d(torch.autograd.Function):
         if needs[3] and not relu:
             grads[3] = grad_y
         return (*grads, *[None] * 10)
+
+
+def differentiate_again(operands, grad_y, needs, *others):
+    """Gradients of x, weight, bias, residual and history by the reference: differentiable, and of a batched ``grad_y``;
+    csrc/autograd calls it too."""
+    return _common.differentiable_backward(lambda *tensors: _definition(*tensors, *others), operands, (grad_y,), needs)
 
 
 # ---- the operators' facts ----

@@ -333,20 +333,13 @@ def _layer(
 # ---- the road ----
 
 
-def _node(input: Any) -> Any:
-    """The C++ node, or None where it is not there, or cannot serve, or another backend was asked for."""
-    if torch.compiler.is_dynamo_compiling() or type(input) is not Tensor or not input.is_cpu:
-        return None
-    return _extension.autograd if backends.asked() in ("auto", "cpp") else None
-
-
 def layer(
     name: str, cell: str, input: Tensor, direction: Direction, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer and direction: output (T, B, P), h_n (B, P) and, where the cell has it, c_n (B, H); ``name`` is the
     public function's, for messages."""
     h_0, c_0, weights, reverse, zoneout_h, zoneout_c = direction
-    node = _node(input)
+    node = backends.node(input)
     if node is not None and lengths is None and zoneout_h is zoneout_c is None and type(reverse) is bool:
         found = node.layers(cell, input, h_0, c_0, [weights], 1, reverse, False, 0.0, 0.0)
         if found is not None:
@@ -404,7 +397,7 @@ def layers(
     if not training:
         dropout = recurrent_dropout = 0.0
     zoned = zoneout[0] > 0 or zoneout[1] > 0
-    node = _node(input)
+    node = backends.node(input)
     if node is not None and batch_sizes is None and not zoned:
         h_0, c_0 = (None, None) if state is None else (*state, None)[:2]
         found = node.layers(cell, input, h_0, c_0, weights, directions, False, True, dropout, recurrent_dropout)
