@@ -75,6 +75,25 @@ SEQACCEL_INLINE void store(T* p, Vec<T> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+#if SEQACCEL_VECTOR_BYTES == 64
+template <>
+SEQACCEL_INLINE Vec<float> load<float>(const float* p, int n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+template <>
+SEQACCEL_INLINE Vec<double> load<double>(const double* p, int n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+template <>
+SEQACCEL_INLINE void store<float>(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+template <>
+SEQACCEL_INLINE void store<double>(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#endif
+
 // The first n lanes, or all of them.
 template <typename T>
 SEQACCEL_INLINE Vec<T> load_some(const T* p, int n) {

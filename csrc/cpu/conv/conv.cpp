@@ -182,8 +182,21 @@ void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Ten
   check_workspace(run(p));
 }
 
+// Without a history, taps that lie as far back as the sequence is long meet zeros only. Leaves them out of the shape
+// and returns the weight of the others, where copying it costs less than multiplying by zeros.
+Tensor without_idle_taps(ConvShape& s, const Tensor& weight, bool has_history) {
+  const int64_t rows = s.kernel_size / s.column_taps, step = s.dilation * s.width;
+  if (has_history || s.depthwise() || s.length == 0 || (rows - 1) * step < s.length) return weight;
+  constexpr double kCopy = 16, kCall = 250e3;  // multiply-adds in the time to copy a value, and to make a call
+  const int64_t kept = ((s.length - 1) / step + 1) * s.column_taps, taps = s.kernel_size, in = s.group_in();
+  const double columns = double(s.batch) * double(s.length), values = double(s.out_channels) * double(in);
+  if (double(taps - kept) * columns * values < kCopy * double(kept) * values + kCall) return weight;
+  s.kernel_size = kept;
+  return to_contiguous(view_of(weight, {s.out_channels, in, kept}, {in * taps, taps, 1}, taps - kept));
+}
+
 // x [B, C, T] and the others likewise: of a grid its rows one after another.
-std::tuple<Tensor, Tensor> forward_of(const ConvShape& shape, const ConvEpilogue& epilogue, Tensor x, Tensor weight,
+std::tuple<Tensor, Tensor> forward_of(ConvShape shape, const ConvEpilogue& epilogue, Tensor x, Tensor weight,
                                       OptionalTensor bias, OptionalTensor residual, OptionalTensor history, bool save) {
   const ScalarType dtype = x.scalar_type();
   check_history(shape, history, dtype);
@@ -204,6 +217,7 @@ std::tuple<Tensor, Tensor> forward_of(const ConvShape& shape, const ConvEpilogue
                                                                  : torch::headeronly::IntHeaderOnlyArrayRef(full, 3),
                                           kind == Saved::active ? ScalarType::Byte : dtype);
   if (y.numel() == 0) return {y, saved};
+  weight = without_idle_taps(shape, weight, history.has_value());
   if (dtype == ScalarType::Float) {
     run_forward<float>(shape, epilogue, x, weight, bias, residual, history, y, saved, kind);
   } else {
@@ -266,9 +280,22 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
   check_workspace(run(p));
 }
 
-Gradients backward_of(const ConvShape& shape, const ConvEpilogue& epilogue, Tensor grad_y, OptionalTensor y,
-                      Tensor saved, Tensor x, Tensor weight, OptionalTensor history, OptionalTensor addend,
-                      bool has_residual, int64_t wants) {
+// Writes the gradient of a weight [O, C / groups, kept], whose other taps were idle, into that of all taps.
+template <typename T>
+void place_taps(const Tensor& kept, Tensor& all) {
+  const int64_t rows = all.size(0) * all.size(1), from = kept.size(2), to = all.size(2);
+  const T* const values = kept.const_data_ptr<T>();
+  T* const out = all.mutable_data_ptr<T>();
+#pragma omp parallel for schedule(static) if (rows * to > 65536)
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t k = 0; k < to - from; ++k) out[row * to + k] = 0;
+    for (int64_t k = 0; k < from; ++k) out[row * to + to - from + k] = values[row * from + k];
+  }
+}
+
+Gradients backward_of(ConvShape shape, const ConvEpilogue& epilogue, Tensor grad_y, OptionalTensor y, Tensor saved,
+                      Tensor x, Tensor weight, OptionalTensor history, OptionalTensor addend, bool has_residual,
+                      int64_t wants) {
   const ScalarType dtype = x.scalar_type();
   check_history(shape, history, dtype);
   const int64_t B = shape.batch, C = shape.in_channels, O = shape.out_channels, T = shape.length, P = shape.context();
@@ -294,6 +321,11 @@ Gradients backward_of(const ConvShape& shape, const ConvEpilogue& epilogue, Tens
   Gradients grads = {make(kWantsX, {B, C, T}), make(kWantsWeight, {O, C / shape.groups, shape.kernel_size}),
                      make(kWantsBias, {O}), make(kWantsResidual, {B, Y, T}),
                      make(kWantsHistory, {shape.segments ? shape.history_rows : B, C, P})};
+  const int64_t taps = shape.kernel_size;
+  weight = without_idle_taps(shape, weight, history || wants & kWantsHistory);
+  const bool cut = shape.kernel_size < taps;
+  Tensor all_taps = grads.weight;
+  if (cut && wants & kWantsWeight) grads.weight = new_tensor(x, {O, C / shape.groups, shape.kernel_size});
   if (B == 0 || O == 0 || T == 0) {
     for (Tensor* grad : {&grads.x, &grads.weight, &grads.bias, &grads.history}) {
       if (grad->numel() > 0) torch::stable::zero_(*grad);
@@ -302,6 +334,10 @@ Gradients backward_of(const ConvShape& shape, const ConvEpilogue& epilogue, Tens
     run_backward<float>(shape, epilogue, grad_y, y, saved, kind, x, weight, history, addend, wants, grads);
   } else {
     run_backward<double>(shape, epilogue, grad_y, y, saved, kind, x, weight, history, addend, wants, grads);
+  }
+  if (cut && wants & kWantsWeight) {
+    dtype == ScalarType::Float ? place_taps<float>(grads.weight, all_taps) : place_taps<double>(grads.weight, all_taps);
+    grads.weight = all_taps;
   }
   return grads;
 }

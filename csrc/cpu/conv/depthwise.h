@@ -53,23 +53,19 @@ inline T dot(const T* a, const T* b, ptrdiff_t n) {
 
 // Elements of scratch a thread needs: the padded head, a strip, and whole lines.
 inline ptrdiff_t depthwise_scratch(const ConvShape& s) {
-  const ptrdiff_t context = s.context(), head = context < s.length ? context : s.length;
-  return (context + head + kDepthwiseStrip + 64) / 16 * 16;
+  const ptrdiff_t context = s.context(), most = context > kDepthwiseStrip ? context : kDepthwiseStrip;
+  return (context + (most < s.length ? most : s.length) + kDepthwiseStrip + 64) / 16 * 16;
 }
 
 // y[t] = sum_k w[k] x[t - (K-1-k) d], t < length, emit(t, n, values) for every strip. `before` ends where x begins
-// (null: zeros).
+// (null: zeros, which scratch begins with).
 template <typename T, typename Emit>
 inline void depthwise_row(const ConvShape& s, const T* x, ptrdiff_t length, const T* before, const T* w, T* scratch,
                           const Emit& emit) {
-  const ptrdiff_t context = s.context(), head = context < length ? context : length;
+  const ptrdiff_t context = s.context(), head = length <= kDepthwiseStrip || length < context ? length : context;
   T* padded = scratch;
   T* strip = scratch + context + head;
-  if (before) {
-    memcpy(padded, before - context, context * sizeof(T));
-  } else {
-    memset(padded, 0, context * sizeof(T));
-  }
+  if (before) memcpy(padded, before - context, context * sizeof(T));
   memcpy(padded + context, x, head * sizeof(T));
   for (ptrdiff_t t = 0; t < length;) {
     const ptrdiff_t end = t < head ? head : length;
@@ -91,6 +87,7 @@ inline bool depthwise_forward(const ConvForward<T>& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     T* mine = scratch + omp_get_thread_num() * size;
+    if (!p.history) memset(mine, 0, context * sizeof(T));
 #pragma omp for schedule(static)
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();

@@ -27,6 +27,7 @@
 #include "cpu/conv/depthwise.h"
 #include "cpu/conv/epilogue.h"
 #include "cpu/conv/product.h"
+#include "cpu/conv/short_backward.h"
 #include "cpu/conv/weight_gradient.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
@@ -147,6 +148,7 @@ bool backward(const ConvBackward<T>& p) {
   const bool wants_data = p.grad_x || p.grad_history, wants_product = wants_data || p.grad_weight;
   if (p.grad_history && s.segments) memset(p.grad_history, 0, s.history_rows * s.in_channels * context * sizeof(T));
   if (s.depthwise()) return backward_depthwise(p, identity, wants_product);
+  if (is_short(p)) return short_backward(p);
   const BackwardItems items(s, p.threads);
   const BackwardSizes<T> sizes(s, items);
   const ptrdiff_t stride = items.stride();

@@ -10,8 +10,9 @@ constexpr int kRows = 6;
 constexpr int kVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 template <typename T>
 constexpr ptrdiff_t kColumns = kVectors * Lanes<T>;
-constexpr ptrdiff_t kDepth = 256;  // rows of a panel: 64 KB, a sixteenth of the second-level cache
-constexpr ptrdiff_t kFlush = 64;   // terms summed in a register
+constexpr ptrdiff_t kDepth = 256;              // rows of a panel: 64 KB, a sixteenth of the second-level cache
+constexpr ptrdiff_t kFlush = 64;               // terms summed in a register
+constexpr ptrdiff_t kSecondLevel = 256 << 10;  // bytes of A that stay in the second-level cache beside the rest
 constexpr ptrdiff_t kFewColumns =
     8;  // up to here columns are dot products with the weight's rows, and nothing is packed
 
@@ -63,6 +64,56 @@ SEQACCEL_INLINE Multiply<T> multiply_tile(ptrdiff_t rows, ptrdiff_t vectors) {
   __builtin_unreachable();
 }
 
+// The same where the panel's rows are shifted parts of windows, one window for each of `channels` channels: tap k of a
+// channel reads its window from `first` + k * step on.
+template <typename T>
+struct Windows {
+  const T* values;
+  ptrdiff_t width, channels, taps, first, step;
+};
+
+template <typename T, int MR, int NV>
+void multiply_windows(const T* a, ptrdiff_t a_stride, const Windows<T>& w, T* out, ptrdiff_t out_stride,
+                      bool accumulate) {
+  const ptrdiff_t blocks = larger(1, ceil_div(w.channels * w.taps, kFlush));
+  for (ptrdiff_t block = 0; block < blocks; ++block) {
+    Vec<T> acc[MR][NV] = {};
+    for (ptrdiff_t c = w.channels * block / blocks; c < w.channels * (block + 1) / blocks; ++c) {
+      add_products<T, MR, NV>(acc, a + c * w.taps, a_stride, 1, w.values + c * w.width + w.first, w.step, w.taps);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        T* to = out + m * out_stride + v * Lanes<T>;
+        store(to, accumulate || block ? load(to) + acc[m][v] : acc[m][v]);
+      }
+    }
+  }
+}
+
+template <typename T>
+using MultiplyWindows = void (*)(const T*, ptrdiff_t, const Windows<T>&, T*, ptrdiff_t, bool);
+
+template <typename T, int NV>
+SEQACCEL_INLINE MultiplyWindows<T> multiply_window_rows(ptrdiff_t rows) {
+  constexpr MultiplyWindows<T> table[kRows] = {multiply_windows<T, 1, NV>, multiply_windows<T, 2, NV>,
+                                               multiply_windows<T, 3, NV>, multiply_windows<T, 4, NV>,
+                                               multiply_windows<T, 5, NV>, multiply_windows<T, 6, NV>};
+  return table[rows - 1];
+}
+
+template <typename T>
+SEQACCEL_INLINE MultiplyWindows<T> multiply_window_tile(ptrdiff_t rows, ptrdiff_t vectors) {
+  if (vectors == 1) return multiply_window_rows<T, 1>(rows);
+  if (vectors == 2) return multiply_window_rows<T, 2>(rows);
+  if constexpr (kVectors > 2) {
+    if (vectors == 3) return multiply_window_rows<T, 3>(rows);
+    return multiply_window_rows<T, 4>(rows);
+  }
+  __builtin_unreachable();
+}
+
 // Rows first ... last of block i when n rows are dealt evenly to blocks of at most kRows.
 struct RowBlocks {
   ptrdiff_t n, count;
@@ -72,7 +123,14 @@ struct RowBlocks {
 
 template <typename T>
 SEQACCEL_INLINE void clear(T* out, ptrdiff_t n) {
-  for (ptrdiff_t i = 0; i < n; ++i) out[i] = T(0);
+  for (ptrdiff_t i = 0; i < n; i += Lanes<T>) store_some(out + i, Vec<T>{}, int(smaller(Lanes<T>, n - i)));
+}
+
+template <typename T>
+SEQACCEL_INLINE void copy_row(T* out, const T* row, ptrdiff_t n) {
+  ptrdiff_t i = 0;
+  for (; i + Lanes<T> <= n; i += Lanes<T>) store(out + i, load(row + i));
+  if (i < n) store(out + i, load(row + i, int(n - i)), int(n - i));
 }
 
 // A run of a product's columns: time steps [t, t + n) of one segment of sequence b.
@@ -98,19 +156,19 @@ struct Signal {
   // out[i] = value(b, c, t + i), zero outside of the segment and its history
   SEQACCEL_INLINE void copy(ptrdiff_t b, const Segment& segment, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
     const T* row = values + (b * channels + c) * stride;
-    if (t >= segment.begin && t + n <= segment.end) {
-      const ptrdiff_t whole = n & ~ptrdiff_t(Lanes<T> - 1);
-      for (ptrdiff_t i = 0; i < whole; i += Lanes<T>) store(out + i, load(row + t + i));
-      for (ptrdiff_t i = whole; i < n; ++i) out[i] = row[t + i];
-      return;
+    if (t >= segment.begin && t + n <= segment.end) return copy_row(out, row + t, n);
+    const ptrdiff_t at = t - segment.begin;
+    const ptrdiff_t middle = smaller(larger(-at, 0), n), end = smaller(larger(segment.end - t, middle), n);
+    if (history) {
+      const ptrdiff_t oldest = smaller(larger(-context - at, 0), middle);
+      clear(out, oldest);
+      const T* before = history + (segment.history * channels + c + 1) * context + at;
+      copy_row(out + oldest, before + oldest, middle - oldest);
+    } else {
+      clear(out, middle);
     }
-    const T* before = history ? history + (segment.history * channels + c + 1) * context : nullptr;
-    ptrdiff_t i = 0;
-    for (ptrdiff_t at = t - segment.begin; i < n && at + i < 0; ++i) {
-      out[i] = before && at + i >= -context ? before[at + i] : T(0);
-    }
-    for (; i < n && t + i < segment.end; ++i) out[i] = row[t + i];
-    for (; i < n; ++i) out[i] = T(0);
+    copy_row(out + middle, row + t + middle, end - middle);
+    clear(out + end, n - end);
   }
 };
 
@@ -220,6 +278,7 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
   T* out = scratch;  // [a block's rows, kColumns] once for each block
   T* panel = scratch + p.rows * kColumns<T>;
   const ptrdiff_t vectors = ceil_div(count, Lanes<T>), panel_width = vectors * Lanes<T>;
+  const bool large = p.rows * depth * ptrdiff_t(sizeof(T)) > kSecondLevel;  // A comes from further away
   // The part of the next tile's signal that block `block` of those that multiply rows [r0, r0 + deep) of A fetches.
   const auto fetch_next = [&](ptrdiff_t r0, ptrdiff_t deep, ptrdiff_t block) {
     const ptrdiff_t from = r0 / taps, n_channels = deep / taps, all = last_block - first_block;
@@ -231,16 +290,30 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
       }
     }
   };
-  for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += kDepth) {
-    const ptrdiff_t deep = smaller(kDepth, depth - r0);
+  // One run whose taps overlap is copied once, and each tap reads its part of the copy.
+  const ptrdiff_t oldest = smaller(p.tap[0].steps, p.tap[taps - 1].steps),
+                  step = taps > 1 ? p.tap[1].steps - p.tap[0].steps : 0;
+  const ptrdiff_t window = whole_lines(kColumns<T> + (taps - 1) * larger(step, -step));
+  const bool overlap =
+      taps > 1 && p.shape->column_taps == 1 && runs.size == 1 && window <= smaller(taps, kDepth) * kColumns<T>;
+  const ptrdiff_t most = overlap ? kDepth * kColumns<T> / window * taps : kDepth;
+  for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += most) {
+    const ptrdiff_t deep = smaller(most, depth - r0);
+    const Windows<T> windows = {panel, window, deep / taps, taps, p.tap[0].steps - oldest, step};
+    for (ptrdiff_t c = 0; overlap && c < windows.channels; ++c) {
+      const Run& run = runs.list[0];
+      p.signal.copy(run.b, run.segment, group * p.channels + r0 / taps + c, run.t + oldest,
+                    run.n + window - kColumns<T>, panel + c * window);
+    }
     for (const Run& run : runs) {
+      if (overlap) break;
       ptrdiff_t c = r0 / taps, k = r0 % taps;
       for (ptrdiff_t r = 0; r < deep; ++r) {
         p.copy(run, group * p.channels + c, k, 0, run.n, panel + r * panel_width + run.column);
         if (++k == taps) k = 0, ++c;
       }
     }
-    if (count < panel_width) {
+    if (count < panel_width && !overlap) {
       for (ptrdiff_t r = 0; r < deep; ++r) {
         for (ptrdiff_t i = count; i < panel_width; ++i) panel[r * panel_width + i] = T(0);
       }
@@ -253,7 +326,18 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
       for (ptrdiff_t r = row; last && r < end; ++r) {
         for (const Run& run : runs) prepare(group * p.rows + r, run.b, run.t, run.n);
       }
-      multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<T>, r0 > 0);
+      if (large) {
+        const ptrdiff_t next_end = smaller(blocks.begin(smaller(block + 2, blocks.count)), p.rows);
+        for (ptrdiff_t r = end; r < next_end; ++r) {
+          const T* next = a + r * depth + r0;
+          for (ptrdiff_t i = 0; i < deep; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(next + i, 0, 2);
+        }
+      }
+      if (overlap) {
+        multiply_window_tile<T>(end - row, vectors)(a + row * depth + r0, depth, windows, to, kColumns<T>, r0 > 0);
+      } else {
+        multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<T>, r0 > 0);
+      }
       for (ptrdiff_t r = row; last && r < end; ++r) {
         for (const Run& run : runs) {
           emit(group * p.rows + r, run.b, run.t, run.n, out + r * kColumns<T> + run.column);
@@ -315,18 +399,26 @@ inline void run_product(const Product<T>& p, T* scratch, const Prepare& prepare,
   const ptrdiff_t width = few ? columns : kColumns<T>;
   const ptrdiff_t tiles = ceil_div(columns, width);
   const RowBlocks blocks(p.rows);
-  const ptrdiff_t most = together ? 1 : blocks.count;
-  const ptrdiff_t groups = p.shape->groups;
-  const ptrdiff_t parts = larger(1, smaller(few ? team : ceil_div(4 * team, tiles * groups), most));
-#pragma omp for schedule(dynamic, 4) nowait
-  for (ptrdiff_t item = 0; item < tiles * groups * parts; ++item) {
-    const ptrdiff_t part = item % parts, group = item / parts % groups, begin = item / parts / groups * width;
-    const ptrdiff_t first_block = blocks.count * part / parts, last_block = blocks.count * (part + 1) / parts;
+  const ptrdiff_t groups = p.shape->groups, parts = together ? 1 : blocks.count;
+  const auto run = [&](ptrdiff_t tile, ptrdiff_t first_block, ptrdiff_t last_block) {
+    const ptrdiff_t group = tile % groups, begin = tile / groups * width;
     if (few) {
       product_few(p, group, columns, first_block, last_block, scratch, emit);
     } else {
       product_tile(p, group, begin, smaller(width, columns - begin), first_block, last_block, scratch, prepare, emit);
     }
+  };
+  if (tiles * groups >= 4 * team) {
+#pragma omp for schedule(dynamic, 4) nowait
+    for (ptrdiff_t tile = 0; tile < tiles * groups; ++tile) run(tile, 0, blocks.count);
+    return;
+  }
+  // Few tiles: each thread takes its share of their blocks, so that it copies few panels.
+  const ptrdiff_t all = tiles * groups * parts, me = omp_get_thread_num(), last = all * (me + 1) / team;
+  for (ptrdiff_t part = all * me / team; part < last;) {
+    const ptrdiff_t tile = part / parts, end = smaller(last, (tile + 1) * parts), first = tile * parts;
+    run(tile, blocks.count * (part - first) / parts, blocks.count * (end - first) / parts);
+    part = end;
   }
 }
 
