@@ -11,8 +11,8 @@
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
-// Whether to take it: a weight of kShortWeight values or more, at most kShortSteps columns for each output channel (X
-// and dX cost as much as so many rows of the weight), and X not too large.
+// Whether to take it: the weight has kShortWeight values or more, and X, whose copies replace those of the weight, fewer
+// than the weight and at most kShortColumns.
 constexpr ptrdiff_t kShortWeight = 32 << 10, kShortColumns = 8 << 20;
 
 template <typename T>
