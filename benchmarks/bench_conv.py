@@ -1,7 +1,7 @@
 """Dilated causal convolutions and the TCN against the same from ``F.conv1d``.
 
 The stock contender pads on the left and runs ``F.conv1d``, relu and, in a TCN, dropout as separate operators, with the
-same weight norm on both sides. ``pytorch-tcn`` joins where it is installed.
+same weight norm on both sides. "torch, cut" lets ``F.conv1d`` pad on both sides and cuts off the end. ``pytorch-tcn`` joins where it is installed.
 """
 
 import functools
@@ -24,6 +24,11 @@ CONVOLUTIONS = [
     {"B": 1, "C": 25, "T": 784, "K": 7, "d": 8},
     {"B": 16, "C": 256, "T": 1024, "K": 3, "d": 16},
 ]
+DEPTHWISE = [
+    {"B": 8, "C": 256, "T": 1024, "K": 4, "d": 1},
+    {"B": 4, "C": 64, "T": 4096, "K": 3, "d": 64},
+    {"B": 1, "C": 256, "T": 16384, "K": 3, "d": 64},
+]
 NETWORKS = [{"B": 8, "C": 64, "T": 1024, "K": 3, "levels": 4}]
 
 
@@ -36,18 +41,22 @@ def forced(function, backend="cpp"):
 
 
 def convolution(B, C, T, K, d, groups=1):
-    """The tensors of a case, and our and torch's forward: x, weight, bias -> relu(conv)."""
+    """The tensors of a case, and our forward and torch's two: x, weight, bias -> relu(conv)."""
     x = torch.randn(B, C, T)
     weight = torch.randn(C, C // groups, K) / (C // groups * K) ** 0.5
     bias = torch.randn(C)
+    context = (K - 1) * d
 
     def ours(x, weight, bias):
         return SF.causal_conv1d(x, weight, bias, dilation=d, groups=groups, activation="relu")
 
     def stock(x, weight, bias):
-        return torch.relu(F.conv1d(F.pad(x, ((K - 1) * d, 0)), weight, bias, dilation=d, groups=groups))
+        return torch.relu(F.conv1d(F.pad(x, (context, 0)), weight, bias, dilation=d, groups=groups))
 
-    return [x, weight, bias], ours, stock
+    def cut(x, weight, bias):
+        return torch.relu(F.conv1d(x, weight, bias, padding=context, dilation=d, groups=groups)[..., :T])
+
+    return [x, weight, bias], {"seqaccel[cpp]": ours, "torch": stock, "torch, cut": cut}
 
 
 def inference(function, tensors):
@@ -73,39 +82,58 @@ def cost(B, C, T, K, groups=1):
     return 2 * B * C * C // groups * T * K, 4 * (2 * B * C * T + C * C // groups * K)
 
 
-@suite(CONVOLUTIONS, ["seqaccel[cpp]", "torch"])
+CONTENDERS = ["seqaccel[cpp]", "torch", "torch, cut"]
+
+
+def convolution_case(make, passes, B, C, T, K, d, groups=1):
+    tensors, functions = convolution(B, C, T, K, d, groups)
+    flops, moved = cost(B, C, T, K, groups)
+    return Case(
+        contenders(functions, lambda function: make(function, tensors)), flops=passes * flops, bytes=passes * moved
+    )
+
+
+@suite(CONVOLUTIONS, CONTENDERS)
 def bench_causal_conv1d_inference(B, C, T, K, d):
-    tensors, ours, stock = convolution(B, C, T, K, d)
-    flops, moved = cost(B, C, T, K)
+    return convolution_case(inference, 1, B, C, T, K, d)
+
+
+@suite(CONVOLUTIONS, CONTENDERS)
+def bench_causal_conv1d_training(B, C, T, K, d):
+    return convolution_case(training, 3, B, C, T, K, d)
+
+
+@suite(DEPTHWISE, CONTENDERS)
+def bench_depthwise_inference(B, C, T, K, d):
+    return convolution_case(inference, 1, B, C, T, K, d, groups=C)
+
+
+@suite(DEPTHWISE, CONTENDERS)
+def bench_depthwise_training(B, C, T, K, d):
+    return convolution_case(training, 3, B, C, T, K, d, groups=C)
+
+
+GRIDS = [{"B": 4, "C": 64, "T": 48, "S": 48, "K": 5}]
+
+
+@suite(GRIDS, ["seqaccel[cpp]", "torch"])
+def bench_causal_conv2d_inference(B, C, T, S, K):
+    """A kernel of K x K taps, of which K // 2 + 1 rows count; torch's has only these."""
+    rows = K // 2 + 1
+    x, bias = torch.randn(B, C, T, S), torch.randn(C)
+    weight = torch.randn(C, C, rows, K) / (C * rows * K) ** 0.5
+
+    def ours(x, weight, bias):
+        return SF.causal_conv2d(x, weight, bias, activation="relu")
+
+    def stock(x, weight, bias):
+        return torch.relu(F.conv2d(F.pad(x, (K // 2, K // 2, rows - 1, 0)), weight, bias))
+
+    tensors = [x, weight, bias]
     return Case(
         {"seqaccel[cpp]": forced(inference(ours, tensors)), "torch": inference(stock, tensors)},
-        flops=flops,
-        bytes=moved,
-    )
-
-
-@suite(CONVOLUTIONS, ["seqaccel[cpp]", "torch"])
-def bench_causal_conv1d_training(B, C, T, K, d):
-    tensors, ours, stock = convolution(B, C, T, K, d)
-    flops, moved = cost(B, C, T, K)
-    return Case(
-        {"seqaccel[cpp]": forced(training(ours, tensors)), "torch": training(stock, tensors)},
-        flops=3 * flops,
-        bytes=3 * moved,
-    )
-
-
-@suite(
-    [{"B": 8, "C": 256, "T": 1024, "K": 4, "d": 1}, {"B": 4, "C": 64, "T": 4096, "K": 3, "d": 64}],
-    ["seqaccel[cpp]", "torch"],
-)
-def bench_depthwise_training(B, C, T, K, d):
-    tensors, ours, stock = convolution(B, C, T, K, d, groups=C)
-    flops, moved = cost(B, C, T, K, groups=C)
-    return Case(
-        {"seqaccel[cpp]": forced(training(ours, tensors)), "torch": training(stock, tensors)},
-        flops=3 * flops,
-        bytes=3 * moved,
+        flops=2 * B * C * C * T * S * rows * K,
+        bytes=4 * (2 * B * C * T * S + C * C * rows * K),
     )
 
 
@@ -340,7 +368,8 @@ def bench_tcn_step(B, C, K, levels):
     device="cuda",
 )
 def bench_causal_conv1d_training_gpu(B, C, T, K, d, groups, dtype):
-    tensors, ours, stock = convolution(B, C, T, K, d, groups)
+    tensors, functions = convolution(B, C, T, K, d, groups)
+    ours, stock = functions["seqaccel[cpp]"], functions["torch"]
     kind = getattr(torch, dtype)
     tensors = [t.to("cuda", kind).requires_grad_() for t in tensors]
     grad = torch.randn(B, C, T, device="cuda", dtype=kind)

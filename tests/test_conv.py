@@ -27,7 +27,8 @@ def usable(isa):
 
 USABLE_ISAS = [isa for isa in ISAS if usable(isa)]
 
-# B, C, O, T, K, dilation, groups: every tail of a register tile, many panels, taps beyond the start, few columns.
+# B, C, O, T, K, dilation, groups: every tail of a register tile, many panels, taps beyond the start, few columns, wide
+# layers over few steps.
 SHAPES = [
     (1, 1, 1, 1, 1, 1, 1),
     (2, 3, 5, 7, 2, 1, 1),
@@ -41,6 +42,9 @@ SHAPES = [
     (1, 40, 70, 3, 3, 1, 1),
     (8, 20, 12, 1, 3, 2, 1),
     (70, 4, 4, 2, 2, 1, 2),
+    (40, 80, 70, 1, 7, 1, 1),
+    (70, 200, 180, 1, 3, 1, 1),
+    (2, 96, 130, 16, 5, 4, 1),
 ]
 REAL_SHAPES = [
     (4, 96, 150, 640, 3, 16, 1),
