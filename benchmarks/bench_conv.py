@@ -1,7 +1,8 @@
 """Dilated causal convolutions and the TCN against the same from ``F.conv1d``.
 
 The stock contender pads on the left and runs ``F.conv1d``, relu and, in a TCN, dropout as separate operators, with the
-same weight norm on both sides. "torch, cut" lets ``F.conv1d`` pad on both sides and cuts off the end. ``pytorch-tcn`` joins where it is installed.
+same weight norm on both sides. "torch, cut" lets ``F.conv1d`` pad on both sides and cuts off the end. ``pytorch-tcn``
+joins where it is installed.
 """
 
 import functools

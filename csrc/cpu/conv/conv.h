@@ -39,6 +39,7 @@ struct ConvShape {
   ptrdiff_t group_in() const { return in_channels / groups; }
   ptrdiff_t group_out() const { return out_channels / groups; }
   bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1; }
+  bool depthwise_grid() const { return group_in() == 1 && groups > 1 && column_taps > 1; }
   Tap tap(ptrdiff_t k) const {
     const ptrdiff_t columns = (k % column_taps - column_taps / 2) * column_dilation;
     return {columns - (kernel_size / column_taps - 1 - k / column_taps) * dilation * width, columns};

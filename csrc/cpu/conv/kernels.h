@@ -25,6 +25,7 @@
 #include "cpu/base/vec.h"
 #include "cpu/conv/conv.h"
 #include "cpu/conv/depthwise.h"
+#include "cpu/conv/depthwise_grid.h"
 #include "cpu/conv/epilogue.h"
 #include "cpu/conv/product.h"
 #include "cpu/conv/short_backward.h"
@@ -84,6 +85,7 @@ template <typename T>
 bool forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
   if (s.depthwise()) return depthwise_forward(p);
+  if (s.depthwise_grid()) return depthwise_grid_forward(p);
   const ptrdiff_t size = whole_lines(product_scratch<T>(s.group_out(), s.group_in() * s.kernel_size));
   Workspace workspace;
   T* scratch;
@@ -136,7 +138,9 @@ bool backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_prod
     for (ptrdiff_t b = 0; b < s.batch; ++b) sum += row_sums[b * s.out_channels + o];
     p.grad_bias[o] = sum;
   }
-  if (wants_product) depthwise_backward(p, identity ? p.grad_y : g);
+  if (!wants_product) return true;
+  if (s.depthwise_grid()) return depthwise_grid_backward(p, identity ? p.grad_y : g);
+  depthwise_backward(p, identity ? p.grad_y : g);
   return true;
 }
 
@@ -147,7 +151,7 @@ bool backward(const ConvBackward<T>& p) {
   const bool identity = p.epilogue.activation == Activation::none && !p.epilogue.relu && p.epilogue.dropout == 0;
   const bool wants_data = p.grad_x || p.grad_history, wants_product = wants_data || p.grad_weight;
   if (p.grad_history && s.segments) memset(p.grad_history, 0, s.history_rows * s.in_channels * context * sizeof(T));
-  if (s.depthwise()) return backward_depthwise(p, identity, wants_product);
+  if (s.depthwise() || s.depthwise_grid()) return backward_depthwise(p, identity, wants_product);
   if (is_short(p)) return short_backward(p);
   const BackwardItems items(s, p.threads);
   const BackwardSizes<T> sizes(s, items);

@@ -11,8 +11,8 @@
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
-// Whether to take it: the weight has kShortWeight values or more, and X, whose copies replace those of the weight, fewer
-// than the weight and at most kShortColumns.
+// Whether to take it: the weight has kShortWeight values or more, and X, whose copies replace those of the weight,
+// fewer than the weight and at most kShortColumns.
 constexpr ptrdiff_t kShortWeight = 32 << 10, kShortColumns = 8 << 20;
 
 template <typename T>

@@ -1,0 +1,181 @@
+// Depthwise causal convolution of a grid. A plane is copied with zeros around it: the rows of context above (for the
+// gradient of x, below) and `beside` columns after each row, which also lie before the next one. Then each tap is a
+// shift of the whole plane, and the loops are those of a sequence.
+#pragma once
+
+#include "cpu/conv/depthwise.h"
+
+namespace seqaccel::SEQACCEL_ISA::conv {
+
+// out[i] (+)= sum_k w[k] * x[i + at[k]], i < n. out and x have room for whole vectors.
+template <typename T>
+inline void correlate_at(const T* x, const T* w, const ptrdiff_t* at, ptrdiff_t taps, ptrdiff_t n, T* out,
+                         bool accumulate) {
+  constexpr int NV = 4;
+  constexpr ptrdiff_t L = Lanes<T>;
+  for (ptrdiff_t i = 0; i < n; i += NV * L) {
+    Vec<T> acc[NV] = {};
+    for (ptrdiff_t k = 0; k < taps; ++k) {
+      const Vec<T> wk = broadcast(w[k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[v] += wk * load(x + i + at[k] + v * L);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(out + i + v * L, accumulate ? load(out + i + v * L) + acc[v] : acc[v]);
+  }
+}
+
+// The taps that meet the plane, and the layout of its copies.
+struct GridPlane {
+  ptrdiff_t rows, width, context, beside, pitch, taps;
+
+  explicit GridPlane(const ConvShape& s)
+      : rows(s.length / s.width),
+        width(s.width),
+        context(s.context() / s.width),
+        beside(s.beside()),
+        pitch(width + beside),
+        taps(0) {
+    for (ptrdiff_t k = 0; k < s.kernel_size; ++k) taps += meets(s.tap(k));
+  }
+  bool meets(const Tap& tap) const { return tap.columns < width && tap.columns > -width; }
+  // Rows between two epilogues, and values of a copy of `rows` rows, of which the first one's columns begin at
+  // `beside`.
+  ptrdiff_t strip() const { return smaller(rows, larger(1, kDepthwiseStrip / pitch)); }
+  template <typename T>
+  ptrdiff_t size(ptrdiff_t of_rows) const {
+    return whole_lines(beside + of_rows * pitch + 8 * Lanes<T>);
+  }
+  // Where tap k of the present reads a copy that begins `context` rows before.
+  ptrdiff_t at(const Tap& tap) const {
+    return beside + context * pitch + (tap.steps - tap.columns) / width * pitch + tap.columns;
+  }
+  // Copies rows of a plane, of which the pads stay as they are.
+  template <typename T>
+  void copy(const T* from, ptrdiff_t count, T* to) const {
+    for (ptrdiff_t r = 0; r < count; ++r) copy_row(to + beside + r * pitch, from + r * width, width);
+  }
+};
+
+// Taps of the plane: their numbers, and the shifts that the output and the gradient of x need.
+struct GridTaps {
+  ptrdiff_t *number, *forward, *backward;
+  void fill(const ConvShape& s, const GridPlane& plane) const {
+    ptrdiff_t i = 0;
+    for (ptrdiff_t k = 0; k < s.kernel_size; ++k) {
+      const Tap tap = s.tap(k);
+      if (!plane.meets(tap)) continue;
+      number[i] = k;
+      forward[i] = plane.at(tap);
+      backward[i++] = plane.beside - (tap.steps - tap.columns) / plane.width * plane.pitch - tap.columns;
+    }
+  }
+};
+
+template <typename T>
+inline void gather_weight(const T* weight, const GridTaps& taps, ptrdiff_t count, T* out) {
+  for (ptrdiff_t i = 0; i < count; ++i) out[i] = weight[taps.number[i]];
+}
+
+template <typename T>
+inline bool depthwise_grid_forward(const ConvForward<T>& p) {
+  const ConvShape& s = p.shape;
+  const GridPlane plane(s);
+  const ptrdiff_t padded = plane.size<T>(plane.context + plane.rows), strip = plane.size<T>(plane.strip());
+  const ptrdiff_t weights = whole_lines(s.kernel_size), size = padded + strip + weights;
+  Workspace workspace;
+  T* scratch;
+  GridTaps taps;
+  workspace.reserve(scratch, p.threads * size);
+  workspace.reserve(taps.number, s.kernel_size);
+  workspace.reserve(taps.forward, s.kernel_size);
+  workspace.reserve(taps.backward, s.kernel_size);
+  if (!workspace.allocate()) return false;
+  taps.fill(s, plane);
+#pragma omp parallel num_threads(p.threads)
+  {
+    T* const x = scratch + omp_get_thread_num() * size;
+    T *const out = x + padded, *const w = out + strip;
+    clear(x, padded);
+#pragma omp for schedule(static)
+    for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
+      const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, in = b * s.in_channels + o / s.group_out();
+      gather_weight(p.weight + o * s.kernel_size, taps, plane.taps, w);
+      if (p.history) plane.copy(p.history + in * s.context(), plane.context, x);
+      plane.copy(p.x + in * s.length, plane.rows, x + plane.context * plane.pitch);
+      for (ptrdiff_t r = 0; r < plane.rows; r += plane.strip()) {
+        const ptrdiff_t count = smaller(plane.strip(), plane.rows - r);
+        correlate_at(x + r * plane.pitch, w, taps.forward, plane.taps, (count - 1) * plane.pitch + plane.width, out,
+                     false);
+        for (ptrdiff_t i = 0; i < count; ++i) {
+          finish_row(p, o, b, (r + i) * plane.width, plane.width, out + i * plane.pitch);
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// As depthwise_backward; a thread owns its channels over the whole batch.
+template <typename T>
+inline bool depthwise_grid_backward(const ConvBackward<T>& p, const T* g) {
+  const ConvShape& s = p.shape;
+  const GridPlane plane(s);
+  const ptrdiff_t front = p.grad_history ? plane.context : 0, multiplier = s.group_out();
+  const ptrdiff_t padded = plane.size<T>(plane.context + plane.rows);
+  const ptrdiff_t outer = plane.size<T>(front + plane.rows + plane.context), sums = plane.size<T>(front + plane.rows);
+  const ptrdiff_t weights = whole_lines(s.kernel_size), size = padded + outer + sums + weights;
+  Workspace workspace;
+  T* scratch;
+  GridTaps taps;
+  workspace.reserve(scratch, p.threads * size);
+  workspace.reserve(taps.number, s.kernel_size);
+  workspace.reserve(taps.forward, s.kernel_size);
+  workspace.reserve(taps.backward, s.kernel_size);
+  if (!workspace.allocate()) return false;
+  taps.fill(s, plane);
+#pragma omp parallel num_threads(p.threads)
+  {
+    T* const x = scratch + omp_get_thread_num() * size;
+    T *const gradient = x + padded, *const sum = gradient + outer, *const w = sum + sums;
+    clear(x, padded);
+    clear(gradient, outer);
+#pragma omp for schedule(static)
+    for (ptrdiff_t c = 0; c < s.in_channels; ++c) {
+      T* const of_weight = p.grad_weight ? p.grad_weight + c * multiplier * s.kernel_size : nullptr;
+      if (of_weight) clear(of_weight, multiplier * s.kernel_size);
+      for (ptrdiff_t b = 0; b < s.batch; ++b) {
+        const ptrdiff_t in = b * s.in_channels + c;
+        if (of_weight) {
+          if (p.history) plane.copy(p.history + in * s.context(), plane.context, x);
+          plane.copy(p.x + in * s.length, plane.rows, x + plane.context * plane.pitch);
+        }
+        for (ptrdiff_t j = 0; j < multiplier; ++j) {
+          const ptrdiff_t o = c * multiplier + j;
+          const T* const own = g + (b * s.out_channels + o) * s.length;
+          for (ptrdiff_t i = 0; of_weight && i < plane.taps; ++i) {
+            T total = 0;
+            for (ptrdiff_t r = 0; r < plane.rows; ++r) {
+              total += dot(own + r * plane.width, x + r * plane.pitch + taps.forward[i], plane.width);
+            }
+            of_weight[j * s.kernel_size + taps.number[i]] += total;
+          }
+          if (!p.grad_x && !p.grad_history) continue;
+          gather_weight(p.weight + o * s.kernel_size, taps, plane.taps, w);
+          plane.copy(own, plane.rows, gradient + front * plane.pitch);
+          correlate_at(gradient, w, taps.backward, plane.taps, (front + plane.rows - 1) * plane.pitch + plane.width,
+                       sum, j > 0);
+        }
+        for (ptrdiff_t r = 0; p.grad_history && r < plane.context; ++r) {
+          copy_row(p.grad_history + in * s.context() + r * plane.width, sum + r * plane.pitch, plane.width);
+        }
+        for (ptrdiff_t r = 0; p.grad_x && r < plane.rows; ++r) {
+          copy_row(p.grad_x + in * s.length + r * plane.width, sum + (front + r) * plane.pitch, plane.width);
+        }
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace seqaccel::SEQACCEL_ISA::conv
