@@ -140,6 +140,7 @@ def extensions():
         cpp.CppExtension(
             f"seqaccel._autograd_{re.sub(r'[^0-9a-zA-Z]', '_', release)}",
             native_sources("csrc/autograd/*.cpp"),
+            include_dirs=[str(ROOT / "csrc")],
             optional=True,
             extra_compile_args={"cxx": ["-O2", "-g0", "-fvisibility=hidden", *SANITIZE_FLAGS, *SANITIZERS]},
             extra_link_args=SANITIZERS,

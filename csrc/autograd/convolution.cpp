@@ -3,7 +3,7 @@
 
 #include <ATen/ops/randint.h>
 
-#include "node.h"
+#include "autograd/node.h"
 
 namespace seqaccel {
 namespace {

@@ -4,7 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/record_function.h>
 
-#include "node.h"
+#include "autograd/node.h"
 
 namespace seqaccel {
 namespace {

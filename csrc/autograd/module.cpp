@@ -1,4 +1,4 @@
-#include "node.h"
+#include "autograd/node.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   seqaccel::bind_layers(m);
