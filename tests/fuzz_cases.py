@@ -281,6 +281,39 @@ def causal_conv2d_backward(rng: random.Random) -> Arguments:
     return arguments | found | {"has_residual": has_residual, "wants": rng.randrange(32)}
 
 
+def wavenet_layer_forward(rng: random.Random) -> Arguments:
+    B, T, K, dilation = sizes(rng, 4, 200, 4, 40)
+    C, G, K, dilation = *(max(1, size) for size in sizes(rng, 20, 20)), max(1, K), max(1, dilation)
+    (S,), dtype = sizes(rng, 20), floating(rng)
+    return {
+        "x": torch.randn(B, C, T, dtype=dtype),
+        "weight": torch.randn(2 * G, C, K, dtype=dtype) * (C * K) ** -0.5,
+        "bias": maybe(rng, lambda: torch.randn(2 * G, dtype=dtype)),
+        "output_weight": torch.randn(C + S, G, 1, dtype=dtype) * G**-0.5,
+        "output_bias": maybe(rng, lambda: torch.randn(C + S, dtype=dtype)),
+        "skip": maybe(rng, lambda: torch.randn(B, S, T, dtype=dtype)),
+        "condition": maybe(rng, lambda: torch.randn(B, 2 * G, T, dtype=dtype)),
+        "global_condition": maybe(rng, lambda: torch.randn(B, 2 * G, dtype=dtype)),
+        "history": maybe(rng, lambda: torch.randn(B, C, (K - 1) * dilation, dtype=dtype)),
+        "dilation": dilation,
+        "residual": boolean(rng),
+        "save": boolean(rng),
+    }
+
+
+def wavenet_layer_backward(rng: random.Random) -> Arguments:
+    forward = wavenet_layer_forward(rng) | {"save": True, "residual": True}
+    y, skip, saved = OPERATORS.wavenet_layer_forward(**forward)
+    arguments = {name: forward[name] for name in ("x", "weight", "output_weight", "history", "dilation")}
+    return {
+        "grad_y": maybe(rng, lambda: torch.randn_like(y)),
+        "grad_skip": maybe(rng, lambda: torch.randn_like(skip)),
+        "saved": saved,
+        **arguments,
+        "wants": rng.randrange(256),
+    }
+
+
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
@@ -349,6 +382,8 @@ GENERATORS: dict[str, Generator] = {
     "rnn_forward_bfloat16": lambda rng: rnn_problem(rng, torch.bfloat16),
     "set_isa": lambda rng: {"name": rng.choice(available_isas())},
     "threads": lambda rng: {},
+    "wavenet_layer_backward": wavenet_layer_backward,
+    "wavenet_layer_forward": wavenet_layer_forward,
 }
 
 

@@ -253,6 +253,28 @@ CALLS = {
             "output_activation": ("tanh", 3),
         },
     ),
+    "wavenet_layer": (
+        SF.wavenet_layer,
+        lambda: {
+            "x": torch.randn(B, I, T),
+            "weight": torch.randn(2 * H, I, 2),
+            "bias": None,
+            "output_weight": torch.randn(I + 2, H, 1),
+        },
+        {
+            "x": TENSOR,
+            "weight": TENSOR,
+            "bias": OPTIONAL,
+            "output_weight": TENSOR,
+            "output_bias": OPTIONAL,
+            "dilation": (*NOT_INTS, 0, True),
+            "skip": OPTIONAL,
+            "condition": OPTIONAL,
+            "global_condition": OPTIONAL,
+            "residual": NOT_FLAGS,
+            "initial_state": OPTIONAL,
+        },
+    ),
     "hierarchical_attention": (
         SF.hierarchical_attention,
         lambda: {"query": Q, "key": Q, "value": Q},

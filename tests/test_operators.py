@@ -63,6 +63,17 @@ def grid_backward_arguments():
     return torch.randn_like(y), y, saved, x, weight, None, None, 1, 1, 2, "tanh", True, 0.0, True, 31
 
 
+def wavenet_arguments(save=False):
+    weights = double(6, 4, 2), double(6), double(9, 3, 1), double(9)
+    return double(2, 4, 6), *weights, double(2, 5, 6), double(2, 6, 6), double(2, 6), double(2, 4, 2), 2, True, save
+
+
+def wavenet_backward_arguments():
+    x, weight, _, output_weight, *_ = arguments = wavenet_arguments(True)
+    y, skip, saved = torch.ops.seqaccel.wavenet_layer_forward(*arguments)
+    return torch.randn_like(y), torch.randn_like(skip), saved, x, weight, output_weight, double(2, 4, 2), 2, 255
+
+
 def column_arguments(save=False):
     return "fo_pool", double(3, 2, 15), None, None, double(15), double(2, 5), *[None] * 5, 1, save
 
@@ -91,6 +102,8 @@ ARGUMENTS = {
     "causal_conv1d_backward": conv_backward_arguments,
     "causal_conv2d_forward": grid_arguments,
     "causal_conv2d_backward": grid_backward_arguments,
+    "wavenet_layer_forward": wavenet_arguments,
+    "wavenet_layer_backward": wavenet_backward_arguments,
     "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), None, False, True),
     "linear_scan_backward": lambda: (
         *(double(2, 4, 3), double(2, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3)),

@@ -39,6 +39,12 @@ BOUNDS["conv"] = Bound(
     backward={torch.float32: 2e-6},
 )
 
+BOUNDS["wavenet_layer"] = Bound(
+    reason="Two convolutions in a row, with tanh and sigmoid between: twice the convolution's bound.",
+    forward={torch.float32: 2e-6},
+    backward={torch.float32: 4e-6},
+)
+
 BOUNDS["attention"] = Bound(
     reason="A weight's relative error is its logit's absolute one: a sum of D products, some roundings of |logit| <= 6."
     " The output is a mean with such weights; a gradient sums over up to all queries that see a node. "

@@ -3,7 +3,7 @@
 from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional import _testing as _testing  # registers operators
 from seqaccel.functional.attention import hierarchical_attention
-from seqaccel.functional.conv import causal_conv1d, causal_conv2d, causal_conv_transpose1d
+from seqaccel.functional.conv import causal_conv1d, causal_conv2d, causal_conv_transpose1d, wavenet_layer
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.scan import (
@@ -29,4 +29,13 @@ __all__ = [
     "indrnn",
     "join_summaries",
 ]
-__all__ += ["linear_scan", "min_gru", "min_lstm", "scan_summary", "sru", "sru_layer", *_recurrent.__all__]
+__all__ += [
+    "linear_scan",
+    "min_gru",
+    "min_lstm",
+    "scan_summary",
+    "sru",
+    "sru_layer",
+    "wavenet_layer",
+    *_recurrent.__all__,
+]

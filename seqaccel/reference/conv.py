@@ -223,6 +223,32 @@ def causal_conv2d(
     return epilogue(y, residual, seed, activation, relu, dropout).unflatten(-1, (length, width))
 
 
+def wavenet_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_weight: Tensor,
+    output_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    condition: Tensor | None = None,
+    global_condition: Tensor | None = None,
+    history: Tensor | None = None,
+    *,
+    dilation: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """x (B, C, T), weight (2G, C, K), output_weight (C + S, G, 1), condition (B, 2G, T): y (B, C, T), skip (B, S, T).
+
+    ``z = tanh(v_f) * sigmoid(v_g)`` of ``v = conv(x) + condition + global_condition``; ``y, skip = x, skip`` plus the
+    rows of ``output_weight * z``.
+    """
+    v = causal_conv1d(x, weight, bias, condition, history, dilation=dilation)
+    if global_condition is not None:
+        v = v + global_condition.unsqueeze(-1)
+    out = causal_conv1d(_gated(v), output_weight, output_bias)
+    y, s = out.split([x.shape[1], out.shape[1] - x.shape[1]], 1)
+    return x + y, s.contiguous() if skip is None else skip + s
+
+
 def epilogue(
     v: Tensor, residual: Tensor | None, seed: Tensor | None, activation: str | None, relu: bool, dropout: float
 ) -> Tensor:

@@ -4,6 +4,7 @@ from seqaccel.functional.conv._causal_conv1d import activate, causal_conv1d, las
 from seqaccel.functional.conv._causal_conv2d import causal_conv2d
 from seqaccel.functional.conv._causal_conv_transpose1d import causal_conv_transpose1d
 from seqaccel.functional.conv._checks import ACTIVATIONS, GATED, PADDING_MODES
+from seqaccel.functional.conv._wavenet_layer import wavenet_layer
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,4 +15,5 @@ __all__ = [
     "causal_conv2d",
     "causal_conv_transpose1d",
     "last_steps",
+    "wavenet_layer",
 ]

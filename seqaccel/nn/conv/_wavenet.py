@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import GATED, causal_conv1d, last_steps
+from seqaccel.functional.conv import GATED, last_steps, wavenet_layer
 from seqaccel.nn.conv._base import ConvStream, check_chunk, check_step
 from seqaccel.nn.conv._causal import CausalConv1d
 from seqaccel.nn.streaming import State
@@ -208,29 +208,20 @@ class WaveNetLayer(ConvStream):
         residual: bool = True,
     ) -> tuple[Tensor | None, Tensor]:
         """x' (None without ``residual``), and ``skip`` + s."""
-        z = self._gated(x, history, condition, global_condition)
-        weight, bias, rows = self.output.weight, self.output.bias, self.residual_channels
-        parts: list[tuple[Tensor, Tensor | None]] = [(weight[:rows], None), (weight[rows:], None)]
-        if bias is not None:
-            parts = [(weight[:rows], bias[:rows]), (weight[rows:], bias[rows:])]
-        y = causal_conv1d(z, *parts[0], residual=x) if residual else None
-        return y, causal_conv1d(z, *parts[1], residual=skip)
-
-    def _gated(
-        self, x: Tensor, history: Tensor | None, condition: Tensor | None, global_condition: Tensor | None
-    ) -> Tensor:
-        if self.condition is None and self.global_condition is None:
-            return self.conv(x, initial_state=history)
-        added = None
-        if self.condition is not None:
-            added = self.condition(condition)
-        if self.global_condition is not None:
-            constant = self.global_condition(global_condition).unsqueeze(-1)
-            added = constant.expand(-1, -1, x.shape[-1]) if added is None else added + constant
-        conv = self.conv
-        v = causal_conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, residual=added, initial_state=history)
-        value, gate = v.chunk(2, 1)
-        return torch.tanh(value) * torch.sigmoid(gate)
+        conv, output = self.conv, self.output
+        return wavenet_layer(
+            x,
+            conv.weight,
+            conv.bias,
+            output.weight,
+            output.bias,
+            dilation=self.dilation,
+            skip=skip,
+            condition=None if self.condition is None else self.condition(condition),
+            global_condition=None if self.global_condition is None else self.global_condition(global_condition),
+            residual=residual,
+            initial_state=history,
+        )
 
     def _with_history(self) -> Sequence[CausalConv1d]:
         return (self.conv,)
