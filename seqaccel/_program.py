@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import types
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from seqaccel.convert import REPLACEMENTS
-from seqaccel.functional.conv import GATED
+from seqaccel.functional.conv import GATED, conv_of_phases
 from seqaccel.functional.rnn import CELLS
-from seqaccel.nn.conv import TCN, CausalConv1d, GatedConvLM, TemporalBlock, WaveNet, WaveNetLayer
+from seqaccel.nn.conv import TCN, CausalConv1d, CausalConvTranspose1d, GatedConvLM, TemporalBlock, WaveNet, WaveNetLayer
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 from seqaccel.nn.scan import SRU, SRUCell, SRUpp
@@ -82,9 +83,12 @@ class Program:
         self.states: list[State] = []
         self.batch_first = False  # of recurrent layers
         self.channels_first = False  # begins with a convolution: (B, C, T), or (B, T) indices
+        self.phases = 1  # outputs per step, which lie in each channel of the last layer
 
     def add(self, kind: str, inputs: int, outputs: int, *weights: Tensor | None, **options: Any) -> int:
         """Returns the layer's number."""
+        if self.phases > 1:
+            raise TypeError("module: a CausalConvTranspose1d gives several outputs per step and must come last")
         self.layers.append(Layer(kind, inputs, outputs, list(weights), **options))
         return len(self.layers) - 1
 
@@ -360,7 +364,7 @@ def _slope(activation: str | None) -> float:
     return 0.01 if activation == "leaky_relu" else 0.0
 
 
-def _convolution(module: CausalConv1d, program: Program, name: str, **options: Any) -> int:
+def _convolution(module: Any, program: Program, name: str, **options: Any) -> int:
     for argument, plain in (("stride", 1), ("padding_mode", "zeros")):
         value = getattr(module, argument)
         if value != plain:
@@ -397,6 +401,18 @@ def _convolved(program: Program, weight: Tensor, bias: Tensor | None, inputs: in
 @_describe.register
 def _causal_conv(module: CausalConv1d, program: Program, name: str) -> None:
     _convolution(module, program, name)
+
+
+@_describe.register
+def _transposed_conv(module: CausalConvTranspose1d, program: Program, name: str) -> None:
+    stride, groups = module.stride, module.groups
+    weight, bias, dilation = conv_of_phases(module.weight, module.bias, stride, module.dilation, groups)
+    conv = types.SimpleNamespace(
+        stride=1, padding_mode="zeros", channels_last=False, weight=weight, bias=bias, in_channels=module.in_channels,
+        groups=groups, dilation=dilation, activation=module.activation, context=module.context,
+    )  # fmt: skip
+    _convolution(conv, program, name)
+    program.phases = stride
 
 
 @_describe.register

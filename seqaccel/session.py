@@ -37,8 +37,9 @@ class Session:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
             :class:`~seqaccel.nn.LSTMCell`, :class:`~seqaccel.nn.SRU`, :class:`~seqaccel.nn.SRUpp`, …) or of
             :mod:`torch.nn`, in float32 on the CPU, any number of layers, one direction (the output of a cell is h); a
-            :class:`~seqaccel.nn.CausalConv1d`, :class:`~seqaccel.nn.TCN`, :class:`~seqaccel.nn.WaveNet` (the local and
-            then the global condition are more channels of its input) or :class:`~seqaccel.nn.GatedConvLM`, whose past
+            :class:`~seqaccel.nn.CausalConv1d`, :class:`~seqaccel.nn.CausalConvTranspose1d` (last),
+            :class:`~seqaccel.nn.TCN`, :class:`~seqaccel.nn.WaveNet` (the local and then the global condition are more
+            channels of its input) or :class:`~seqaccel.nn.GatedConvLM`, whose past
             inputs stay in rings; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
             ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d`` (of the features of a step, by its
             running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``,
@@ -115,7 +116,8 @@ class Session:
         )
         self._indices = layers[0].kind == "embedding"
         self.input_size = 1 if self._indices else layers[0].inputs
-        self.output_size = layers[-1].outputs
+        self._phases = program.phases
+        self.output_size = layers[-1].outputs // program.phases
         self._dtype = torch.int64 if self._indices else torch.float32
         self._weights = weights
         self._shapes = [
@@ -128,7 +130,7 @@ class Session:
         """A session of C++ of so many streams."""
         self.batch_size = batch_size
         self._step_shape = torch.Size((batch_size,) if self._indices else (batch_size, self.input_size))
-        self._output_shape = (batch_size, self.output_size)
+        self._output_shape = (batch_size, self.output_size, *(self._phases,) * (self._phases > 1))
         self._session = session
         self._extend = session.extend
 
@@ -190,7 +192,7 @@ class Session:
         """Output (B, features) for one time step ``x_t``: (B, input features), or (B,) int64 for an Embedding.
 
         ``advance`` (B,) bool: a stream where it is false has no input at this step. It keeps its state, and its output
-        is 0.
+        is 0. A session that ends with a transposed convolution of a stride s gives (B, features, s).
         """
         try:
             fits = (
@@ -232,6 +234,8 @@ class Session:
         y = torch.empty((x.shape[0], *self._output_shape), dtype=torch.float32, device="cpu")
         flags = None if advance is None else self._advancing(advance)
         self._extend(x.data_ptr(), x.shape[0], y.data_ptr(), 0 if flags is None else flags.data_ptr())
+        if self._phases > 1:
+            y = y.permute(0, 3, 1, 2).flatten(0, 1)
         return y.permute(1, 2, 0) if self._channels_first else y.transpose(0, 1) if self.batch_first else y
 
     def _advancing(self, advance: Tensor) -> Tensor:

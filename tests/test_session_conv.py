@@ -1,5 +1,11 @@
 """Sessions of convolutional networks: rings, residuals, streams of different ages."""
 
+import os
+import pickle
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from rnn_cases import ISAS, isa_fixture
@@ -56,6 +62,55 @@ def test_steps_and_chunks_give_what_the_network_gives(network, weights, isa, poi
         assert_close(torch.cat(parts, -1), wanted, f"session_{weights}", torch.float32)
         session.load_state_dict(saved)
         assert torch.equal(session.extend(x[..., 30:]), parts[-1])
+
+
+TRANSPOSED = {
+    "alone": (lambda: nn.CausalConvTranspose1d(6, 9, 7, stride=3, activation="silu"), (0, 1, 2)),
+    "grouped": (lambda: nn.CausalConvTranspose1d(6, 8, 5, stride=2, dilation=4, groups=2, bias=False), (0, 1, 2)),
+    "gated": (lambda: nn.CausalConvTranspose1d(6, 8, 3, stride=4, activation="gated"), (0, 1, 2)),
+    "without a stride": (lambda: nn.CausalConvTranspose1d(6, 8, 3), (0, 1, 2)),
+    "decoder": (
+        lambda: torch.nn.Sequential(
+            nn.CausalConv1d(6, 9, 3, activation="relu"), nn.CausalConvTranspose1d(9, 2, 4, stride=2)
+        ),
+        (0, 1, 2),
+    ),
+    "behind a linear layer": (
+        lambda: torch.nn.Sequential(torch.nn.Linear(6, 9), nn.CausalConvTranspose1d(9, 2, 4, stride=2)),
+        (2, 0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions_give_their_outputs_of_a_step_at_once(name, weights, isa, poison):
+    """``dims`` puts (B, C, T) into the order of the session's chunks."""
+    make, dims = TRANSPOSED[name]
+    back = tuple(dims.index(i) for i in range(3))
+    torch.manual_seed(len(name))
+    module, x = make(), torch.randn(3, 6, 24)
+    *first, last = module if isinstance(module, torch.nn.Sequential) else [module]
+    wanted = x.double()
+    for layer in [m.double() for m in first]:
+        wanted = layer(wanted.transpose(1, 2)).transpose(1, 2) if isinstance(layer, torch.nn.Linear) else layer(wanted)
+    with torch.no_grad(), seqaccel.backend("reference"):
+        wanted = last.double()(wanted)
+    session = seqaccel.Session(module.float(), 3, weights)
+    parts = [session.step(x[..., 0].contiguous()), session.extend(x[..., 1:9].permute(dims)).permute(back)]
+    parts[0] = parts[0] if parts[0].dim() == 3 else parts[0].unsqueeze(-1)
+    saved = session.state_dict()
+    parts.append(session.extend(x[..., 9:].permute(dims)).permute(back))
+    assert_close(torch.cat(parts, -1), wanted, f"session_{weights}", torch.float32)
+    session.load_state_dict(saved)
+    assert torch.equal(session.extend(x[..., 9:].permute(dims)).permute(back), parts[-1])
+    again = pickle.loads(pickle.dumps(session))
+    assert torch.equal(again.step(x[..., 0].contiguous()), session.step(x[..., 0].contiguous()))
+
+
+def test_nothing_follows_a_transposed_convolution():
+    with pytest.raises(TypeError, match="must come last"):
+        seqaccel.Session(torch.nn.Sequential(nn.CausalConvTranspose1d(6, 9, 4, stride=2), torch.nn.ReLU()))
 
 
 def test_the_state_is_the_modules_own():
@@ -126,3 +181,20 @@ def test_advance_must_fit():
         session.step(torch.randn(3, 6), advance=torch.tensor([True]))
     with pytest.raises(ValueError, match="x: expected shape"):
         session.extend(torch.randn(3, 5, 4))
+
+
+def test_two_threads_go_on_where_other_processes_hold_the_cores():
+    session, threads = seqaccel.Session(nn.TCN(96, [96] * 4, 3).eval()), torch.get_num_threads()
+    x = torch.randn(1, 96)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        torch.set_num_threads(2)
+        begin = time.perf_counter()
+        for _ in range(500):
+            session.step(x)
+        assert time.perf_counter() - begin < 30
+    finally:
+        torch.set_num_threads(threads)
+        for other in others:
+            other.kill()
+            other.wait()

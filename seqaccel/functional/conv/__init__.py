@@ -2,7 +2,7 @@
 
 from seqaccel.functional.conv._causal_conv1d import activate, causal_conv1d, last_steps
 from seqaccel.functional.conv._causal_conv2d import causal_conv2d
-from seqaccel.functional.conv._causal_conv_transpose1d import causal_conv_transpose1d
+from seqaccel.functional.conv._causal_conv_transpose1d import causal_conv_transpose1d, conv_of_phases
 from seqaccel.functional.conv._checks import ACTIVATIONS, GATED, PADDING_MODES
 from seqaccel.functional.conv._wavenet_layer import wavenet_layer
 
@@ -14,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv2d",
     "causal_conv_transpose1d",
+    "conv_of_phases",
     "last_steps",
     "wavenet_layer",
 ]

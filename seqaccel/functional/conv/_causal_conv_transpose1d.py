@@ -11,7 +11,7 @@ from seqaccel import _arguments, _common
 from seqaccel.functional.conv._causal_conv1d import causal_conv1d
 from seqaccel.functional.conv._checks import ACTIVATIONS, GATED
 
-__all__ = ["causal_conv_transpose1d"]
+__all__ = ["causal_conv_transpose1d", "conv_of_phases"]
 
 NAME = "causal_conv_transpose1d"
 
@@ -60,6 +60,20 @@ def _check(
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise RuntimeError(f"{NAME}: expected {key} to have the dtype and device of x, {x.dtype} and {x.device}, "
                                f"but got {t.dtype} and {t.device}")  # fmt: skip
+
+
+def conv_of_phases(
+    weight: Tensor, bias: Tensor | None, stride: int, dilation: int, groups: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Weight, bias and dilation of the causal convolution whose output channel o s + p is phase p of channel o."""
+    channels, outputs, taps = weight.shape
+    context = (taps - 1) * dilation // stride
+    dense = F.pad(weight.unsqueeze(3), (0, dilation - 1)).flatten(2) if dilation > 1 else weight  # tap n of y at n
+    dense = F.pad(dense, (0, (context + 1) * stride - dense.shape[2]))
+    step = max(dilation // stride, 1) if dilation % stride == 0 else 1  # taps m of x are multiples of it
+    phases = dense.view(groups, channels // groups, outputs, context + 1, stride)[:, :, :, ::step].flip(3)
+    phases = phases.permute(0, 2, 4, 1, 3).reshape(groups * outputs * stride, channels // groups, -1)
+    return phases, bias.repeat_interleave(stride) if bias is not None and stride > 1 else bias, step
 
 
 def causal_conv_transpose1d(
@@ -117,15 +131,7 @@ def causal_conv_transpose1d(
     _arguments.optional_tensors(NAME, bias=bias, initial_state=initial_state)
     a, w, b, state = _common.autocast(x, weight, bias, initial_state)  # as causal_conv1d does it
     _check(a, w, b, state, stride, dilation, groups, activation, return_final_state)
-    channels, outputs, taps = weight.shape
-    context = (taps - 1) * dilation // stride
-    dense = F.pad(weight.unsqueeze(3), (0, dilation - 1)).flatten(2) if dilation > 1 else weight  # tap n of y at n
-    dense = F.pad(dense, (0, (context + 1) * stride - dense.shape[2]))
-    step = max(dilation // stride, 1) if dilation % stride == 0 else 1  # taps m of x are multiples of it
-    phases = dense.view(groups, channels // groups, outputs, context + 1, stride)[:, :, :, ::step].flip(3)
-    phases = phases.permute(0, 2, 4, 1, 3).reshape(groups * outputs * stride, channels // groups, -1)
-    if bias is not None and stride > 1:
-        bias = bias.repeat_interleave(stride)
+    phases, bias, step = conv_of_phases(weight, bias, stride, dilation, groups)
     found = causal_conv1d(
         x,
         phases,
