@@ -98,3 +98,17 @@ def test_sequence_to_sequence(tmp_path):
     assert subprocess.run([*command, "--goal=1"], cwd=tmp_path, capture_output=True, check=False).returncode == 1
     refused = subprocess.run([*command, "--steps=0"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--steps" in refused.stderr
+
+
+@pytest.mark.parametrize("model", ["wavenet", "lstm"])
+def test_audio_effect(tmp_path, model):
+    script = DEMO.with_name("audio_effect.py")
+    small = ["--steps=2", "--batch-size=2", "--samples=64", "--seconds=0.1", f"--model={model}"]
+    done = subprocess.run(
+        [sys.executable, str(script), *small], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ("of the energy", "blocks and the whole sound agree to", "real-time factor", "largest block"):
+        assert line in done.stdout
+    refused = subprocess.run([sys.executable, str(script), "--block=0"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--block" in refused.stderr
