@@ -272,6 +272,9 @@ class OneStep(nn.Module):
         if isinstance(self.module, nn.LSTM):
             y, (h, c) = self.module(x_t.unsqueeze(0), state)
             return y[0], h, c
+        if isinstance(self.module, snn.TCN):
+            y, levels = self.module.step(x_t, tuple(zip(state[::2], state[1::2], strict=True)))
+            return y, *(part for level in levels for part in level)
         y, state = self.module.step(x_t, state)
         return y, *state
 
@@ -303,18 +306,6 @@ def onnx_step(module, x_t, state):
     return run
 
 
-def one_thread(function):
-    def run():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function()
-        finally:
-            torch.set_num_threads(threads)
-
-    return run
-
-
 @suite([{"net": "LSTM 16"}, {"net": "WaveNet 16x18"}], ["seqaccel[session]", "onnxruntime"])
 def bench_conv_session_step(net):
     """A sample of an audio network, batch 1, on one thread."""
@@ -328,10 +319,53 @@ def bench_conv_session_step(net):
         weights = 18 * (2 * 16 * 16 * 2 + 2 * 16 * 16)
     x_t = torch.randn(1, 1)
     session = seqaccel.Session(module)
-    runs = {"seqaccel[session]": one_thread(functools.partial(session.step, x_t))}
+    runs = {"seqaccel[session]": functools.partial(session.step, x_t)}
     if importlib.util.find_spec("onnxruntime"):
         runs["onnxruntime"] = onnx_step(module, x_t, state)
     return Case(runs, flops=2 * weights, bytes=4 * weights)
+
+
+@suite(
+    [{"B": 1, "C": 64, "K": 3, "levels": 8}],
+    ["seqaccel[session]", "seqaccel[step]", "onnxruntime", "pytorch-tcn"],
+)
+def bench_tcn_session_step(B, C, K, levels):
+    """One time step: a session's, the module's, ONNX Runtime's on one thread, and pytorch-tcn's with its buffers."""
+    module = snn.TCN(C, [C] * levels, K, 0.0).eval()
+    session, x_t = seqaccel.Session(module, B), torch.randn(B, C)
+    carried = [module.init_state(B)]
+
+    def step():
+        with torch.no_grad():
+            y, carried[0] = module.step(x_t, carried[0])
+        return y
+
+    runs = {"seqaccel[session]": functools.partial(session.step, x_t), "seqaccel[step]": step}
+    if importlib.util.find_spec("onnxruntime"):
+        runs["onnxruntime"] = onnx_step(module, x_t, [part for level in module.init_state(B) for part in level])
+    if importlib.util.find_spec("pytorch_tcn"):
+        from pytorch_tcn import TCN
+
+        theirs = TCN(C, [C] * levels, kernel_size=K, dropout=0.0).eval()
+        runs["pytorch-tcn"] = inference(theirs.inference, [x_t.unsqueeze(-1)])
+    weights = 2 * levels * C * C * K
+    return Case(runs, flops=2 * B * weights, bytes=4 * weights)
+
+
+@suite([{"B": 64, "C": 64, "K": 3, "levels": 8, "T": 64}], ["seqaccel[session]", "seqaccel[sequence]"])
+def bench_tcn_session_sequence(B, C, K, levels, T):
+    """T steps of a session, and the module on the whole sequence."""
+    module = snn.TCN(C, [C] * levels, K, 0.0).eval()
+    session, x = seqaccel.Session(module, B), torch.randn(B, C, T)
+    rows = list(x.permute(2, 0, 1).contiguous())
+
+    def steps():
+        for x_t in rows:
+            session.step(x_t)
+
+    flops, _ = network_cost(B, C, T, K, levels)
+    runs = {"seqaccel[session]": steps, "seqaccel[sequence]": forced(inference(module, [x]))}
+    return Case(runs, flops=flops, bytes=4 * 2 * levels * C * C * K)
 
 
 @suite([{"B": B, "C": 64, "K": 3, "levels": 4} for B in (1, 64)], ["seqaccel[cpp]", "torch"])
