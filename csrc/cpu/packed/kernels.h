@@ -460,34 +460,38 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
   }
 }
 
+inline void session_thread(const SessionRun& run, Barrier& barrier, int thread, int team) {
+  const SessionLayer& first = run.layers[0];
+  const SessionLayer& last = run.layers[run.count - 1];
+  const bool indices = first.kind == LayerKind::embedding;
+  const ptrdiff_t value = run.bfloat16 ? 2 : 4;
+  const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value), out_row = run.batch * last.outputs * value;
+  for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
+    const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
+    const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
+    const void* const input = static_cast<const char*>(run.x) + at * in_row;
+    void* const output = static_cast<char*>(run.y) + at * out_row;
+    const auto made_by = [&](int32_t layer) { return layer < 0 ? input : run.layers[layer].output; };
+    for (int64_t i = 0; i < run.count; ++i) {
+      const SessionLayer& l = run.layers[i];
+      const void* const skip = l.skip == kNoSkip ? nullptr : made_by(l.skip);
+      session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps,
+                     made_by(l.source), l.output ? l.output : output, run.bfloat16 && l.source < 0,
+                     run.bfloat16 && l.output == nullptr, static_cast<const float*>(skip)},
+                    l);
+    }
+  }
+}
+
 inline void session_run(const SessionRun* pointer) {
   const SessionRun& run = *pointer;
   Barrier barrier;
   memset(&barrier, 0, sizeof(barrier));
+  if (run.threads == 1) {  // a parallel region of one thread would allocate
+    session_thread(run, barrier, 0, 1);
+  } else {
 #pragma omp parallel num_threads(run.threads)
-  {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const SessionLayer& first = run.layers[0];
-    const SessionLayer& last = run.layers[run.count - 1];
-    const bool indices = first.kind == LayerKind::embedding;
-    const ptrdiff_t value = run.bfloat16 ? 2 : 4;
-    const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value),
-                    out_row = run.batch * last.outputs * value;
-    for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
-      const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
-      const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
-      const void* const input = static_cast<const char*>(run.x) + at * in_row;
-      void* const output = static_cast<char*>(run.y) + at * out_row;
-      const auto made_by = [&](int32_t layer) { return layer < 0 ? input : run.layers[layer].output; };
-      for (int64_t i = 0; i < run.count; ++i) {
-        const SessionLayer& l = run.layers[i];
-        const void* const skip = l.skip == kNoSkip ? nullptr : made_by(l.skip);
-        session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps,
-                       made_by(l.source), l.output ? l.output : output, run.bfloat16 && l.source < 0,
-                       run.bfloat16 && l.output == nullptr, static_cast<const float*>(skip)},
-                      l);
-      }
-    }
+    session_thread(run, barrier, omp_get_thread_num(), omp_get_num_threads());
   }
   for (int64_t i = 0; i < run.count; ++i) {
     SessionLayer& l = run.layers[i];

@@ -14,7 +14,10 @@ namespace seqaccel::packed {
 namespace {
 
 constexpr int64_t kChunkRows = 128;  // rows per chunk: with 2,048 gates their projections take 1 MB
-constexpr double kSmall = 65536;     // with fewer multiply-adds per step a second thread costs more than it brings
+// With fewer multiply-adds per step, or per step and layer, a second thread costs more than it brings: threads wait for
+// each other behind every layer. (Two Zen 4 cores, 16 layers of 12,288: 14.7 us with one thread or two, and beside two
+// busy processes 30 us and 84; 16 layers of 27,648: 34 us and 24.)
+constexpr double kSmall = 65536, kSmallLayer = 16384;
 
 // Layers that take a row at a time, with a gain and a bias for each element.
 const std::map<std::string, LayerKind> kRowLayers = {
@@ -366,11 +369,16 @@ void SessionProgram::grow(int64_t chunk, int threads) {
   threads_ = threads;
 }
 
+int SessionProgram::team() const {
+  const double work = run_.work * double(batch_);
+  return work < kSmall || work < kSmallLayer * double(run_.count) ? 1 : team_size();
+}
+
 void SessionProgram::run(const void* x, int64_t steps, void* y, bool bfloat16, bool reverse, const int64_t* lengths,
                          const bool* advance) {
   if (steps == 0) return;
   const int64_t chunk = std::min(steps, longest_chunk());
-  run_.threads = run_.work * double(batch_) < kSmall ? 1 : team_size();
+  run_.threads = team();
   grow(chunk, run_.threads);
   run_.chunk = chunk;
   run_.x = x;

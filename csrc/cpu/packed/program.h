@@ -70,6 +70,7 @@ class SessionProgram {
   int64_t longest_chunk() const;
   void start();
   void grow(int64_t chunk, int threads);
+  int team() const;
 
   struct Source {
     const void* sources[2];
