@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from tolerances import error
 
+import seqaccel
+import seqaccel.functional as SF
 from seqaccel.kernels import conv
 
 # B, C, G, S, T, K, dilation: tails of tiles, several tiles of time and of rows, taps beyond the start, no skip channel.
@@ -81,6 +83,22 @@ def test_float16():
 def test_layer_on_a_gpu(shape, dtype, bound, allow_tf32):
     allow_tf32(False)
     check(operands(shape, dtype=dtype, device="cuda"), shape[-1], bound)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], (1, 3, 130, 4, 6, 2, 1)], ids=str)
+def test_public_function(shape):
+    """With more gates than a program holds, too."""
+    results, dilation = [], shape[-1]
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        tensors = {name: t.requires_grad_() for name, t in operands(shape).items()}
+        given = {name.replace("history", "initial_state"): t for name, t in tensors.items()}
+        with seqaccel.backend(backend):
+            y, skip = SF.wavenet_layer(**given, dilation=dilation)
+        grads = torch.autograd.grad((y, skip), list(tensors.values()), (torch.ones_like(y), torch.ones_like(skip)))
+        results.append((y, skip, *grads))
+    for name, ours, expected in zip(("y", "s", *tensors), *results, strict=True):
+        assert error(ours, expected) < 2e-6, name
 
 
 def test_nothing_of_the_future():

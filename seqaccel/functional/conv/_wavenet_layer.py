@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
-from seqaccel.functional._registration import Operator, call, register
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.functional.conv._causal_conv1d import causal_conv1d
 from seqaccel.reference import conv as reference
 
@@ -39,15 +41,15 @@ class _WaveNetLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, dilation,
-        residual, kept=None,
+        ctx, x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, backend,
+        dilation, residual, kept=None,
     ):  # fmt: skip
         operands = (x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history)
-        y, next_skip, saved = call(torch.ops.seqaccel.wavenet_layer_forward, *operands, dilation, residual, True)
+        y, next_skip, saved = call(_operators(backend)[0], *operands, dilation, residual, True)
         if kept is not None:
             kept.append(saved)
         ctx.save_for_backward(*(t for i, t in enumerate(operands) if i != _SKIP), saved)
-        ctx.options = (dilation, residual)
+        ctx.options, ctx.backend = (dilation, residual), backend
         ctx.set_materialize_grads(False)
         return y, next_skip
 
@@ -70,7 +72,7 @@ class _WaveNetLayer(torch.autograd.Function):
         else:
             x, weight, _, output_weight, *_, history = operands
             found = call(
-                torch.ops.seqaccel.wavenet_layer_backward,
+                _operators(ctx.backend)[1],
                 grad_y, grad_skip, saved, x, weight, output_weight, history, dilation,
                 sum(1 << i for i, need in enumerate(needs) if need),
             )  # fmt: skip
@@ -103,10 +105,10 @@ def _backward_fake(grad_y, grad_skip, saved, x, weight, output_weight, history, 
     return tuple(x.new_empty(shape if wants >> i & 1 else (0,)) for i, shape in enumerate(shapes))
 
 
-def _recorded(*arguments):
+def _recorded(backend, *arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
-    y, next_skip = _WaveNetLayer.apply(*operands, kept)
+    y, next_skip = _WaveNetLayer.apply(*operands[:9], backend, *operands[9:], kept)
     return y, next_skip, kept[0] if save else next_skip.new_empty(0)
 
 
@@ -120,25 +122,42 @@ def _backward_flops(grad_y, grad_skip, saved, x, weight, output_weight, history,
     return 2 * x[0] * x[2] * (math.prod(weight) * (data + conv) + math.prod(output_weight) * (gate + output))
 
 
-register(
-    Operator(
-        "wavenet_layer_forward",
-        _forward_fake,
-        _forward_flops,
-        definition=_definition,
-        recorded=_recorded,
-        batch={"x": 0, "skip": 0, "condition": 0, "global_condition": 0, "history": 0, 0: 0, 1: 0, 2: 0},
+def _register(backend: str) -> None:
+    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    register(
+        Operator(
+            "wavenet_layer_forward" + suffix,
+            _forward_fake,
+            _forward_flops,
+            definition=_definition,
+            recorded=functools.partial(_recorded, backend),
+            batch={"x": 0, "skip": 0, "condition": 0, "global_condition": 0, "history": 0, 0: 0, 1: 0, 2: 0},
+            autocast=autocast,
+        )
     )
-)
-register(
-    Operator(
-        "wavenet_layer_backward",
-        _backward_fake,
-        _backward_flops,
-        batch={"x": 0, "grad_y": 0, "grad_skip": 0, "saved": 0, "history": 0, 0: 0, 5: 0, 6: 0, 7: 0},
-        summed=(1, 2, 3, 4),
+    register(
+        Operator(
+            "wavenet_layer_backward" + suffix,
+            _backward_fake,
+            _backward_flops,
+            batch={"x": 0, "grad_y": 0, "grad_skip": 0, "saved": 0, "history": 0, 0: 0, 5: 0, 6: 0, 7: 0},
+            summed=(1, 2, 3, 4),
+            autocast=autocast,
+        )
     )
-)
+
+
+_register("cpp")
+
+
+def _operators(backend: str) -> tuple[Any, Any]:
+    """The forward and the backward operator."""
+    if backend == "cpp":
+        return torch.ops.seqaccel.wavenet_layer_forward, torch.ops.seqaccel.wavenet_layer_backward
+    from seqaccel.kernels import conv as triton_kernels
+
+    once(_register, "triton")
+    return triton_kernels.wavenet_layer_forward, triton_kernels.wavenet_layer_backward
 
 
 @_common.unrecorded
@@ -213,6 +232,13 @@ def _composed(
     return y, causal_conv1d(z, output_weight[rows:], last, residual=skip)
 
 
+def _triton_takes(x: Tensor, weight: Tensor, output_weight: Tensor, context: int) -> bool:
+    """Whether a program of the Triton kernel holds all gates; else the layer is composed of its convolutions."""
+    from seqaccel.kernels.conv import layer_fits
+
+    return layer_fits((*x.shape[:2], x.shape[2] + context), weight.shape, output_weight.shape)
+
+
 def wavenet_layer(
     x: Tensor,
     weight: Tensor,
@@ -258,7 +284,7 @@ def wavenet_layer(
 
     Saved for the backward, beside the arguments but ``skip``: tanh and σ, 2 · G values per time step. float16 and
     bfloat16 are computed in float32 on a CPU. A backward that is itself differentiated runs on the reference. On a GPU
-    the layer is composed of :func:`causal_conv1d`.
+    the Triton kernels take up to 128 gates G; a layer of more is composed of :func:`causal_conv1d`.
 
     Source: van den Oord et al., WaveNet: A Generative Model for Raw Audio, 2016.
 
@@ -283,17 +309,21 @@ def wavenet_layer(
     )  # fmt: skip
     arguments = [*operands, dilation, residual]
     backend = backends.choose(NAME, x, BACKENDS)
-    if backend in ("torch", "triton") or _onnx.exporting():
+    context = (weight.shape[2] - 1) * dilation
+    refused = backend == "triton" and not _triton_takes(x, weight, output_weight, context)
+    if backend == "torch" or refused or _onnx.exporting():
         return _composed(*arguments)
     if backend == "reference" or _common.transforms_active():
         y, next_skip = _definition(*arguments)
         return y if residual else None, next_skip
-    dtype, to = x.dtype, _common.compute_dtype(x.dtype)
-    operands = tuple(None if t is None else t.to(to) for t in operands)
+    dtype = x.dtype
+    if backend == "cpp":
+        to = _common.compute_dtype(dtype)
+        operands = tuple(None if t is None else t.to(to) for t in operands)
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        y, next_skip, _ = torch.ops.seqaccel.wavenet_layer_forward(*operands, dilation, residual, False)
+        y, next_skip, _ = _operators(backend)[0](*operands, dilation, residual, False)
     elif _common.needs_grad(*operands):
-        y, next_skip = _WaveNetLayer.apply(*operands, dilation, residual)
+        y, next_skip = _WaveNetLayer.apply(*operands, backend, dilation, residual)
     else:
-        y, next_skip, _ = call(torch.ops.seqaccel.wavenet_layer_forward, *operands, dilation, residual, False)
+        y, next_skip, _ = call(_operators(backend)[0], *operands, dilation, residual, False)
     return y.to(dtype) if residual else None, next_skip.to(dtype)
