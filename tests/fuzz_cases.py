@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 import random
 import sys
@@ -314,6 +315,47 @@ def wavenet_layer_backward(rng: random.Random) -> Arguments:
     }
 
 
+def temporal_block_forward(rng: random.Random) -> Arguments:
+    B, C, O, T, K, dilation = sizes(rng, 3, 70, 70, 150, 4, 20)
+    C, O, K, dilation = (max(1, size) for size in (C, O, K, dilation))
+    dtype, dropout = floating(rng), rng.choice([0.0, 0.0, 0.3])
+    first = rng.choice(["none", *ACTIVATIONS])
+    rows = O * (2 if first in GATED else 1)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype) / max(1, math.prod(shape[1:])) ** 0.5
+
+    down = tensor(O, C, 1) if C != O or boolean(rng) else None
+    return {
+        "x": torch.randn(B, C, T, dtype=dtype),
+        "weight_1": tensor(rows, C, K),
+        "g_1": maybe(rng, lambda: tensor(rows, 1, 1)),
+        "bias_1": maybe(rng, lambda: tensor(rows)),
+        "weight_2": tensor(O, O, K),
+        "g_2": maybe(rng, lambda: tensor(O, 1, 1)),
+        "bias_2": maybe(rng, lambda: tensor(O)),
+        "downsample_weight": down,
+        "downsample_bias": None if down is None else maybe(rng, lambda: tensor(O)),
+        "seed": torch.randint(-(1 << 62), 1 << 62, (2,)) if dropout > 0 else None,
+        "dilation": dilation,
+        "activation_1": first,
+        "activation_2": rng.choice(["none", *(name for name in ACTIVATIONS if name not in GATED)]),
+        "relu": boolean(rng),
+        "dropout": dropout,
+        "save": boolean(rng),
+    }
+
+
+def temporal_block_backward(rng: random.Random) -> Arguments:
+    arguments = temporal_block_forward(rng) | {"save": True}
+    found = dict(zip(("y", "z", "saved_1", "saved_2"), OPERATORS.temporal_block_forward(**arguments), strict=True))
+    wants = 0b111111111 if arguments["downsample_weight"] is not None else 0b1111111
+    wants &= ~(4 if arguments["g_1"] is None else 0) & ~(32 if arguments["g_2"] is None else 0)
+    for name in ("bias_1", "bias_2", "downsample_bias", "save"):
+        del arguments[name]
+    return arguments | found | {"grad_y": torch.randn_like(found["y"]), "wants": rng.randrange(512) & wants}
+
+
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
@@ -381,6 +423,8 @@ GENERATORS: dict[str, Generator] = {
     "rnn_forward": rnn_forward,
     "rnn_forward_bfloat16": lambda rng: rnn_problem(rng, torch.bfloat16),
     "set_isa": lambda rng: {"name": rng.choice(available_isas())},
+    "temporal_block_backward": temporal_block_backward,
+    "temporal_block_forward": temporal_block_forward,
     "threads": lambda rng: {},
     "wavenet_layer_backward": wavenet_layer_backward,
     "wavenet_layer_forward": wavenet_layer_forward,

@@ -297,6 +297,13 @@ def calls_with_text():
     y, pre = ops.causal_conv2d_forward(*grid, *[None] * 4, *rest, True)
     conv2d = (y, y, pre, *grid, None, None, *rest, False, 7)
     yield "causal_conv2d_backward", lambda: ops.causal_conv2d_backward(*conv2d)
+    block = torch.ones(1, 2, 5), torch.ones(2, 2, 3), None, torch.ones(2, 2, 3), None
+    how = (None, None, 1, "tanh", "tanh", False, 0.0)
+    in_block = (*block[:3], None, *block[3:], None, None, *how, True)
+    yield "temporal_block_forward", lambda: ops.temporal_block_forward(*in_block)
+    of_block, *kept_of_block = ops.temporal_block_forward(*in_block)
+    out_of_block = (of_block, None, *kept_of_block, *block, *how, 27)
+    yield "temporal_block_backward", lambda: ops.temporal_block_backward(*out_of_block)
     operands = torch.ones(3, 2, 6), *[None] * 3, torch.zeros(2, 2), *[None] * 5
     yield "column_forward", lambda: ops.column_forward("fo_pool", *operands, 1, True)
     h = torch.ones(3, 2, 2)

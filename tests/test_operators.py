@@ -74,6 +74,18 @@ def wavenet_backward_arguments():
     return torch.randn_like(y), torch.randn_like(skip), saved, x, weight, output_weight, double(2, 4, 2), 2, 255
 
 
+def block_arguments(save=False):
+    weights = double(6, 4, 3), double(6, 1, 1), double(6), double(6, 6, 2), double(6, 1, 1), double(6)
+    return double(2, 4, 7), *weights, double(6, 4, 1), double(6), None, 2, "tanh", "tanh", True, 0.0, save
+
+
+def block_backward_arguments():
+    *operands, _ = arguments = block_arguments(True)
+    y, *saved = torch.ops.seqaccel.temporal_block_forward(*arguments)
+    x, weight_1, g_1, _, weight_2, g_2, _, downsample_weight, _, *rest = operands
+    return torch.randn_like(y), y, *saved, x, weight_1, g_1, weight_2, g_2, downsample_weight, *rest, 511
+
+
 def column_arguments(save=False):
     return "fo_pool", double(3, 2, 15), None, None, double(15), double(2, 5), *[None] * 5, 1, save
 
@@ -104,6 +116,8 @@ ARGUMENTS = {
     "causal_conv2d_backward": grid_backward_arguments,
     "wavenet_layer_forward": wavenet_arguments,
     "wavenet_layer_backward": wavenet_backward_arguments,
+    "temporal_block_forward": block_arguments,
+    "temporal_block_backward": block_backward_arguments,
     "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), None, False, True),
     "linear_scan_backward": lambda: (
         *(double(2, 4, 3), double(2, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3)),

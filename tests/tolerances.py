@@ -80,6 +80,13 @@ BOUNDS["columns"] = dataclasses.replace(
     backward=BOUNDS["scan"].backward | {torch.float16: 1e-3, torch.bfloat16: 8e-3},
 )
 
+BOUNDS["conv_block"] = dataclasses.replace(
+    BOUNDS["conv"],
+    reason="Two convolutions with their activations, one after the other: the errors of both add up.",
+    forward={dtype: 2 * bound for dtype, bound in BOUNDS["conv"].forward.items()},
+    backward={dtype: 2 * bound for dtype, bound in BOUNDS["conv"].backward.items()},
+)
+
 _SESSION = (
     "A state stays within 1 and each step contracts what the step before was wrong by, so an error is about that of "
 )

@@ -3,7 +3,13 @@
 from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional import _testing as _testing  # registers operators
 from seqaccel.functional.attention import hierarchical_attention
-from seqaccel.functional.conv import causal_conv1d, causal_conv2d, causal_conv_transpose1d, wavenet_layer
+from seqaccel.functional.conv import (
+    causal_conv1d,
+    causal_conv2d,
+    causal_conv_transpose1d,
+    temporal_block,
+    wavenet_layer,
+)
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.scan import (
@@ -36,6 +42,7 @@ __all__ += [
     "scan_summary",
     "sru",
     "sru_layer",
+    "temporal_block",
     "wavenet_layer",
     *_recurrent.__all__,
 ]

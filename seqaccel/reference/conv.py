@@ -185,6 +185,43 @@ def causal_conv1d(
     return epilogue(y, residual, seed, activation, relu, dropout)
 
 
+def weight_norm(v: Tensor, g: Tensor | None) -> Tensor:
+    """g v / |v|, the norm over each output channel; v where there is no g."""
+    return v if g is None else v * (g / torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True))
+
+
+def temporal_block(
+    x: Tensor,
+    weight_1: Tensor,
+    g_1: Tensor | None,
+    bias_1: Tensor | None,
+    weight_2: Tensor,
+    g_2: Tensor | None,
+    bias_2: Tensor | None,
+    downsample_weight: Tensor | None,
+    downsample_bias: Tensor | None,
+    seed: Tensor | None,
+    *,
+    dilation: int,
+    activation_1: str | None,
+    activation_2: str | None,
+    relu: bool,
+    dropout: float,
+) -> Tensor:
+    """``relu?(r + dropout(activation_2(W_2 * z + b_2)))``, ``z = dropout(activation_1(W_1 * x + b_1))``.
+
+    r is x, or its convolution with the downsample weight; W = g v / |v| where there is a g. The two values of ``seed``
+    are those of z and of y.
+    """
+    weight_1, weight_2 = weight_norm(weight_1, g_1), weight_norm(weight_2, g_2)
+    first, second = (None, None) if seed is None else (seed[:1], seed[1:])
+    z = causal_conv1d(x, weight_1, bias_1, seed=first, dilation=dilation, activation=activation_1, dropout=dropout)
+    r = x if downsample_weight is None else causal_conv1d(x, downsample_weight, downsample_bias)
+    return causal_conv1d(
+        z, weight_2, bias_2, r, seed=second, dilation=dilation, activation=activation_2, relu=relu, dropout=dropout
+    )
+
+
 def causal_conv2d(
     x: Tensor,
     weight: Tensor,

@@ -1,4 +1,4 @@
-// What the operators of convolutions check before they run, and the threads that they take.
+// What the operators of convolutions check before they run, what they save, and how they call the kernels.
 #pragma once
 
 #include <omp.h>
@@ -9,6 +9,13 @@
 #include "cpu/conv/conv.h"
 
 namespace seqaccel::conv {
+
+inline Activation parse_activation(const std::string& name) {
+  const int found = activation_of(name.c_str());
+  STD_TORCH_CHECK(found >= 0 && Activation(found) != Activation::elu && Activation(found) != Activation::hardswish,
+                  "seqaccel: convolutions have no activation '", name, "'");
+  return Activation(found);
+}
 
 inline void check_groups(const Tensor& x, const Tensor& weight, int64_t groups) {
   STD_TORCH_CHECK(groups >= 1, "seqaccel: groups must be positive, but got ", groups);
@@ -39,6 +46,28 @@ inline void check_history(const ConvShape& shape, const OptionalTensor& history,
   if (history) check_tensor(*history, "history", {rows, shape.in_channels, shape.context()}, dtype);
 }
 
+// What the forward keeps for the backward beside its output: nothing, a byte an element, or conv + bias.
+enum class Saved { nothing, active, pre };
+
+inline Saved saved_kind(const ConvEpilogue& e, bool has_residual) {
+  switch (e.activation) {
+    case Activation::none:
+      return Saved::nothing;
+    case Activation::relu:
+      return has_residual ? Saved::active : Saved::nothing;
+    case Activation::leaky_relu:
+    case Activation::tanh:
+    case Activation::sigmoid:
+      return has_residual || e.relu || e.dropout > 0 ? Saved::pre : Saved::nothing;
+    default:
+      return Saved::pre;
+  }
+}
+
+inline double multiply_adds(const ConvShape& s) {
+  return double(s.batch) * double(s.out_channels) * double(s.length) * double(s.group_in() * s.kernel_size + 4);
+}
+
 // How many threads are worth waking.
 inline int thread_count(double multiply_adds) {
   constexpr double kEach = 100e3;  // what a thread must have to do to be worth waking: 3 us
@@ -49,5 +78,11 @@ inline int thread_count(double multiply_adds) {
 inline void check_workspace(bool allocated) {
   STD_TORCH_CHECK(allocated, "seqaccel: not enough memory for the workspace of a convolution");
 }
+
+// By the kernels of the active instruction set; false where the workspace could not be allocated.
+inline bool run(const ConvForward<float>& p) { return active_conv_kernels().forward_float(p); }
+inline bool run(const ConvForward<double>& p) { return active_conv_kernels().forward_double(p); }
+inline bool run(const ConvBackward<float>& p) { return active_conv_kernels().backward_float(p); }
+inline bool run(const ConvBackward<double>& p) { return active_conv_kernels().backward_double(p); }
 
 }  // namespace seqaccel::conv

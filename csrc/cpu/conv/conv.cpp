@@ -11,13 +11,6 @@ namespace {
 
 constexpr int64_t kWantsX = 1, kWantsWeight = 2, kWantsBias = 4, kWantsResidual = 8, kWantsHistory = 16;
 
-Activation parse_activation(const std::string& name) {
-  const int found = activation_of(name.c_str());
-  STD_TORCH_CHECK(found >= 0 && Activation(found) != Activation::elu && Activation(found) != Activation::hardswish,
-                  "seqaccel: convolutions have no activation '", name, "'");
-  return Activation(found);
-}
-
 // The sequences that rows of the batch consist of; a shape points to them.
 class Sequences {
  public:
@@ -135,33 +128,6 @@ void check_gates(const ConvShape& shape, const ConvEpilogue& epilogue) {
   STD_TORCH_CHECK(!is_gated(epilogue.activation) || (shape.out_channels % 2 == 0 && shape.groups == 1),
                   "seqaccel: a gated activation takes an even number of output channels and one group");
 }
-
-// What the forward keeps for the backward beside its output: nothing, a byte an element, or conv + bias.
-enum class Saved { nothing, active, pre };
-
-Saved saved_kind(const ConvEpilogue& e, bool has_residual) {
-  switch (e.activation) {
-    case Activation::none:
-      return Saved::nothing;
-    case Activation::relu:
-      return has_residual ? Saved::active : Saved::nothing;
-    case Activation::leaky_relu:
-    case Activation::tanh:
-    case Activation::sigmoid:
-      return has_residual || e.relu || e.dropout > 0 ? Saved::pre : Saved::nothing;
-    default:
-      return Saved::pre;
-  }
-}
-
-double multiply_adds(const ConvShape& s) {
-  return double(s.batch) * double(s.out_channels) * double(s.length) * double(s.group_in() * s.kernel_size + 4);
-}
-
-bool run(const ConvForward<float>& p) { return active_conv_kernels().forward_float(p); }
-bool run(const ConvForward<double>& p) { return active_conv_kernels().forward_double(p); }
-bool run(const ConvBackward<float>& p) { return active_conv_kernels().backward_float(p); }
-bool run(const ConvBackward<double>& p) { return active_conv_kernels().backward_double(p); }
 
 template <typename T>
 void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Tensor& x, const Tensor& weight,

@@ -4,6 +4,7 @@ from seqaccel.functional.conv._causal_conv1d import activate, causal_conv1d, las
 from seqaccel.functional.conv._causal_conv2d import causal_conv2d
 from seqaccel.functional.conv._causal_conv_transpose1d import causal_conv_transpose1d, conv_of_phases
 from seqaccel.functional.conv._checks import ACTIVATIONS, GATED, PADDING_MODES
+from seqaccel.functional.conv._residual_block import temporal_block
 from seqaccel.functional.conv._wavenet_layer import wavenet_layer
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "causal_conv_transpose1d",
     "conv_of_phases",
     "last_steps",
+    "temporal_block",
     "wavenet_layer",
 ]

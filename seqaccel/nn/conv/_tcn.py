@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import ACTIVATIONS, GATED, activate, last_steps
+from seqaccel.functional.conv import ACTIVATIONS, GATED, activate, last_steps, temporal_block
 from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.conv._base import ConvStream, check_chunk
 from seqaccel.nn.conv._causal import CausalConv1d
@@ -32,6 +34,45 @@ def _check_block(title: str, activation: Any, use_norm: Any, use_gate: Any) -> N
     _arguments.flag(title, "use_gate", use_gate)
 
 
+def _is_only_forward(module: nn.Module) -> bool:
+    """Whether a call of the module runs its ``forward`` and no hook."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_backward_pre_hooks
+        or _module._global_backward_hooks
+    )
+
+
+def _is_plain(conv: nn.Module, activation: str | None) -> bool:
+    """Whether it is what :class:`TemporalBlock` made, without hooks, and with the options that it had."""
+    return (
+        isinstance(conv, CausalConv1d)
+        and type(conv).forward is CausalConv1d.forward
+        and "forward" not in conv.__dict__
+        and _is_only_forward(conv)
+        and (conv.activation, conv.padding_mode) == (activation, "zeros")
+        and conv.stride == conv.groups == 1
+        and not conv.channels_last
+    )
+
+
+def _weight(conv: CausalConv1d) -> tuple[Tensor, Tensor | None]:
+    """v and g of the weight where only weight norm by output channels makes it from them; else the weight and None."""
+    applied: Any = conv._modules.get("parametrizations")
+    if applied is None or "weight" not in applied or parametrize._cache_enabled:
+        return conv.weight, None
+    parts = applied["weight"]
+    norm = parts[0]
+    if len(parts) > 1 or type(norm) is not _WeightNorm or norm.dim != 0 or not _is_only_forward(norm):
+        return conv.weight, None
+    return parts.original1, parts.original0
+
+
 class TemporalBlock(ConvStream):
     r"""One level of a :class:`TCN`.
 
@@ -40,7 +81,9 @@ class TemporalBlock(ConvStream):
         y &= \varphi(x' + \mathrm{dropout}(\varphi(W_2 * z + b_2)))
 
     with causal dilated convolutions, weights W = g·v/‖v‖ (the norm over each output channel), φ relu, and x' = x, or
-    its 1×1 convolution ``downsample`` where the numbers of channels differ. With relu each line is one operator.
+    its 1×1 convolution ``downsample`` where the numbers of channels differ. The operator is
+    :func:`seqaccel.functional.temporal_block`. A convolution of the block that has a hook, was replaced or has other
+    options than the constructor's runs as a module of its own.
 
     Args:
         in_channels, out_channels: numbers of channels.
@@ -108,7 +151,37 @@ class TemporalBlock(ConvStream):
         """x (B, C, T): y (B, O, T)."""
         if not isinstance(x, Tensor):
             return self._instead("x", x)
-        return self._run(x, None, None)[1]
+        y = self._at_once(x)
+        return self._run(x, None, None)[1] if y is None else y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """y by one operator, or None where a convolution does anything beside what the constructor gave it."""
+        conv1, conv2, down = self.conv1, self.conv2, self.downsample
+        if (
+            x.dim() != 3
+            or not _is_plain(conv1, "glu" if self.use_gate else self.activation)
+            or not _is_plain(conv2, self.activation)
+            or conv1.dilation != conv2.dilation
+            or not (down is None or (_is_plain(down, None) and down.kernel_size == 1))
+        ):
+            return None
+        weight_1, g_1 = _weight(conv1)
+        weight_2, g_2 = _weight(conv2)
+        return temporal_block(
+            x,
+            weight_1,
+            conv1.bias,
+            weight_2,
+            conv2.bias,
+            None if down is None else down.weight,
+            None if down is None else down.bias,
+            g_1=g_1,
+            g_2=g_2,
+            dilation=conv1.dilation,
+            activation=self.activation,
+            use_gate=self.use_gate,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def _run(
         self, x: Tensor, history1: Tensor | None, history2: Tensor | None, skip: bool = False
