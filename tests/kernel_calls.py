@@ -9,7 +9,7 @@ from rnn_cases import kinds, problem, weights_of, zoneout_masks
 
 from seqaccel.functional.rnn import CELLS
 from seqaccel.kernels import conv, rnn, scan
-from seqaccel.kernels.attention import hierarchical
+from seqaccel.kernels.attention import block_sparse, hierarchical
 from seqaccel.kernels.scan.cells import CELLS as COLUMN_CELLS
 
 
@@ -111,6 +111,16 @@ def _attention(T=9, B=1):
     yield "hierarchical_attention_backward", hierarchical.hierarchical_attention_backward, given
 
 
+def _block_sparse_attention(T=9, B=1):
+    query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T + 3, 4), torch.randn(B, 1, T + 3, 5)
+    layout = torch.rand(B, 2, -(-T // 4), -(-(T + 3) // 4)) < 0.7
+    given, options = (query, key, value, layout), (4, True, 0.4)
+    yield "block_sparse_attention_forward", block_sparse.block_sparse_attention_forward, (*given, *options)
+    out, lse = block_sparse.block_sparse_attention_forward(*given, *options)
+    given = (torch.randn_like(out), *given, out, lse, *options)
+    yield "block_sparse_attention_backward", block_sparse.block_sparse_attention_backward, given
+
+
 #: Each value, called (with T and B), gives the name, the operator and the arguments of a forward and a backward call.
 TABLE = {
     **{
@@ -133,6 +143,7 @@ TABLE = {
     "conv2d": functools.partial(_conv2d, 6, 1),
     "conv2d depthwise": functools.partial(_conv2d, 4, 4),
     "attention": _attention,
+    "block_sparse": _block_sparse_attention,
 }
 
 
