@@ -1,4 +1,4 @@
-"""Hierarchical attention beside torch's dense attention, which is the comparison: the two compute different things."""
+"""Attention beside torch's dense attention, which is the comparison: the two compute different things."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from harness import Case, suite
 
 import seqaccel
-from seqaccel.functional import hierarchical_attention
+from seqaccel.functional import block_sparse_attention, hierarchical_attention
 
 SIZES = {
     "T=2048": dict(B=1, H=4, T=2048, D=64, causal=True),
@@ -116,6 +116,55 @@ def bench_hierarchical_attention_step(B, T):
         flops=2 * B * 4 * 256 * 256 + 4 * B * 4 * 64 * 254,
         bytes=4 * (4 * 256 * 256 + 2 * B * 4 * 254 * 64),
     )
+
+
+# The density of each layout as drawn: random blocks of 64 in T=4096.
+SPARSE_SIZES = {
+    "density=0.1": dict(B=1, H=4, T=4096, D=64, density=0.1),
+    "density=1": dict(B=1, H=4, T=4096, D=64, density=1.0),
+}
+
+
+def sparse_case(B, H, T, D, density, training):
+    """Block-sparse attention beside dense attention without a mask, and for the forward pass FlexAttention."""
+    *inputs, grad = make_inputs(B, H, T, D)
+    leaves = [t.requires_grad_(training) for t in inputs]
+    layout = torch.rand(T // BLOCK, T // BLOCK) < density
+    seen = int(layout.sum()) * BLOCK**2
+
+    def run(function):
+        def call():
+            with torch.set_grad_enabled(training), seqaccel.backend("cpp"):
+                out = function(*leaves)
+                return torch.autograd.grad(out, leaves, grad) if training else out
+
+        return call
+
+    contenders = {
+        "seqaccel[cpp]": run(lambda q, k, v: block_sparse_attention(q, k, v, layout, block_size=BLOCK)),
+        "torch": run(F.scaled_dot_product_attention),
+    }
+    if not training:  # it has no backward pass on a CPU
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        order = layout.int().argsort(dim=-1, descending=True, stable=True).int()[None, None]
+        count = layout.sum(-1, dtype=torch.int32)[None, None]
+        mask = BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=BLOCK, seq_lengths=(T, T))
+        compiled = torch.compile(flex_attention, dynamic=False)
+        contenders["flex_attention"] = run(lambda q, k, v: compiled(q, k, v, block_mask=mask))
+    products = 14 if training else 4  # two products forward, five backward
+    size = leaves[0].element_size()
+    return Case(contenders, flops=products * B * H * D * seen, bytes=(8 if training else 4) * B * H * T * D * size)
+
+
+@suite(SPARSE_SIZES, ["seqaccel[cpp]", "torch", "flex_attention"])
+def bench_block_sparse_attention_forward(B, H, T, D, density):
+    return sparse_case(B, H, T, D, density, training=False)
+
+
+@suite(SPARSE_SIZES, ["seqaccel[cpp]", "torch"])
+def bench_block_sparse_attention_training(B, H, T, D, density):
+    return sparse_case(B, H, T, D, density, training=True)
 
 
 GPU_SIZES = {name: size | dict(B=16) for name, size in SIZES.items()}

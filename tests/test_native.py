@@ -373,6 +373,9 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.hierarchical_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, None, 2, 2, 1, 1, True, True, 1.0
         ),
+        lambda: ops.block_sparse_attention_forward(
+            *[torch.empty(size, 1, 0, 2**12)] * 3, torch.empty(size, 1, 0, 0, dtype=torch.bool), 2, True, 1.0
+        ),
         lambda: ops.column_forward(
             "fo_pool", torch.empty(size, 0, 3 * 2**12), *[None] * 3, torch.empty(0, 2**12), *[None] * 5, 1, True
         ),
@@ -392,6 +395,10 @@ def test_nothing_to_do_takes_no_time():
         heads, *[heads] * 3, None, out, lse, *pooled, 2, 2, 1, 1, True, True, 1.0
     )
     assert all(grad.shape == heads.shape for grad in grads[:3])
+    layout = torch.empty(1, many, 0, 0, dtype=torch.bool)
+    out, lse = ops.block_sparse_attention_forward(*[heads] * 3, layout, 2, True, 1.0)
+    grads = ops.block_sparse_attention_backward(heads, *[heads] * 3, layout, out, lse, 2, True, 1.0)
+    assert all(grad.shape == heads.shape for grad in grads)
     assert ops.causal_conv1d_forward(
         torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 6, 1, 1, "none", False, 0.0, False
     )[0].shape == (many, 1, 0)

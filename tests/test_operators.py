@@ -106,6 +106,18 @@ def attention_backward_arguments():
     return torch.randn_like(saved[0]), *arguments[:4], *saved, *OPTIONS
 
 
+def block_sparse_arguments():
+    layout = (torch.arange(3)[:, None] + torch.arange(4)) % 2 == torch.arange(4)[:, None, None] % 2
+    tensors = double(2, 4, 9, 3), double(2, 2, 13, 3), double(2, 2, 13, 5)
+    return *tensors, layout.expand(2, 4, 3, 4).contiguous(), 4, False, 0.5
+
+
+def block_sparse_backward_arguments():
+    arguments = block_sparse_arguments()
+    out, lse = torch.ops.seqaccel.block_sparse_attention_forward(*arguments)
+    return torch.randn_like(out), *arguments[:4], out, lse, *arguments[4:]
+
+
 ARGUMENTS = {
     "rnn_forward": rnn_arguments,
     "rnn_backward": rnn_backward_arguments,
@@ -127,6 +139,8 @@ ARGUMENTS = {
     "column_backward": column_backward_arguments,
     "hierarchical_attention_forward": attention_arguments,
     "hierarchical_attention_backward": attention_backward_arguments,
+    "block_sparse_attention_forward": block_sparse_arguments,
+    "block_sparse_attention_backward": block_sparse_backward_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),
     "mm": lambda: (double(3, 4), double(4, 5)),
     "add_fastest_mm_": lambda: (double(3, 5), double(3, 4), double(4, 5)),
@@ -161,10 +175,18 @@ def test_fake(name):
     torch.library.opcheck(overload(name), ARGUMENTS[name](), test_utils=("test_schema", "test_faketensor"))
 
 
+def is_floating(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def map_floating(function, arguments):
+    return tree_map_only(torch.Tensor, lambda t: function(t) if t.is_floating_point() else t, arguments)
+
+
 def leaves_of(arguments):
     """The arguments with leaves that require gradients, and these."""
-    copies = tree_map_only(torch.Tensor, lambda t: t.detach().clone().requires_grad_(), arguments)
-    return copies, [t for t in tree_leaves(copies) if isinstance(t, torch.Tensor)]
+    copies = map_floating(lambda t: t.detach().clone().requires_grad_(), arguments)
+    return copies, [t for t in tree_leaves(copies) if is_floating(t)]
 
 
 @each_differentiable
@@ -195,14 +217,14 @@ def test_gradients_of_any_order(name):
 def test_forward_mode(name):
     operator = _registration.OPERATORS[name]
     arguments = ARGUMENTS[name]()
-    tangents = tree_map_only(torch.Tensor, torch.randn_like, arguments)
+    tangents = map_floating(torch.randn_like, arguments)
     outputs = []
     with torch.autograd.forward_ad.dual_level():
         duals = [
             [torch.autograd.forward_ad.make_dual(t, v) if t is not None else None for t, v in zip(p, q, strict=True)]
             if isinstance(p, list)
             else torch.autograd.forward_ad.make_dual(p, q)
-            if isinstance(p, torch.Tensor)
+            if is_floating(p)
             else p
             for p, q in zip(arguments, tangents, strict=True)
         ]
@@ -233,12 +255,12 @@ def test_autocast(name):
     """Tensors of several dtypes are calculated in float32, as the kernels of the CPU do."""
     if name == "add_fastest_mm_":
         pytest.skip("writes to its argument, whose dtype counts")
-    wide = tree_map_only(torch.Tensor, lambda t: t.bfloat16().float(), ARGUMENTS[name]())
+    wide = map_floating(lambda t: t.bfloat16().float(), ARGUMENTS[name]())
     mixed = list(wide)
     first = next(i for i, value in enumerate(wide) if isinstance(value, torch.Tensor))
     mixed[first] = wide[first].bfloat16()
     dtype = _registration.OPERATORS[name].autocast
-    expected = overload(name)(*tree_map_only(torch.Tensor, lambda t: t.to(dtype), wide))
+    expected = overload(name)(*map_floating(lambda t: t.to(dtype), wide))
     with torch.autocast("cpu", torch.bfloat16):
         found = overload(name)(*mixed)
     torch.testing.assert_close(found, expected)
@@ -255,7 +277,7 @@ def test_vmap(name, everything):
         takes = everything or key in operator.batch
         for t in value if isinstance(value, list) else [value]:
             if isinstance(t, torch.Tensor) and takes:
-                mapped.append(torch.stack([t, t * 2 - 1, -t]))
+                mapped.append(torch.stack([t, t * 2 - 1, -t] if is_floating(t) else [t, ~t, t]))
             flat.append(t)
     structure = [value if isinstance(value, list) else None for value in arguments]
 
@@ -370,6 +392,12 @@ def functions():
     yield (
         "attention",
         lambda x: SF.hierarchical_attention(x, x * 2, x, block_size=2).square().sum(),
+        torch.randn(1, 2, 5, 3),
+    )
+    layout = torch.eye(3, dtype=torch.bool)
+    yield (
+        "block_sparse",
+        lambda x: SF.block_sparse_attention(x, x * 2, x, layout, block_size=2, causal=True).square().sum(),
         torch.randn(1, 2, 5, 3),
     )
 

@@ -2,7 +2,7 @@
 
 from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional import _testing as _testing  # registers operators
-from seqaccel.functional.attention import hierarchical_attention
+from seqaccel.functional.attention import block_sparse_attention, hierarchical_attention, top_k_layout
 from seqaccel.functional.conv import (
     causal_conv1d,
     causal_conv2d,
@@ -26,6 +26,7 @@ from seqaccel.functional.scan import (
 )
 
 __all__ = [
+    "block_sparse_attention",
     "causal_conv1d",
     "causal_conv2d",
     "causal_conv_transpose1d",
@@ -43,6 +44,7 @@ __all__ += [
     "sru",
     "sru_layer",
     "temporal_block",
+    "top_k_layout",
     "wavenet_layer",
     *_recurrent.__all__,
 ]

@@ -1,5 +1,8 @@
 """Attention."""
 
+from seqaccel.functional.attention import layouts
+from seqaccel.functional.attention.block_sparse import block_sparse_attention
 from seqaccel.functional.attention.hierarchical import hierarchical_attention
+from seqaccel.functional.attention.layouts import top_k_layout
 
-__all__ = ["hierarchical_attention"]
+__all__ = ["block_sparse_attention", "hierarchical_attention", "layouts", "top_k_layout"]
