@@ -356,6 +356,28 @@ def temporal_block_backward(rng: random.Random) -> Arguments:
     return arguments | found | {"grad_y": torch.randn_like(found["y"]), "wants": rng.randrange(512) & wants}
 
 
+def block_sparse_attention_forward(rng: random.Random) -> Arguments:
+    B, G, repeats, Tq, Tk, D, Dv = sizes(rng, 2, 3, 3, 300, 300, 70, 70)
+    D, dtype = max(1, D), floating(rng)
+    size = rng.choice([1, 3, 16, 20, 64, 100, 1000])
+    layout = torch.rand(B, G * repeats, -(-Tq // size), -(-Tk // size)) < rng.random()
+    return {
+        "query": torch.randn(B, G * repeats, Tq, D, dtype=dtype),
+        "key": torch.randn(B, G, Tk, D, dtype=dtype),
+        "value": torch.randn(B, G, Tk, Dv, dtype=dtype),
+        "layout": layout if boolean(rng) else layout[:1, :1].expand(layout.shape),
+        "block_size": size,
+        "causal": boolean(rng),
+        "scale": D**-0.5,
+    }
+
+
+def block_sparse_attention_backward(rng: random.Random) -> Arguments:
+    arguments = block_sparse_attention_forward(rng)
+    out, lse = OPERATORS.block_sparse_attention_forward(**arguments)
+    return arguments | {"out": out, "lse": lse, "grad_out": torch.randn_like(out)}
+
+
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
@@ -404,6 +426,8 @@ def added_matrices(rng: random.Random) -> Arguments:
 GENERATORS: dict[str, Generator] = {
     "add_fastest_mm_": added_matrices,
     "best_isa": lambda rng: {},
+    "block_sparse_attention_backward": block_sparse_attention_backward,
+    "block_sparse_attention_forward": block_sparse_attention_forward,
     "causal_conv1d_backward": causal_conv1d_backward,
     "causal_conv1d_forward": causal_conv1d_forward,
     "causal_conv2d_backward": causal_conv2d_backward,
@@ -462,6 +486,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "WaveNetLayer": (lambda: seqaccel.nn.WaveNetLayer(4, 5), (2, 4, 7)),
     "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
     "GatedConvLM": (lambda: seqaccel.nn.GatedConvLM(4, 3, 4, 2, 2, bottleneck_channels=3, dropout=0.0), (2, 4)),
+    "BlockSparseAttention": (lambda: seqaccel.nn.BlockSparseAttention(4, 2, block_size=2), (9, 2, 4)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
 }
 
@@ -478,7 +503,7 @@ def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
-    if name == "HierarchicalAttention":
+    if name in ("BlockSparseAttention", "HierarchicalAttention"):
         return x, x, x
     if name in ("PervasiveAttention", "GatedConvLM") and isinstance(x, Tensor):
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()

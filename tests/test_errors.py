@@ -300,6 +300,30 @@ CALLS = {
             "dropout": (*NOT_NUMBERS, None, -1, 2),
         },
     ),
+    "block_sparse_attention": (
+        SF.block_sparse_attention,
+        lambda: {"query": Q, "key": Q, "value": Q, "layout": torch.ones(3, 3, dtype=torch.bool), "block_size": 4},
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "layout": (*TENSOR, torch.ones(2, 2), torch.ones(2, dtype=torch.bool)),
+            "block_size": (*NOT_INTS, 0, True),
+            "causal": NOT_FLAGS,
+            "scale": NOT_NUMBERS,
+        },
+    ),
+    "top_k_layout": (
+        SF.top_k_layout,
+        lambda: {"query": Q, "key": Q, "k": 2, "block_size": 4},
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "k": (*NOT_INTS, 0),
+            "block_size": (*NOT_INTS, 0),
+            "causal": NOT_FLAGS,
+        },
+    ),
     "hierarchical_attention": (
         SF.hierarchical_attention,
         lambda: {"query": Q, "key": Q, "value": Q},
@@ -504,6 +528,21 @@ CALLS = {
             "dropout": (*NOT_NUMBERS, None, 2),
         },
     ),
+    "BlockSparseAttention": (
+        nn.BlockSparseAttention,
+        lambda: {"embed_dim": 8, "num_heads": 2},
+        {
+            "embed_dim": (*NOT_INTS, 0, 7),
+            "num_heads": (*NOT_INTS, 0, 3),
+            "dropout": (0.1, "0", None),
+            "add_bias_kv": (True, "no"),
+            "kdim": ("8", 0),
+            "batch_first": NOT_FLAGS,
+            "layout": (3, "window", torch.ones(2, 2), torch.ones(2, dtype=torch.bool)),
+            "block_size": (*NOT_INTS, 0),
+            "causal": NOT_FLAGS,
+        },
+    ),
     "HierarchicalAttention": (
         nn.HierarchicalAttention,
         lambda: {"embed_dim": 8, "num_heads": 2},
@@ -686,6 +725,19 @@ FORWARDS = {
         lambda: nn.GatedConvLM(9, I, H, 1, 2),
         {"x": torch.zeros(B, T, dtype=torch.int64)},
         {"x": (*TENSOR, torch.zeros(T, dtype=torch.int64))},
+    ),
+    "BlockSparseAttention": (
+        lambda: nn.BlockSparseAttention(8, 2, batch_first=True),
+        dict.fromkeys(("query", "key", "value"), torch.randn(B, T, 8)),
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "key_padding_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(2, 2, dtype=torch.bool)),
+            "attn_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, T)),
+            "need_weights": (True,),
+            "is_causal": NOT_FLAGS,
+        },
     ),
     "HierarchicalAttention": (
         lambda: nn.HierarchicalAttention(8, 2, batch_first=True),

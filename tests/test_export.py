@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import seqaccel
 from seqaccel import functional as SF
 from seqaccel import nn
+from seqaccel.functional.attention import layouts
 from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.rnn._layers import Direction, layer
 
@@ -40,6 +41,13 @@ EVERYTHING = bool(os.environ.get("SEQACCEL_TEST_ALL"))
 
 class SelfAttention(nn.HierarchicalAttention):
     """Attention of one input over itself."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+class SparseSelfAttention(nn.BlockSparseAttention):
+    """The same within a window of blocks."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x, x)[0]
@@ -156,6 +164,13 @@ CASES = {
     "WaveNetLayer": Case("conv", lambda: nn.WaveNetLayer(4, 6, dilation=3), ("B4T",)),
     "WaveNet": Case("conv", lambda: nn.WaveNet(4, 3, 6, 8, layers=2, stacks=2), ("B4T",)),
     "GatedConvLM": Case("conv", lambda: nn.GatedConvLM(9, 6, 8, 2, 3, bottleneck_channels=4), ("words:BT",)),
+    "BlockSparseAttention": Case(
+        "attention",
+        lambda: SparseSelfAttention(
+            8, 2, batch_first=True, block_size=4, layout=lambda T: layouts.sliding_window(T, 2, block_size=4)
+        ),
+        ("BT8",),
+    ),
     "HierarchicalAttention": Case(
         "attention",
         lambda: SelfAttention(8, 2, batch_first=True, block_size=4, fanout=16, pool_query=1),
@@ -560,7 +575,8 @@ def test_dimensions_found_by_export_stay_general(name):
 def test_skip_init(name):
     kind = getattr(nn, name)
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
-    sizes |= {"HierarchicalAttention": (8, 2), "CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
+    sizes |= {"BlockSparseAttention": (8, 2), "HierarchicalAttention": (8, 2)}
+    sizes |= {"CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     sizes |= {"PervasiveAttention": (5, 6, 4)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)

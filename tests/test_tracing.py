@@ -42,6 +42,7 @@ MODULES = {
     "WaveNetLayer": (lambda: nn.WaveNetLayer(I, 6, dilation=2), (B, I, T), True),
     "WaveNet": (lambda: nn.WaveNet(I, 3, 6, 8, layers=2, stacks=2), (B, I, T), True),
     "GatedConvLM": (lambda: nn.GatedConvLM(40, 6, 8, 2, 3, bottleneck_channels=4), (B, T), True),
+    "BlockSparseAttention": (lambda: nn.BlockSparseAttention(I, 2, block_size=2), (T, B, I), False),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
 }
 ONE_OUTPUT = tuple(getattr(nn.conv, name) for name in nn.conv.__all__ if name != "WaveNetLayer")
@@ -59,7 +60,7 @@ class Model(torch.nn.Module):
     def __init__(self, module):
         super().__init__()
         self.inner = module
-        self.attends = isinstance(module, nn.HierarchicalAttention)
+        self.attends = isinstance(module, torch.nn.MultiheadAttention)
         self.pervasive = isinstance(module, nn.PervasiveAttention)
 
     def forward(self, x):
