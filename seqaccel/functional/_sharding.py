@@ -13,7 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from seqaccel import _common
 from seqaccel.functional._registration import OPERATORS, Operator
 
-__all__ = ["register"]
+__all__ = ["register", "replicated"]
+
+
+def replicated(t: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has, as a DTensor where ``like`` is one."""
+    if not isinstance(like, DTensor) or isinstance(t, DTensor):
+        return t
+    return DTensor.from_local(t, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
 def _own_rows(size: int, mesh: DeviceMesh, split: list[bool]) -> tuple[int, int]:

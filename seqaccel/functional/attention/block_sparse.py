@@ -243,6 +243,10 @@ def block_sparse_attention(
         _arguments.number("block_sparse_attention", "scale", scale)
     mask, only_past = layouts.resolved(layout, block_size)
     _check_layout(query, key, mask, block_size)
+    if _common.is_distributed(query):
+        from seqaccel.functional._sharding import replicated
+
+        mask = replicated(mask, query)
     mask = mask.expand(*query.shape[:2], *mask.shape[-2:])
     options = _Options(
         block_size, bool(causal) or only_past, query.shape[-1] ** -0.5 if scale is None else float(scale)
