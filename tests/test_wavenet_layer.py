@@ -248,3 +248,16 @@ def test_a_wavenet_runs_no_other_convolution():
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["seqaccel::wavenet_layer_forward"] == counts["seqaccel::wavenet_layer_backward"] == 3
     assert not [name for name in counts if "mkldnn" in name or name.startswith("aten::conv") or "tanh" in name]
+
+
+def test_a_step_of_a_wide_layer_is_dot_products():
+    tensors = inputs((1, 300, 300, 4, 1, 2, 3), dtype=torch.float32)
+    for T, counted in ((1, 0), (9, 1)):
+        for name in ("x", "skip", "condition"):
+            tensors[name] = tensors[name][..., :1].expand(-1, -1, T)
+        with torch.profiler.profile() as profile:
+            found = SF.wavenet_layer(**tensors, dilation=3)
+        calls = [event.count for event in profile.key_averages() if event.key == "seqaccel::wavenet_layer_forward"]
+        assert sum(calls) == counted
+        for a, b in zip(found, paper(**tensors, dilation=3), strict=True):
+            torch.testing.assert_close(a, b)
