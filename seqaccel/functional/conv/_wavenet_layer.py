@@ -77,7 +77,7 @@ class _WaveNetLayer(torch.autograd.Function):
                 sum(1 << i for i, need in enumerate(needs) if need),
             )  # fmt: skip
             grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-        return (*grads[:_SKIP], grad_skip if needs_skip else None, *grads[_SKIP:], None, None, None)
+        return (*grads[:_SKIP], grad_skip if needs_skip else None, *grads[_SKIP:], None, None, None, None)
 
 
 # ---- the operators' facts ----
