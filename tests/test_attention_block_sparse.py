@@ -246,6 +246,39 @@ def test_what_is_not_seen_stays_apart(backend, bad):
                         assert torch.equal(grad[:, :, apart], whole[:, :, apart])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_spoilt_query_stays_apart(isa, bad, causal):
+    """A query, or a gradient of its output, that is not finite changes nothing of other queries and unseen keys."""
+    T, size, dtype = 90, 20, torch.float32
+    layout = (torch.rand(5, 5) < 0.5).expand(2, 4, 5, 5)
+    seen = reference.visible(layout[0, 0], size, T, T, causal)
+    query, grad_out = torch.randn(2, 2, 4, T, 17, dtype=dtype)
+    key, value = torch.randn(2, 2, 2, T, 17, dtype=dtype)
+    options = (size, causal, 0.5)
+
+    def outputs_and_gradients(query, grad_out):
+        out, lse = torch.ops.seqaccel.block_sparse_attention_forward(query, key, value, layout, *options)
+        gradients = torch.ops.seqaccel.block_sparse_attention_backward(
+            grad_out, query, key, value, layout, out, lse, *options
+        )
+        return [out, lse.unsqueeze(3), *gradients]
+
+    expected = outputs_and_gradients(query, grad_out)
+    for at in (0, 1, 17, 40, 63, 88):
+        for spoilt in (0, 1):
+            tensors = [query.clone(), grad_out.clone()]
+            tensors[spoilt][1, 3, at, :2] = bad  # of the second key head
+            found = outputs_and_gradients(*tensors)
+            for name, a, b in zip(("out", "lse", "query", "key", "value"), found, expected, strict=True):
+                reached = torch.zeros(a.shape[:3], dtype=torch.bool)
+                if name in ("key", "value"):
+                    reached[1, 1] = seen[at]
+                else:
+                    reached[1, 3, at] = True
+                assert torch.equal(a[~reached], b[~reached]), (name, at, spoilt)
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[6]], ids=str)
 def test_opcheck(case):
     inputs, layout, keywords = make_inputs(case, torch.float32)
