@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from harness import Case, suite
 
 import seqaccel
-from seqaccel.functional import block_sparse_attention, hierarchical_attention
+from seqaccel.functional import additive_attention, block_sparse_attention, hierarchical_attention
 
 SIZES = {
     "T=2048": dict(B=1, H=4, T=2048, D=64, causal=True),
@@ -165,6 +165,39 @@ def bench_block_sparse_attention_forward(B, H, T, D, density):
 @suite(SPARSE_SIZES, ["seqaccel[cpp]", "torch"])
 def bench_block_sparse_attention_training(B, H, T, D, density):
     return sparse_case(B, H, T, D, density, training=True)
+
+
+ADDITIVE_SIZES = {
+    "Tq=50": dict(B=16, Tq=50, Tk=400, H=512),
+    "Tq=1": dict(B=16, Tq=1, Tk=400, H=512),
+}
+
+
+def broadcast_form(query, key, value, weight):
+    return torch.softmax(torch.tanh(query[:, :, None] + key[:, None]) @ weight, -1) @ value
+
+
+@suite(ADDITIVE_SIZES, ["seqaccel[cpp]", "torch", "torch.compile"])
+def bench_additive_attention_training(B, Tq, Tk, H):
+    """Beside torch's operators on a tensor (B, Tq, Tk, H), and the same compiled."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*s, requires_grad=True) for s in ((B, Tq, H), (B, Tk, H), (B, Tk, H), (H,))]
+    grad = torch.randn(B, Tq, H)
+
+    def run(function):
+        def call():
+            with seqaccel.backend("cpp"):
+                return torch.autograd.grad(function(*leaves), leaves, grad)
+
+        return call
+
+    functions = {
+        "seqaccel[cpp]": additive_attention,
+        "torch": broadcast_form,
+        "torch.compile": torch.compile(broadcast_form, dynamic=False),
+    }
+    contenders = {name: run(function) for name, function in functions.items()}
+    return Case(contenders, flops=18 * B * Tq * Tk * H, bytes=4 * 2 * B * (2 * Tq + 2 * Tk) * H)
 
 
 GPU_SIZES = {name: size | dict(B=16) for name, size in SIZES.items()}

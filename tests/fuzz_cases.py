@@ -356,6 +356,24 @@ def temporal_block_backward(rng: random.Random) -> Arguments:
     return arguments | found | {"grad_y": torch.randn_like(found["y"]), "wants": rng.randrange(512) & wants}
 
 
+def additive_attention_forward(rng: random.Random) -> Arguments:
+    B, Tq, Tk, H = sizes(rng, 3, 20, 150, 70)
+    H, dtype = max(1, H), floating(rng)
+    return {
+        "query": torch.randn(B, Tq, H, dtype=dtype),
+        "key": torch.randn(B, Tk, H, dtype=dtype),
+        "weight": torch.randn(H, dtype=dtype) * H**-0.5,
+        "mask": maybe(rng, lambda: torch.rand(B, rng.choice([1, Tq]), Tk) < rng.random()),
+    }
+
+
+def additive_attention_backward(rng: random.Random) -> Arguments:
+    arguments = additive_attention_forward(rng)
+    attention = OPERATORS.additive_attention_forward(**arguments)
+    del arguments["mask"]
+    return arguments | {"attention": attention, "grad_attention": torch.randn_like(attention)}
+
+
 def block_sparse_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, Tq, Tk, D, Dv = sizes(rng, 2, 3, 3, 300, 300, 70, 70)
     D, dtype = max(1, D), floating(rng)
@@ -425,6 +443,8 @@ def added_matrices(rng: random.Random) -> Arguments:
 #: Valid arguments of each operator.
 GENERATORS: dict[str, Generator] = {
     "add_fastest_mm_": added_matrices,
+    "additive_attention_backward": additive_attention_backward,
+    "additive_attention_forward": additive_attention_forward,
     "best_isa": lambda rng: {},
     "block_sparse_attention_backward": block_sparse_attention_backward,
     "block_sparse_attention_forward": block_sparse_attention_forward,

@@ -57,6 +57,7 @@ RECURRENT = {
 }
 WITH_CELL = {**RECURRENT, "state": STATES, "zoneout": ZONEOUTS}
 Q = torch.randn(2, 4, 9, 8)
+ROWS = torch.randn(B, T, I)
 
 #: Public function or constructor: valid arguments, bad values of each.
 CALLS = {
@@ -298,6 +299,32 @@ CALLS = {
             "activation": ("elu", "glu", 3),
             "use_gate": NOT_FLAGS,
             "dropout": (*NOT_NUMBERS, None, -1, 2),
+        },
+    ),
+    "additive_attention": (
+        SF.additive_attention,
+        lambda: {"query": ROWS, "key": ROWS, "value": ROWS, "weight": torch.randn(I)},
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "weight": (*TENSOR, torch.randn(2, 3)),
+            "scale": ("1", True, torch.ones(2)),
+            "mask": (*NOT_OPTIONAL_TENSORS, torch.ones(B, T), torch.ones(2, 3, dtype=torch.bool)),
+            "need_weights": NOT_FLAGS,
+        },
+    ),
+    "multiplicative_attention": (
+        SF.multiplicative_attention,
+        lambda: {"query": ROWS, "key": ROWS, "value": ROWS, "weight": torch.randn(I, I)},
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "weight": (*NOT_OPTIONAL_TENSORS, torch.randn(2, 3)),
+            "scale": ("1", True, torch.ones(2)),
+            "mask": (*NOT_OPTIONAL_TENSORS, torch.ones(B, T), torch.ones(2, 3, dtype=torch.bool)),
+            "need_weights": NOT_FLAGS,
         },
     ),
     "block_sparse_attention": (

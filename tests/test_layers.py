@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "cpu/scan": _BASE,
     "cpu/conv": _BASE | {"cpu/matmul"},
     "cpu/attention": _BASE,
+    "cpu/attention/additive": _BASE | {"cpu/attention"},
     "cpu/attention/block_sparse": _BASE | {"cpu/attention"},
     "cpu/attention/hierarchical": _BASE | {"cpu/attention"},
     "cpu/testing": _BASE,

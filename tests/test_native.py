@@ -376,6 +376,9 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.block_sparse_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, torch.empty(size, 1, 0, 0, dtype=torch.bool), 2, True, 1.0
         ),
+        lambda: ops.additive_attention_forward(
+            torch.empty(size, 0, 2**12), torch.empty(size, 0, 2**12), torch.empty(2**12), None
+        ),
         lambda: ops.column_forward(
             "fo_pool", torch.empty(size, 0, 3 * 2**12), *[None] * 3, torch.empty(0, 2**12), *[None] * 5, 1, True
         ),
@@ -399,6 +402,10 @@ def test_nothing_to_do_takes_no_time():
     out, lse = ops.block_sparse_attention_forward(*[heads] * 3, layout, 2, True, 1.0)
     grads = ops.block_sparse_attention_backward(heads, *[heads] * 3, layout, out, lse, 2, True, 1.0)
     assert all(grad.shape == heads.shape for grad in grads)
+    rows = torch.empty(many, 0, 3)
+    weights = ops.additive_attention_forward(rows, rows, torch.ones(3), None)
+    assert weights.shape == (many, 0, 0)
+    assert ops.additive_attention_backward(weights, rows, rows, torch.ones(3), weights)[0].shape == rows.shape
     assert ops.causal_conv1d_forward(
         torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 6, 1, 1, "none", False, 0.0, False
     )[0].shape == (many, 1, 0)

@@ -118,6 +118,16 @@ def block_sparse_backward_arguments():
     return torch.randn_like(out), *arguments[:4], out, lse, *arguments[4:]
 
 
+def additive_arguments():
+    return double(2, 5, 3), double(2, 7, 3), double(3), torch.arange(70).view(2, 5, 7) % 3 > 0
+
+
+def additive_backward_arguments():
+    query, key, weight, mask = additive_arguments()
+    attention = torch.ops.seqaccel.additive_attention_forward(query, key, weight, mask)
+    return torch.randn_like(attention), query, key, weight, attention
+
+
 ARGUMENTS = {
     "rnn_forward": rnn_arguments,
     "rnn_backward": rnn_backward_arguments,
@@ -141,6 +151,8 @@ ARGUMENTS = {
     "hierarchical_attention_backward": attention_backward_arguments,
     "block_sparse_attention_forward": block_sparse_arguments,
     "block_sparse_attention_backward": block_sparse_backward_arguments,
+    "additive_attention_forward": additive_arguments,
+    "additive_attention_backward": additive_backward_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),
     "mm": lambda: (double(3, 4), double(4, 5)),
     "add_fastest_mm_": lambda: (double(3, 5), double(3, 4), double(4, 5)),
@@ -393,6 +405,11 @@ def functions():
         "attention",
         lambda x: SF.hierarchical_attention(x, x * 2, x, block_size=2).square().sum(),
         torch.randn(1, 2, 5, 3),
+    )
+    yield (
+        "additive",
+        lambda x: SF.additive_attention(x, x * 2, x, x[0, 0], scale=2.0).square().sum(),
+        torch.randn(2, 5, 3),
     )
     layout = torch.eye(3, dtype=torch.bool)
     yield (

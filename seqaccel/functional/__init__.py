@@ -2,7 +2,13 @@
 
 from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional import _testing as _testing  # registers operators
-from seqaccel.functional.attention import block_sparse_attention, hierarchical_attention, top_k_layout
+from seqaccel.functional.attention import (
+    additive_attention,
+    block_sparse_attention,
+    hierarchical_attention,
+    multiplicative_attention,
+    top_k_layout,
+)
 from seqaccel.functional.conv import (
     causal_conv1d,
     causal_conv2d,
@@ -26,6 +32,7 @@ from seqaccel.functional.scan import (
 )
 
 __all__ = [
+    "additive_attention",
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv2d",
@@ -40,6 +47,7 @@ __all__ += [
     "linear_scan",
     "min_gru",
     "min_lstm",
+    "multiplicative_attention",
     "scan_summary",
     "sru",
     "sru_layer",

@@ -1,8 +1,16 @@
 """Attention."""
 
 from seqaccel.functional.attention import layouts
+from seqaccel.functional.attention.additive import additive_attention, multiplicative_attention
 from seqaccel.functional.attention.block_sparse import block_sparse_attention
 from seqaccel.functional.attention.hierarchical import hierarchical_attention
 from seqaccel.functional.attention.layouts import top_k_layout
 
-__all__ = ["block_sparse_attention", "hierarchical_attention", "layouts", "top_k_layout"]
+__all__ = [
+    "additive_attention",
+    "block_sparse_attention",
+    "hierarchical_attention",
+    "layouts",
+    "multiplicative_attention",
+    "top_k_layout",
+]

@@ -1,6 +1,15 @@
 """Attention in plain PyTorch."""
 
+from seqaccel.reference.attention.additive import additive_weights, masked_softmax
 from seqaccel.reference.attention.block_sparse import block_sparse_attention, visible
 from seqaccel.reference.attention.hierarchical import hierarchical_attention, level_spans, pool_level
 
-__all__ = ["block_sparse_attention", "hierarchical_attention", "level_spans", "pool_level", "visible"]
+__all__ = [
+    "additive_weights",
+    "block_sparse_attention",
+    "hierarchical_attention",
+    "level_spans",
+    "masked_softmax",
+    "pool_level",
+    "visible",
+]

@@ -1,0 +1,357 @@
+"""Additive and multiplicative attention, the functions: definition, every backend, gradients, masks, torch's ways."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+
+import seqaccel
+from seqaccel import backends
+from seqaccel.functional import additive_attention, multiplicative_attention
+
+ISAS = ["portable", "avx2", "avx512"]
+
+# B, Tq, Tk, H, V, dimensions of the mask (0: none)
+CASES = [
+    (1, 1, 1, 1, 1, 0),
+    (2, 1, 70, 33, 5, 2),
+    (2, 5, 7, 16, 3, 3),
+    (3, 9, 131, 40, 8, 2),
+    (1, 66, 65, 7, 9, 3),
+    (2, 4, 64, 64, 4, 0),
+]
+
+
+def problem(case, dtype=torch.float32):
+    B, Tq, Tk, H, V, dims = case
+    q, k, v, w = torch.randn(B, Tq, H), torch.randn(B, Tk, H), torch.randn(B, Tk, V), torch.randn(H) * H**-0.5
+    mask = None
+    if dims:
+        mask = torch.rand(*((B, Tk) if dims == 2 else (B, Tq, Tk))) < 0.6
+        mask[0, ...] |= True
+        mask[-1, ..., 0] = True
+        if dims == 3:
+            mask[-1, -1] = False  # a query without keys
+    return [t.to(dtype) for t in (q, k, v, w)], mask
+
+
+def with_grads(function, inputs, grads):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return out, torch.autograd.grad(out, leaves, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)])
+
+
+def pair_by_pair(query, key, value, weight, mask):
+    """Each output from the formula, in loops."""
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
+    weights = query.new_zeros(*query.shape[:2], key.shape[1])
+    for b in range(query.shape[0]):
+        for i in range(query.shape[1]):
+            row = torch.ones(key.shape[1], dtype=torch.bool) if mask is None else mask[b]
+            seen = [j for j in range(key.shape[1]) if (row if row.dim() == 1 else row[i])[j]]
+            if seen:
+                logits = torch.stack([(weight * torch.tanh(query[b, i] + key[b, j])).sum() for j in seen])
+                weights[b, i, seen] = torch.softmax(logits, 0)
+                out[b, i] = weights[b, i, seen] @ value[b, seen]
+    return out, weights
+
+
+@functools.cache
+def solved(case):
+    inputs, mask = problem(case)
+    B, Tq, Tk, _, V, _ = case
+    grads = torch.randn(B, Tq, V), torch.randn(B, Tq, Tk)
+    wide = [t.double() for t in inputs]
+    with seqaccel.backend("reference"):
+        expected = with_grads(lambda *x: additive_attention(*x, mask=mask, need_weights=True), wide, grads)
+    return inputs, mask, grads, *expected
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16")):
+        pytest.skip(f"this processor has no {request.param}")
+    with backends.isa(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_the_definition_is_the_formula(case):
+    inputs, mask, _, expected, _ = solved(case)
+    found = pair_by_pair(*(t.double() for t in inputs), mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpp_forward_and_gradients(isa, poison, case, dtype):
+    inputs, mask, grads, expected, expected_grads = solved(case)
+    inputs = [t.to(dtype) for t in inputs]
+    with seqaccel.backend("cpp"):
+        found, found_grads = with_grads(lambda *x: additive_attention(*x, mask=mask, need_weights=True), inputs, grads)
+    for name, a, b in zip(("out", "weights"), found, expected, strict=True):
+        assert_close(a, b, "attention", dtype, what=name)
+    for name, a, b in zip(("query", "key", "value", "weight"), found_grads, expected_grads, strict=True):
+        if b.abs().max() > 1e-12:  # a gradient that is 0 in exact arithmetic has no scale
+            assert_close(a, b, "attention", dtype, backward=True, what=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("function", [additive_attention, multiplicative_attention])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_query_without_keys_gives_0(backend, function, poison):
+    inputs, mask = problem(CASES[2], torch.float64)
+    inputs = inputs if function is additive_attention else inputs[:3]
+    B, Tq, Tk, _, V, _ = CASES[2]
+    with seqaccel.backend(backend):
+        (out, weights), grads = with_grads(
+            lambda *x: function(*x, mask=mask, need_weights=True),
+            inputs,
+            (torch.ones(B, Tq, V), torch.randn(B, Tq, Tk)),
+        )
+    assert (out[-1, -1] == 0).all() and (weights[~mask] == 0).all() and (grads[0][-1, -1] == 0).all()
+    assert all(g.isfinite().all() for g in grads)
+    torch.testing.assert_close(weights.sum(-1), mask.any(-1).double())
+
+
+def test_scale_normalises_the_weight():
+    inputs, mask = problem(CASES[3], torch.float64)
+    query, key, value, v = inputs
+    g = torch.tensor([1.7], dtype=torch.float64)
+    expected = additive_attention(query, key, value, 1.7 * v / v.norm(), mask=mask)
+    for scale in (1.7, g, g[0]):
+        torch.testing.assert_close(additive_attention(query, key, value, v * 3, scale=scale, mask=mask), expected)
+    leaves = [t.requires_grad_() for t in (v, g)]
+    assert torch.autograd.gradcheck(
+        lambda v, g: additive_attention(query[:, :2], key[:, :3], value[:, :3], v, scale=g), leaves
+    )
+
+
+def test_the_same_bits_each_time_and_for_any_number_of_threads():
+    inputs, mask, grads, *_ = solved(CASES[3])
+    results = []
+    with seqaccel.backend("cpp"):
+        for threads in (2, 2, 1):
+            torch.set_num_threads(threads)
+            try:
+                weights = torch.ops.seqaccel.additive_attention_forward(*inputs[:2], inputs[3], mask[:, None])
+                back = torch.ops.seqaccel.additive_attention_backward(grads[1], *inputs[:2], inputs[3], weights)
+            finally:
+                torch.set_num_threads(2)
+            results.append([weights, *back])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_step_by_step_is_the_whole():
+    """One query at a time has the bits of all at once: a step of a decoder is its part of the training pass."""
+    (query, key, value, weight), mask = problem((2, 9, 70, 33, 5, 2))
+    with seqaccel.backend("cpp"):
+        whole = additive_attention(query, key, value, weight, mask=mask, need_weights=True)[1]
+        for i in range(9):
+            step = additive_attention(query[:, i : i + 1], key, value, weight, mask=mask, need_weights=True)[1]
+            assert torch.equal(step, whole[:, i : i + 1])
+
+
+def test_strides():
+    inputs, mask = problem(CASES[3], torch.float64)
+    query, key, value, weight = inputs
+    mask = mask[:, None].expand(-1, query.shape[1], -1)
+    with seqaccel.backend("cpp"):
+        expected = additive_attention(query, key, value, weight, mask=mask.contiguous())
+        strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value)]
+        found = additive_attention(*strided, weight.repeat_interleave(2)[::2], mask=mask)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("B", "Tq", "Tk"), [(2, 0, 5), (2, 5, 0), (1, 0, 0), (0, 5, 5)])
+def test_empty(backend, B, Tq, Tk):
+    inputs, _ = problem((B, Tq, Tk, 4, 3, 0))
+    with seqaccel.backend(backend):
+        for function, given in ((additive_attention, inputs), (multiplicative_attention, inputs[:3])):
+            (out,), grads = with_grads(lambda *x, f=function: (f(*x),), given, [torch.ones(B, Tq, 3)])
+            assert out.shape == (B, Tq, 3) and (out == 0).all() and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("dims", [0, 2, 3])
+def test_gradcheck(backend, dims):
+    inputs, mask = problem((2, 5, 6, 3, 2, dims), torch.float64)
+    leaves = [t.requires_grad_() for t in inputs]
+
+    def function(*x):
+        return additive_attention(*x, mask=mask, need_weights=True)
+
+    with seqaccel.backend(backend):
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_keys_that_nobody_attends_to_stay_apart():
+    """What is not finite in them reaches no weight and no gradient of queries, other keys and the vector."""
+    (query, key, value, weight), mask = problem(CASES[3])
+    spoilt = key.masked_fill(~mask[..., None], math.nan)
+    results = []
+    with seqaccel.backend("cpp"):
+        for keys in (key, spoilt):
+            leaves = [t.clone().requires_grad_() for t in (query, keys, weight)]
+            weights = additive_attention(leaves[0], leaves[1], value, leaves[2], mask=mask, need_weights=True)[1]
+            results.append([weights, *torch.autograd.grad(weights.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    case = CASES[3]
+    inputs, mask = problem(case, dtype)
+    grads = torch.randn(*case[:2], case[4]).to(dtype), torch.randn(*case[:3]).to(dtype)
+    wide = [t.double() for t in inputs]
+    with seqaccel.backend("reference"):
+        expected = with_grads(lambda *x: additive_attention(*x, mask=mask, need_weights=True), wide, grads)
+    with seqaccel.backend("cpp"):
+        found = with_grads(lambda *x: additive_attention(*x, mask=mask, need_weights=True), inputs, grads)
+    for a, b in zip(found[0], expected[0], strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, "attention", dtype)
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, "attention", dtype, backward=True)
+
+
+# multiplicative
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_multiplicative(general):
+    (query, key, value, _), mask = problem(CASES[2], torch.float64)
+    weight = torch.randn(16, 16, dtype=torch.float64) if general else None
+    projected = query @ weight if general else query
+    some = mask.any(-1, keepdim=True)
+    for scale in (None, 0.3):
+        expected = F.scaled_dot_product_attention(
+            projected, key, value, attn_mask=mask | ~some, scale=1.0 if scale is None else scale
+        )
+        found, weights = multiplicative_attention(query, key, value, weight, scale=scale, mask=mask, need_weights=True)
+        torch.testing.assert_close(found, expected * some)
+        torch.testing.assert_close(weights @ value, found)
+    assert torch.equal(
+        multiplicative_attention(query, key, value, weight, mask=mask[:, 0]),
+        multiplicative_attention(query, key, value, weight, mask=mask[:, :1].expand(mask.shape)),
+    )
+
+
+# torch's machinery
+
+BOTH = pytest.mark.parametrize(
+    "function",
+    [additive_attention, lambda q, k, v, w, **rest: multiplicative_attention(q, k, v, torch.diag(w), **rest)],
+)
+
+
+@BOTH
+def test_autocast_and_inference_mode(function):
+    inputs, mask = problem(CASES[3])
+    leaves = [t.requires_grad_() for t in inputs]
+    expected = function(*leaves, mask=mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = function(*leaves, mask=mask)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.1)
+    torch.autograd.grad(out.sum(), leaves)
+    with torch.inference_mode():
+        torch.testing.assert_close(function(*leaves, mask=mask), expected)
+
+
+def test_functorch():
+    inputs, mask = problem((3, 4, 5, 6, 2, 2), torch.float64)
+    *stacked, w = inputs
+    stacked = [torch.stack([t, -t]) for t in stacked]
+
+    def loss(q, k, v, w):
+        return additive_attention(q, k, v, w, mask=mask, scale=2.0).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(0, 0, 0, None))(*stacked, w)
+    leaf = stacked[0].clone().requires_grad_()
+    torch.stack([loss(*x, w) for x in zip(leaf, *stacked[1:], strict=True)]).sum().backward()
+    torch.testing.assert_close(grads, leaf.grad)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@BOTH
+def test_compile(function, dynamic):
+    def doubled(q, k, v, w, mask):
+        return function(q * 2, k, v, w, mask=mask, need_weights=True)
+
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T in (9, 10) if dynamic else (9,):
+        inputs, mask = problem((2, T, T + 3, 16, 4, 2))
+        grads = torch.randn(2, T, 4), torch.randn(2, T, T + 3)
+        found = with_grads(lambda *x, m=mask: compiled(*x, m), inputs, grads)
+        torch.testing.assert_close(found, with_grads(lambda *x, m=mask: doubled(*x, m), inputs, grads))
+
+
+def test_export():
+    class Net(torch.nn.Module):
+        def forward(self, q, k, v, w, mask):
+            return additive_attention(q, k, v, w, mask=mask)
+
+    inputs, mask = problem(CASES[3])
+    program = torch.export.export(Net(), (*inputs, mask))
+    assert any("additive_attention_forward" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*inputs, mask), Net()(*inputs, mask))
+
+
+@pytest.mark.parametrize("case", CASES[1:4], ids=str)
+def test_opcheck(case):
+    (query, key, _, weight), mask = problem(case)
+    given = (query.requires_grad_(), key.requires_grad_(), weight.requires_grad_())
+    rows = mask if mask.dim() == 3 else mask[:, None]
+    forward, backward = torch.ops.seqaccel.additive_attention_forward, torch.ops.seqaccel.additive_attention_backward
+    torch.library.opcheck(forward, (*given, rows))
+    plain = [t.detach() for t in given]
+    weights = forward(*plain, rows)
+    torch.library.opcheck(backward, (torch.randn_like(weights), *plain, weights))
+
+
+def test_memory():
+    """No tensor that autograd saves or a kernel makes has a dimension for pairs and one for features."""
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            results = function(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(results):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.untyped_storage().nbytes() // t.element_size())
+            return results
+
+    inputs, mask = problem((2, 50, 60, 40, 8, 2))
+    with seqaccel.backend("cpp"), Sizes():
+        with_grads(lambda *x: (additive_attention(*x, mask=mask),), inputs, [torch.ones(2, 50, 8)])
+    assert largest <= 2 * 50 * 60
+
+
+def test_errors():
+    q, k, v, w = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6), torch.randn(4)
+    for function, last in ((additive_attention, w), (multiplicative_attention, torch.eye(4))):
+        for wrong, message in (
+            ((q[0], k, v, last), "query"),
+            ((q, k[:1], v, last), "key"),
+            ((q, k, v[:, :4], last), "value"),
+            ((q, k[..., :3], v, last), "key|weight"),
+            ((q, k, v, last[:3]), "weight"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                function(*wrong)
+        with pytest.raises(TypeError, match="dtype"):
+            function(q, k.double(), v, last)
+        with pytest.raises(TypeError, match="bool"):
+            function(q, k, v, last, mask=torch.ones(2, 5))
+        with pytest.raises(ValueError, match="mask"):
+            function(q, k, v, last, mask=torch.ones(2, 4, dtype=torch.bool))
+        with pytest.raises(ValueError, match="scale"):
+            function(q, k, v, last, scale=torch.ones(2))
