@@ -508,6 +508,10 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "GatedConvLM": (lambda: seqaccel.nn.GatedConvLM(4, 3, 4, 2, 2, bottleneck_channels=3, dropout=0.0), (2, 4)),
     "BlockSparseAttention": (lambda: seqaccel.nn.BlockSparseAttention(4, 2, block_size=2), (9, 2, 4)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
+    "HierarchicalAttentionEncoder": (
+        lambda: seqaccel.nn.HierarchicalAttentionEncoder(4, 2, 2, 5, dropout=0.0, block_size=2),
+        (9, 2, 4),
+    ),
 }
 
 

@@ -589,6 +589,28 @@ CALLS = {
             "local_blocks": (*NOT_INTS, 0),
             "causal": NOT_FLAGS,
             "mass_bias": NOT_FLAGS,
+            "rotary_base": (*NOT_NUMBERS, 0.0),
+        },
+    ),
+    "HierarchicalAttentionEncoder": (
+        nn.HierarchicalAttentionEncoder,
+        lambda: {"d_model": 8, "nhead": 2, "num_layers": 1},
+        {
+            "d_model": (*NOT_INTS, 0, 7),
+            "nhead": (*NOT_INTS, 0, 3),
+            "num_layers": (*NOT_INTS, 0),
+            "dim_feedforward": (*NOT_INTS, 0),
+            "dropout": (*NOT_NUMBERS, None, 2),
+            "activation": ("tanh", 3, None),
+            "layer_norm_eps": (*NOT_NUMBERS, None),
+            "batch_first": NOT_FLAGS,
+            "norm_first": NOT_FLAGS,
+            "bias": NOT_FLAGS,
+            "positions": ("sine", 3, True),
+            "max_positions": (*NOT_INTS, 0),
+            "final_norm": ("yes", 2.5),
+            "block_size": (*NOT_INTS, 1),
+            "rotary_base": (*NOT_NUMBERS, 0.0),
         },
     ),
     "Session": (
@@ -779,6 +801,16 @@ FORWARDS = {
             "is_causal": NOT_FLAGS,
         },
     ),
+    "HierarchicalAttentionEncoder": (
+        lambda: nn.HierarchicalAttentionEncoder(8, 2, 1, 6, batch_first=True),
+        {"src": torch.randn(B, T, 8)},
+        {
+            "src": (*TENSOR, torch.randn(B, T, 7)),
+            "src_key_padding_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(2, 2, dtype=torch.bool)),
+            "mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, T)),
+            "is_causal": tuple(bad for bad in NOT_FLAGS if bad is not None),
+        },
+    ),
 }
 NOT_STATES = (None, 3, "state", (), (None,), torch.zeros(1))
 
@@ -822,6 +854,7 @@ STREAMS = {name: FORWARDS[name][0] for name in ("RNN", "GRU", "LSTM", "SRU", "SR
 STREAMS |= {"WaveNet": FORWARDS["WaveNet"][0], "WaveNetLayer": lambda: nn.WaveNetLayer(I, H)}
 STREAMS["QRNN"] = lambda: nn.QRNN(I, H, window=2)
 STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
+STREAMS["HierarchicalAttentionEncoder"] = lambda: nn.HierarchicalAttentionEncoder(I, 2, 1, 6)
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -177,6 +177,12 @@ CASES = {
         ("BT8",),
         {"max_length": 48},
     ),
+    "HierarchicalAttentionEncoder": Case(
+        "attention",
+        lambda: nn.HierarchicalAttentionEncoder(8, 2, 2, 6, batch_first=True, norm_first=True, block_size=4),
+        ("BT8",),
+        {"max_length": 48},
+    ),
 }
 #: B and T of the example, and the sizes that the program is tried at: both sides of blocks, contexts, single steps.
 EXAMPLE = (3, 11)
@@ -193,7 +199,7 @@ STREAMS = {
     **{name: CASES[name] for name in ("CausalConv1d", "CausalConv2d", "TemporalBlock", "TCN", "PervasiveAttention")},
     "WaveNetLayer": Case("conv", lambda: OneOutput(4, 6), ("B4T",)),
     **{name: CASES[name] for name in ("GatedConv1d", "WaveNet", "GatedConvLM")},
-    "HierarchicalAttention": CASES["HierarchicalAttention"],
+    **{name: CASES[name] for name in ("HierarchicalAttention", "HierarchicalAttentionEncoder")},
 }
 
 
@@ -416,6 +422,13 @@ OPTIONAL = {
         lambda: Attention(8, 2, batch_first=True, block_size=4, pool_query=1),
         ("BT8", "padding:BT", "causal:TT"),
     ),
+    "HierarchicalAttentionEncoder": Case(
+        "attention",
+        lambda: nn.HierarchicalAttentionEncoder(
+            8, 2, 2, 6, batch_first=True, positions="learned", max_positions=80, block_size=4
+        ),
+        ("BT8", "causal:TT", "padding:BT"),
+    ),
 }
 
 
@@ -576,6 +589,7 @@ def test_skip_init(name):
     kind = getattr(nn, name)
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
     sizes |= {"BlockSparseAttention": (8, 2), "HierarchicalAttention": (8, 2)}
+    sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2)}
     sizes |= {"CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     sizes |= {"PervasiveAttention": (5, 6, 4)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}

@@ -358,6 +358,10 @@ MODULES = {
     "MinLSTM": (lambda: snn.MinLSTM(8, 6), (5, 2, 8)),
     "CausalConv1d": (lambda: snn.CausalConv1d(8, 6, 3), (2, 8, 9)),
     "HierarchicalAttention": (lambda: snn.HierarchicalAttention(8, 2, block_size=4), (2, 9, 8)),
+    "HierarchicalAttentionEncoder": (
+        lambda: snn.HierarchicalAttentionEncoder(8, 2, 2, 6, dropout=0.0, block_size=4),
+        (2, 9, 8),
+    ),
 }
 
 

@@ -44,6 +44,11 @@ MODULES = {
     "GatedConvLM": (lambda: nn.GatedConvLM(40, 6, 8, 2, 3, bottleneck_channels=4), (B, T), True),
     "BlockSparseAttention": (lambda: nn.BlockSparseAttention(I, 2, block_size=2), (T, B, I), False),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
+    "HierarchicalAttentionEncoder": (
+        lambda: nn.HierarchicalAttentionEncoder(I, 2, 2, 6, norm_first=True, block_size=2),
+        (T, B, I),
+        False,
+    ),
 }
 ONE_OUTPUT = tuple(getattr(nn.conv, name) for name in nn.conv.__all__ if name != "WaveNetLayer")
 each_module = pytest.mark.parametrize("name", MODULES)

@@ -1,9 +1,10 @@
-"""Attention in ``torch.nn.MultiheadAttention``'s place."""
+"""Attention in ``torch.nn.MultiheadAttention``'s place, and Transformer encoders of it."""
 
 from seqaccel.nn.attention._block_sparse import BlockSparseAttention
+from seqaccel.nn.attention._encoder import HierarchicalAttentionEncoder
 from seqaccel.nn.attention._hierarchical import HierarchicalAttention
 
-__all__ = ["BlockSparseAttention", "HierarchicalAttention"]
+__all__ = ["BlockSparseAttention", "HierarchicalAttention", "HierarchicalAttentionEncoder"]
 
 for _name in __all__:
     globals()[_name].__module__ = __name__  # what a pickle names: the files inside may be divided otherwise one day

@@ -106,16 +106,19 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
+        names: tuple[str, str] = ("key_padding_mask", "attn_mask"),
     ) -> None:
+        """``names`` are the caller's for the two masks."""
         B, T = key.shape[:2]
         title = type(self).__name__
-        _arguments.optional_tensors(title, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        padding_name, mask_name = names
+        _arguments.optional_tensors(title, **{padding_name: key_padding_mask, mask_name: attn_mask})
         _arguments.flag(title, "is_causal", is_causal)
         if (is_causal or attn_mask is not None) and not self.causal:
-            raise ValueError("attn_mask, is_causal: this module is not causal (causal=False) and takes no mask")
+            raise ValueError(f"{mask_name}, is_causal: this module is not causal (causal=False) and takes no mask")
         checks: list[tuple[Tensor, str]] = []
         if attn_mask is not None and not is_causal:
-            message = f"attn_mask: {title} takes the causal mask only"
+            message = f"{mask_name}: {title} takes the causal mask only"
             if attn_mask.shape[-2:] != (query.shape[1], T) or not (
                 attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
             ):
@@ -129,19 +132,17 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
             checks.append(((attn_mask == causal).all(), message))
         if key_padding_mask is not None:
             if not self.causal:
-                raise ValueError("key_padding_mask: supported in causal modules only (causal=True)")
+                raise ValueError(f"{padding_name}: supported in causal modules only (causal=True)")
             mask = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
             if mask.shape != (B, T):
-                raise ValueError(
-                    f"key_padding_mask: expected shape ({B}, {T}), but got {tuple(key_padding_mask.shape)}"
-                )
+                raise ValueError(f"{padding_name}: expected shape ({B}, {T}), but got {tuple(key_padding_mask.shape)}")
             padding = mask if mask.dtype == torch.bool else mask == -math.inf
             first = torch.arange(T, device=mask.device) == 0
             right = (first | (padding >= padding.roll(1, 1))).all()
             if mask.dtype != torch.bool:
                 right = right & (padding | (mask == 0)).all()
             checks.append(
-                (right, "key_padding_mask: expected padding after each sequence only (true, or -inf, at its end)")
+                (right, f"{padding_name}: expected padding after each sequence only (true, or -inf, at its end)")
             )
         if torch.compiler.is_compiling():  # in the graph, without a look at the values
             for right, message in checks:

@@ -43,6 +43,8 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             row min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
         block_size, fanout, levels, local_blocks, causal, mass_bias: see
             :func:`seqaccel.functional.hierarchical_attention`.
+        rotary_base: queries and keys are turned by their position t before anything else: elements i and D/2 + i of a
+            head by the angle t·rotary_base^(-2i/D) (Su et al., "RoFormer", 2021). Default: None, they are not
 
     Raises:
         ValueError: a size does not fit, or an argument asks for what hierarchical attention cannot do.
@@ -87,6 +89,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         local_blocks: int = 2,
         causal: bool = True,
         mass_bias: bool = True,
+        rotary_base: float | None = None,
     ) -> None:
         title = type(self).__name__
         _arguments.flags(title, mass_bias=mass_bias)
@@ -108,6 +111,14 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         self.levels = levels
         self.local_blocks = local_blocks
         self.mass_bias = mass_bias
+        if rotary_base is not None:
+            _arguments.number(title, "rotary_base", rotary_base)
+            if rotary_base <= 0 or self.head_dim % 2:
+                raise ValueError(
+                    f"{title}: expected rotary_base to be positive, and heads of an even width, "
+                    f"but got {rotary_base=}, {embed_dim=}, {num_heads=}"
+                )
+        self.rotary_base = rotary_base
         if pool_query:
             shape = (pool_query, num_heads, self.head_dim)
             self.pool_query = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
@@ -131,9 +142,21 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         parts += [
             f"{name}={value}" for name, value in (("causal", self.causal), ("mass_bias", self.mass_bias)) if not value
         ]
+        if self.rotary_base is not None:
+            parts.append(f"rotary_base={self.rotary_base}")
         if self.batch_first:
             parts.append("batch_first=True")
         return ", ".join(parts)
+
+    def _turned(self, x: Tensor, t: Tensor) -> Tensor:
+        """Queries or keys (B, heads, T, D) turned by the angles of their positions ``t``, (T,) or (B, 1, T)."""
+        assert self.rotary_base is not None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pair = t.new_ones(self.head_dim // 2, dtype=wide).cumsum(0) - 1
+        angle = t.unsqueeze(-1) * torch.exp(pair * (-2 / self.head_dim * math.log(self.rotary_base)))
+        cos, sin = angle.cos(), angle.sin()
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
     def forward(
         self,
@@ -171,6 +194,9 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         self._check_inputs(query, key, value)
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
         q, k, v = self._project(query, key, value)
+        if self.rotary_base is not None:
+            t = q.new_ones(q.shape[2], dtype=torch.int64).cumsum(0) - 1  # replicated where q is a DTensor
+            q, k = self._turned(q, t), self._turned(k, t)
         out = functional.hierarchical_attention(
             q,
             k,
@@ -283,7 +309,12 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             raise ValueError(f"x: expected shape {layout}, but got {tuple(x.shape)}")
         if not self.batch_first:
             x = x.transpose(0, 1)
-        q, k, v = (t.to(state[1][0].dtype) for t in self._project(x, x, x))
+        q, k, v = self._project(x, x, x)
+        if self.rotary_base is not None:
+            age = state[0]
+            t = (age.unsqueeze(1) + torch.arange(x.shape[1], device=age.device)).unsqueeze(1)  # [B, 1, T]
+            q, k = self._turned(q, t), self._turned(k, t)
+        q, k, v = (part.to(state[1][0].dtype) for part in (q, k, v))
         out, state = self._extend(q, k, v, state)
         y = self.out_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
         return (y if self.batch_first else y.transpose(0, 1)), state
