@@ -63,13 +63,14 @@ def test_dropout_is_torchs():
     stock.load_state_dict(ours.state_dict())
     for layer in stock.layers:
         layer.self_attn.dropout = 0.0
+    x = inputs()[:1]  # random numbers are drawn in the order of memory, which is another for a batch
     torch.manual_seed(2)
-    expected = stock(inputs(), causal_mask())
+    expected = stock(x, causal_mask())
     torch.manual_seed(2)
-    found = ours(inputs())
+    found = ours(x)
     torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, ours(inputs()))
-    assert torch.equal(ours.eval()(inputs()), ours(inputs()))
+    assert not torch.allclose(found, ours(x))
+    assert torch.equal(ours.eval()(x), ours(x))
 
 
 def test_rotary_positions_by_complex_numbers():
