@@ -183,3 +183,14 @@ def test_bfloat16_and_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = model.float()(x.float())
     torch.testing.assert_close(cast.double(), expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_step_with_a_state_of_fixed_size_reads_no_value(positions):
+    """A tensor on the device "meta" has none to read, so that on a GPU nothing waits."""
+    model = encoder(positions=positions, pool_query=1).eval().to("meta")
+    state = model.init_state(2, max_length=T)
+    for piece in inputs().to("meta").split([1, 9, 40], 1):
+        y, state = model.extend(piece, state)
+    y, state = model.step(torch.empty(2, 8, dtype=torch.float64, device="meta"), state)
+    assert y.shape == (2, 8)
