@@ -396,6 +396,19 @@ def block_sparse_attention_backward(rng: random.Random) -> Arguments:
     return arguments | {"out": out, "lse": lse, "grad_out": torch.randn_like(out)}
 
 
+def novelty_gate(rng: random.Random) -> Arguments:
+    B, T, N, E = sizes(rng, 3, 90, 9, 70)
+    dtype = floating(rng)
+    return {
+        "vectors": torch.randn(B, T, E, dtype=dtype),
+        "kept": torch.randn(B, N, E, dtype=dtype),
+        "size": torch.randint(-1, N + 2, (B,)),
+        "threshold": rng.uniform(-0.5, 1.0),
+        "window": rng.choice([1, 5, 2**62]),
+        "capacity": rng.choice([1, 20, 2**62]),
+    }
+
+
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
@@ -463,6 +476,7 @@ GENERATORS: dict[str, Generator] = {
     "linear_scan_backward": linear_scan_backward,
     "linear_scan_forward": linear_scan_forward,
     "mm": matrices,
+    "novelty_gate": novelty_gate,
     "rnn_backward": rnn_backward,
     "rnn_forward": rnn_forward,
     "rnn_forward_bfloat16": lambda rng: rnn_problem(rng, torch.bfloat16),
@@ -507,6 +521,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
     "GatedConvLM": (lambda: seqaccel.nn.GatedConvLM(4, 3, 4, 2, 2, bottleneck_channels=3, dropout=0.0), (2, 4)),
     "BlockSparseAttention": (lambda: seqaccel.nn.BlockSparseAttention(4, 2, block_size=2), (9, 2, 4)),
+    "NoveltyMemory": (lambda: seqaccel.nn.NoveltyMemory(4, 2), (9, 2, 4)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
     "HierarchicalAttentionEncoder": (
         lambda: seqaccel.nn.HierarchicalAttentionEncoder(4, 2, 2, 5, dropout=0.0, block_size=2),
@@ -527,7 +542,7 @@ def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
-    if name in ("BlockSparseAttention", "HierarchicalAttention"):
+    if name in ("BlockSparseAttention", "HierarchicalAttention", "NoveltyMemory"):
         return x, x, x
     if name in ("PervasiveAttention", "GatedConvLM") and isinstance(x, Tensor):
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()

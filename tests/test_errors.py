@@ -340,6 +340,23 @@ CALLS = {
             "scale": NOT_NUMBERS,
         },
     ),
+    "novelty_gate": (
+        SF.novelty_gate,
+        lambda: {
+            "vectors": torch.randn(2, 5, 4),
+            "kept": torch.randn(2, 3, 4),
+            "size": torch.tensor([3, 1]),
+            "threshold": 0.9,
+        },
+        {
+            "vectors": (*TENSOR, torch.randn(5, 4), torch.zeros(2, 5, 4, dtype=torch.int64)),
+            "kept": (3, "x", None, torch.randn(2, 3, 5), torch.randn(1, 3, 4), torch.zeros(2, 3, 4).double()),
+            "size": (3, None, torch.tensor([3.0, 1.0]), torch.tensor([3])),
+            "threshold": (*NOT_NUMBERS, None, -1, 1.1, float("nan")),
+            "window": ("2", 0, 1.5),
+            "capacity": ("2", 0, 1.5),
+        },
+    ),
     "top_k_layout": (
         SF.top_k_layout,
         lambda: {"query": Q, "key": Q, "k": 2, "block_size": 4},
@@ -570,6 +587,20 @@ CALLS = {
             "causal": NOT_FLAGS,
         },
     ),
+    "NoveltyMemory": (
+        nn.NoveltyMemory,
+        lambda: {"embed_dim": 8, "num_heads": 2},
+        {
+            "embed_dim": (*NOT_INTS, 0, 7),
+            "num_heads": (*NOT_INTS, 0, 3),
+            "dropout": (0.1, "0", None),
+            "add_bias_kv": (True, "no"),
+            "kdim": ("8", 0),
+            "batch_first": NOT_FLAGS,
+            "threshold": (*NOT_NUMBERS, None, -1, 1.1),
+            "window": ("2", 0, 1.5),
+        },
+    ),
     "HierarchicalAttention": (
         nn.HierarchicalAttention,
         lambda: {"embed_dim": 8, "num_heads": 2},
@@ -788,6 +819,19 @@ FORWARDS = {
             "is_causal": NOT_FLAGS,
         },
     ),
+    "NoveltyMemory": (
+        lambda: nn.NoveltyMemory(8, 2, batch_first=True),
+        dict.fromkeys(("query", "key", "value"), torch.randn(B, T, 8)),
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": TENSOR,
+            "key_padding_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(2, 2, dtype=torch.bool)),
+            "attn_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, T)),
+            "need_weights": (True,),
+            "is_causal": NOT_FLAGS,
+        },
+    ),
     "HierarchicalAttention": (
         lambda: nn.HierarchicalAttention(8, 2, batch_first=True),
         dict.fromkeys(("query", "key", "value"), torch.randn(B, T, 8)),
@@ -855,6 +899,7 @@ STREAMS |= {"WaveNet": FORWARDS["WaveNet"][0], "WaveNetLayer": lambda: nn.WaveNe
 STREAMS["QRNN"] = lambda: nn.QRNN(I, H, window=2)
 STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
 STREAMS["HierarchicalAttentionEncoder"] = lambda: nn.HierarchicalAttentionEncoder(I, 2, 1, 6)
+STREAMS["NoveltyMemory"] = lambda: nn.NoveltyMemory(I, 2)
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -53,6 +53,13 @@ class SparseSelfAttention(nn.BlockSparseAttention):
         return super().forward(x, x, x)[0]
 
 
+class SelfMemory(nn.NoveltyMemory):
+    """A memory of the input, and attention of the input over it."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
 class OneByOne(nn.CausalConvTranspose1d):
     """Of stride 1: the output of a step has no time axis."""
 
@@ -171,6 +178,12 @@ CASES = {
         ),
         ("BT8",),
     ),
+    "NoveltyMemory": Case(
+        "attention",
+        lambda: SelfMemory(8, 2, batch_first=True, threshold=0.3, window=4),
+        ("BT8",),
+        {"max_length": 48},
+    ),
     "HierarchicalAttention": Case(
         "attention",
         lambda: SelfAttention(8, 2, batch_first=True, block_size=4, fanout=16, pool_query=1),
@@ -199,7 +212,7 @@ STREAMS = {
     **{name: CASES[name] for name in ("CausalConv1d", "CausalConv2d", "TemporalBlock", "TCN", "PervasiveAttention")},
     "WaveNetLayer": Case("conv", lambda: OneOutput(4, 6), ("B4T",)),
     **{name: CASES[name] for name in ("GatedConv1d", "WaveNet", "GatedConvLM")},
-    **{name: CASES[name] for name in ("HierarchicalAttention", "HierarchicalAttentionEncoder")},
+    **{name: CASES[name] for name in ("HierarchicalAttention", "HierarchicalAttentionEncoder", "NoveltyMemory")},
 }
 
 
@@ -296,7 +309,9 @@ COLUMNS: dict[str, Callable[[Case], None]] = {
     "ExecuTorch": by_executorch,
 }
 #: What does not work: the error, and the beginning of the line of docs/support.md that says why and what to use.
-MISSING: dict[tuple[str, str], tuple[type[Exception], str]] = {}
+MISSING: dict[tuple[str, str], tuple[type[Exception], str]] = {
+    ("NoveltyMemory", "ONNX"): (torch.onnx.OnnxExporterError, "ONNX has no operator for the gate of `NoveltyMemory`"),
+}
 
 
 def outcome(name: str, column: str) -> str:
@@ -589,7 +604,7 @@ def test_skip_init(name):
     kind = getattr(nn, name)
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
     sizes |= {"BlockSparseAttention": (8, 2), "HierarchicalAttention": (8, 2)}
-    sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2)}
+    sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2), "NoveltyMemory": (8, 2)}
     sizes |= {"CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     sizes |= {"PervasiveAttention": (5, 6, 4)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}

@@ -379,6 +379,9 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.additive_attention_forward(
             torch.empty(size, 0, 2**12), torch.empty(size, 0, 2**12), torch.empty(2**12), None
         ),
+        lambda: ops.novelty_gate(
+            torch.empty(1, size, 0), torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.int64), 0.9, 1, 1
+        ),
         lambda: ops.column_forward(
             "fo_pool", torch.empty(size, 0, 3 * 2**12), *[None] * 3, torch.empty(0, 2**12), *[None] * 5, 1, True
         ),
@@ -406,6 +409,8 @@ def test_nothing_to_do_takes_no_time():
     weights = ops.additive_attention_forward(rows, rows, torch.ones(3), None)
     assert weights.shape == (many, 0, 0)
     assert ops.additive_attention_backward(weights, rows, rows, torch.ones(3), weights)[0].shape == rows.shape
+    none = torch.empty(many, 0, 1)
+    assert ops.novelty_gate(none, none, torch.zeros(1, dtype=torch.int64).expand(many), 0.9, 1, 1).shape == (many, 0)
     assert ops.causal_conv1d_forward(
         torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 6, 1, 1, "none", False, 0.0, False
     )[0].shape == (many, 1, 0)

@@ -128,6 +128,11 @@ def additive_backward_arguments():
     return torch.randn_like(attention), query, key, weight, attention
 
 
+def gate_arguments():
+    vectors = double(2, 9, 3) + double(2, 1, 3)
+    return vectors, vectors[:, :4] + 0.1, torch.tensor([2, 4]), 0.8, 3, 6
+
+
 ARGUMENTS = {
     "rnn_forward": rnn_arguments,
     "rnn_backward": rnn_backward_arguments,
@@ -153,12 +158,14 @@ ARGUMENTS = {
     "block_sparse_attention_backward": block_sparse_backward_arguments,
     "additive_attention_forward": additive_arguments,
     "additive_attention_backward": additive_backward_arguments,
+    "novelty_gate": gate_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),
     "mm": lambda: (double(3, 4), double(4, 5)),
     "add_fastest_mm_": lambda: (double(3, 5), double(3, 4), double(4, 5)),
     "elementwise": lambda: (double(7), "tanh"),
 }
-DIFFERENTIABLE = [name for name in ARGUMENTS if "backward" not in name and name not in ("add_fastest_mm_",)]
+NOT_DIFFERENTIABLE = ("add_fastest_mm_", "novelty_gate")
+DIFFERENTIABLE = [name for name in ARGUMENTS if "backward" not in name and name not in NOT_DIFFERENTIABLE]
 WITHOUT_TENSORS = {"isa", "isa_number", "best_isa", "set_isa", "threads"}
 CUDNN = {"rnn_cudnn", "rnn_cudnn_backward"}  # torch's operator, with facts of its own
 

@@ -43,6 +43,7 @@ MODULES = {
     "WaveNet": (lambda: nn.WaveNet(I, 3, 6, 8, layers=2, stacks=2), (B, I, T), True),
     "GatedConvLM": (lambda: nn.GatedConvLM(40, 6, 8, 2, 3, bottleneck_channels=4), (B, T), True),
     "BlockSparseAttention": (lambda: nn.BlockSparseAttention(I, 2, block_size=2), (T, B, I), False),
+    "NoveltyMemory": (lambda: nn.NoveltyMemory(I, 2, threshold=0.5), (T, B, I), False),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
     "HierarchicalAttentionEncoder": (
         lambda: nn.HierarchicalAttentionEncoder(I, 2, 2, 6, norm_first=True, block_size=2),

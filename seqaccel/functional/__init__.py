@@ -7,6 +7,7 @@ from seqaccel.functional.attention import (
     block_sparse_attention,
     hierarchical_attention,
     multiplicative_attention,
+    novelty_gate,
     top_k_layout,
 )
 from seqaccel.functional.conv import (
@@ -48,6 +49,7 @@ __all__ += [
     "min_gru",
     "min_lstm",
     "multiplicative_attention",
+    "novelty_gate",
     "scan_summary",
     "sru",
     "sru_layer",

@@ -5,6 +5,7 @@ from seqaccel.functional.attention.additive import additive_attention, multiplic
 from seqaccel.functional.attention.block_sparse import block_sparse_attention
 from seqaccel.functional.attention.hierarchical import hierarchical_attention
 from seqaccel.functional.attention.layouts import top_k_layout
+from seqaccel.functional.attention.memory import novelty_gate
 
 __all__ = [
     "additive_attention",
@@ -12,5 +13,6 @@ __all__ = [
     "hierarchical_attention",
     "layouts",
     "multiplicative_attention",
+    "novelty_gate",
     "top_k_layout",
 ]

@@ -3,8 +3,9 @@
 from seqaccel.nn.attention._block_sparse import BlockSparseAttention
 from seqaccel.nn.attention._encoder import HierarchicalAttentionEncoder
 from seqaccel.nn.attention._hierarchical import HierarchicalAttention
+from seqaccel.nn.attention._memory import NoveltyMemory
 
-__all__ = ["BlockSparseAttention", "HierarchicalAttention", "HierarchicalAttentionEncoder"]
+__all__ = ["BlockSparseAttention", "HierarchicalAttention", "HierarchicalAttentionEncoder", "NoveltyMemory"]
 
 for _name in __all__:
     globals()[_name].__module__ = __name__  # what a pickle names: the files inside may be divided otherwise one day

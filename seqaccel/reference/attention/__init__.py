@@ -3,6 +3,7 @@
 from seqaccel.reference.attention.additive import additive_weights, masked_softmax
 from seqaccel.reference.attention.block_sparse import block_sparse_attention, visible
 from seqaccel.reference.attention.hierarchical import hierarchical_attention, level_spans, pool_level
+from seqaccel.reference.attention.memory import novelty_gate
 
 __all__ = [
     "additive_weights",
@@ -10,6 +11,7 @@ __all__ = [
     "hierarchical_attention",
     "level_spans",
     "masked_softmax",
+    "novelty_gate",
     "pool_level",
     "visible",
 ]
