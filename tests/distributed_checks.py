@@ -37,14 +37,7 @@ PROCESSES = 2
 #: Modules whose parameters are stacked, or arranged anew, by torch's operators.
 REARRANGED = ("TCN", "TemporalBlock", "CausalConvTranspose1d", "WaveNet", "WaveNetLayer", "MinGRU")
 #: Torch's linear layers, in these modules' projections, take no batch that the processes cannot share evenly.
-FLAT = (
-    "BlockSparseAttention",
-    "HierarchicalAttention",
-    "HierarchicalAttentionEncoder",
-    "SRUpp",
-    "PervasiveAttention",
-    "GatedConvLM",
-)
+FLAT = (*nn.attention.__all__, "SRUpp", "PervasiveAttention", "GatedConvLM")
 BATCHES = {name: (4,) if name in FLAT else (4, 5) for name in CASES}
 Results = list[torch.Tensor]
 

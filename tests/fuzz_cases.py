@@ -520,6 +520,8 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "WaveNetLayer": (lambda: seqaccel.nn.WaveNetLayer(4, 5), (2, 4, 7)),
     "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
     "GatedConvLM": (lambda: seqaccel.nn.GatedConvLM(4, 3, 4, 2, 2, bottleneck_channels=3, dropout=0.0), (2, 4)),
+    "AdditiveAttention": (lambda: seqaccel.nn.AdditiveAttention(4, 4, 6), (2, 9, 4)),
+    "MultiplicativeAttention": (lambda: seqaccel.nn.MultiplicativeAttention(4), (2, 9, 4)),
     "BlockSparseAttention": (lambda: seqaccel.nn.BlockSparseAttention(4, 2, block_size=2), (9, 2, 4)),
     "NoveltyMemory": (lambda: seqaccel.nn.NoveltyMemory(4, 2), (9, 2, 4)),
     "HierarchicalAttention": (lambda: seqaccel.nn.HierarchicalAttention(4, 2, block_size=2), (9, 2, 4)),
@@ -542,7 +544,7 @@ def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
-    if name in ("BlockSparseAttention", "HierarchicalAttention", "NoveltyMemory"):
+    if name in seqaccel.nn.attention.__all__ and name != "HierarchicalAttentionEncoder":
         return x, x, x
     if name in ("PervasiveAttention", "GatedConvLM") and isinstance(x, Tensor):
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()

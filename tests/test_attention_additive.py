@@ -355,3 +355,44 @@ def test_errors():
             function(q, k, v, last, mask=torch.ones(2, 4, dtype=torch.bool))
         with pytest.raises(ValueError, match="scale"):
             function(q, k, v, last, scale=torch.ones(2))
+
+
+# modules
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_additive_module(normalize, bias):
+    module = seqaccel.nn.AdditiveAttention(5, 6, 8, normalize, bias, dtype=torch.float64)
+    query, key = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 7, 6, dtype=torch.float64)
+    value, mask = torch.randn(2, 7, 3, dtype=torch.float64), torch.rand(2, 7) < 0.7
+    mask[:, 0] = True
+    given = dict(module.named_parameters())
+    w = given["weight"] * given["scale"] / given["weight"].norm() if normalize else given["weight"]
+    b = given["query_proj.bias"] if bias else 0
+    e = torch.tanh(
+        (query @ given["query_proj.weight"].mT + b)[:, :, None] + (key @ given["key_proj.weight"].mT)[:, None]
+    )
+    weights = torch.softmax((e @ w).masked_fill(~mask[:, None], -math.inf), -1)
+    found = module(query, key, value, mask=mask, need_weights=True)
+    torch.testing.assert_close(found, (weights @ value, weights))
+    torch.testing.assert_close(module(query, key, mask=mask), weights @ key)
+    keys = module.key_proj(key)
+    for t in range(4):
+        step = module.attend(query[:, t : t + 1], keys, value, mask=mask)
+        torch.testing.assert_close(step, found[0][:, t : t + 1])
+    expected = torch.autograd.grad((weights @ value).square().sum(), list(module.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(found[0].square().sum(), list(module.parameters())), expected)
+    other = seqaccel.nn.AdditiveAttention(5, 6, 8, normalize, bias, dtype=torch.float64)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(query, key), module(query, key))
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_multiplicative_module(general):
+    module = seqaccel.nn.MultiplicativeAttention(6, 9 if general else None, general, scale=0.5)
+    query, key = torch.randn(2, 4, 6), torch.randn(2, 7, 9 if general else 6)
+    expected = multiplicative_attention(query, key, key, module.weight, scale=0.5, need_weights=True)
+    torch.testing.assert_close(module(query, key, need_weights=True), expected)
+    with pytest.raises(ValueError, match="key_size"):
+        seqaccel.nn.MultiplicativeAttention(6, 9, general=False)

@@ -572,6 +572,27 @@ CALLS = {
             "dropout": (*NOT_NUMBERS, None, 2),
         },
     ),
+    "AdditiveAttention": (
+        nn.AdditiveAttention,
+        lambda: {"query_size": 4, "key_size": 4, "hidden_size": 5},
+        {
+            "query_size": (*NOT_INTS, 0),
+            "key_size": ("3", 2.5, 0),
+            "hidden_size": (*NOT_INTS, 0),
+            "normalize": NOT_FLAGS,
+            "bias": NOT_FLAGS,
+        },
+    ),
+    "MultiplicativeAttention": (
+        nn.MultiplicativeAttention,
+        lambda: {"query_size": 4, "key_size": 4},
+        {
+            "query_size": (*NOT_INTS, 0),
+            "key_size": ("3", 2.5, 0),
+            "general": NOT_FLAGS,
+            "scale": ("1", [0.5], NAN),
+        },
+    ),
     "BlockSparseAttention": (
         nn.BlockSparseAttention,
         lambda: {"embed_dim": 8, "num_heads": 2},
@@ -805,6 +826,28 @@ FORWARDS = {
         lambda: nn.GatedConvLM(9, I, H, 1, 2),
         {"x": torch.zeros(B, T, dtype=torch.int64)},
         {"x": (*TENSOR, torch.zeros(T, dtype=torch.int64))},
+    ),
+    "AdditiveAttention": (
+        lambda: nn.AdditiveAttention(I, I, 6),
+        dict.fromkeys(("query", "key", "value"), torch.randn(B, T, I)),
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": OPTIONAL,
+            "mask": (*NOT_OPTIONAL_TENSORS, torch.ones(B, T), torch.ones(2, 3, dtype=torch.bool)),
+            "need_weights": NOT_FLAGS,
+        },
+    ),
+    "MultiplicativeAttention": (
+        lambda: nn.MultiplicativeAttention(I),
+        dict.fromkeys(("query", "key", "value"), torch.randn(B, T, I)),
+        {
+            "query": TENSOR,
+            "key": TENSOR,
+            "value": OPTIONAL,
+            "mask": (*NOT_OPTIONAL_TENSORS, torch.ones(B, T), torch.ones(2, 3, dtype=torch.bool)),
+            "need_weights": NOT_FLAGS,
+        },
     ),
     "BlockSparseAttention": (
         lambda: nn.BlockSparseAttention(8, 2, batch_first=True),

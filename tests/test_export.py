@@ -171,6 +171,8 @@ CASES = {
     "WaveNetLayer": Case("conv", lambda: nn.WaveNetLayer(4, 6, dilation=3), ("B4T",)),
     "WaveNet": Case("conv", lambda: nn.WaveNet(4, 3, 6, 8, layers=2, stacks=2), ("B4T",)),
     "GatedConvLM": Case("conv", lambda: nn.GatedConvLM(9, 6, 8, 2, 3, bottleneck_channels=4), ("words:BT",)),
+    "AdditiveAttention": Case("attention", lambda: nn.AdditiveAttention(5, 6, 4), ("BT5", "BT6")),
+    "MultiplicativeAttention": Case("attention", lambda: nn.MultiplicativeAttention(5, 6), ("BT5", "BT6")),
     "BlockSparseAttention": Case(
         "attention",
         lambda: SparseSelfAttention(
@@ -606,7 +608,7 @@ def test_skip_init(name):
     sizes |= {"BlockSparseAttention": (8, 2), "HierarchicalAttention": (8, 2)}
     sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2), "NoveltyMemory": (8, 2)}
     sizes |= {"CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
-    sizes |= {"PervasiveAttention": (5, 6, 4)}
+    sizes |= {"PervasiveAttention": (5, 6, 4), "AdditiveAttention": (5, 6, 4)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())

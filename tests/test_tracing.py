@@ -42,6 +42,8 @@ MODULES = {
     "WaveNetLayer": (lambda: nn.WaveNetLayer(I, 6, dilation=2), (B, I, T), True),
     "WaveNet": (lambda: nn.WaveNet(I, 3, 6, 8, layers=2, stacks=2), (B, I, T), True),
     "GatedConvLM": (lambda: nn.GatedConvLM(40, 6, 8, 2, 3, bottleneck_channels=4), (B, T), True),
+    "AdditiveAttention": (lambda: nn.AdditiveAttention(I, I, 6, normalize=True), (B, T, I), False),
+    "MultiplicativeAttention": (lambda: nn.MultiplicativeAttention(I), (B, T, I), False),
     "BlockSparseAttention": (lambda: nn.BlockSparseAttention(I, 2, block_size=2), (T, B, I), False),
     "NoveltyMemory": (lambda: nn.NoveltyMemory(I, 2, threshold=0.5), (T, B, I), False),
     "HierarchicalAttention": (lambda: nn.HierarchicalAttention(I, 2, block_size=2, pool_query=2), (T, B, I), False),
@@ -51,6 +53,7 @@ MODULES = {
         False,
     ),
 }
+ATTENTION = (torch.nn.MultiheadAttention, nn.AdditiveAttention, nn.MultiplicativeAttention)
 ONE_OUTPUT = tuple(getattr(nn.conv, name) for name in nn.conv.__all__ if name != "WaveNetLayer")
 each_module = pytest.mark.parametrize("name", MODULES)
 
@@ -66,7 +69,7 @@ class Model(torch.nn.Module):
     def __init__(self, module):
         super().__init__()
         self.inner = module
-        self.attends = isinstance(module, torch.nn.MultiheadAttention)
+        self.attends = isinstance(module, ATTENTION)
         self.pervasive = isinstance(module, nn.PervasiveAttention)
 
     def forward(self, x):

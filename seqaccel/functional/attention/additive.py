@@ -303,6 +303,6 @@ def multiplicative_attention(
     if scale is not None:
         _check_scale(where, scale, query)
         query = (query * scale).to(query.dtype)
-    weights = reference.masked_softmax(query @ key.mT, _row_mask(mask))
+    weights = reference.masked_softmax(query @ key.transpose(1, 2), _row_mask(mask))
     out = _context(weights, value).to(query.dtype)
     return (out, weights.to(query.dtype)) if need_weights else out
