@@ -93,6 +93,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widened(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype of their sums (see :func:`compute_dtype`)."""
+    return tuple(None if t is None else t.to(compute_dtype(t.dtype)) for t in tensors)
+
+
 def differentiable_backward(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],

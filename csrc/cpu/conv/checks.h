@@ -32,8 +32,12 @@ inline void check_dilation(int64_t dilation, int64_t taps, int64_t width = 1) {
                   " is too large");
 }
 
-inline ConvShape sequence_shape(const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups) {
-  check_float_or_double(x, "x");
+inline bool is_narrow(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+
+// `narrow`: bfloat16 and float16 too.
+inline ConvShape sequence_shape(const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups,
+                                bool narrow = false) {
+  if (!narrow || !is_narrow(x.scalar_type())) check_float_or_double(x, "x");
   check_tensor(x, "x", {-1, -1, -1}, x.scalar_type());
   check_groups(x, weight, groups);
   check_tensor(weight, "weight", {-1, x.size(1) / groups, -1}, x.scalar_type());
@@ -84,5 +88,16 @@ inline bool run(const ConvForward<float>& p) { return active_conv_kernels().forw
 inline bool run(const ConvForward<double>& p) { return active_conv_kernels().forward_double(p); }
 inline bool run(const ConvBackward<float>& p) { return active_conv_kernels().backward_float(p); }
 inline bool run(const ConvBackward<double>& p) { return active_conv_kernels().backward_double(p); }
+inline bool run(const ConvForward<Float16>& p) { return active_conv_narrow_kernels().forward_float16(p); }
+inline bool run(const ConvBackward<Float16>& p) { return active_conv_narrow_kernels().backward_float16(p); }
+// Only AMD's cores do twice the multiply-adds on pairs of bfloat16 that they do on float.
+inline bool run(const ConvForward<BFloat16>& p) {
+  const ConvNarrowKernels& kernels = active_conv_narrow_kernels();
+  return kernels.forward_pairs && is_amd() ? kernels.forward_pairs(p) : kernels.forward_bfloat16(p);
+}
+inline bool run(const ConvBackward<BFloat16>& p) {
+  const ConvNarrowKernels& kernels = active_conv_narrow_kernels();
+  return kernels.backward_pairs && is_amd() ? kernels.backward_pairs(p) : kernels.backward_bfloat16(p);
+}
 
 }  // namespace seqaccel::conv

@@ -71,6 +71,31 @@ class Sequences {
   std::vector<ptrdiff_t> first_;
 };
 
+template <typename T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+const T* data_of(const OptionalTensor& t) {
+  return t ? data_of<T>(*t) : nullptr;
+}
+
+// Calls f with a value of the type that memory holds.
+template <typename F>
+void with_type(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      return f(Float16());
+  }
+}
+
 ConvShape grid_shape(const Tensor& x, const Tensor& weight, int64_t row_dilation, int64_t column_dilation,
                      int64_t groups) {
   check_float_or_double(x, "x");
@@ -136,13 +161,13 @@ void run_forward(const ConvShape& shape, const ConvEpilogue& epilogue, const Ten
   ConvForward<T> p = {};
   p.shape = shape;
   p.epilogue = epilogue;
-  p.x = x.const_data_ptr<T>();
-  p.weight = weight.const_data_ptr<T>();
-  p.bias = data_or_null<T>(bias);
-  p.residual = data_or_null<T>(residual);
-  p.history = data_or_null<T>(history);
-  p.y = y.mutable_data_ptr<T>();
-  if (kind == Saved::pre) p.pre = saved.mutable_data_ptr<T>();
+  p.x = data_of<T>(x);
+  p.weight = data_of<T>(weight);
+  p.bias = data_of<T>(bias);
+  p.residual = data_of<T>(residual);
+  p.history = data_of<T>(history);
+  p.y = static_cast<T*>(y.mutable_data_ptr());
+  if (kind == Saved::pre) p.pre = static_cast<T*>(saved.mutable_data_ptr());
   if (kind == Saved::active) p.active = saved.mutable_data_ptr<uint8_t>();
   p.threads = thread_count(multiply_adds(shape));
   check_workspace(run(p));
@@ -184,11 +209,9 @@ std::tuple<Tensor, Tensor> forward_of(ConvShape shape, const ConvEpilogue& epilo
                                           kind == Saved::active ? ScalarType::Byte : dtype);
   if (y.numel() == 0) return {y, saved};
   weight = without_idle_taps(shape, weight, history.has_value());
-  if (dtype == ScalarType::Float) {
-    run_forward<float>(shape, epilogue, x, weight, bias, residual, history, y, saved, kind);
-  } else {
-    run_forward<double>(shape, epilogue, x, weight, bias, residual, history, y, saved, kind);
-  }
+  with_type(dtype, [&](auto t) {
+    run_forward<decltype(t)>(shape, epilogue, x, weight, bias, residual, history, y, saved, kind);
+  });
   return {y, saved};
 }
 
@@ -196,7 +219,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
                                    OptionalTensor history, OptionalTensor seed, OptionalTensor reset,
                                    OptionalTensor cu_seqlens, int64_t dilation, int64_t groups, Text activation,
                                    bool relu, double dropout, bool save) {
-  ConvShape shape = sequence_shape(x, weight, dilation, groups);
+  ConvShape shape = sequence_shape(x, weight, dilation, groups, /*narrow=*/true);
   const Sequences sequences(shape, reset, cu_seqlens);
   const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   return forward_of(shape, epilogue, x, weight, bias, residual, history, save);
@@ -213,13 +236,19 @@ std::tuple<Tensor, Tensor> forward_grid(Tensor x, Tensor weight, OptionalTensor 
   return {as_grid(y, x.size(2), x.size(3)), saved};
 }
 
+Tensor to_dtype(const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); }
+
+OptionalTensor to_dtype(const OptionalTensor& t, ScalarType dtype) {
+  return t ? OptionalTensor(to_dtype(*t, dtype)) : OptionalTensor();
+}
+
 struct Gradients {
   Tensor x, weight, bias, residual, history;
 };
 
 template <typename T>
 T* pointer_if(bool wanted, Tensor& t) {
-  return wanted ? t.mutable_data_ptr<T>() : nullptr;
+  return wanted ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
 template <typename T>
@@ -229,14 +258,14 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
   ConvBackward<T> p = {};
   p.shape = shape;
   p.epilogue = epilogue;
-  p.grad_y = grad_y.const_data_ptr<T>();
-  p.y = data_or_null<T>(y);
-  if (kind == Saved::pre) p.pre = saved.const_data_ptr<T>();
+  p.grad_y = data_of<T>(grad_y);
+  p.y = data_of<T>(y);
+  if (kind == Saved::pre) p.pre = data_of<T>(saved);
   if (kind == Saved::active) p.active = saved.const_data_ptr<uint8_t>();
-  p.x = x.const_data_ptr<T>();
-  p.weight = weight.const_data_ptr<T>();
-  p.history = data_or_null<T>(history);
-  p.addend = data_or_null<T>(addend);
+  p.x = data_of<T>(x);
+  p.weight = data_of<T>(weight);
+  p.history = data_of<T>(history);
+  p.addend = data_of<T>(addend);
   p.grad_x = pointer_if<T>(wants & kWantsX, grads.x);
   p.grad_weight = pointer_if<T>(wants & kWantsWeight, grads.weight);
   p.grad_bias = pointer_if<T>(wants & kWantsBias, grads.bias);
@@ -250,11 +279,11 @@ void run_backward(const ConvShape& shape, const ConvEpilogue& epilogue, const Te
 template <typename T>
 void place_taps(const Tensor& kept, Tensor& all) {
   const int64_t rows = all.size(0) * all.size(1), from = kept.size(2), to = all.size(2);
-  const T* const values = kept.const_data_ptr<T>();
-  T* const out = all.mutable_data_ptr<T>();
+  const T* const values = data_of<T>(kept);
+  T* const out = static_cast<T*>(all.mutable_data_ptr());
 #pragma omp parallel for schedule(static) if (rows * to > 65536)
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t k = 0; k < to - from; ++k) out[row * to + k] = 0;
+    for (int64_t k = 0; k < to - from; ++k) out[row * to + k] = T{};
     for (int64_t k = 0; k < from; ++k) out[row * to + to - from + k] = values[row * from + k];
   }
 }
@@ -263,6 +292,16 @@ Gradients backward_of(ConvShape shape, const ConvEpilogue& epilogue, Tensor grad
                       Tensor x, Tensor weight, OptionalTensor history, OptionalTensor addend, bool has_residual,
                       int64_t wants) {
   const ScalarType dtype = x.scalar_type();
+  const bool shares_history = (wants & kWantsHistory) && shape.segments;
+  const bool is_short = shape.batch * shape.length <= shape.group_out();
+  if (is_narrow(dtype) && (shape.depthwise() || shares_history || is_short)) {  // as float32
+    const auto wide = [](const auto& t) { return to_dtype(t, ScalarType::Float); };
+    const Tensor kept = saved.scalar_type() == ScalarType::Byte ? saved : wide(saved);
+    const Gradients grads = backward_of(shape, epilogue, wide(grad_y), wide(y), kept, wide(x), wide(weight),
+                                        wide(history), wide(addend), has_residual, wants);
+    return {to_dtype(grads.x, dtype), to_dtype(grads.weight, dtype), to_dtype(grads.bias, dtype),
+            to_dtype(grads.residual, dtype), to_dtype(grads.history, dtype)};
+  }
   check_history(shape, history, dtype);
   const int64_t B = shape.batch, C = shape.in_channels, O = shape.out_channels, T = shape.length, P = shape.context();
   check_gates(shape, epilogue);
@@ -296,13 +335,13 @@ Gradients backward_of(ConvShape shape, const ConvEpilogue& epilogue, Tensor grad
     for (Tensor* grad : {&grads.x, &grads.weight, &grads.bias, &grads.history}) {
       if (grad->numel() > 0) torch::stable::zero_(*grad);
     }
-  } else if (dtype == ScalarType::Float) {
-    run_backward<float>(shape, epilogue, grad_y, y, saved, kind, x, weight, history, addend, wants, grads);
   } else {
-    run_backward<double>(shape, epilogue, grad_y, y, saved, kind, x, weight, history, addend, wants, grads);
+    with_type(dtype, [&](auto t) {
+      run_backward<decltype(t)>(shape, epilogue, grad_y, y, saved, kind, x, weight, history, addend, wants, grads);
+    });
   }
   if (cut && wants & kWantsWeight) {
-    dtype == ScalarType::Float ? place_taps<float>(grads.weight, all_taps) : place_taps<double>(grads.weight, all_taps);
+    with_type(dtype, [&](auto t) { place_taps<decltype(t)>(grads.weight, all_taps); });
     grads.weight = all_taps;
   }
   return grads;
@@ -314,7 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
                                                             OptionalTensor addend, int64_t dilation, int64_t groups,
                                                             Text activation, bool relu, double dropout,
                                                             bool has_residual, int64_t wants) {
-  ConvShape shape = sequence_shape(x, weight, dilation, groups);
+  ConvShape shape = sequence_shape(x, weight, dilation, groups, /*narrow=*/true);
   const Sequences sequences(shape, reset, cu_seqlens);
   const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const Gradients grads =

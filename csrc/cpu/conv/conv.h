@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/narrow.h"
 #include "cpu/base/dispatch.h"
 
 namespace seqaccel::conv {
@@ -121,6 +122,18 @@ struct ConvKernels {
   bool (*backward_double)(const ConvBackward<double>& p);
 };
 
+struct ConvNarrowKernels {
+  bool (*forward_bfloat16)(const ConvForward<BFloat16>& p);
+  bool (*forward_float16)(const ConvForward<Float16>& p);
+  // Products of pairs; null without AVX-512 BF16.
+  bool (*forward_pairs)(const ConvForward<BFloat16>& p);
+  // Not depthwise, and without a gradient of a history that several segments share.
+  bool (*backward_bfloat16)(const ConvBackward<BFloat16>& p);
+  bool (*backward_float16)(const ConvBackward<Float16>& p);
+  bool (*backward_pairs)(const ConvBackward<BFloat16>& p);
+};
+
 }  // namespace seqaccel::conv
 
 SEQACCEL_DECLARE_KERNELS(conv, ConvKernels, conv_kernels)
+SEQACCEL_DECLARE_KERNELS_BF16(conv, ConvNarrowKernels, conv_narrow_kernels)

@@ -53,7 +53,7 @@ struct GridPlane {
   // Copies rows of a plane, of which the pads stay as they are.
   template <typename T>
   void copy(const T* from, ptrdiff_t count, T* to) const {
-    for (ptrdiff_t r = 0; r < count; ++r) copy_row(to + beside + r * pitch, from + r * width, width);
+    for (ptrdiff_t r = 0; r < count; ++r) copy_values(from + r * width, width, to + beside + r * pitch);
   }
 };
 
@@ -167,10 +167,10 @@ inline bool depthwise_grid_backward(const ConvBackward<T>& p, const T* g) {
                        sum, j > 0);
         }
         for (ptrdiff_t r = 0; p.grad_history && r < plane.context; ++r) {
-          copy_row(p.grad_history + in * s.context() + r * plane.width, sum + r * plane.pitch, plane.width);
+          copy_values(sum + r * plane.pitch, plane.width, p.grad_history + in * s.context() + r * plane.width);
         }
         for (ptrdiff_t r = 0; p.grad_x && r < plane.rows; ++r) {
-          copy_row(p.grad_x + in * s.length + r * plane.width, sum + (front + r) * plane.pitch, plane.width);
+          copy_values(sum + (front + r) * plane.pitch, plane.width, p.grad_x + in * s.length + r * plane.width);
         }
       }
     }

@@ -15,6 +15,7 @@
 
 #include "common/dropout.h"
 #include "cpu/base/activation.h"
+#include "cpu/base/narrow.h"
 #include "cpu/conv/product.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
@@ -87,8 +88,8 @@ SEQACCEL_INLINE void prefetch_row(const T* row, ptrdiff_t n) {
 }
 
 // Fetches what finish_row will touch.
-template <typename T>
-SEQACCEL_INLINE void prefetch_finish(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t,
+template <typename S>
+SEQACCEL_INLINE void prefetch_finish(const ConvForward<S>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t,
                                      ptrdiff_t n) {
   if (p.pre) prefetch_row<true>(p.pre + (b * p.shape.out_channels + channel) * p.shape.length + t, n);
   const ptrdiff_t Y = p.epilogue.y_channels(p.shape), before = p.shape.out_channels - Y;
@@ -99,21 +100,27 @@ SEQACCEL_INLINE void prefetch_finish(const ConvForward<T>& p, ptrdiff_t channel,
   if (p.residual) prefetch_row<false>(p.residual + offset, n);
 }
 
+template <typename S>
+SEQACCEL_INLINE Compute<S> value_or_zero(const S* values, ptrdiff_t i) {
+  return values ? value_of(values + i) : Compute<S>(0);
+}
+
 // acc holds conv for channel `channel` and n time steps from t on of sequence b; it may be read up to a whole vector
 // past n. Of a gated pair the second row, the gate, makes y; that of the first one lies acc_stride * O / 2 before.
-template <typename T, Activation kind>
-inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
-                          const T* acc, ptrdiff_t acc_stride) {
+template <typename S, Activation kind>
+inline void finish_row_of(const ConvForward<S>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
+                          const Compute<S>* acc, ptrdiff_t acc_stride) {
+  typedef Compute<S> T;
   constexpr bool kGated = is_gated(kind);
   const ptrdiff_t O = p.shape.out_channels, half = kGated ? O / 2 : 0, row = b * (O - half) + channel - half;
   const ptrdiff_t offset = row * p.shape.length + t, pre_offset = (b * O + channel) * p.shape.length + t;
-  const T bias = p.bias ? p.bias[channel] : T(0), first_bias = kGated && p.bias ? p.bias[channel - half] : T(0);
+  const T bias = value_or_zero(p.bias, channel), first_bias = kGated ? value_or_zero(p.bias, channel - half) : T(0);
   const bool drops = p.epilogue.dropout > 0;
   const RowDropout<T> dropout(p.epilogue, row);
   const T scale = T(dropout_scale(p.epilogue));
   const auto part = [&](ptrdiff_t i, int m) __attribute__((always_inline)) {
     const Vec<T> v = load(acc + i) + bias;
-    if (p.pre) store_some(p.pre + pre_offset + i, v, m);
+    if (p.pre) store_some_narrow(p.pre + pre_offset + i, v, m);
     Vec<T> y;
     if constexpr (kGated) {
       const Vec<T> first = load(acc - half * acc_stride + i) + first_bias;
@@ -128,9 +135,9 @@ inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t 
       y = zero_unless<T>(keep, y * scale);
     }
     if (p.active) store_bytes<T>(p.active + offset + i, active, m);
-    if (p.residual) y += load_some(p.residual + offset + i, m);
+    if (p.residual) y += load_some_wide(p.residual + offset + i, m);
     if (p.epilogue.relu) y = activate<T, Activation::relu>(y);
-    store_some(p.y + offset + i, y, m);
+    store_some_narrow(p.y + offset + i, y, m);
   };
   ptrdiff_t i = 0;
   for (; i + Lanes<T> <= n; i += Lanes<T>) part(i, Lanes<T>);
@@ -138,12 +145,16 @@ inline void finish_row_of(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t 
 }
 
 // Keeps v of the first row of a gated pair for the backward pass.
-template <typename T>
-inline void keep_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc) {
+template <typename S>
+inline void keep_row(const ConvForward<S>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
+                     const Compute<S>* acc) {
+  typedef Compute<S> T;
   if (!p.pre) return;
-  T* const to = p.pre + (b * p.shape.out_channels + channel) * p.shape.length + t;
-  const T bias = p.bias ? p.bias[channel] : T(0);
-  for (ptrdiff_t i = 0; i < n; i += Lanes<T>) store_some(to + i, load(acc + i) + bias, int(smaller(Lanes<T>, n - i)));
+  S* const to = p.pre + (b * p.shape.out_channels + channel) * p.shape.length + t;
+  const T bias = value_or_zero(p.bias, channel);
+  for (ptrdiff_t i = 0; i < n; i += Lanes<T>) {
+    store_some_narrow(to + i, load(acc + i) + bias, int(smaller(Lanes<T>, n - i)));
+  }
 }
 
 // Calls f.operator()<kind>().
@@ -173,36 +184,37 @@ SEQACCEL_INLINE auto with_activation(Activation activation, const F& f) {
   }
 }
 
-template <typename T>
-inline void finish_row(const ConvForward<T>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n, const T* acc,
-                       ptrdiff_t acc_stride = 0) {
+template <typename S>
+inline void finish_row(const ConvForward<S>& p, ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n,
+                       const Compute<S>* acc, ptrdiff_t acc_stride = 0) {
   if (is_gated(p.epilogue.activation) && channel < p.shape.out_channels / 2) return keep_row(p, channel, b, t, n, acc);
   with_activation(p.epilogue.activation,
-                  [&]<Activation kind>() { finish_row_of<T, kind>(p, channel, b, t, n, acc, acc_stride); });
+                  [&]<Activation kind>() { finish_row_of<S, kind>(p, channel, b, t, n, acc, acc_stride); });
 }
 
 // The gradient of v for time steps [begin, end) of one row (sequence, channel) into g, unless that is null; returns its
 // sum. Writes the residual's gradient on the way where `residual` says so.
-template <typename T, Activation kind>
-inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end, bool residual,
-                              T* g) {
+template <typename S, typename G, Activation kind>
+inline Compute<S> differentiate_row_of(const ConvBackward<S>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end,
+                                       bool residual, G* g) {
+  typedef Compute<S> T;
   constexpr bool kGated = is_gated(kind);
   const ptrdiff_t O = p.shape.out_channels, half = kGated ? O / 2 : 0, channel = row % O;
   const bool gate = kGated && channel >= half;
   const ptrdiff_t y_row = kGated ? row / O * half + channel % half : row;
   const ptrdiff_t offset = y_row * p.shape.length, pre_offset = row * p.shape.length;
   const ptrdiff_t other = (gate ? -half : half) * p.shape.length;
-  T* const grad_residual = residual && !gate ? p.grad_residual : nullptr;
+  S* const grad_residual = residual && !gate ? p.grad_residual : nullptr;
   const bool drops = p.epilogue.dropout > 0;
   const RowDropout<T> dropout(p.epilogue, y_row);
   const T scale = drops ? T(dropout_scale(p.epilogue)) : T(1);
   Vec<T> sum = {};
   const auto part = [&](ptrdiff_t t, int m) __attribute__((always_inline)) {
-    const auto get = [&](const T* from) __attribute__((always_inline)) { return load_some(from + offset + t, m); };
-    const auto pre = [&](ptrdiff_t at) __attribute__((always_inline)) { return load_some(p.pre + at + t, m); };
+    const auto get = [&](const S* from) __attribute__((always_inline)) { return load_some_wide(from + offset + t, m); };
+    const auto pre = [&](ptrdiff_t at) __attribute__((always_inline)) { return load_some_wide(p.pre + at + t, m); };
     Vec<T> d = get(p.grad_y);
     if (p.epilogue.relu) d = zero_unless<T>(~(get(p.y) <= 0), d);
-    if (grad_residual) store_some(grad_residual + offset + t, d, m);
+    if (grad_residual) store_some_narrow(grad_residual + offset + t, d, m);
     if constexpr (kind == Activation::relu) {
       const Mask<T> active = p.active ? load_bytes<T>(p.active + offset + t, m) : Mask<T>(~(get(p.y) <= 0));
       d = zero_unless<T>(active, d * scale);
@@ -230,7 +242,7 @@ inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t
       }
     }
     sum += d;
-    if (g) store_some(g + t - begin, d, m);
+    if (g) store_some_narrow(g + t - begin, d, m);
   };
   ptrdiff_t t = begin;
   for (; t + Lanes<T> <= end; t += Lanes<T>) part(t, Lanes<T>);
@@ -238,11 +250,11 @@ inline T differentiate_row_of(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t
   return horizontal_sum<T>(sum);
 }
 
-template <typename T>
-inline T differentiate_row(const ConvBackward<T>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end, bool residual,
-                           T* g) {
+template <typename S, typename G>
+inline Compute<S> differentiate_row(const ConvBackward<S>& p, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end,
+                                    bool residual, G* g) {
   return with_activation(p.epilogue.activation, [&]<Activation kind>() {
-    return differentiate_row_of<T, kind>(p, row, begin, end, residual, g);
+    return differentiate_row_of<S, G, kind>(p, row, begin, end, residual, g);
   });
 }
 

@@ -1,8 +1,8 @@
 // The product of a dense causal convolution: a matrix times shifted rows of a signal (kernels.h says which).
 #pragma once
 
-#include "cpu/base/tile.h"
 #include "cpu/conv/conv.h"
+#include "cpu/conv/factors.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
@@ -11,7 +11,6 @@ constexpr int kVectors = SEQACCEL_REGISTERS >= 32 ? 4 : 2;
 template <typename T>
 constexpr ptrdiff_t kColumns = kVectors * Lanes<T>;
 constexpr ptrdiff_t kDepth = 256;              // rows of a panel: 64 KB, a sixteenth of the second-level cache
-constexpr ptrdiff_t kFlush = 64;               // terms summed in a register
 constexpr ptrdiff_t kSecondLevel = 256 << 10;  // bytes of A that stay in the second-level cache beside the rest
 constexpr ptrdiff_t kFewColumns =
     8;  // up to here columns are dot products with the weight's rows, and nothing is packed
@@ -22,16 +21,16 @@ inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
 // out[MR, NV vectors] (+)= A[MR, depth] * panel[depth, NV vectors]. A sum of n terms in one register is off by about
-// sqrt(n) roundings; flushing it to memory every kFlush terms keeps the error near that of the sums of torch's
-// operator.
-template <typename T, int MR, int NV>
-void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T* out, ptrdiff_t out_stride,
+// sqrt(n) roundings; it goes to memory every kFlush factors.
+template <typename W, int MR, int NV>
+void multiply(const W* a, ptrdiff_t a_stride, const W* panel, ptrdiff_t depth, Sum<W>* out, ptrdiff_t out_stride,
               bool accumulate) {
-  const ptrdiff_t blocks = larger(1, ceil_div(depth, kFlush));
+  typedef Sum<W> T;
+  const ptrdiff_t blocks = larger(1, ceil_div(depth, Factor<W>::kFlush));
   for (ptrdiff_t block = 0; block < blocks; ++block) {
     const ptrdiff_t k = depth * block / blocks, n = depth * (block + 1) / blocks - k;
     Vec<T> acc[MR][NV] = {};
-    add_products<T, MR, NV>(acc, a + k, a_stride, 1, panel + k * NV * Lanes<T>, NV * Lanes<T>, n);
+    add_factors(acc, a + k, a_stride, panel + k * NV * Lanes<T>, n);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -43,23 +42,23 @@ void multiply(const T* a, ptrdiff_t a_stride, const T* panel, ptrdiff_t depth, T
   }
 }
 
-template <typename T>
-using Multiply = void (*)(const T*, ptrdiff_t, const T*, ptrdiff_t, T*, ptrdiff_t, bool);
+template <typename W>
+using Multiply = void (*)(const W*, ptrdiff_t, const W*, ptrdiff_t, Sum<W>*, ptrdiff_t, bool);
 
-template <typename T, int NV>
-SEQACCEL_INLINE Multiply<T> multiply_rows(ptrdiff_t rows) {
-  constexpr Multiply<T> table[kRows] = {multiply<T, 1, NV>, multiply<T, 2, NV>, multiply<T, 3, NV>,
-                                        multiply<T, 4, NV>, multiply<T, 5, NV>, multiply<T, 6, NV>};
+template <typename W, int NV>
+SEQACCEL_INLINE Multiply<W> multiply_rows(ptrdiff_t rows) {
+  constexpr Multiply<W> table[kRows] = {multiply<W, 1, NV>, multiply<W, 2, NV>, multiply<W, 3, NV>,
+                                        multiply<W, 4, NV>, multiply<W, 5, NV>, multiply<W, 6, NV>};
   return table[rows - 1];
 }
 
-template <typename T>
-SEQACCEL_INLINE Multiply<T> multiply_tile(ptrdiff_t rows, ptrdiff_t vectors) {
-  if (vectors == 1) return multiply_rows<T, 1>(rows);
-  if (vectors == 2) return multiply_rows<T, 2>(rows);
+template <typename W>
+SEQACCEL_INLINE Multiply<W> multiply_tile(ptrdiff_t rows, ptrdiff_t vectors) {
+  if (vectors == 1) return multiply_rows<W, 1>(rows);
+  if (vectors == 2) return multiply_rows<W, 2>(rows);
   if constexpr (kVectors > 2) {
-    if (vectors == 3) return multiply_rows<T, 3>(rows);
-    return multiply_rows<T, 4>(rows);
+    if (vectors == 3) return multiply_rows<W, 3>(rows);
+    return multiply_rows<W, 4>(rows);
   }
   __builtin_unreachable();
 }
@@ -75,7 +74,7 @@ struct Windows {
 template <typename T, int MR, int NV>
 void multiply_windows(const T* a, ptrdiff_t a_stride, const Windows<T>& w, T* out, ptrdiff_t out_stride,
                       bool accumulate) {
-  const ptrdiff_t blocks = larger(1, ceil_div(w.channels * w.taps, kFlush));
+  const ptrdiff_t blocks = larger(1, ceil_div(w.channels * w.taps, Factor<T>::kFlush));
   for (ptrdiff_t block = 0; block < blocks; ++block) {
     Vec<T> acc[MR][NV] = {};
     for (ptrdiff_t c = w.channels * block / blocks; c < w.channels * (block + 1) / blocks; ++c) {
@@ -121,18 +120,6 @@ struct RowBlocks {
   ptrdiff_t begin(ptrdiff_t i) const { return n * i / count; }
 };
 
-template <typename T>
-SEQACCEL_INLINE void clear(T* out, ptrdiff_t n) {
-  for (ptrdiff_t i = 0; i < n; i += Lanes<T>) store_some(out + i, Vec<T>{}, int(smaller(Lanes<T>, n - i)));
-}
-
-template <typename T>
-SEQACCEL_INLINE void copy_row(T* out, const T* row, ptrdiff_t n) {
-  ptrdiff_t i = 0;
-  for (; i + Lanes<T> <= n; i += Lanes<T>) store(out + i, load(row + i));
-  if (i < n) store(out + i, load(row + i, int(n - i)), int(n - i));
-}
-
 // A run of a product's columns: time steps [t, t + n) of one segment of sequence b.
 struct Run {
   ptrdiff_t b, t, n, column;
@@ -140,44 +127,43 @@ struct Run {
 };
 
 // The operand whose shifted rows make the columns of a product: value(b, c, t) for channel c of sequence b.
-template <typename T>
+template <typename S>
 struct Signal {
-  const T* values;   // [batch, channels, length], rows `stride` apart
-  const T* history;  // [rows, channels, context], the time steps before a segment; null: zeros
+  const S* values;   // [batch, channels, length], rows `stride` apart
+  const S* history;  // [rows, channels, context], the time steps before a segment; null: zeros
   ptrdiff_t channels, length, stride, context;
 
   // Brings value(b, c, t) ... value(b, c, t + n - 1) into the second-level cache.
   SEQACCEL_INLINE void prefetch(ptrdiff_t b, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n) const {
     if (t < 0 || t + n > length) return;
-    const T* row = values + (b * channels + c) * stride + t;
-    for (ptrdiff_t i = 0; i < n; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+    const S* row = values + (b * channels + c) * stride + t;
+    for (ptrdiff_t i = 0; i < n; i += 64 / ptrdiff_t(sizeof(S))) __builtin_prefetch(row + i, 0, 2);
   }
 
   // out[i] = value(b, c, t + i), zero outside of the segment and its history
-  SEQACCEL_INLINE void copy(ptrdiff_t b, const Segment& segment, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, T* out) const {
-    const T* row = values + (b * channels + c) * stride;
-    if (t >= segment.begin && t + n <= segment.end) return copy_row(out, row + t, n);
-    const ptrdiff_t at = t - segment.begin;
-    const ptrdiff_t middle = smaller(larger(-at, 0), n), end = smaller(larger(segment.end - t, middle), n);
-    if (history) {
-      const ptrdiff_t oldest = smaller(larger(-context - at, 0), middle);
-      clear(out, oldest);
-      const T* before = history + (segment.history * channels + c + 1) * context + at;
-      copy_row(out + oldest, before + oldest, middle - oldest);
-    } else {
-      clear(out, middle);
+  template <typename D>
+  SEQACCEL_INLINE void copy(ptrdiff_t b, const Segment& segment, ptrdiff_t c, ptrdiff_t t, ptrdiff_t n, D* out) const {
+    const S* row = values + (b * channels + c) * stride;
+    if (t >= segment.begin && t + n <= segment.end) return copy_values(row + t, n, out);
+    const ptrdiff_t before = larger(0, smaller(n, segment.begin - t));  // values that the history has
+    const ptrdiff_t zeros = history ? larger(0, smaller(before, segment.begin - context - t)) : before;
+    const ptrdiff_t end = larger(before, smaller(n, segment.end - t));
+    clear(out, zeros);
+    if (zeros < before) {
+      const S* past = history + (segment.history * channels + c + 1) * context;
+      copy_values(past + t - segment.begin + zeros, before - zeros, out + zeros);
     }
-    copy_row(out + middle, row + t + middle, end - middle);
+    copy_values(row + t + before, end - before, out + before);
     clear(out + end, n - end);
   }
 };
 
 // out[m, column] = sum_{c,k} A[m, c * K + k] * signal(c, t + s_k), for every group; a column is a time step of a
-// sequence.
-template <typename T>
+// sequence. The signal is in memory as S.
+template <typename W, typename S = W>
 struct Product {
-  const T* a;  // [groups * rows, channels * K]
-  Signal<T> signal;
+  const W* a;  // [groups * rows, depth()]: channels * K values, and zeros up to a whole factor
+  Signal<S> signal;
   const ConvShape* shape;
   const Tap* tap;                 // [K]
   ptrdiff_t newest;               // the tap that reads furthest ahead
@@ -188,10 +174,11 @@ struct Product {
   const Segment* only = nullptr;  // the segment that all columns belong to; null: they have their own
 
   ptrdiff_t taps() const { return shape->kernel_size; }
-  ptrdiff_t depth() const { return channels * taps(); }
+  ptrdiff_t depth() const { return ceil_div(channels * taps(), Factor<W>::kValues); }
 
   // out[i] = signal(c, t + i + s_k) of a run from its column `from` on
-  SEQACCEL_INLINE void copy(const Run& run, ptrdiff_t c, ptrdiff_t k, ptrdiff_t from, ptrdiff_t n, T* out) const {
+  template <typename D>
+  SEQACCEL_INLINE void copy(const Run& run, ptrdiff_t c, ptrdiff_t k, ptrdiff_t from, ptrdiff_t n, D* out) const {
     const ptrdiff_t columns = tap[k].columns, width = shape->width;
     if (columns >= width || columns <= -width) return clear(out, n);
     signal.copy(run.b, run.segment, c, run.t + from + tap[k].steps, n, out);
@@ -207,11 +194,12 @@ struct Product {
 };
 
 // The runs of columns [begin, begin + count).
-template <typename T>
+template <typename W>
 struct Runs {
-  Run list[kColumns<T>];
+  Run list[kColumns<W>];
   ptrdiff_t size = 0;
-  Runs(const Product<T>& p, ptrdiff_t begin, ptrdiff_t count) {
+  template <typename S>
+  Runs(const Product<W, S>& p, ptrdiff_t begin, ptrdiff_t count) {
     for (ptrdiff_t done = 0; done < count;) {
       const ptrdiff_t b = (begin + done) / p.steps, t = p.first + (begin + done) % p.steps;
       const Segment segment = p.only ? *p.only : p.shape->segment(p.first_row + b, t);
@@ -224,64 +212,92 @@ struct Runs {
   const Run* end() const { return list + size; }
 };
 
-template <typename T>
+template <typename W>
 inline ptrdiff_t product_scratch(ptrdiff_t rows, ptrdiff_t depth) {
-  const ptrdiff_t tiles = smaller(depth, kDepth) * kColumns<T> + rows * kColumns<T>;
-  const ptrdiff_t dots = kFewColumns * (ceil_div(depth, Lanes<T>) * Lanes<T>)+rows * kColumns<T>;
+  const ptrdiff_t tiles = smaller(depth, kDepth) * kColumns<W> + rows * kColumns<W>;
+  const ptrdiff_t dots = kFewColumns * (ceil_div(depth, Lanes<W>) * Lanes<W>)+rows * kColumns<W>;
   return larger(tiles, dots);
 }
 
 // Dot products of MR rows of A with NC columns, both contiguous along the depth; columns are padded with zeros.
-template <typename T, int MR, int NC>
-inline void dot_tile(const T* a, ptrdiff_t depth, const T* columns, ptrdiff_t column_stride, T* out) {
+template <typename W, int MR, int NC>
+inline void dot_tile(const W* a, ptrdiff_t depth, const W* columns, ptrdiff_t column_stride, Sum<W>* out) {
+  typedef Sum<W> T;
   constexpr ptrdiff_t L = Lanes<T>;
   Vec<T> acc[MR][NC] = {};
   ptrdiff_t i = 0;
   for (; i + L <= depth; i += L) {
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
-      const Vec<T> w = load(a + m * depth + i);
+      const Vec<T> w = load_factors(a + m * depth + i);
 #pragma GCC unroll 4
-      for (int c = 0; c < NC; ++c) acc[m][c] += w * load(columns + c * column_stride + i);
+      for (int c = 0; c < NC; ++c) multiply_add(acc[m][c], w, load_factors(columns + c * column_stride + i), W{});
     }
   }
   if (i < depth) {
     for (int m = 0; m < MR; ++m) {
-      const Vec<T> w = load(a + m * depth + i, int(depth - i));
-      for (int c = 0; c < NC; ++c) acc[m][c] += w * load(columns + c * column_stride + i);
+      const Vec<T> w = load_factors(a + m * depth + i, int(depth - i));
+      for (int c = 0; c < NC; ++c) multiply_add(acc[m][c], w, load_factors(columns + c * column_stride + i), W{});
     }
   }
   for (int m = 0; m < MR; ++m) {
-    for (int c = 0; c < NC; ++c) out[m * kColumns<T> + c] = horizontal_sum<T>(acc[m][c]);
+    for (int c = 0; c < NC; ++c) out[m * kColumns<W> + c] = horizontal_sum<T>(acc[m][c]);
   }
 }
 
-template <typename T, int NC>
-inline void dot_rows(const T* a, ptrdiff_t rows, ptrdiff_t depth, const T* columns, ptrdiff_t column_stride, T* out) {
+template <typename W, int NC>
+inline void dot_rows(const W* a, ptrdiff_t rows, ptrdiff_t depth, const W* columns, ptrdiff_t column_stride,
+                     Sum<W>* out) {
   ptrdiff_t m = 0;
   for (; m + 4 <= rows; m += 4) {
-    dot_tile<T, 4, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
+    dot_tile<W, 4, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<W>);
   }
-  for (; m < rows; ++m) dot_tile<T, 1, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<T>);
+  for (; m < rows; ++m) dot_tile<W, 1, NC>(a + m * depth, depth, columns, column_stride, out + m * kColumns<W>);
+}
+
+// Rows [r0, r0 + deep) of the operand's panel, rows `width` apart, of a run's columns.
+template <typename W, typename S>
+SEQACCEL_INLINE void fill_panel(const Product<W, S>& p, ptrdiff_t group, const Run& run, ptrdiff_t r0, ptrdiff_t deep,
+                                W* panel, ptrdiff_t width) {
+  constexpr ptrdiff_t kValues = Factor<W>::kValues;
+  const ptrdiff_t taps = p.taps(), first = group * p.channels;
+  ptrdiff_t c = r0 * kValues / taps, k = r0 * kValues % taps;
+  const auto copy_next = [&](auto* out) __attribute__((always_inline)) {
+    p.copy(run, first + c, k, 0, run.n, out);
+    if (++k == taps) k = 0, ++c;
+  };
+  for (ptrdiff_t r = 0; r < deep; ++r) {
+    W* const to = panel + r * width + run.column;
+    if constexpr (kValues == 1) {
+      copy_next(to);
+    } else {
+      S rows[kValues][kColumns<W>];
+      copy_next(rows[0]);
+      c < p.channels ? copy_next(rows[1]) : clear(rows[1], run.n);
+      interleave(rows[0], rows[1], run.n, to);
+    }
+  }
 }
 
 // Columns [begin, begin + count) of row blocks [first_block, last_block) of one group. emit(channel, b, t, n, values)
 // for every run of finished columns; prepare(channel, b, t, n) some microseconds before, to fetch what emit will touch:
 // rows are often a page apart, where no hardware prefetcher follows.
-template <typename T, typename Prepare, typename Emit>
-inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, ptrdiff_t count, ptrdiff_t first_block,
-                         ptrdiff_t last_block, T* scratch, const Prepare& prepare, const Emit& emit) {
+template <typename W, typename S, typename Prepare, typename Emit>
+inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begin, ptrdiff_t count,
+                         ptrdiff_t first_block, ptrdiff_t last_block, Sum<W>* scratch, const Prepare& prepare,
+                         const Emit& emit) {
   const ptrdiff_t depth = p.depth(), taps = p.taps();
   const RowBlocks blocks(p.rows);
-  const Runs<T> runs(p, begin, count);
-  const T* a = p.a + group * p.rows * depth;
-  T* out = scratch;  // [a block's rows, kColumns] once for each block
-  T* panel = scratch + p.rows * kColumns<T>;
-  const ptrdiff_t vectors = ceil_div(count, Lanes<T>), panel_width = vectors * Lanes<T>;
-  const bool large = p.rows * depth * ptrdiff_t(sizeof(T)) > kSecondLevel;  // A comes from further away
+  const Runs<W> runs(p, begin, count);
+  const W* a = p.a + group * p.rows * depth;
+  Sum<W>* out = scratch;  // [a block's rows, kColumns] once for each block
+  W* panel = reinterpret_cast<W*>(scratch + p.rows * kColumns<W>);
+  const ptrdiff_t vectors = ceil_div(count, Lanes<W>), panel_width = vectors * Lanes<W>;
+  const bool large = p.rows * depth * ptrdiff_t(sizeof(W)) > kSecondLevel;  // A comes from further away
   // The part of the next tile's signal that block `block` of those that multiply rows [r0, r0 + deep) of A fetches.
   const auto fetch_next = [&](ptrdiff_t r0, ptrdiff_t deep, ptrdiff_t block) {
-    const ptrdiff_t from = r0 / taps, n_channels = deep / taps, all = last_block - first_block;
+    constexpr ptrdiff_t kValues = Factor<W>::kValues;
+    const ptrdiff_t from = r0 * kValues / taps, n_channels = deep * kValues / taps, all = last_block - first_block;
     const ptrdiff_t first = from + n_channels * (block - first_block) / all;
     const ptrdiff_t end = from + n_channels * (block - first_block + 1) / all;
     for (ptrdiff_t c = first; c < end; ++c) {
@@ -293,35 +309,30 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
   // One run whose taps overlap is copied once, and each tap reads its part of the copy.
   const ptrdiff_t oldest = smaller(p.tap[0].steps, p.tap[taps - 1].steps),
                   step = taps > 1 ? p.tap[1].steps - p.tap[0].steps : 0;
-  const ptrdiff_t window = whole_lines(kColumns<T> + (taps - 1) * larger(step, -step));
-  const bool overlap =
-      taps > 1 && p.shape->column_taps == 1 && runs.size == 1 && window <= smaller(taps, kDepth) * kColumns<T>;
-  const ptrdiff_t most = overlap ? kDepth * kColumns<T> / window * taps : kDepth;
+  const ptrdiff_t window = whole_lines(kColumns<W> + (taps - 1) * larger(step, -step));
+  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && p.shape->column_taps == 1 && runs.size == 1 &&
+                       window <= smaller(taps, kDepth) * kColumns<W>;
+  const ptrdiff_t most = overlap ? kDepth * kColumns<W> / window * taps : kDepth;
   for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += most) {
     const ptrdiff_t deep = smaller(most, depth - r0);
-    const Windows<T> windows = {panel, window, deep / taps, taps, p.tap[0].steps - oldest, step};
-    for (ptrdiff_t c = 0; overlap && c < windows.channels; ++c) {
-      const Run& run = runs.list[0];
-      p.signal.copy(run.b, run.segment, group * p.channels + r0 / taps + c, run.t + oldest,
-                    run.n + window - kColumns<T>, panel + c * window);
+    const ptrdiff_t channels = deep / taps;  // of whole windows
+    if constexpr (Factor<W>::kValues == 1) {
+      for (ptrdiff_t c = 0; overlap && c < channels; ++c) {
+        const Run& run = runs.list[0];
+        p.signal.copy(run.b, run.segment, group * p.channels + r0 / taps + c, run.t + oldest,
+                      run.n + window - kColumns<W>, panel + c * window);
+      }
     }
     for (const Run& run : runs) {
-      if (overlap) break;
-      ptrdiff_t c = r0 / taps, k = r0 % taps;
-      for (ptrdiff_t r = 0; r < deep; ++r) {
-        p.copy(run, group * p.channels + c, k, 0, run.n, panel + r * panel_width + run.column);
-        if (++k == taps) k = 0, ++c;
-      }
+      if (!overlap) fill_panel(p, group, run, r0, deep, panel, panel_width);
     }
-    if (count < panel_width && !overlap) {
-      for (ptrdiff_t r = 0; r < deep; ++r) {
-        for (ptrdiff_t i = count; i < panel_width; ++i) panel[r * panel_width + i] = T(0);
-      }
+    for (ptrdiff_t r = 0; count < panel_width && !overlap && r < deep; ++r) {
+      clear(panel + r * panel_width + count, panel_width - count);
     }
     const bool last = r0 + deep == depth;
     for (ptrdiff_t block = first_block; block < last_block; ++block) {
       const ptrdiff_t row = blocks.begin(block), end = blocks.begin(block + 1);
-      T* to = out + row * kColumns<T>;
+      Sum<W>* to = out + row * kColumns<W>;
       fetch_next(r0, deep, block);
       for (ptrdiff_t r = row; last && r < end; ++r) {
         for (const Run& run : runs) prepare(group * p.rows + r, run.b, run.t, run.n);
@@ -329,18 +340,19 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
       if (large) {
         const ptrdiff_t next_end = smaller(blocks.begin(smaller(block + 2, blocks.count)), p.rows);
         for (ptrdiff_t r = end; r < next_end; ++r) {
-          const T* next = a + r * depth + r0;
-          for (ptrdiff_t i = 0; i < deep; i += 64 / ptrdiff_t(sizeof(T))) __builtin_prefetch(next + i, 0, 2);
+          const W* next = a + r * depth + r0;
+          for (ptrdiff_t i = 0; i < deep; i += 64 / ptrdiff_t(sizeof(W))) __builtin_prefetch(next + i, 0, 2);
         }
       }
-      if (overlap) {
-        multiply_window_tile<T>(end - row, vectors)(a + row * depth + r0, depth, windows, to, kColumns<T>, r0 > 0);
-      } else {
-        multiply_tile<T>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<T>, r0 > 0);
+      if (!overlap) {
+        multiply_tile<W>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<W>, r0 > 0);
+      } else if constexpr (Factor<W>::kValues == 1) {
+        const Windows<W> windows = {panel, window, channels, taps, p.tap[0].steps - oldest, step};
+        multiply_window_tile<W>(end - row, vectors)(a + row * depth + r0, depth, windows, to, kColumns<W>, r0 > 0);
       }
       for (ptrdiff_t r = row; last && r < end; ++r) {
         for (const Run& run : runs) {
-          emit(group * p.rows + r, run.b, run.t, run.n, out + r * kColumns<T> + run.column);
+          emit(group * p.rows + r, run.b, run.t, run.n, out + r * kColumns<W> + run.column);
         }
       }
     }
@@ -348,55 +360,56 @@ inline void product_tile(const Product<T>& p, ptrdiff_t group, ptrdiff_t begin, 
 }
 
 // The same for at most kFewColumns columns, as dot products.
-template <typename T, typename Emit>
-inline void product_few(const Product<T>& p, ptrdiff_t group, ptrdiff_t count, ptrdiff_t first_block,
-                        ptrdiff_t last_block, T* scratch, const Emit& emit) {
-  const ptrdiff_t depth = p.depth(), taps = p.taps(), stride = ceil_div(depth, Lanes<T>) * Lanes<T>;
-  const Runs<T> runs(p, 0, count);
+template <typename W, typename S, typename Emit>
+inline void product_few(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t count, ptrdiff_t first_block,
+                        ptrdiff_t last_block, Sum<W>* scratch, const Emit& emit) {
+  typedef typename Factor<W>::Value Value;
+  const ptrdiff_t depth = p.depth(), taps = p.taps(), stride = ceil_div(depth, Lanes<W>) * Lanes<W>;
+  const Runs<W> runs(p, 0, count);
   const RowBlocks blocks(p.rows);
   const ptrdiff_t first_row = blocks.begin(first_block), last_row = blocks.begin(last_block);
-  const T* a = p.a + (group * p.rows + first_row) * depth;
-  T* out = scratch;  // [rows, kColumns]
-  T* columns = scratch + p.rows * kColumns<T>;
+  const W* a = p.a + (group * p.rows + first_row) * depth;
+  Sum<W>* out = scratch;  // [rows, kColumns]
+  W* columns = reinterpret_cast<W*>(scratch + p.rows * kColumns<W>);
   for (const Run& run : runs) {
     for (ptrdiff_t i = 0; i < run.n; ++i) {
-      T* to = columns + (run.column + i) * stride;
+      Value* to = reinterpret_cast<Value*>(columns + (run.column + i) * stride);
       for (ptrdiff_t c = 0; c < p.channels; ++c) {
         for (ptrdiff_t k = 0; k < taps; ++k) p.copy(run, group * p.channels + c, k, i, 1, to + c * taps + k);
       }
-      for (ptrdiff_t r = depth; r < stride; ++r) to[r] = T(0);
+      clear(to + p.channels * taps, stride * Factor<W>::kValues - p.channels * taps);
     }
   }
   const ptrdiff_t rows = last_row - first_row;
   for (ptrdiff_t c = 0; c < count;) {
-    const T* from = columns + c * stride;
+    const W* from = columns + c * stride;
     if (count - c >= 4) {
-      dot_rows<T, 4>(a, rows, depth, from, stride, out + c);
+      dot_rows<W, 4>(a, rows, depth, from, stride, out + c);
       c += 4;
     } else if (count - c >= 2) {
-      dot_rows<T, 2>(a, rows, depth, from, stride, out + c);
+      dot_rows<W, 2>(a, rows, depth, from, stride, out + c);
       c += 2;
     } else {
-      dot_rows<T, 1>(a, rows, depth, from, stride, out + c);
+      dot_rows<W, 1>(a, rows, depth, from, stride, out + c);
       c += 1;
     }
   }
   for (ptrdiff_t row = first_row; row < last_row; ++row) {
     for (const Run& run : runs) {
-      emit(group * p.rows + row, run.b, run.t, run.n, out + (row - first_row) * kColumns<T> + run.column);
+      emit(group * p.rows + row, run.b, run.t, run.n, out + (row - first_row) * kColumns<W> + run.column);
     }
   }
 }
 
 // The whole product, by the whole team; scratch is the thread's own. `together`: a thread makes all rows of a column,
 // so that emit finds those before its own kColumns apart.
-template <typename T, typename Prepare, typename Emit>
-inline void run_product(const Product<T>& p, T* scratch, const Prepare& prepare, const Emit& emit,
+template <typename W, typename S, typename Prepare, typename Emit>
+inline void run_product(const Product<W, S>& p, Sum<W>* scratch, const Prepare& prepare, const Emit& emit,
                         bool together = false) {
   const ptrdiff_t columns = p.batch * p.steps, team = omp_get_num_threads();
   if (columns <= 0 || p.rows == 0) return;
-  const bool few = columns <= smaller(kFewColumns, kColumns<T>);
-  const ptrdiff_t width = few ? columns : kColumns<T>;
+  const bool few = columns <= smaller(kFewColumns, kColumns<W>);
+  const ptrdiff_t width = few ? columns : kColumns<W>;
   const ptrdiff_t tiles = ceil_div(columns, width);
   const RowBlocks blocks(p.rows);
   const ptrdiff_t groups = p.shape->groups, parts = together ? 1 : blocks.count;

@@ -44,7 +44,7 @@ inline bool short_backward(const ConvBackward<T>& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (ptrdiff_t row = 0; row < B * s.out_channels; ++row) {
     T* const to = g + row % s.out_channels * N + row / s.out_channels * length;
-    row_sums[row] = differentiate_row<T>(p, row, 0, length, true, to);
+    row_sums[row] = differentiate_row(p, row, 0, length, true, to);
   }
   for (ptrdiff_t o = 0; p.grad_bias && o < s.out_channels; ++o) {
     T sum = 0;

@@ -55,6 +55,31 @@ inline void transpose_panel(const T* rows, ptrdiff_t stride, ptrdiff_t count, pt
   }
 }
 
+#if defined(SEQACCEL_ISA_AVX512_BF16)
+// The same of pairs of time steps; a zero fills up the last one.
+inline void transpose_panel(const BFloat16* rows, ptrdiff_t stride, ptrdiff_t count, ptrdiff_t steps, ptrdiff_t width,
+                            Pair* out) {
+  constexpr ptrdiff_t L = Lanes<Pair>;
+  for (ptrdiff_t t = 0; t < steps; t += 2 * L) {
+    const ptrdiff_t m = smaller(2 * L, steps - t), pairs = (m + 1) / 2;
+    for (ptrdiff_t j = 0; j < width; j += L) {
+      Vec<float> square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        BFloat16 values[2 * L] = {};
+        copy_values(rows + smaller(j + i, count - 1) * stride + t, m, values);
+        square[i] = load_factors(reinterpret_cast<const Pair*>(values));
+      }
+      transpose_square<float>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        if (i < pairs) store(reinterpret_cast<float*>(out + (t / 2 + i) * width + j), square[i]);
+      }
+    }
+  }
+}
+#endif
+
 // The layout of a thread's partial weight gradient is [group, panel, tap, input channel, output channel of the panel].
 template <typename T>
 struct WeightPanels {
@@ -67,56 +92,71 @@ struct WeightPanels {
 
 // The gradient of conv + bias of some sequences over a range of time: element (sequence b, channel, t) is
 // values[(b * channels + channel) * stride + t].
-template <typename T>
+template <typename G>
 struct GradientTile {
-  const T* values;
+  const G* values;
   ptrdiff_t stride;
 };
 
 // Adds what time steps [begin, end) of a segment of sequence b, which g numbers `own`, give to the weight gradient.
-template <typename T>
-inline void add_weight_gradient(const ConvShape& s, const T* x, const T* history, const GradientTile<T>& g,
-                                ptrdiff_t own, ptrdiff_t b, const Segment& segment, ptrdiff_t begin, ptrdiff_t end,
-                                T* panel, T* partial) {
+// Rows of x of 16-bit values are copied as factors, a tile at a time, which costs 1 / (16 kVectors) of the product.
+template <typename W, typename S>
+inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history,
+                                const GradientTile<typename Factor<W>::Value>& g, ptrdiff_t own, ptrdiff_t b,
+                                const Segment& segment, ptrdiff_t begin, ptrdiff_t end, W* panel, Sum<W>* partial) {
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
-  const WeightPanels<T> panels(O);
+  const WeightPanels<W> panels(O);
   const RowBlocks blocks(C);
   for (ptrdiff_t group = 0; group < s.groups; ++group) {
-    const T* xg = x + (b * s.in_channels + group * C) * s.length;
-    const T* hg = history ? history + (segment.history * s.in_channels + group * C) * context : nullptr;
+    const S* xg = x + (b * s.in_channels + group * C) * s.length;
+    const S* hg = history ? history + (segment.history * s.in_channels + group * C) * context : nullptr;
     for (ptrdiff_t j = 0; j < panels.count; ++j) {
-      const ptrdiff_t width = panels.width(j), first = j * kColumns<T>;
-      transpose_panel<T>(g.values + (own * s.out_channels + group * O + first) * g.stride + begin, g.stride, O - first,
-                         end - begin, width, panel);
-      T* sums = partial + (group * panels.padded + first) * K * C;
+      const ptrdiff_t width = panels.width(j), first = j * kColumns<W>;
+      transpose_panel(g.values + (own * s.out_channels + group * O + first) * g.stride + begin, g.stride, O - first,
+                      end - begin, width, panel);
+      Sum<W>* sums = partial + (group * panels.padded + first) * K * C;
       for (ptrdiff_t block = 0; block < blocks.count; ++block) {
         const ptrdiff_t c = blocks.begin(block), rows = blocks.begin(block + 1) - c;
         const ptrdiff_t next = block + 1 < blocks.count ? blocks.begin(block + 2) : c + rows;
         for (ptrdiff_t i = c + rows; i < next; ++i) prefetch_row<false>(xg + i * s.length + begin, end - begin);
-        const Multiply<T> multiply = multiply_tile<T>(rows, width / Lanes<T>);
+        const Multiply<W> multiply = multiply_tile<W>(rows, width / Lanes<W>);
         for (ptrdiff_t k = 0; k < K; ++k) {
           const Tap tap = s.tap(k);
-          T* to = sums + (k * C + c) * width;
-          const auto add = [&](ptrdiff_t t, ptrdiff_t until) {
-            // x from `middle` on, the history before
-            const ptrdiff_t middle = smaller(larger(t, segment.begin + tap.columns - tap.steps), until);
-            if (middle < until) {
-              multiply(xg + c * s.length + middle + tap.steps, s.length, panel + (middle - begin) * width,
-                       until - middle, to, width, true);
+          Sum<W>* to = sums + (k * C + c) * width;
+          if constexpr (kNarrow<S>) {
+            typedef typename Factor<W>::Value Value;
+            constexpr ptrdiff_t kValues = Factor<W>::kValues, kStride = kWeightSteps * kValues;
+            const Signal<S> signal = {x, history, s.in_channels, s.length, s.length, context};
+            const ptrdiff_t steps = end - begin, depth = ceil_div(steps, kValues);
+            alignas(64) Value copies[kRows * kStride];
+            for (ptrdiff_t i = 0; i < rows; ++i) {
+              signal.copy(b, segment, group * C + c + i, begin + tap.steps, steps, copies + i * kStride);
+              clear(copies + i * kStride + steps, depth * kValues - steps);
             }
-            if (hg && t < middle) {
-              multiply(hg + c * context + context + t - segment.begin + tap.steps, context, panel + (t - begin) * width,
-                       middle - t, to, width, true);
-            }
-          };
-          if (tap.columns == 0) {
-            add(begin, end);
+            multiply(reinterpret_cast<const W*>(copies), kStride / kValues, panel, depth, to, width, true);
             continue;
-          }
-          for (ptrdiff_t row = begin / s.width * s.width; row < end; row += s.width) {  // of the grid
-            const ptrdiff_t t = larger(begin, row + larger(0, -tap.columns));
-            const ptrdiff_t until = smaller(end, row + s.width - larger(0, tap.columns));
-            if (t < until) add(t, until);
+          } else {
+            const auto add = [&](ptrdiff_t t, ptrdiff_t until) {
+              // x from `middle` on, the history before
+              const ptrdiff_t middle = smaller(larger(t, segment.begin + tap.columns - tap.steps), until);
+              if (middle < until) {
+                multiply(xg + c * s.length + middle + tap.steps, s.length, panel + (middle - begin) * width,
+                         until - middle, to, width, true);
+              }
+              if (hg && t < middle) {
+                multiply(hg + c * context + context + t - segment.begin + tap.steps, context,
+                         panel + (t - begin) * width, middle - t, to, width, true);
+              }
+            };
+            if (tap.columns == 0) {
+              add(begin, end);
+              continue;
+            }
+            for (ptrdiff_t row = begin / s.width * s.width; row < end; row += s.width) {  // of the grid
+              const ptrdiff_t t = larger(begin, row + larger(0, -tap.columns));
+              const ptrdiff_t until = smaller(end, row + s.width - larger(0, tap.columns));
+              if (t < until) add(t, until);
+            }
           }
         }
       }

@@ -65,19 +65,18 @@ def _convolution(
         sequences = (reset, cu_seqlens)
         return reference.causal_conv1d(x, weight, bias, residual, history, seed, *sequences, stride=stride, **options)
     dtype = x.dtype
-    if backend == "cpp":
-        to = _common.compute_dtype(dtype)
-        x, weight, bias, residual, history = (
-            None if t is None else t.to(to) for t in (x, weight, bias, residual, history)
-        )
     whole = reset is None and cu_seqlens is None
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
-    if backend == "cpp" and whole and not traced and fft_is_faster(x, weight, stride, dilation, groups):
+    fft = backend == "cpp" and whole and not traced and fft_is_faster(x, weight, stride, dilation, groups)
+    apart = activation in GATED and groups > 1  # no kernel sees both halves at once
+    if fft or (apart and backend == "cpp"):
+        x, weight, bias, residual, history = _common.widened(x, weight, bias, residual, history)
+    if fft:
         v = by_fft(x, weight, bias, history)
         return reference.epilogue(v, residual, seed, activation, relu, dropout).contiguous().to(dtype)
     if stride > 1:
         x, weight, history, dilation = without_stride(x, weight, history, stride, dilation)
-    if activation in GATED and groups > 1:  # no kernel sees both halves at once
+    if apart:
         with backends.backend(backend):
             v = _convolution(x, weight, bias, None, history, reset, cu_seqlens, 1, dilation, groups, None, False, 0.0)
         return reference.epilogue(v, residual, seed, activation, relu, dropout).to(dtype)
@@ -89,7 +88,7 @@ def _convolution(
         y = CausalConv1d.apply(*operands, backend, *arguments)
     else:
         y, _ = call(operators(backend)[0], *operands, *arguments, False)
-    return y.to(dtype)
+    return y
 
 
 def causal_conv1d(
@@ -155,8 +154,8 @@ def causal_conv1d(
     Saved for the backward, beside x and the weight: y for relu, leaky_relu, tanh and sigmoid; a byte an element for
     relu with a residual; v for the others, and for leaky_relu, tanh and sigmoid where y is not the activation. The
     dropout mask is recomputed from a seed that torch's generator gives (on the ``torch`` backend it is
-    ``F.dropout``'s). float16 and bfloat16 are computed in float32 on a CPU. A backward that is itself differentiated
-    runs on the reference.
+    ``F.dropout``'s). Products of float16 and bfloat16 are summed in float32, and y is rounded once. A backward that is
+    itself differentiated runs on the reference.
 
     Depthwise convolutions of 512 taps and steps or more are products of spectra on a CPU (FFT).
 

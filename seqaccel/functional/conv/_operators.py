@@ -207,7 +207,9 @@ def differentiate_again(operands, grad_y, needs, *others):
 def _definition(
     x, weight, bias, residual, history, seed, reset, cu_seqlens, dilation, groups, activation, relu, dropout, save=False
 ) -> Tensor:
-    return reference.causal_conv1d(
+    dtype = x.dtype
+    x, weight, bias, residual, history = _common.widened(x, weight, bias, residual, history)
+    y = reference.causal_conv1d(
         x,
         weight,
         bias,
@@ -222,6 +224,7 @@ def _definition(
         relu=relu,
         dropout=dropout,
     )
+    return y.to(dtype)
 
 
 def _recorded(backend, *arguments):
@@ -248,7 +251,7 @@ def from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
 
 
 def _register(backend: str) -> None:
-    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    suffix = "" if backend == "cpp" else "_triton"
     by_batch: dict[str | int, int] = {"x": 0, "residual": 0, "history": 0, "reset": 0, 0: 0, 1: 0}
     register(
         Operator(
@@ -260,7 +263,7 @@ def _register(backend: str) -> None:
             batch=by_batch,
             packs=("cu_seqlens", 1),
             from_row=from_row,
-            autocast=autocast,
+            autocast=None,
         )
     )
     by_batch = {"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, "reset": 0, "addend": 0}
@@ -274,7 +277,7 @@ def _register(backend: str) -> None:
             packs=("cu_seqlens", 1),
             summed=(1, 2),
             from_row=from_row,
-            autocast=autocast,
+            autocast=None,
         )
     )
 
