@@ -99,6 +99,15 @@ def bench_causal_conv1d_inference(B, C, T, K, d):
     return convolution_case(inference, 1, B, C, T, K, d)
 
 
+@suite([{"B": 4, "C": 256, "T": 4096, "K": 3, "d": d} for d in (1, 16)], [*CONTENDERS, "seqaccel[cpp] float32"])
+def bench_causal_conv1d_inference_bfloat16(B, C, T, K, d):
+    wide, functions = convolution(B, C, T, K, d)
+    flops, moved = cost(B, C, T, K)
+    runs = contenders(functions, lambda function: inference(function, [t.bfloat16() for t in wide]))
+    runs["seqaccel[cpp] float32"] = forced(inference(functions["seqaccel[cpp]"], wide))
+    return Case(runs, flops=flops, bytes=moved // 2, dtype=torch.bfloat16)
+
+
 @suite(CONVOLUTIONS, CONTENDERS)
 def bench_causal_conv1d_training(B, C, T, K, d):
     return convolution_case(training, 3, B, C, T, K, d)
