@@ -154,8 +154,7 @@ std::optional<Tensor> causal_conv1d(const py::handle& x, const py::handle& weigh
   for (const Optional& t : a) {
     if (t && t->scalar_type() != dtype) return {};
   }
-  const bool known_dtype =
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+  const bool known_dtype = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
   if (!known_dtype || input.dim() != 3 || filter.dim() != 3) return {};
   const int64_t B = input.size(0), C = input.size(1), T = input.size(2), O = filter.size(0), K = filter.size(2);
   const bool gated = options.activation == "glu" || options.activation == "gated";
