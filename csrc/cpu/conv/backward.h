@@ -205,10 +205,10 @@ bool backward(const ConvBackward<S>& p) {
           put_values(acc + before, n - before, p.grad_x + at, p.addend ? p.addend + at : nullptr);
         };
         const auto run_all = [&](const Product<W, G>& p, const auto& prepare, const auto& emit) {
-          const ptrdiff_t columns = p.batch * p.steps, blocks = RowBlocks(C).count;
+          const ptrdiff_t columns = p.batch * p.steps, width = p.tile(), blocks = RowBlocks(C).count;
           for (ptrdiff_t group = 0; group < s.groups; ++group) {
-            for (ptrdiff_t column = 0; column < columns; column += kColumns<W>) {
-              product_tile(p, group, column, smaller(kColumns<W>, columns - column), 0, blocks, scratch, prepare, emit);
+            for (ptrdiff_t column = 0; column < columns; column += width) {
+              product_tile(p, group, column, smaller(width, columns - column), 0, blocks, scratch, prepare, emit);
             }
           }
         };

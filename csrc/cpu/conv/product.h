@@ -123,6 +123,7 @@ struct RowBlocks {
 // A run of a product's columns: time steps [t, t + n) of one segment of sequence b.
 struct Run {
   ptrdiff_t b, t, n, column;
+  ptrdiff_t place;  // in a grid, of the first one in its row
   Segment segment;
 };
 
@@ -175,6 +176,12 @@ struct Product {
 
   ptrdiff_t taps() const { return shape->kernel_size; }
   ptrdiff_t depth() const { return ceil_div(channels * taps(), Factor<W>::kValues); }
+  // Columns of a tile: a row of a grid where that wastes few lanes.
+  ptrdiff_t tile() const {
+    const ptrdiff_t width = shape->width, wide = ceil_div(width, Lanes<W>) * Lanes<W>;
+    const bool rows_fit = width <= kColumns<W> && 8 * wide <= 9 * width && first % width == 0 && steps % width == 0;
+    return shape->column_taps > 1 && Factor<W>::kValues == 1 && rows_fit ? width : kColumns<W>;
+  }
 
   // out[i] = signal(c, t + i + s_k) of a run from its column `from` on
   template <typename D>
@@ -186,7 +193,7 @@ struct Product {
     // Where the tap's column lies outside of the grid.
     const ptrdiff_t begin = columns > 0 ? larger(0, width - columns) : 0;
     const ptrdiff_t end = columns > 0 ? width : smaller(width, -columns);
-    for (ptrdiff_t i = -((run.t + from + shape->context()) % width); i < n; i += width) {
+    for (ptrdiff_t i = -(run.place + from); i < n; i += width) {
       const ptrdiff_t j = larger(0, i + begin);
       clear(out + j, smaller(n, i + end) - j);
     }
@@ -204,7 +211,7 @@ struct Runs {
       const ptrdiff_t b = (begin + done) / p.steps, t = p.first + (begin + done) % p.steps;
       const Segment segment = p.only ? *p.only : p.shape->segment(p.first_row + b, t);
       const ptrdiff_t n = smaller(smaller(p.first + p.steps, segment.end) - t, count - done);
-      list[size++] = {b, t, n, done, segment};
+      list[size++] = {b, t, n, done, (t + p.shape->context()) % p.shape->width, segment};
       done += n;
     }
   }
@@ -306,21 +313,32 @@ inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begi
       }
     }
   };
-  // One run whose taps overlap is copied once, and each tap reads its part of the copy.
-  const ptrdiff_t oldest = smaller(p.tap[0].steps, p.tap[taps - 1].steps),
-                  step = taps > 1 ? p.tap[1].steps - p.tap[0].steps : 0;
-  const ptrdiff_t window = whole_lines(kColumns<W> + (taps - 1) * larger(step, -step));
-  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && p.shape->column_taps == 1 && runs.size == 1 &&
-                       window <= smaller(taps, kDepth) * kColumns<W>;
-  const ptrdiff_t most = overlap ? kDepth * kColumns<W> / window * taps : kDepth;
+  // Taps that overlap read their parts of one copy: all taps of a time step, or in a tile that is a row of a grid the
+  // taps of each row.
+  const bool grid = p.shape->column_taps > 1;
+  const ptrdiff_t shared = grid ? p.shape->column_taps : taps;  // taps of a copy
+  const auto shift = [&](ptrdiff_t k) { return grid ? p.tap[k].columns : p.tap[k].steps; };
+  const ptrdiff_t oldest = smaller(shift(0), shift(shared - 1)), step = taps > 1 ? shift(1) - shift(0) : 0;
+  const ptrdiff_t window = whole_lines(kColumns<W> + (shared - 1) * larger(step, -step));
+  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && runs.size == 1 && (!grid || p.tile() == p.shape->width) &&
+                       window <= smaller(shared, kDepth) * kColumns<W>;
+  const ptrdiff_t most = overlap ? kDepth * kColumns<W> / window * shared : kDepth;
   for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += most) {
     const ptrdiff_t deep = smaller(most, depth - r0);
-    const ptrdiff_t channels = deep / taps;  // of whole windows
+    const ptrdiff_t copies = deep / shared;  // of whole windows
     if constexpr (Factor<W>::kValues == 1) {
-      for (ptrdiff_t c = 0; overlap && c < channels; ++c) {
+      for (ptrdiff_t i = 0; overlap && i < copies; ++i) {
         const Run& run = runs.list[0];
-        p.signal.copy(run.b, run.segment, group * p.channels + r0 / taps + c, run.t + oldest,
-                      run.n + window - kColumns<W>, panel + c * window);
+        const ptrdiff_t row = r0 + i * shared, c = group * p.channels + row / taps;
+        W* const to = panel + i * window;
+        if (grid) {
+          const Tap& tap = p.tap[row % taps];
+          clear(to, -oldest);
+          p.signal.copy(run.b, run.segment, c, run.t + tap.steps - tap.columns, run.n, to - oldest);
+          clear(to - oldest + run.n, window + oldest - run.n);
+        } else {
+          p.signal.copy(run.b, run.segment, c, run.t + oldest, run.n + window - kColumns<W>, to);
+        }
       }
     }
     for (const Run& run : runs) {
@@ -347,7 +365,7 @@ inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begi
       if (!overlap) {
         multiply_tile<W>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<W>, r0 > 0);
       } else if constexpr (Factor<W>::kValues == 1) {
-        const Windows<W> windows = {panel, window, channels, taps, p.tap[0].steps - oldest, step};
+        const Windows<W> windows = {panel, window, copies, shared, shift(0) - oldest, step};
         multiply_window_tile<W>(end - row, vectors)(a + row * depth + r0, depth, windows, to, kColumns<W>, r0 > 0);
       }
       for (ptrdiff_t r = row; last && r < end; ++r) {
@@ -409,7 +427,7 @@ inline void run_product(const Product<W, S>& p, Sum<W>* scratch, const Prepare& 
   const ptrdiff_t columns = p.batch * p.steps, team = omp_get_num_threads();
   if (columns <= 0 || p.rows == 0) return;
   const bool few = columns <= smaller(kFewColumns, kColumns<W>);
-  const ptrdiff_t width = few ? columns : kColumns<W>;
+  const ptrdiff_t width = few ? columns : p.tile();
   const ptrdiff_t tiles = ceil_div(columns, width);
   const RowBlocks blocks(p.rows);
   const ptrdiff_t groups = p.shape->groups, parts = together ? 1 : blocks.count;
