@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WORD = 1 << 63
+
 
 def _found(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {value!r:.60}"
@@ -41,6 +43,8 @@ def integer(where: str, name: str, value: Any, least: int | None = None) -> None
     """An int, and no bool, of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise TypeError(f"{where}: expected {name} to be an int, but got {_found(value)}")
+    if type(value) is int and not -_WORD <= value < _WORD:
+        raise ValueError(f"{where}: expected {name} to be an int of 64 bits, but got {value}")
     if least is not None and value < least:
         raise ValueError(f"{where}: expected {name} to be at least {least}, but got {value}")
 
@@ -49,7 +53,7 @@ def number(where: str, name: str, value: Any) -> None:
     """A finite real number, and no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{where}: expected {name} to be a number, but got {_found(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not -math.inf < value < math.inf:  # Dynamo traces no math.isfinite of a symbol
         raise ValueError(f"{where}: expected {name} to be finite, but got {value}")
 
 

@@ -136,7 +136,9 @@ std::optional<Tensor> causal_conv1d(const py::handle& x, const py::handle& weigh
   static const std::set<std::string> known = {"relu", "leaky_relu", "silu", "gelu", "gelu_tanh",
                                               "tanh", "sigmoid",    "glu",  "gated"};
   const auto text = [](const py::handle& given) {
-    return PyUnicode_CheckExact(given.ptr()) ? given.cast<std::string>() : std::string();
+    const char* found = PyUnicode_CheckExact(given.ptr()) ? PyUnicode_AsUTF8(given.ptr()) : "";
+    if (found == nullptr) PyErr_Clear();
+    return std::string(found == nullptr ? "" : found);
   };
   options.activation = activation.is_none() ? "none" : text(activation);
   options.relu = !output_activation.is_none();

@@ -39,8 +39,10 @@ struct ConvShape {
   }
   ptrdiff_t group_in() const { return in_channels / groups; }
   ptrdiff_t group_out() const { return out_channels / groups; }
-  bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1; }
-  bool depthwise_grid() const { return group_in() == 1 && groups > 1 && column_taps > 1; }
+  // The depthwise kernels copy the context. The others take one of any length.
+  bool has_short_context() const { return context() / 4 <= length || context() <= ptrdiff_t(1) << 18; }
+  bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1 && has_short_context(); }
+  bool depthwise_grid() const { return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context(); }
   Tap tap(ptrdiff_t k) const {
     const ptrdiff_t columns = (k % column_taps - column_taps / 2) * column_dilation;
     return {columns - (kernel_size / column_taps - 1 - k / column_taps) * dilation * width, columns};

@@ -172,9 +172,10 @@ def _check_layout(query: Tensor, key: Tensor, layout: Tensor, block_size: int) -
     blocks = tuple((t.shape[2] + block_size - 1) // block_size for t in (query, key))
     lead = tuple(layout.shape[:-2])
     allowed = ((), (query.shape[1],), tuple(query.shape[:2]), (1, query.shape[1]), (query.shape[0], 1), (1, 1), (1,))
-    fits = torch.compiler.is_compiling()  # the operator checks the numbers of blocks
-    fits = fits or all(has >= needs for has, needs in zip(layout.shape[-2:], blocks, strict=True))
-    if layout.dim() < 2 or not fits or lead not in allowed:
+    fits = layout.dim() >= 2 and lead in allowed
+    if fits and not torch.compiler.is_compiling():  # there the operator checks the numbers of blocks
+        fits = all(has >= needs for has, needs in zip(layout.shape[-2:], blocks, strict=True))
+    if not fits:
         raise ValueError(
             f"{where}: expected layout to have shape {blocks}, ({query.shape[1]}, {blocks[0]}, {blocks[1]}) or "
             f"({query.shape[0]}, {query.shape[1]}, {blocks[0]}, {blocks[1]}), but got {tuple(layout.shape)}"

@@ -44,6 +44,8 @@ def _past(seen: Tensor, i: Tensor, j: Tensor, causal: bool) -> Tensor:
 
 
 def _is_global(i: Tensor, j: Tensor, blocks: Sequence[int], where: str) -> Tensor:
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"{where}: expected global_blocks to be a list of ints, but got {type(blocks).__name__}")
     seen = torch.zeros_like(i, dtype=torch.bool)
     for block in blocks:
         _arguments.integer(where, "global_blocks", block, 0)
@@ -203,6 +205,8 @@ def dilated(
 def _means(t: Tensor, block_size: int) -> Tensor:
     """(B, heads, n, D): the mean of each block of ``t`` (B, heads, T, D)."""
     T = t.shape[2]
+    if not torch.compiler.is_compiling():
+        block_size = min(block_size, max(T, 1))  # a block beyond the sequence is padded with zeros
     n = (T + block_size - 1) // block_size
     padded = torch.nn.functional.pad(t, (0, 0, 0, n * block_size - T)).unflatten(2, (n, block_size)).sum(3)
     count = (T - block_size * torch.arange(n, device=t.device)).clamp(max=block_size)
@@ -243,6 +247,11 @@ def top_k_layout(query: Tensor, key: Tensor, k: int, *, block_size: int, causal:
             "top_k_layout: expected query (B, H, Tq, D) and key (B, G, Tk, D), but got "
             f"{tuple(query.shape)} and {tuple(key.shape)}"
         )
+    for name, t in (("query", query), ("key", key)):
+        if not t.is_floating_point():
+            raise TypeError(f"top_k_layout: expected {name} to be floating point, but got {t.dtype}")
+    if key.device != query.device:
+        raise ValueError(f"top_k_layout: expected key to be on query's device, {query.device}, but got {key.device}")
     H, G = query.shape[1], key.shape[1]
     if G < 1 or H % G:
         raise ValueError(f"top_k_layout: expected query's heads, {H}, to be a multiple of key's heads, {G}")

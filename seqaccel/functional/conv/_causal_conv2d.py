@@ -206,8 +206,8 @@ def _check(
         raise ValueError(
             f"{NAME}: expected the output channels of weight to be divisible by groups={groups}, but got {outputs}"
         )
-    if activation is not None and activation not in reference.ACTIVATIONS:
-        known = (None, *reference.ACTIVATIONS)
+    known = (None, *reference.ACTIVATIONS)
+    if activation not in known:
         raise ValueError(f"{NAME}: expected activation to be one of {known}, but got {activation!r}")
     gated = activation in reference.GATED
     if gated and outputs % 2:

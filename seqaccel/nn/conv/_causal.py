@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from seqaccel import _arguments
 from seqaccel.functional.conv import PADDING_MODES, causal_conv1d
 from seqaccel.nn.conv._base import Convolution, check_chunk, single
 from seqaccel.nn.streaming import State, step_at_once
 
-__all__ = ["CausalConv1d"]
+__all__ = ["CausalConv1d", "is_only_forward", "is_plain"]
 
 
 class CausalConv1d(Convolution):
@@ -180,3 +181,30 @@ class CausalConv1d(Convolution):
                 "with a multiple of stride steps"
             )
         return step_at_once(self, x_t, state) or self._step(x_t, state, 1 if self.channels_last else 2)
+
+
+def is_only_forward(module: nn.Module) -> bool:
+    """Whether a call of the module runs its ``forward`` and no hook."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_backward_pre_hooks
+        or _module._global_backward_hooks
+    )
+
+
+def is_plain(conv: nn.Module, activation: str | None) -> bool:
+    """Whether it is a causal convolution without hooks, with this activation, and with no option but its dilation."""
+    return (
+        isinstance(conv, CausalConv1d)
+        and type(conv).forward is CausalConv1d.forward
+        and "forward" not in conv.__dict__
+        and is_only_forward(conv)
+        and (conv.activation, conv.padding_mode) == (activation, "zeros")
+        and conv.stride == conv.groups == 1
+        and not conv.channels_last
+    )

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm, weight_norm
 
@@ -15,7 +14,7 @@ from seqaccel import _arguments
 from seqaccel.functional.conv import ACTIVATIONS, GATED, activate, last_steps, temporal_block
 from seqaccel.nn.checkpoints import Checkpoints
 from seqaccel.nn.conv._base import ConvStream, check_chunk
-from seqaccel.nn.conv._causal import CausalConv1d
+from seqaccel.nn.conv._causal import CausalConv1d, is_only_forward, is_plain
 from seqaccel.nn.streaming import State, step_at_once
 
 __all__ = ["TCN", "TemporalBlock"]
@@ -34,33 +33,6 @@ def _check_block(title: str, activation: Any, use_norm: Any, use_gate: Any) -> N
     _arguments.flag(title, "use_gate", use_gate)
 
 
-def _is_only_forward(module: nn.Module) -> bool:
-    """Whether a call of the module runs its ``forward`` and no hook."""
-    return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_forward_hooks
-        or _module._global_backward_pre_hooks
-        or _module._global_backward_hooks
-    )
-
-
-def _is_plain(conv: nn.Module, activation: str | None) -> bool:
-    """Whether it is what :class:`TemporalBlock` made, without hooks, and with the options that it had."""
-    return (
-        isinstance(conv, CausalConv1d)
-        and type(conv).forward is CausalConv1d.forward
-        and "forward" not in conv.__dict__
-        and _is_only_forward(conv)
-        and (conv.activation, conv.padding_mode) == (activation, "zeros")
-        and conv.stride == conv.groups == 1
-        and not conv.channels_last
-    )
-
-
 def _weight(conv: CausalConv1d) -> tuple[Tensor, Tensor | None]:
     """v and g of the weight where only weight norm by output channels makes it from them; else the weight and None."""
     applied: Any = conv._modules.get("parametrizations")
@@ -68,7 +40,7 @@ def _weight(conv: CausalConv1d) -> tuple[Tensor, Tensor | None]:
         return conv.weight, None
     parts = applied["weight"]
     norm = parts[0]
-    if len(parts) > 1 or type(norm) is not _WeightNorm or norm.dim != 0 or not _is_only_forward(norm):
+    if len(parts) > 1 or type(norm) is not _WeightNorm or norm.dim != 0 or not is_only_forward(norm):
         return conv.weight, None
     return parts.original1, parts.original0
 
@@ -159,10 +131,10 @@ class TemporalBlock(ConvStream):
         conv1, conv2, down = self.conv1, self.conv2, self.downsample
         if (
             x.dim() != 3
-            or not _is_plain(conv1, "glu" if self.use_gate else self.activation)
-            or not _is_plain(conv2, self.activation)
+            or not is_plain(conv1, "glu" if self.use_gate else self.activation)
+            or not is_plain(conv2, self.activation)
             or conv1.dilation != conv2.dilation
-            or not (down is None or (_is_plain(down, None) and down.kernel_size == 1))
+            or not (down is None or (is_plain(down, None) and down.kernel_size == 1))
         ):
             return None
         weight_1, g_1 = _weight(conv1)

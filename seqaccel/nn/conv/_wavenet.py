@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from seqaccel import _arguments
-from seqaccel.functional.conv import GATED, last_steps, wavenet_layer
+from seqaccel.functional.conv import GATED, activate, causal_conv1d, last_steps, wavenet_layer
 from seqaccel.nn.conv._base import ConvStream, check_chunk, check_step
-from seqaccel.nn.conv._causal import CausalConv1d
+from seqaccel.nn.conv._causal import CausalConv1d, is_plain
 from seqaccel.nn.streaming import State
 
 __all__ = ["GatedConv1d", "WaveNet", "WaveNetLayer"]
@@ -99,7 +99,9 @@ class WaveNetLayer(ConvStream):
         x'_t &= x_t + R z_t, \qquad s_t = S z_t
 
     with causal dilated convolutions \*, a local condition c (of each step) and a global condition g (of a sequence);
-    both are optional. The biases are left out above.
+    both are optional. The biases are left out above. The operator is :func:`seqaccel.functional.wavenet_layer`. Where
+    ``conv`` or ``output`` has a hook or was replaced, both run as modules of their own. A condition is added inside of
+    ``conv``, whose hooks are then not called.
 
     Args:
         residual_channels: channels of x and x'.
@@ -209,19 +211,44 @@ class WaveNetLayer(ConvStream):
     ) -> tuple[Tensor | None, Tensor]:
         """x' (None without ``residual``), and ``skip`` + s."""
         conv, output = self.conv, self.output
+        local = None if self.condition is None else self.condition(condition)
+        constant = None if self.global_condition is None else self.global_condition(global_condition)
+        if not is_plain(conv, "gated") or not is_plain(output, None):
+            return self._separately(x, skip, history, local, constant, residual)
         return wavenet_layer(
             x,
             conv.weight,
             conv.bias,
             output.weight,
             output.bias,
-            dilation=self.dilation,
+            dilation=conv.dilation,
             skip=skip,
-            condition=None if self.condition is None else self.condition(condition),
-            global_condition=None if self.global_condition is None else self.global_condition(global_condition),
+            condition=local,
+            global_condition=constant,
             residual=residual,
             initial_state=history,
         )
+
+    def _separately(
+        self,
+        x: Tensor,
+        skip: Tensor | None,
+        history: Tensor | None,
+        local: Tensor | None,
+        constant: Tensor | None,
+        residual: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The same by calls of the convolutions. Conditions are added before the gate, which is inside of ``conv``."""
+        conv = self.conv
+        if local is None and constant is None:
+            z = conv(x, initial_state=history)
+        else:
+            v = causal_conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, initial_state=history)
+            v = v if local is None else v + local
+            v = v if constant is None else v + constant.unsqueeze(-1)
+            z = activate(v, conv.activation)
+        y, s = self.output(z).split([self.residual_channels, self.skip_channels], 1)
+        return x + y if residual else None, s if skip is None else skip + s
 
     def _with_history(self) -> Sequence[CausalConv1d]:
         return (self.conv,)
