@@ -130,3 +130,19 @@ def test_errors():
         top_k_layout(q, q.expand(1, 2, 8, 4)[:, :1].expand(1, 3, 8, 4), 1, block_size=2)
     with pytest.raises(ValueError, match=r"expected query \(B, H, Tq, D\)"):
         top_k_layout(q[0], q, 1, block_size=2)
+    for wrong in (None, 1):
+        with pytest.raises(TypeError, match="longformer: expected global_blocks to be a list of ints"):
+            layouts.longformer(10, 1, wrong, block_size=2)
+    with pytest.raises(ValueError, match="expected window to be an int of 64 bits"):
+        layouts.sliding_window(10, 1 << 70, block_size=2)
+    with pytest.raises(TypeError, match="expected key to be floating point"):
+        top_k_layout(q, q.long(), 1, block_size=2)
+    with pytest.raises(ValueError, match="expected key to be on query's device"):
+        top_k_layout(q, q.to("meta"), 1, block_size=2)
+    with pytest.raises(ValueError, match="expected layout to have shape"):
+        block_sparse_attention(q, q, q, torch.ones(4, dtype=torch.bool), block_size=2)
+
+
+def test_a_block_may_be_longer_than_the_sequence():
+    q = torch.randn(1, 2, 8, 4)
+    assert torch.equal(top_k_layout(q, q, 1, block_size=1 << 60), torch.ones(1, 2, 1, 1, dtype=torch.bool))

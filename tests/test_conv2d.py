@@ -223,8 +223,29 @@ def test_errors_name_the_argument():
         ((x, w), {"initial_state": x}, ValueError, r"expected initial_state to have shape \(2, 4, 1, 9\)"),
         ((x, w), {"dilation": (1, 2, 3)}, ValueError, "an int or a tuple of two"),
         ((x, w), {"activation": "elu"}, ValueError, "expected activation to be one of"),
+        ((x, w), {"activation": []}, ValueError, "expected activation to be one of"),
     ]:
         with pytest.raises(kind, match=message):
             SF.causal_conv2d(*arguments, **options)
     with pytest.raises(ValueError, match="odd kernel_size"):
         snn.CausalConv2d(4, 4, 4)
+
+
+@pytest.mark.parametrize("dilation", [1 << 22, 1 << 34])
+def test_depthwise_taps_far_away_take_no_memory(dilation):
+    x, weight = torch.randn(1, 4, 6, 5, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
+    y = SF.causal_conv2d(x, weight, dilation=(dilation, 1), groups=4)
+    expected = SF.causal_conv2d(x, weight[:, :, -1:], groups=4)
+    torch.testing.assert_close(y, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(y.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    row = SF.causal_conv1d(x.flatten(2), weight[:, :, 0], dilation=dilation, groups=4)
+    torch.testing.assert_close(row, SF.causal_conv1d(x.flatten(2), weight[:, :, 0, -1:], groups=4))
+    for found, wanted in zip(
+        torch.autograd.grad(row.sum(), (x, weight)),
+        (weight[:, :, 0, -1:].expand_as(x), F.pad(x.sum((0, 2, 3)).view(4, 1, 1, 1), (2, 0, 0, 2))),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)

@@ -329,3 +329,11 @@ def test_operators_refuse_what_would_read_out_of_bounds():
     for name, value in [*bad, ("saved_2", saved_2[:1]), ("g_1", None), ("downsample_weight", None)]:
         with pytest.raises(RuntimeError):
             backward(*{**saved, **inputs, name: value}.values(), *options, 511)
+
+
+@pytest.mark.parametrize("make", [lambda: snn.TCN(3, [4], dropout=0.1).eval(), lambda: snn.CausalConv1d(3, 4, 2)])
+def test_compiles_with_dynamic_shapes_and_floats(make):
+    module = make()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(2, 3, 7)
+    torch.testing.assert_close(compiled(x), module(x))

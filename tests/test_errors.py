@@ -218,9 +218,9 @@ CALLS = {
             "stride": (*NOT_INTS, 0, True),
             "dilation": (*NOT_INTS, 0, True),
             "groups": (*NOT_INTS, 0),
-            "activation": ("elu", 3),
+            "activation": ("elu", 3, "\ud800"),
             "dropout": (*NOT_NUMBERS, None, -1, 2),
-            "output_activation": ("tanh", 3),
+            "output_activation": ("tanh", 3, "\ud800"),
         },
     ),
     "causal_conv_transpose1d": (

@@ -261,3 +261,23 @@ def test_a_step_of_a_wide_layer_is_dot_products():
         assert sum(calls) == counted
         for a, b in zip(found, paper(**tensors, dilation=3), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("conditions", [{}, {"condition_channels": 2, "global_channels": 2}])
+def test_a_layer_with_a_hook_gives_the_same(conditions):
+    layer, x = snn.WaveNetLayer(3, 4, dilation=2, **conditions).double(), torch.randn(2, 3, 9, dtype=torch.float64)
+    given = {"condition": torch.randn(2, 2, 9), "global_condition": torch.randn(2, 2)} if conditions else {}
+    given = {name: t.double() for name, t in given.items()}
+    expected, calls = layer(x, **given), []
+    for conv in (layer.conv, layer.output):
+        conv.register_forward_hook(lambda *_: calls.append(1))
+    for found, wanted in zip(layer(x, **given), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert len(calls) == (1 if conditions else 2)  # a condition is added inside of conv
+
+
+def test_a_replaced_forward_runs():
+    layer, x = snn.WaveNetLayer(3, 4), torch.randn(2, 3, 9)
+    layer.output.forward = lambda z: z.new_zeros(2, 7, 9)
+    y, skip = layer(x)
+    assert torch.equal(y, x) and not skip.any()
