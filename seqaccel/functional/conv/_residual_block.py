@@ -289,6 +289,10 @@ def temporal_block(
     relu, inner = activation == "relu", activation or "none"
     options = (dilation, "glu" if use_gate else inner, inner, relu, float(dropout))
     seed = torch.randint(-(1 << 62), 1 << 62, (2,), device=x.device) if dropout > 0 else None
+    if seed is not None and _common.is_distributed(x):
+        from seqaccel.functional._sharding import replicated
+
+        seed = replicated(seed, x)
     if backend == "reference" or _common.transforms_active():
         y = _definition(*inputs, seed, *options)
     elif torch.compiler.is_compiling():  # autograd records the operator itself
