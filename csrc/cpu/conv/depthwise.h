@@ -10,9 +10,9 @@ namespace seqaccel::SEQACCEL_ISA::conv {
 
 constexpr ptrdiff_t kDepthwiseStrip = 512;  // outputs between two epilogues
 
-// out[i] = sum_k w[k] * x[i + k * step], i < n. out has room for whole vectors.
-template <typename T>
-inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, T* out) {
+// out[i] = finish(sum_k w[k] * x[i + k * step]), i < n.
+template <typename T, typename Finish>
+inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, T* out, const Finish& finish) {
   constexpr int NV = 4;
   constexpr ptrdiff_t L = Lanes<T>;
   ptrdiff_t i = 0;
@@ -24,7 +24,7 @@ inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdi
       for (int v = 0; v < NV; ++v) acc[v] += wk * load(x + i + k * step + v * L);
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(out + i + v * L, acc[v]);
+    for (int v = 0; v < NV; ++v) store(out + i + v * L, finish(acc[v]));
   }
   for (; i < n; i += L) {
     const int m = n - i < L ? int(n - i) : int(L);
@@ -33,8 +33,13 @@ inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdi
       const T* from = x + i + k * step;
       acc += broadcast(w[k]) * (m == L ? load(from) : load(from, m));
     }
-    store(out + i, acc);
+    store_some(out + i, finish(acc), m);
   }
+}
+
+template <typename T>
+inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, T* out) {
+  correlate(x, w, K, step, n, out, [](Vec<T> v) __attribute__((always_inline)) { return v; });
 }
 
 template <typename T>
@@ -57,29 +62,42 @@ inline ptrdiff_t depthwise_scratch(const ConvShape& s) {
   return (context + (most < s.length ? most : s.length) + kDepthwiseStrip + 64) / 16 * 16;
 }
 
-// y[t] = sum_k w[k] x[t - (K-1-k) d], t < length, emit(t, n, values) for every strip. `before` ends where x begins
-// (null: zeros, which scratch begins with).
-template <typename T, typename Emit>
-inline void depthwise_row(const ConvShape& s, const T* x, ptrdiff_t length, const T* before, const T* w, T* scratch,
-                          const Emit& emit) {
+// y[t] = sum_k w[k] x[t - (K-1-k) d], t < length, write(t, n, taps, strip) for every strip: its taps begin at `taps`,
+// and `strip` has room for it. `before` ends where x begins (null: zeros, which scratch begins with).
+template <typename T, typename Write>
+inline void depthwise_strips(const ConvShape& s, const T* x, ptrdiff_t length, const T* before, T* scratch,
+                             const Write& write) {
   const ptrdiff_t context = s.context(), head = length <= kDepthwiseStrip || length < context ? length : context;
   T* padded = scratch;
-  T* strip = scratch + context + head;
   if (before) memcpy(padded, before - context, context * sizeof(T));
   memcpy(padded + context, x, head * sizeof(T));
   for (ptrdiff_t t = 0; t < length;) {
     const ptrdiff_t end = t < head ? head : length;
     const ptrdiff_t n = end - t < kDepthwiseStrip ? end - t : kDepthwiseStrip;
-    correlate(t < head ? padded + t : x + t - context, w, s.kernel_size, s.dilation, n, strip);
-    emit(t, n, strip);
+    write(t, n, t < head ? padded + t : x + t - context, scratch + context + head);
     t += n;
   }
+}
+
+// The same, emit(t, n, values) for every strip.
+template <typename T, typename Emit>
+inline void depthwise_row(const ConvShape& s, const T* x, ptrdiff_t length, const T* before, const T* w, T* scratch,
+                          const Emit& emit) {
+  depthwise_strips(s, x, length, before, scratch, [&](ptrdiff_t t, ptrdiff_t n, const T* from, T* strip) {
+    correlate(from, w, s.kernel_size, s.dilation, n, strip);
+    emit(t, n, strip);
+  });
 }
 
 template <typename T>
 inline bool depthwise_forward(const ConvForward<T>& p) {
   const ConvShape& s = p.shape;
   const ptrdiff_t context = s.context(), size = depthwise_scratch(s);
+  const ConvEpilogue& epilogue = p.epilogue;
+  const bool relu = epilogue.relu || epilogue.activation == Activation::relu;
+  const bool simple = epilogue.activation == Activation::none || epilogue.activation == Activation::relu;
+  const bool plain =  // bias and relu, in registers
+      simple && epilogue.dropout == 0 && !p.pre && !p.active && !p.residual;
   Workspace workspace;
   T* scratch;
   workspace.reserve(scratch, p.threads * size);
@@ -93,8 +111,19 @@ inline bool depthwise_forward(const ConvForward<T>& p) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();
       s.for_segments(b, 0, s.length, [&](const Segment& at) {
         const T* before = p.history ? p.history + (at.history * s.in_channels + c + 1) * context : nullptr;
-        depthwise_row(s, p.x + (b * s.in_channels + c) * s.length + at.begin, at.end - at.begin, before,
-                      p.weight + o * s.kernel_size, mine,
+        const T* x = p.x + (b * s.in_channels + c) * s.length + at.begin;
+        const T* w = p.weight + o * s.kernel_size;
+        if (plain) {
+          const T bias = p.bias ? p.bias[o] : T(0);
+          depthwise_strips(s, x, at.end - at.begin, before, mine, [&](ptrdiff_t t, ptrdiff_t n, const T* taps, T*) {
+            correlate(taps, w, s.kernel_size, s.dilation, n, p.y + row * s.length + at.begin + t,
+                      [&](Vec<T> v) __attribute__((always_inline)) {
+                        return relu ? activate<T, Activation::relu>(v + bias) : v + bias;
+                      });
+          });
+          return;
+        }
+        depthwise_row(s, x, at.end - at.begin, before, w, mine,
                       [&](ptrdiff_t t, ptrdiff_t n, const T* acc) { finish_row(p, o, b, at.begin + t, n, acc); });
       });
     }
