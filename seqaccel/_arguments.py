@@ -43,7 +43,7 @@ def integer(where: str, name: str, value: Any, least: int | None = None) -> None
     """An int, and no bool, of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise TypeError(f"{where}: expected {name} to be an int, but got {_found(value)}")
-    if type(value) is int and not -_WORD <= value < _WORD:
+    if not torch.compiler.is_compiling() and type(value) is int and not -_WORD <= value < _WORD:
         raise ValueError(f"{where}: expected {name} to be an int of 64 bits, but got {value}")
     if least is not None and value < least:
         raise ValueError(f"{where}: expected {name} to be at least {least}, but got {value}")
