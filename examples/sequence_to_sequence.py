@@ -1,12 +1,15 @@
-"""Teaches pervasive attention to rewrite strings, and decodes new ones step by step.
+"""Teaches a translation model to rewrite strings, and decodes new ones step by step.
 
     python examples/sequence_to_sequence.py                 # reverse and sort digits, then dates to ISO form
     python examples/sequence_to_sequence.py --task dates --beam-size 4
 
 The tasks are made here: ``reverse`` and ``sort`` take strings of 1 to 10 digits, ``dates`` takes dates as people write
-them ("3rd of May, 1987"). A model is one network over the grid of target and source positions
-(:class:`seqaccel.nn.PervasiveAttention`). Training sees the whole target at once. Decoding runs row by row through the
-streaming protocol. Training of a task ends when enough unseen strings come out right to the last character.
+them ("3rd of May, 1987"). The models (``--model``):
+
+    pervasive   one network over the grid of target and source positions (:class:`seqaccel.nn.PervasiveAttention`)
+
+Training sees the whole target at once. Decoding runs token by token through the streaming protocol. Training of a task
+ends when enough unseen strings come out right to the last character.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,7 @@ from tqdm import tqdm
 from seqaccel import nn
 
 END = "\n"
+VOCABULARY = 128
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
 
 
@@ -64,6 +69,24 @@ def dates(draw: random.Random) -> tuple[str, str]:
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"reverse": reverse, "sort": sort, "dates": dates}
 
 
+def pervasive(options: argparse.Namespace) -> nn.PervasiveAttention:
+    return nn.PervasiveAttention(
+        VOCABULARY,
+        VOCABULARY,
+        embedding_dim=32,
+        num_layers=options.num_layers or 6,
+        growth_rate=options.growth_rate,
+        kernel_size=5,
+        max_positions=40,
+        dropout=0.0,
+    )
+
+
+#: A model is called with source, target and the source's padding mask, and returns the logits of the tokens that
+#: follow. Its ``init_state`` takes source and mask, its ``step`` tokens.
+MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"pervasive": pervasive}
+
+
 def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
     """Tokens (B, L), the bytes of the texts with END behind each and zeros after it; and which are padding."""
     rows = [torch.tensor(list((text + END).encode())) for text in texts]
@@ -71,7 +94,7 @@ def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
     return tokens, tokens == 0
 
 
-def decode(model: nn.PervasiveAttention, texts: list[str], beam_size: int) -> list[str]:
+def decode(model: Any, texts: list[str], beam_size: int) -> list[str]:
     """What the model makes of the texts."""
     source, padding = encode(texts)
     start = torch.full((len(texts),), ord(END))
@@ -90,18 +113,9 @@ def train(name: str, options: argparse.Namespace) -> bool:
         text, wanted = task(draw)
         if len(text) > 3:  # of shorter ones there are too few
             unseen[text] = wanted
-    model = nn.PervasiveAttention(
-        128,
-        128,
-        embedding_dim=32,
-        num_layers=options.num_layers,
-        growth_rate=options.growth_rate,
-        kernel_size=5,
-        max_positions=40,
-        dropout=0.0,
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, options.steps, pct_start=0.1)
+    model = MODELS[options.model](options)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, options.steps, pct_start=0.1)
     right, began = 0.0, time.perf_counter()
     with tqdm(range(1, options.steps + 1), desc=name, unit="step", disable=None) as bar:
         for step in bar:
@@ -141,10 +155,12 @@ def train(name: str, options: argparse.Namespace) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=[*TASKS, "all"], default="all", help="what to learn (default: all)")
+    parser.add_argument("--model", choices=[*MODELS], default="pervasive", help="what learns (default: pervasive)")
     parser.add_argument("--steps", type=int, default=1500, help="most training steps of a task (default: 1500)")
     parser.add_argument("--batch-size", type=int, default=64, help="strings a step (default: 64)")
-    parser.add_argument("--num-layers", type=int, default=6, help="layers of the network (default: 6)")
-    parser.add_argument("--growth-rate", type=int, default=24, help="channels that a layer adds (default: 24)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at the peak of one cycle (default: 3e-3)")
+    parser.add_argument("--num-layers", type=int, help="layers of the model (default: pervasive 6)")
+    parser.add_argument("--growth-rate", type=int, default=24, help="pervasive: channels of a layer (default: 24)")
     parser.add_argument("--beam-size", type=int, default=1, help="hypotheses kept in the last decoding (default: 1)")
     parser.add_argument("--unseen", type=int, default=500, help="strings kept out of training (default: 500)")
     parser.add_argument("--check-every", type=int, default=100, help="steps between two tests (default: 100)")
@@ -152,7 +168,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in ("steps", "batch_size", "num_layers", "growth_rate", "beam_size", "unseen", "check_every"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1")
     reached = [train(name, options) for name in (TASKS if options.task == "all" else [options.task])]
     return 0 if all(reached) else 1
