@@ -38,6 +38,8 @@ VERIFIED: dict[str, tuple[str, ...]] = {
     "causal_conv2d": (),  # no GPU has run its kernels
     "wavenet_layer": (),  # nor these
     "hierarchical_attention": (),  # its Triton kernels have changed since a GPU ran them
+    "block_sparse_attention": (),  # no GPU has run its kernels
+    "additive_attention": (),  # nor these
     "rnn_tanh": ("triton",),
     "rnn_relu": ("triton",),
     "lstm": ("triton",),

@@ -24,7 +24,7 @@ from triton.compiler.compiler import make_backend
 
 from seqaccel.kernels import _launch
 
-FAMILIES = ("attention.block_sparse", "attention.hierarchical", "conv", "rnn", "scan")
+FAMILIES = ("attention.additive", "attention.block_sparse", "attention.hierarchical", "conv", "rnn", "scan")
 
 
 def configurations(family: str) -> list[_launch.Configuration]:
@@ -49,7 +49,7 @@ def module_of(configuration: _launch.Configuration, target: GPUTarget) -> str:
 def inductor() -> list[str]:
     """Inductor passes Python's numbers as float64 and, where it knows no bound, int64: nothing else is of float64."""
     problems, seen = [], set()
-    for family in ("attention.block_sparse", "attention.hierarchical", "conv", "scan"):
+    for family in (f for f in FAMILIES if f != "rnn"):
         for row in configurations(family):
             name, shape = row.kernel.__name__, tuple(map(str, row.constexprs.items()))
             if (name, shape) in seen or "*fp64" in row.signature.values():

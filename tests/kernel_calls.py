@@ -9,7 +9,7 @@ from rnn_cases import kinds, problem, weights_of, zoneout_masks
 
 from seqaccel.functional.rnn import CELLS
 from seqaccel.kernels import conv, rnn, scan
-from seqaccel.kernels.attention import block_sparse, hierarchical
+from seqaccel.kernels.attention import additive, block_sparse, hierarchical
 from seqaccel.kernels.scan.cells import CELLS as COLUMN_CELLS
 
 
@@ -121,6 +121,15 @@ def _block_sparse_attention(T=9, B=1):
     yield "block_sparse_attention_backward", block_sparse.block_sparse_attention_backward, given
 
 
+def _additive_attention(T=9, B=1):
+    query, key, weight = torch.randn(B, T, 40), torch.randn(B, T + 3, 40), torch.randn(40)
+    mask = torch.rand(B, 1, T + 3) < 0.7
+    yield "additive_attention_forward", additive.additive_attention_forward, (query, key, weight, mask)
+    attention = additive.additive_attention_forward(query, key, weight, mask)
+    given = (torch.randn_like(attention), query, key, weight, attention)
+    yield "additive_attention_backward", additive.additive_attention_backward, given
+
+
 #: Each value, called (with T and B), gives the name, the operator and the arguments of a forward and a backward call.
 TABLE = {
     **{
@@ -144,6 +153,7 @@ TABLE = {
     "conv2d depthwise": functools.partial(_conv2d, 4, 4),
     "attention": _attention,
     "block_sparse": _block_sparse_attention,
+    "additive": _additive_attention,
 }
 
 

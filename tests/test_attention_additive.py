@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from offline import check_configurations
 from tolerances import assert_close
 
 import seqaccel
@@ -219,6 +220,112 @@ def test_half_precision(dtype):
     for a, b in zip(found[1], expected[1], strict=True):
         assert a.dtype == dtype
         assert_close(a, b, "attention", dtype, backward=True)
+
+
+# Triton, in the interpreter where there is no GPU
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_triton(case, inputs, mask, grads):
+    inputs, grads = [t.to(DEVICE) for t in inputs], [t.to(DEVICE) for t in grads]
+    mask = None if mask is None else mask.to(DEVICE)
+    with seqaccel.backend("triton"):
+        return with_grads(lambda *x: additive_attention(*x, mask=mask, need_weights=True), inputs, grads)
+
+
+@pytest.mark.parametrize("programs", [1, 1024])
+@pytest.mark.parametrize("case", [CASES[0], (2, 1, 70, 33, 5, 2), (2, 5, 7, 16, 3, 3), (2, 3, 75, 130, 4, 2)], ids=str)
+def test_triton_forward_and_gradients(monkeypatch, poison, case, programs):
+    """With few programs one runs through several tiles of keys."""
+    from seqaccel.kernels.attention.additive import launchers
+
+    monkeypatch.setattr(launchers, "_PROGRAMS", programs)
+    inputs, mask, grads, expected, expected_grads = solved(case)
+    found, found_grads = on_triton(case, inputs, mask, grads)
+    for name, a, b in zip(("out", "weights"), found, expected, strict=True):
+        assert_close(a, b, "attention", torch.float32, what=name)
+    for name, a, b in zip(("query", "key", "value", "weight"), found_grads, expected_grads, strict=True):
+        if b.abs().max() > 1e-12:
+            assert_close(a, b, "attention", torch.float32, backward=True, what=f"gradient of {name}")
+    for a, b in zip(found_grads, on_triton(case, inputs, mask, grads)[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("B", "Tq", "Tk"), [(2, 0, 5), (2, 5, 0), (0, 5, 5)])
+def test_triton_at_the_edges(B, Tq, Tk):
+    inputs, _ = problem((B, Tq, Tk, 4, 3, 0))
+    (out, _), grads = on_triton(None, inputs, None, [torch.ones(B, Tq, 3), torch.ones(B, Tq, Tk)])
+    assert out.shape == (B, Tq, 3) and (out == 0).all() and all((g == 0).all() for g in grads)
+    with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16, but got torch.float64"):
+        on_triton(None, [t.double() for t in inputs], None, [])
+
+
+def test_triton_keeps_hidden_pairs_apart():
+    """A key that is not finite reaches the queries that attend to it, and the keys that those see, alone."""
+    (query, key, value, weight), mask = problem((2, 5, 20, 16, 3, 3))
+    mask[0, :, 7], mask[0, 2, 7] = False, True
+    spoilt = key.clone()
+    spoilt[0, 7] = math.nan
+    grads = torch.randn(2, 5, 3), torch.randn(2, 5, 20)
+    (_, expected), expected_grads = on_triton(None, (query, key, value, weight), mask, grads)
+    (_, found), found_grads = on_triton(None, (query, spoilt, value, weight), mask, grads)
+    queries = torch.ones(2, 5, dtype=torch.bool)
+    queries[0, 2] = False
+    assert torch.equal(found[queries], expected[queries]) and found[0, 2][mask[0, 2]].isnan().all()
+    assert (found[~mask] == 0).all()
+    assert torch.equal(found_grads[0][queries], expected_grads[0][queries])
+    keys = ~torch.stack([mask[0, 2], torch.zeros(20, dtype=torch.bool)])
+    assert torch.equal(found_grads[1][keys], expected_grads[1][keys])
+
+
+def test_triton_float16(poison):
+    """Calculated in float32 and rounded once. The interpreter's bfloat16 is wrong: that runs on a GPU only."""
+    case = (2, 5, 20, 33, 3, 2)
+    inputs, mask = problem(case, torch.float16)
+    grads = [torch.randn(2, 5, 3).half(), torch.randn(2, 5, 20).half()]
+    found = on_triton(case, inputs, mask, grads)
+    with seqaccel.backend("reference"):
+        expected = with_grads(
+            lambda *x: additive_attention(*x, mask=mask, need_weights=True), [t.double() for t in inputs], grads
+        )
+    for backward in (False, True):
+        for a, b in zip(found[backward], expected[backward], strict=True):
+            assert a.dtype == torch.float16
+            assert_close(a, b, "attention", torch.float16, backward=backward)
+
+
+def test_triton_second_derivatives():
+    inputs, mask = problem((2, 3, 4, 5, 2, 2))
+    values = []
+    for backend in ("triton", "reference"):
+        leaves = [t.to(DEVICE).requires_grad_() for t in inputs]
+        with seqaccel.backend(backend):
+            out = additive_attention(*leaves, mask=mask.to(DEVICE))
+            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+            values.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*values)
+
+
+def test_triton_configurations_compile():
+    check_configurations("seqaccel.kernels.attention.additive")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*CASES, (16, 50, 400, 512, 64, 2), (64, 1, 1000, 256, 32, 2)], ids=str)
+def test_triton_on_a_gpu(case, dtype):
+    inputs, mask = problem(case, dtype)
+    grads = torch.randn(*case[:2], case[4]).to(dtype), torch.randn(*case[:3]).to(dtype)
+    with seqaccel.backend("cpp"):
+        expected = with_grads(
+            lambda *x: additive_attention(*x, mask=mask, need_weights=True), [t.double() for t in inputs], grads
+        )
+    found = on_triton(case, inputs, mask, grads)
+    for backward, names in enumerate((("out", "weights"), ("query", "key", "value", "weight"))):
+        for name, a, b in zip(names, found[backward], expected[backward], strict=True):
+            if b.abs().max() > 1e-12:
+                assert_close(a, b, "attention", dtype, backward=bool(backward), what=name)
 
 
 # multiplicative

@@ -145,11 +145,12 @@ def additive_gradients_kernel(
         o_k = (i_b * Tk + o_j)[:, None] * H + o_h[None, :]
         b_k = tl.load(p_key + o_k, mask=m_k, other=0).to(tl.float32)  # [BN, BH]
         b_dk = tl.zeros([BN, BH], tl.float32)
+        stored = tl.where(tile > first, H, 0)  # numbers of grad q that an earlier tile has stored
         for i in range(Tq):
             b_s = tl.load(p_grad_logits + (i_b * Tq + i) * Tk + o_j, mask=o_j < Tk, other=0)[:, None]  # [BN, 1]
             b_q = tl.load(p_query + (i_b * Tq + i) * H + o_h, mask=m_h, other=0).to(tl.float32)[None, :]
             o_q = (i_part * Tq + i) * H + o_h
-            b_dq = tl.load(p_grad_query + o_q, mask=m_h & (tile > first), other=0)  # [BH]
+            b_dq = tl.load(p_grad_query + o_q, mask=o_h < stored, other=0)  # [BH]
             b_t = tanh(tl.where(b_s == 0, 0.0, b_q + b_k))
             b_st = b_s * b_t
             b_slope = b_s - b_st * b_t

@@ -106,12 +106,15 @@ def additive_attention_backward(
     return grad_query.sum(1).to(query.dtype), grad_key, grad_weight.sum((0, 1)).to(weight.dtype)
 
 
-def _logits(dtype: str, Tq: int, H: int, mask: str | None) -> Configuration:
+def _logits(dtype: str, Tq: int, H: int, masked: bool) -> Configuration:
     signature = dict.fromkeys(("p_query", "p_key", "p_weight"), f"*{dtype}") | {"p_attention": "*fp32"}
     signature |= dict.fromkeys(("Tq", "Tk", "H", "mask_rows"), "i32")
     (BM, BN), (BH, warps) = _TILES[Tq], _width(H)
     constexprs: dict[str, int | None] = dict(BM=BM, BN=BN, BH=BH)
-    (constexprs if mask is None else signature)["p_mask"] = mask  # type: ignore[index]
+    if masked:
+        signature["p_mask"] = "*u8"
+    else:
+        constexprs["p_mask"] = None
     return Configuration(additive_logits_kernel, signature, constexprs, warps)
 
 
@@ -125,8 +128,8 @@ def _gradients(dtype: str, H: int) -> Configuration:
 
 CONFIGURATIONS = [
     *(
-        _logits(dtype, Tq, H, mask)
-        for dtype, Tq, H, mask in (("fp32", 1, 512, None), ("fp32", 2, 64, "*u8"), ("bf16", 4, 512, "*u8"))
+        _logits(dtype, Tq, H, masked)
+        for dtype, Tq, H, masked in (("fp32", 1, 512, False), ("fp32", 2, 64, True), ("bf16", 4, 512, True))
     ),
     Configuration(
         additive_softmax_kernel,

@@ -1,5 +1,6 @@
 """Additive and multiplicative attention: the public functions, their checks, autograd and choice of backend."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,34 +8,51 @@ from torch import Tensor
 
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
-from seqaccel.functional._registration import Operator, call, register
+from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import attention as reference
 
 __all__ = ["additive_attention", "multiplicative_attention"]
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp", "triton")
+
+
+def _operators(backend: str):
+    """The forward and the backward operator of a backend."""
+    if backend == "triton":
+        from seqaccel.kernels.attention import additive as kernels
+
+        once(_register, "triton")
+        return kernels.additive_attention_forward, kernels.additive_attention_backward
+    return torch.ops.seqaccel.additive_attention_forward, torch.ops.seqaccel.additive_attention_backward
+
+
+def _definition(query: Tensor, key: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    tensors: tuple[Any, ...] = _common.widened(query, key, weight)
+    query, key, weight = tensors
+    return reference.additive_weights(query, key, weight, mask)
 
 
 class _AdditiveWeights(torch.autograd.Function):
     """Saves the inputs and the weights: backward calculates tanh again."""
 
     @staticmethod
-    def forward(ctx, query, key, weight, mask):
-        attention = call(torch.ops.seqaccel.additive_attention_forward, query, key, weight, mask)
+    def forward(ctx, backend, query, key, weight, mask):
+        attention = call(_operators(backend)[0], query, key, weight, mask)
         ctx.save_for_backward(query, key, weight, mask, attention)
+        ctx.backend = backend
         return attention
 
     @staticmethod
     def backward(ctx, grad):
         query, key, weight, mask, attention = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
             grads = _common.differentiable_backward(
-                lambda *tensors: reference.additive_weights(*tensors, mask), (query, key, weight), (grad,), needs
+                lambda *tensors: _definition(*tensors, mask), (query, key, weight), (grad,), needs
             )
         else:
-            grads = call(torch.ops.seqaccel.additive_attention_backward, grad, query, key, weight, attention)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+            grads = call(_operators(ctx.backend)[1], grad, query, key, weight, attention)
+        return None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
 
 # ---- the operators' facts ----
@@ -58,25 +76,32 @@ def _backward_flops(grad_attention, query, key, weight, attention) -> int:
     return 8 * B * T * key[1] * H  # sum, tanh, its slope, three gradients
 
 
-register(
-    Operator(
-        "additive_attention_forward",
-        _forward_fake,
-        _forward_flops,
-        definition=reference.additive_weights,
-        recorded=_AdditiveWeights.apply,
-        batch=dict.fromkeys(("query", "key", "mask", 0), 0),
+def _register(backend: str) -> None:
+    suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
+    register(
+        Operator(
+            "additive_attention_forward" + suffix,
+            _forward_fake,
+            _forward_flops,
+            definition=_definition,
+            recorded=functools.partial(_AdditiveWeights.apply, backend),
+            batch=dict.fromkeys(("query", "key", "mask", 0), 0),
+            autocast=autocast,
+        )
     )
-)
-register(
-    Operator(
-        "additive_attention_backward",
-        _backward_fake,
-        _backward_flops,
-        batch=dict.fromkeys(("grad_attention", "query", "key", "attention", 0, 1), 0),
-        summed=(2,),
+    register(
+        Operator(
+            "additive_attention_backward" + suffix,
+            _backward_fake,
+            _backward_flops,
+            batch=dict.fromkeys(("grad_attention", "query", "key", "attention", 0, 1), 0),
+            summed=(2,),
+            autocast=autocast,
+        )
     )
-)
+
+
+_register("cpp")
 
 
 # ---- checks ----
@@ -151,19 +176,21 @@ def _row_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def _additive_weights(query: Tensor, key: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    """The weights: of the C++ kernels in float32 or float64."""
+    """The weights: of the kernels in float32 or float64."""
     if _onnx.exporting() or _common.transforms_active():
         return reference.additive_weights(query, key, weight, mask)
-    if backends.choose("additive_attention", query, BACKENDS) == "reference":
+    prefer = "reference" if query.device.type == "cuda" and query.dtype == torch.float64 else None  # not in Triton
+    backend = backends.choose("additive_attention", query, BACKENDS, prefer=prefer)
+    if backend == "reference":
         return reference.additive_weights(query, key, weight, mask)
     dtype = _common.compute_dtype(query.dtype)
-    if query.dtype != dtype:
+    if backend == "cpp" and query.dtype != dtype:
         query, key, weight = query.to(dtype), key.to(dtype), weight.to(dtype)
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        return torch.ops.seqaccel.additive_attention_forward(query, key, weight, mask)
+        return _operators(backend)[0](query, key, weight, mask)
     if _common.needs_grad(query, key, weight):
-        return _AdditiveWeights.apply(query, key, weight, mask)
-    return call(torch.ops.seqaccel.additive_attention_forward, query, key, weight, mask)
+        return _AdditiveWeights.apply(backend, query, key, weight, mask)
+    return call(_operators(backend)[0], query, key, weight, mask)
 
 
 def additive_attention(
