@@ -125,36 +125,41 @@ SPARSE_SIZES = {
 }
 
 
-def sparse_case(B, H, T, D, density, training):
-    """Block-sparse attention beside dense attention without a mask, and for the forward pass FlexAttention."""
-    *inputs, grad = make_inputs(B, H, T, D)
+def sparse_case(B, H, T, D, density, training, backend="cpp", device="cpu", dtype=torch.float32, block=BLOCK):
+    """Block-sparse attention beside dense attention without a mask and, but for training on a CPU, FlexAttention."""
+    *inputs, grad = make_inputs(B, H, T, D, device, dtype)
     leaves = [t.requires_grad_(training) for t in inputs]
-    layout = torch.rand(T // BLOCK, T // BLOCK) < density
-    seen = int(layout.sum()) * BLOCK**2
+    layout = (torch.rand(T // block, T // block) < density).to(device)
+    seen = int(layout.sum()) * block**2
 
     def run(function):
         def call():
-            with torch.set_grad_enabled(training), seqaccel.backend("cpp"):
+            with torch.set_grad_enabled(training), seqaccel.backend(backend):
                 out = function(*leaves)
                 return torch.autograd.grad(out, leaves, grad) if training else out
 
         return call
 
     contenders = {
-        "seqaccel[cpp]": run(lambda q, k, v: block_sparse_attention(q, k, v, layout, block_size=BLOCK)),
+        f"seqaccel[{backend}]": run(lambda q, k, v: block_sparse_attention(q, k, v, layout, block_size=block)),
         "torch": run(F.scaled_dot_product_attention),
     }
-    if not training:  # it has no backward pass on a CPU
+    if not training or device != "cpu":  # it has no backward pass there
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         order = layout.int().argsort(dim=-1, descending=True, stable=True).int()[None, None]
         count = layout.sum(-1, dtype=torch.int32)[None, None]
-        mask = BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=BLOCK, seq_lengths=(T, T))
+        mask = BlockMask.from_kv_blocks(count, order, BLOCK_SIZE=block, seq_lengths=(T, T))
         compiled = torch.compile(flex_attention, dynamic=False)
         contenders["flex_attention"] = run(lambda q, k, v: compiled(q, k, v, block_mask=mask))
     products = 14 if training else 4  # two products forward, five backward
     size = leaves[0].element_size()
-    return Case(contenders, flops=products * B * H * D * seen, bytes=(8 if training else 4) * B * H * T * D * size)
+    return Case(
+        contenders,
+        flops=products * B * H * D * seen,
+        bytes=(8 if training else 4) * B * H * T * D * size,
+        dtype=dtype,
+    )
 
 
 @suite(SPARSE_SIZES, ["seqaccel[cpp]", "torch", "flex_attention"])
@@ -177,27 +182,33 @@ def broadcast_form(query, key, value, weight):
     return torch.softmax(torch.tanh(query[:, :, None] + key[:, None]) @ weight, -1) @ value
 
 
-@suite(ADDITIVE_SIZES, ["seqaccel[cpp]", "torch", "torch.compile"])
-def bench_additive_attention_training(B, Tq, Tk, H):
+def additive_case(B, Tq, Tk, H, backend="cpp", device="cpu", dtype=torch.float32):
     """Beside torch's operators on a tensor (B, Tq, Tk, H), and the same compiled."""
     torch.manual_seed(0)
-    leaves = [torch.randn(*s, requires_grad=True) for s in ((B, Tq, H), (B, Tk, H), (B, Tk, H), (H,))]
-    grad = torch.randn(B, Tq, H)
+    shapes = ((B, Tq, H), (B, Tk, H), (B, Tk, H), (H,))
+    leaves = [torch.randn(*s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+    grad = torch.randn(B, Tq, H, device=device, dtype=dtype)
 
     def run(function):
         def call():
-            with seqaccel.backend("cpp"):
+            with seqaccel.backend(backend):
                 return torch.autograd.grad(function(*leaves), leaves, grad)
 
         return call
 
     functions = {
-        "seqaccel[cpp]": additive_attention,
+        f"seqaccel[{backend}]": additive_attention,
         "torch": broadcast_form,
         "torch.compile": torch.compile(broadcast_form, dynamic=False),
     }
     contenders = {name: run(function) for name, function in functions.items()}
-    return Case(contenders, flops=18 * B * Tq * Tk * H, bytes=4 * 2 * B * (2 * Tq + 2 * Tk) * H)
+    size = leaves[0].element_size()
+    return Case(contenders, flops=18 * B * Tq * Tk * H, bytes=2 * B * (2 * Tq + 2 * Tk) * H * size, dtype=dtype)
+
+
+@suite(ADDITIVE_SIZES, ["seqaccel[cpp]", "torch", "torch.compile"])
+def bench_additive_attention_training(B, Tq, Tk, H):
+    return additive_case(B, Tq, Tk, H)
 
 
 GPU_SIZES = {name: size | dict(B=16) for name, size in SIZES.items()}
@@ -238,3 +249,25 @@ def bench_hierarchical_attention_forward_gpu(B, H, T, D, causal):
 @suite(GPU_SIZES, ["seqaccel[triton]", "torch"], device="cuda")
 def bench_hierarchical_attention_training_gpu(B, H, T, D, causal):
     return training_case(B, H, T, D, causal, "triton", "cuda", torch.bfloat16)
+
+
+# FlexAttention's kernels take blocks of 128.
+SPARSE_GPU_SIZES = {
+    "density=0.1": dict(B=16, H=4, T=8192, D=64, density=0.1, block=128),
+    "density=1": dict(B=16, H=4, T=8192, D=64, density=1.0, block=128),
+}
+
+
+@suite(SPARSE_GPU_SIZES, ["seqaccel[triton]", "torch", "flex_attention"], device="cuda")
+def bench_block_sparse_attention_forward_gpu(B, H, T, D, density, block):
+    return sparse_case(B, H, T, D, density, False, "triton", "cuda", torch.bfloat16, block)
+
+
+@suite(SPARSE_GPU_SIZES, ["seqaccel[triton]", "torch", "flex_attention"], device="cuda")
+def bench_block_sparse_attention_training_gpu(B, H, T, D, density, block):
+    return sparse_case(B, H, T, D, density, True, "triton", "cuda", torch.bfloat16, block)
+
+
+@suite(ADDITIVE_SIZES, ["seqaccel[triton]", "torch", "torch.compile"], device="cuda")
+def bench_additive_attention_training_gpu(B, Tq, Tk, H):
+    return additive_case(B, Tq, Tk, H, "triton", "cuda", torch.bfloat16)
