@@ -221,7 +221,10 @@ def _batch_norm(module: nn.BatchNorm1d, program: Program, name: str) -> None:
 @_describe.register(LSTMCell)
 @_describe.register(GRUCell)
 def _recurrent_cell(module: Any, program: Program, name: str) -> None:
-    kind = {RNNCell: "", LSTMCell: "lstm", GRUCell: "gru"}[type(module)] or f"rnn_{module.nonlinearity}"
+    if isinstance(module, RNNCell):
+        kind = f"rnn_{module.nonlinearity}"
+    else:
+        kind = "lstm" if isinstance(module, LSTMCell) else "gru"
     weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
     hidden = module.hidden_size
     for part in "hc" if kind == "lstm" else "h":

@@ -38,7 +38,7 @@ def main() -> None:
     expected = stock(x)[0].detach()
     torch.testing.assert_close(lstm(x)[0].detach(), expected)
     torch.testing.assert_close(seqaccel.Session(lstm, batch_size=2).extend(x.detach()), expected)
-    assert type(seqaccel.convert(stock)) is snn.LSTM
+    assert isinstance(seqaccel.convert(stock), snn.LSTM) and isinstance(stock, torch.nn.LSTM)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Swapping the layers of an existing model, and weights of other packages: their layouts are written out as loops."""
+"""Weights of other packages: their layouts are written out as loops."""
 
 import numpy as np
 import pytest
@@ -6,64 +6,6 @@ import torch
 import torch.nn.functional as F
 
 import seqaccel
-
-# ---- layers of a model ----
-
-
-class Tagger(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder = torch.nn.LSTM(6, 10, num_layers=2, bidirectional=True)
-        self.head = torch.nn.Linear(20, 3)
-
-    def forward(self, x):
-        return self.head(self.encoder(x)[0])
-
-
-class OwnLSTM(torch.nn.LSTM):
-    pass
-
-
-def test_the_converted_model_computes_the_same_with_the_same_parameters():
-    model, x = Tagger(), torch.randn(7, 2, 6)
-    expected, parameters, keys = model(x), list(model.parameters()), list(model.state_dict())
-    calls = []
-    model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert seqaccel.convert(model) is model
-    assert type(model.encoder) is seqaccel.nn.LSTM
-    assert [*map(id, model.parameters())] == [*map(id, parameters)] and list(model.state_dict()) == keys
-    torch.testing.assert_close(model(x), expected)
-    assert calls == [1]
-    model(x).sum().backward()
-    optimiser.step()
-    restored = Tagger()
-    restored.load_state_dict(model.state_dict())
-    torch.testing.assert_close(restored(x), model(x))
-
-
-@pytest.mark.parametrize(
-    ("layer", "name"),
-    [
-        (torch.nn.RNN(4, 5, nonlinearity="relu", bidirectional=True), "RNN"),
-        (torch.nn.GRU(4, 5, num_layers=2, batch_first=True, bias=False), "GRU"),
-        (torch.nn.LSTM(4, 5, proj_size=3), "LSTM"),
-        (torch.nn.RNNCell(4, 5, nonlinearity="relu"), "RNNCell"),
-        (torch.nn.GRUCell(4, 5), "GRUCell"),
-        (torch.nn.LSTMCell(4, 5, bias=False), "LSTMCell"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_layer_of_torchs(layer, name):
-    x = torch.randn(3, 4) if name.endswith("Cell") else torch.randn(7, 3, 4)
-    expected, text = layer(x), repr(layer)
-    assert seqaccel.convert(layer) is layer and type(layer) is getattr(seqaccel.nn, name) and repr(layer) == text
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_subclasses_are_left_alone():
-    assert type(seqaccel.convert(torch.nn.Sequential(OwnLSTM(2, 3)))[0]) is OwnLSTM
-
 
 # ---- haste ----
 

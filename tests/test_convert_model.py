@@ -1,0 +1,308 @@
+"""``convert`` on whole models: what is replaced, what stays and why, and that nothing else changes."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import seqaccel
+
+LAYERS = {
+    "RNN": lambda: torch.nn.RNN(4, 5, nonlinearity="relu", bidirectional=True),
+    "GRU": lambda: torch.nn.GRU(4, 5, num_layers=2, batch_first=True, bias=False),
+    "LSTM": lambda: torch.nn.LSTM(4, 5, proj_size=3),
+    "RNNCell": lambda: torch.nn.RNNCell(4, 5, nonlinearity="relu"),
+    "GRUCell": lambda: torch.nn.GRUCell(4, 5),
+    "LSTMCell": lambda: torch.nn.LSTMCell(4, 5, bias=False),
+}
+
+
+def input_of(name):
+    return torch.randn(3, 4) if name.endswith("Cell") else torch.randn(7, 3, 4)
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.LSTM(6, 10, num_layers=2, bidirectional=True)
+        self.head = torch.nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x)[0])
+
+
+class WithMethods(torch.nn.LSTM):
+    """Adds methods, one of the name of a stream's, and a forward around torch's."""
+
+    def step(self):
+        return "mine"
+
+    def forward(self, input, hx=None):
+        output, state = super().forward(input * 2, hx)
+        return output + 1, state
+
+
+class OwnForward(torch.nn.GRU):
+    def forward(self, input, hx=None):
+        return torch.nn.GRU.forward(self, input, hx)
+
+
+class OwnName(torch.nn.LSTM):
+    zoneout = 0.3
+
+
+class Loop(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = torch.nn.GRUCell(3, 3)
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[1], 3)
+        for x_t in x:
+            h = self.cell(x_t, h)
+        return h
+
+
+class Gates(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[1], 3)
+        for x_t in x:
+            z, n = self.linear(torch.cat([x_t, h], 1)).chunk(2, 1)
+            h = h + torch.sigmoid(z) * (torch.tanh(n) - h)
+        return h
+
+
+def gradients(model, x):
+    output = model(x)
+    output = output[0] if isinstance(output, tuple) else output
+    return output.detach(), torch.autograd.grad(output.square().sum(), list(model.parameters()))
+
+
+def converted_rows(model, **options):
+    converted, report = seqaccel.convert(model, report=True, **options)
+    assert converted is model
+    return {row.path: row for row in report}
+
+
+def test_the_converted_model_computes_the_same_with_the_same_parameters():
+    model, x = Tagger(), torch.randn(7, 2, 6)
+    expected, parameters, keys = model(x), list(model.parameters()), list(model.state_dict())
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert seqaccel.convert(model) is model
+    assert [*map(id, model.parameters())] == [*map(id, parameters)] and list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+    model(x).sum().backward()
+    optimiser.step()
+    restored = Tagger()
+    restored.load_state_dict(model.state_dict())
+    torch.testing.assert_close(restored(x), model(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_replaced_layer_is_of_both_classes(name):
+    layer, x = LAYERS[name](), input_of(name)
+    expected, text, attributes = layer(x), repr(layer), {**vars(layer)}
+    assert seqaccel.convert(layer) is layer and repr(layer) == text
+    assert isinstance(layer, getattr(torch.nn, name)) and isinstance(layer, getattr(seqaccel.nn, name))
+    torch.testing.assert_close(layer(x), expected)
+    if not name.endswith("Cell"):
+        assert layer.mode.startswith(name) and layer.flatten_parameters() is None
+        assert [id(w) for w in layer._flat_weights] == [id(w) for part in layer.all_weights for w in part]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is type(layer)
+        torch.testing.assert_close(other(x), expected)
+        torch.testing.assert_close(seqaccel.revert(other)(x), expected, rtol=0, atol=0)
+    seqaccel.revert(layer)
+    assert type(layer) is getattr(torch.nn, name) and vars(layer).keys() == attributes.keys()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fullgraph(name):
+    layer, x = LAYERS[name](), input_of(name)
+    expected = layer(x)
+    assert type(seqaccel.convert(layer)) is not getattr(seqaccel.nn, name)
+    seqaccel.convert(layer, fullgraph=True)
+    assert type(layer) is getattr(seqaccel.nn, name)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    assert type(seqaccel.revert(layer)) is getattr(torch.nn, name)
+
+
+def test_without_fullgraph_compilation_breaks_at_the_layer():
+    model, x = seqaccel.convert(Tagger()), torch.randn(7, 2, 6)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_trajectories_are_packed():
+    """What TorchRL does with a batch whose trajectories end early."""
+
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = torch.nn.LSTM(4, 5, batch_first=True)
+
+        def forward(self, x, lengths):
+            if not isinstance(self.lstm, torch.nn.LSTM):
+                return self.lstm(x, mask=lengths)
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+    model, x, lengths = Policy(), torch.randn(3, 6, 4), torch.tensor([2, 6, 3])
+    expected = model(x, lengths)
+    torch.testing.assert_close(seqaccel.convert(model)(x, lengths), expected)
+
+
+@pytest.mark.parametrize("old_style", [False, True])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, WithMethods], ids=lambda kind: kind.__name__)
+def test_weight_norm(kind, old_style):
+    model, x = torch.nn.Sequential(kind(4, 5)), torch.randn(6, 2, 4)
+    if old_style:
+        with pytest.warns(FutureWarning):
+            torch.nn.utils.weight_norm(model[0], "weight_hh_l0")
+    else:
+        weight_norm(model[0], "weight_hh_l0")
+    before, keys = gradients(model, x), list(model.state_dict())
+    assert converted_rows(model)["0"].target == "seqaccel.nn.LSTM"
+    assert isinstance(model[0], seqaccel.nn.LSTM) and list(model.state_dict()) == keys
+    torch.testing.assert_close(gradients(model, x), before)
+    seqaccel.revert(model)
+    assert not isinstance(model[0], seqaccel.nn.LSTM)
+    torch.testing.assert_close(gradients(model, x), before, rtol=0, atol=0)
+
+
+def test_parametrizations_come_and_go():
+    layer, x = torch.nn.LSTM(4, 5), torch.randn(6, 2, 4)
+    weight_norm(layer, "weight_hh_l0")
+    expected = layer(x)[0]
+    seqaccel.convert(layer)
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert isinstance(layer, seqaccel.nn.LSTM) and isinstance(layer, torch.nn.LSTM)
+    torch.testing.assert_close(layer(x)[0], expected)
+    weight_norm(layer, "weight_ih_l0")
+    seqaccel.revert(layer)
+    torch.testing.assert_close(layer(x)[0], expected)
+    parametrize.remove_parametrizations(layer, "weight_ih_l0")
+    assert type(layer) is torch.nn.LSTM
+
+
+def test_a_subclass_keeps_its_methods():
+    layer, x = WithMethods(4, 5), torch.randn(6, 2, 4)
+    before = gradients(layer, x)
+    seqaccel.convert(layer)
+    assert isinstance(layer, seqaccel.nn.LSTM) and isinstance(layer, WithMethods) and layer.step() == "mine"
+    torch.testing.assert_close(gradients(layer, x), before)
+    other = pickle.loads(pickle.dumps(layer))
+    assert type(other) is type(layer)
+    torch.testing.assert_close(gradients(other, x), before)
+    assert type(seqaccel.revert(layer)) is WithMethods
+    torch.testing.assert_close(gradients(layer, x), before, rtol=0, atol=0)
+
+
+class LSTM(torch.nn.Module):
+    """No class of torch.nn's."""
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: OwnForward(4, 5), "its own forward does not call super"),
+        (lambda: OwnName(4, 5), "its zoneout would take the place of ours"),
+        (Loop, "its forward calls a cell in a Python loop"),
+        (Gates, "its forward computes gates in a Python loop"),
+        (LSTM, "not derived from a class of torch.nn"),
+        (lambda: torch.jit.script(torch.nn.LSTM(4, 5)), "a TorchScript module"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else getattr(value, "__name__", ""),
+)
+def test_what_stays_is_reported(make, reason):
+    model = torch.nn.Sequential(make())
+    kind = type(model[0])
+    row = converted_rows(model)["0"]
+    assert type(model[0]) is kind and row.target == "" and row.reason.startswith(reason)
+
+
+def test_config_and_filter():
+    model = torch.nn.Sequential(torch.nn.LSTM(4, 4), torch.nn.GRU(4, 4), torch.nn.LSTM(4, 4))
+    rows = converted_rows(model, config={"GRU": False}, filter_fn=lambda module, path: path != "2")
+    assert [bool(row.target) for row in rows.values()] == [True, False, False]
+    assert [row.reason for row in rows.values()] == ["", "left out by config", "left out by filter_fn"]
+    subclass = torch.nn.Sequential(WithMethods(4, 4))
+    assert "fullgraph" in converted_rows(subclass, fullgraph=True)["0"].reason
+
+
+def test_attention_is_replaced_only_by_name():
+    model, x = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(2, 9, 16)
+    expected, keys = model(x), list(model.state_dict())
+    assert not converted_rows(model) and type(model.self_attn) is torch.nn.MultiheadAttention
+    rows = converted_rows(model, config={"MultiheadAttention": {"block_size": 4, "causal": False}})
+    assert rows["self_attn"].target == "seqaccel.nn.HierarchicalAttention" and list(model.state_dict()) == keys
+    assert type(model.self_attn) is seqaccel.nn.HierarchicalAttention and model.self_attn.block_size == 4
+    same = seqaccel.nn.HierarchicalAttention(16, 2, batch_first=True, block_size=4, causal=False)
+    same.load_state_dict(model.self_attn.state_dict())
+    torch.testing.assert_close(model.self_attn(x, x, x)[0], same(x, x, x)[0])
+    torch.testing.assert_close(seqaccel.revert(model)(x), expected, rtol=0, atol=0)
+    dropped = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2, dropout=0.1))
+    assert "dropout" in converted_rows(dropped, config={"MultiheadAttention": True})["0"].reason
+
+
+def test_patch_torch():
+    before = torch.nn.LSTM(3, 4)
+    seqaccel.patch_torch()
+    try:
+
+        class Derived(torch.nn.LSTM):
+            pass
+
+        made = [getattr(torch.nn, name)(3, 4) for name in LAYERS]
+        assert all(isinstance(layer, getattr(seqaccel.nn, name)) for name, layer in zip(LAYERS, made, strict=True))
+        x, layer = torch.randn(5, 2, 3), Derived(3, 4)
+        layer.load_state_dict(before.state_dict())
+        torch.testing.assert_close(layer(x), before(x))
+        assert isinstance(layer, seqaccel.nn.LSTM)
+    finally:
+        seqaccel.unpatch_torch()
+    assert type(torch.nn.LSTM(3, 4)) is type(before) and torch.nn.modules.LSTM is type(before)
+    assert all(isinstance(layer, getattr(torch.nn, name)) for name, layer in zip(LAYERS, made, strict=True))
+
+
+def test_reports_are_tables():
+    _, report = seqaccel.convert(torch.nn.Sequential(Tagger(), Loop()), report=True)
+    lines = str(report).splitlines()
+    assert len(lines) == 3 + len(report) and lines[1].split() == ["path", "from", "to", "why", "not"]
+    assert lines[3].split() == ["0.encoder", "torch.nn.LSTM", "seqaccel.nn.LSTM"]
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=120, record=True, file=io.StringIO())
+    console.print(report)
+    assert "0.encoder" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"model": None}, TypeError, "expected model to be a torch.nn.Module, but got NoneType"),
+        ({"model": torch.nn.LSTM}, TypeError, "but got the class LSTM"),
+        ({"config": ["LSTM"]}, TypeError, "expected config to be a mapping"),
+        ({"config": {"Lstm": True}}, ValueError, "config has \\['Lstm'\\]; expected names of"),
+        ({"config": {"LSTM": "yes"}}, TypeError, "config\\['LSTM'\\]"),
+        ({"filter_fn": "LSTM"}, TypeError, "expected filter_fn to be callable"),
+        ({"report": "yes"}, TypeError, "report"),
+        ({"fullgraph": None}, TypeError, "fullgraph"),
+    ],
+)
+def test_bad_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        seqaccel.convert(**({"model": torch.nn.LSTM(3, 4)} | arguments))
+    with pytest.raises(TypeError, match="expected model"):
+        seqaccel.revert(None)
