@@ -1,4 +1,4 @@
-"""What auto takes on a GPU, by what an H100 measured; no GPU is needed to ask."""
+"""What auto takes: on a GPU by what an H100 measured (no GPU is needed to ask), on a CPU where torch is faster."""
 
 import pathlib
 import shutil
@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+import seqaccel
 from seqaccel import _extension, backends
 from seqaccel.functional.attention import hierarchical
 from seqaccel.functional.conv import _equivalents as conv
@@ -31,7 +32,7 @@ def h100(monkeypatch):
     return properties
 
 
-BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
+BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,30 @@ def test_sizes_that_auto_keeps_from_triton():
     assert hierarchical._triton_takes(empty(16, 8, 4096, 64))
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
         assert not hierarchical._triton_takes(query)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_convolutions_that_auto_leaves_to_torch(amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+    def backend(batch, channels, outputs, steps, taps=3, groups=1, dtype=BFLOAT16, training=False):
+        x = torch.randn(batch, channels, steps, dtype=dtype)
+        weight = torch.randn(outputs, channels // groups, taps, dtype=dtype, requires_grad=training)
+        with torch.profiler.profile() as profile:
+            seqaccel.functional.causal_conv1d(x, weight, groups=groups)
+        names = {event.key for event in profile.key_averages()}
+        assert ("aten::conv1d" in names) != ("seqaccel::causal_conv1d_forward" in names)
+        return "torch" if "aten::conv1d" in names else "cpp"
+
+    pairs = torch.ops.seqaccel.isa() == "avx512_bf16"
+    torch_where = {True: "torch", False: "cpp"}
+    assert backend(4, 256, 256, 512) == torch_where[pairs]
+    assert backend(1, 1024, 512, 64, training=True) == torch_where[pairs]
+    for few in ((4, 256, 256, 256), (4, 128, 128, 512)):
+        assert backend(*few) == torch_where[pairs and amx]
+        assert backend(*few, training=True) == torch_where[pairs and amx]
+    assert backend(4, 32, 256, 512) == backend(4, 256, 256, 512, groups=2) == "cpp"
+    assert backend(4, 256, 256, 512, dtype=FLOAT32) == backend(4, 256, 256, 512, dtype=FLOAT16) == "cpp"
 
 
 @pytest.mark.parametrize("prefer", [None, "cuda", "triton"])

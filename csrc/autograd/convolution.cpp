@@ -113,14 +113,14 @@ bool take_positive(const py::handle& given, int64_t& value) {
 }
 
 // y of the public function's arguments. Returns nothing if Python has to run or to refuse the call: under function
-// modes and forward-mode AD, if sizes, dtypes or types do not fit, and for the long filters that are products of
-// spectra.
+// modes and forward-mode AD, if sizes, dtypes or types do not fit, for the long filters that are products of spectra,
+// and for wide layers of bfloat16, some of which oneDNN runs.
 std::optional<Tensor> causal_conv1d(const py::handle& x, const py::handle& weight, const py::handle& bias,
                                     const py::handle& residual, const py::handle& initial_state,
                                     const py::handle& stride, const py::handle& dilation, const py::handle& groups,
                                     const py::handle& activation, const py::handle& dropout,
                                     const py::handle& output_activation) {
-  constexpr int64_t kLong = 512;
+  constexpr int64_t kLong = 512, kWide = 64;
   if (python_must_run()) return {};
   Operands a;
   if (!take(x, a[kX]) || !take(weight, a[kWeight]) || !take(bias, a[kBias]) || !take(residual, a[kResidual]) ||
@@ -166,6 +166,7 @@ std::optional<Tensor> causal_conv1d(const py::handle& x, const py::handle& weigh
       !has_sizes(a[kHistory], {B, C, (K - 1) * options.dilation})) {
     return {};
   }
+  if (dtype == at::kBFloat16 && std::min(C, O) >= kWide && B * T >= kWide && options.groups == 1) return {};
   py::gil_scoped_release no_gil;
   if (options.dropout > 0) options.seed = at::randint(-(int64_t(1) << 62), int64_t(1) << 62, {1}, at::kLong);
   const auto records = [](const Optional& t) { return t && t->requires_grad(); };

@@ -151,11 +151,19 @@ bool backward(const ConvBackward<S>& p) {
     G* const own_g = all_g + me * sizes.g;
     if (wants_data) {
 #pragma omp for schedule(static)
-      for (ptrdiff_t row = 0; row < s.in_channels; ++row) {  // [C, K, O] of the forward's [O, C, K], group by group
-        const S* from = p.weight + row / C * O * C * K + row % C * K;
-        G* to = reinterpret_cast<G*>(transposed + row * transposed_row);
-        for (ptrdiff_t o = 0; o < O; ++o) copy_values(from + o * C * K, K, to + o * K);
-        clear(to + O * K, transposed_row * Factor<W>::kValues - O * K);
+      for (ptrdiff_t first = 0; first < s.in_channels;
+           first += BackwardItems::kUnit) {  // [C, O, K] of the forward's [O, C, K]
+        const ptrdiff_t last = smaller(first + BackwardItems::kUnit, s.in_channels);
+        for (ptrdiff_t o = 0; o < O; ++o) {  // lines of the weight are read once
+          for (ptrdiff_t row = first; row < last; ++row) {
+            const S* from = p.weight + ((row / C * O + o) * C + row % C) * K;
+            copy_values(from, K, reinterpret_cast<G*>(transposed + row * transposed_row) + o * K);
+          }
+        }
+        for (ptrdiff_t row = first; row < last; ++row) {
+          clear(reinterpret_cast<G*>(transposed + row * transposed_row) + O * K,
+                transposed_row * Factor<W>::kValues - O * K);
+        }
       }
     }
     memset(partial, 0, sizes.partial * sizeof(T));
@@ -251,17 +259,32 @@ bool backward(const ConvBackward<S>& p) {
       for (ptrdiff_t thread = 0; thread < team; ++thread) sum += of_first[thread * size];
       return sum;
     };
-    const WeightPanels<W> panels(O);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (ptrdiff_t row = 0; row < s.out_channels; ++row) {
       if (p.grad_bias) put_value(sum_over_team(all_bias_sums + row, sizes.bias), p.grad_bias + row);
-      if (!p.grad_weight) continue;
-      const ptrdiff_t group = row / O, o = row % O, column = o / kColumns<W> * kColumns<W>;
-      const ptrdiff_t width = panels.width(o / kColumns<W>);
-      const T* from = partials + (group * panels.padded + column) * K * C + o - column;
-      for (ptrdiff_t c = 0; c < C; ++c) {
-        for (ptrdiff_t k = 0; k < K; ++k) {
-          put_value(sum_over_team(from + (k * C + c) * width, sizes.partial), p.grad_weight + (row * C + c) * K + k);
+    }
+    if (p.grad_weight) {  // squares of the panels, [K, C, O] each, to [O, C, K]
+      constexpr ptrdiff_t L = Lanes<T>;
+      const WeightPanels<W> panels(O);
+      const ptrdiff_t strips = panels.padded / L;
+#pragma omp for schedule(static)
+      for (ptrdiff_t strip = 0; strip < s.groups * strips; ++strip) {
+        const ptrdiff_t group = strip / strips, o = strip % strips * L, panel = o / kColumns<W>;
+        const ptrdiff_t width = panels.width(panel), rows = smaller(L, O - o);
+        const T* from = partials + (group * panels.padded + panel * kColumns<W>)*K * C + o % kColumns<W>;
+        for (ptrdiff_t j = 0; j < C * K; j += L) {
+          Vec<T> square[L] = {};
+          const ptrdiff_t n = smaller(L, C * K - j);
+          ptrdiff_t c = j / K, k = j % K;
+          for (ptrdiff_t i = 0; i < n; ++i) {
+            const T* at = from + (k * C + c) * width;
+            for (ptrdiff_t thread = 0; thread < team; ++thread) square[i] += load(at + thread * sizes.partial);
+            if (++k == K) k = 0, ++c;
+          }
+          transpose_square<T>(square);
+          for (ptrdiff_t i = 0; i < rows; ++i) {
+            store_some_narrow(p.grad_weight + (group * O + o + i) * C * K + j, square[i], int(n));
+          }
         }
       }
     }

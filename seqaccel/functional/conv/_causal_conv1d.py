@@ -11,7 +11,14 @@ from seqaccel import _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._registration import call
 from seqaccel.functional.conv._checks import GATED, check, check_types
-from seqaccel.functional.conv._equivalents import by_fft, by_torch, fft_is_faster, torch_is_faster, without_stride
+from seqaccel.functional.conv._equivalents import (
+    by_fft,
+    by_torch,
+    fft_is_faster,
+    onednn_is_faster,
+    torch_is_faster,
+    without_stride,
+)
 from seqaccel.functional.conv._operators import CausalConv1d, operators
 from seqaccel.reference import conv as reference
 
@@ -41,6 +48,7 @@ def _convolution(
     x, weight, bias, residual, history, reset, cu_seqlens, stride, dilation, groups, activation, relu, dropout
 ) -> Tensor:
     """y of checked arguments, by the backend that is chosen."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
     options: dict[str, Any] = {
         "dilation": dilation,
         "groups": groups,
@@ -48,7 +56,12 @@ def _convolution(
         "relu": relu,
         "dropout": dropout,
     }
-    prefer = "torch" if x.device.type == "cuda" and torch_is_faster(x, weight, dilation, groups) else None
+    prefer = None
+    if x.device.type == "cuda":
+        prefer = "torch" if torch_is_faster(x, weight, dilation, groups) else None
+    elif x.dtype == torch.bfloat16 and dropout == 0 and reset is None and cu_seqlens is None and not traced:
+        training = _common.needs_grad(x, weight, bias, residual, history)
+        prefer = "torch" if onednn_is_faster(x, weight, groups, training) else None
     backend = backends.choose("causal_conv1d", x, BACKENDS, prefer=prefer)
     by_taps = stride > 1 or _onnx.exporting() or backend == "torch"
     if by_taps and (reset is not None or cu_seqlens is not None) and x.numel() > 0:
@@ -66,7 +79,6 @@ def _convolution(
         return reference.causal_conv1d(x, weight, bias, residual, history, seed, *sequences, stride=stride, **options)
     dtype = x.dtype
     whole = reset is None and cu_seqlens is None
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
     fft = backend == "cpp" and whole and not traced and fft_is_faster(x, weight, stride, dilation, groups)
     apart = activation in GATED and groups > 1  # no kernel sees both halves at once
     if fft or (apart and backend == "cpp"):
