@@ -69,7 +69,7 @@ def brute_force(
     G = key.shape[1]
     scale = 1 / math.sqrt(D) if scale is None else scale
     spans = all_spans(T, block_size, fanout or block_size, levels)
-    out = torch.zeros(B, H, T, D, dtype=torch.float64)
+    out = torch.zeros(B, H, T, value.shape[3], dtype=torch.float64)
     covers = [cover(t, T, spans, local_blocks, causal) for t in range(T)]
     for b in range(B):
         for g in range(G):

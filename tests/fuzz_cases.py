@@ -412,12 +412,17 @@ def novelty_gate(rng: random.Random) -> Arguments:
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
-    query = torch.randn(B, G * repeats, T, D, dtype=dtype)
+    Dv, kind = rng.choice([D, 1, 33]), rng.choice(["whole", "last", "packed", "padded"])
+    B = 1 if kind == "packed" else B
+    Tq = rng.randint(0, T) if kind == "last" else T
+    offsets = torch.tensor([0, *sorted(rng.randint(0, T) for _ in range(rng.randint(0, 5))), T])
     return {
-        "query": query,
+        "query": torch.randn(B, G * repeats, Tq, D, dtype=dtype),
         "key": torch.randn(B, G, T, D, dtype=dtype),
-        "value": torch.randn(B, G, T, D, dtype=dtype),
+        "value": torch.randn(B, G, T, Dv, dtype=dtype),
         "pool_query": maybe(rng, lambda: torch.randn(rng.randint(1, 3), G, D, dtype=dtype)),
+        "cu_seqlens": offsets if kind == "packed" else None,
+        "lengths": torch.randint(0, T + 1, (B,)) if kind == "padded" else None,
         "block_size": rng.choice([2, 3, 4, 8, 16, 64, 100]),
         "fanout": rng.choice([2, 3, 4, 8, 16, 64]),
         "levels": rng.randint(-1, 5),

@@ -104,7 +104,7 @@ def _wavenet_layer(T=9, B=2):
 
 def _attention(T=9, B=1):
     query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T, 4), torch.randn(B, 1, T, 4)
-    given, options = (query, key, value, torch.randn(2, 1, 4)), (2, 2, -1, 1, True, True, 0.4)
+    given, options = (query, key, value, torch.randn(2, 1, 4), None, None), (2, 2, -1, 1, True, True, 0.4)
     yield "hierarchical_attention_forward", hierarchical.hierarchical_attention_forward, (*given, *options)
     saved = hierarchical.hierarchical_attention_forward(*given, *options)
     given = (torch.randn_like(query), *given, *saved, *options)

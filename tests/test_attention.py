@@ -338,6 +338,7 @@ def test_opcheck(case):
         torch.ops.seqaccel.hierarchical_attention_forward,
         torch.ops.seqaccel.hierarchical_attention_backward,
     )
+    inputs += [None, None]
     torch.library.opcheck(forward, (*inputs, *rest))
     saved = forward(*inputs, *rest)
     torch.library.opcheck(backward, (torch.randn_like(inputs[0]), *inputs, *saved, *rest))
@@ -418,10 +419,24 @@ def test_export():
 # Errors
 
 Q = torch.randn(2, 4, 10, 8)
+LENGTHS = torch.tensor([10, 4])
+ONE_ROW = dict(query=Q[:1], key=Q[:1], value=Q[:1])
 BAD = [
     (dict(query=Q[0]), ValueError, r"query to have shape \(B, heads, T, D\), but got \(4, 10, 8\)"),
-    (dict(key=Q[:, :, :9]), ValueError, r"expected key to have shape \(2, heads, 10, 8\)"),
-    (dict(value=Q[:, :2]), ValueError, r"value to have key's shape"),
+    (dict(key=Q[..., :7]), ValueError, r"expected key to have shape \(2, heads, T, 8\)"),
+    (dict(key=Q[:, :, :9], value=Q[:, :, :9]), ValueError, "at most as many queries as keys.*10 queries and 9 keys"),
+    (dict(value=Q[:, :2]), ValueError, r"value to have key's batch, heads and length, \(2, 4, 10\)"),
+    (dict(value=Q[..., :0]), ValueError, "value to have at least one element a head"),
+    (dict(lengths=LENGTHS, cu_seqlens=LENGTHS), ValueError, "cu_seqlens or lengths, but got both"),
+    (dict(lengths=LENGTHS, query=Q[:, :, 1:]), ValueError, "as many queries as keys with lengths, but got 9 and 10"),
+    (dict(lengths=LENGTHS + 1), ValueError, r"lengths between 0 and 10, but got \[11, 5\]"),
+    (dict(lengths=LENGTHS[:1]), ValueError, r"lengths to be torch.int64 of shape \(2,\).*use block_sparse_attention"),
+    (dict(lengths=Q[:, 0, :, 0] > 0), ValueError, "torch.bool.*for other masks.*use block_sparse_attention"),
+    (dict(lengths=LENGTHS.to("meta")), ValueError, "lengths to be on query's device"),
+    (dict(lengths=[10, 4]), TypeError, "lengths to be a Tensor"),
+    (dict(cu_seqlens=torch.tensor([0, 10])), ValueError, "a batch of 1 with cu_seqlens, but got 2"),
+    (dict(cu_seqlens=LENGTHS, **ONE_ROW), ValueError, "cu_seqlens to ascend from 0 to 10"),
+    (dict(cu_seqlens=LENGTHS.int(), **ONE_ROW), ValueError, "cu_seqlens to be torch.int64"),
     (dict(key=Q[:, :3], value=Q[:, :3]), ValueError, "multiple of key's heads, 3"),
     (dict(key=Q.double()), TypeError, "key to have query's dtype, torch.float32, but got torch.float64"),
     (dict(query=Q.long()), TypeError, "query to be floating point, but got torch.int64"),
@@ -449,22 +464,31 @@ def test_the_operator_checks_what_it_reads():
         torch.ops.seqaccel.hierarchical_attention_backward,
     )
     q, rest = torch.randn(1, 2, 10, 4), (4, 4, -1, 2, True, True, 0.5)
-    saved = forward(q, q, q, None, *rest)
+    nothing = (None, None, None)
+    saved = forward(q, q, q, *nothing, *rest)
     for wrong in (
-        (q[0], q, q, None),
-        (q, q[:, :, :9], q, None),
-        (q, q, q.double(), None),
-        (q, q, q, torch.randn(1, 3, 4)),
+        (q[0], q, q, *nothing),
+        (q, q[:, :, :9], q, *nothing),
+        (q, q, q[:, :, :9], *nothing),
+        (q, q, q.double(), *nothing),
+        (q, q, q, torch.randn(1, 3, 4), None, None),
+        (q, q, q, None, torch.tensor([0, 10]), torch.tensor([10])),
+        (q, q, q, None, torch.tensor([0]), None),
+        (q, q, q, None, torch.tensor([0, 10], dtype=torch.int32), None),
+        (q.expand(2, -1, -1, -1), *[q.expand(2, -1, -1, -1)] * 2, None, torch.tensor([0, 10]), None),
+        (q[:, :, 1:], q, q, None, torch.tensor([0, 10]), None),
+        (q[:, :, 1:], q, q, None, None, torch.tensor([10])),
+        (q, q, q, None, None, torch.tensor([10, 10])),
     ):
         with pytest.raises(RuntimeError, match="seqaccel: expected"):
             forward(*wrong, *rest)
     for bad in ((1, 4, -1, 2), (4, 1, -1, 2), (4, 4, -1, 0)):
         with pytest.raises(RuntimeError, match="seqaccel: expected"):
-            forward(q, q, q, None, *bad, *rest[4:])
+            forward(q, q, q, *nothing, *bad, *rest[4:])
     for i in range(4):
         short = [t[..., :-1, :] if t.dim() == 4 else t[..., :-1] for t in (saved[i],)]
         with pytest.raises(RuntimeError, match="seqaccel: expected"):
-            backward(q, q, q, q, None, *saved[:i], *short, *saved[i + 1 :], *rest)
+            backward(q, q, q, q, *nothing, *saved[:i], *short, *saved[i + 1 :], *rest)
 
 
 def test_backend_torch_is_refused():
@@ -580,7 +604,7 @@ def test_a_spoilt_query_stays_apart(isa, bad, D):
         pool_query = torch.randn(1, 2, D, dtype=dtype)
 
         def outputs_and_gradients(query, grad_out, key=key, value=value, pool_query=pool_query):
-            inputs = (query, key, value, pool_query)
+            inputs = (query, key, value, pool_query, None, None)
             saved = torch.ops.seqaccel.hierarchical_attention_forward(*inputs, *options)
             gradients = torch.ops.seqaccel.hierarchical_attention_backward(grad_out, *inputs, *saved, *options)
             return [saved[0], saved[1].unsqueeze(3), *gradients[:3]]

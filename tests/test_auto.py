@@ -109,9 +109,9 @@ def test_sizes_that_auto_keeps_from_triton():
     # The gradient's launch has no room for so many strips of time, or taps of groups, though the forward's has.
     assert conv.torch_is_faster(empty(1, 16, 65535 * 1024), empty(16, 16, 3), 1, 1)
     assert conv.torch_is_faster(empty(1, 65534, 64), empty(65534, 2, 3), 1, 32767)
-    assert hierarchical._triton_takes(empty(16, 8, 4096, 64))
+    assert hierarchical._triton_takes(*[empty(16, 8, 4096, 64)] * 3)
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
-        assert not hierarchical._triton_takes(query)
+        assert not hierarchical._triton_takes(query, query, query)
 
 
 @pytest.mark.parametrize("amx", [False, True])

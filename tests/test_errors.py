@@ -383,6 +383,8 @@ CALLS = {
             "causal": NOT_FLAGS,
             "mass_bias": NOT_FLAGS,
             "scale": NOT_NUMBERS,
+            "cu_seqlens": OPTIONAL,
+            "lengths": OPTIONAL,
         },
     ),
     **{

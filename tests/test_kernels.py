@@ -194,8 +194,10 @@ def test_attention_sees_nothing_of_the_future(spoilt, number):
     grad, options, t = torch.randn(1, 1, 24, 4), (16, 2, -1, 1, True, True, 0.5), 20
 
     def outputs_and_gradients(tensors):
-        saved = hierarchical.hierarchical_attention_forward(*tensors.values(), None, *options)
-        backward = hierarchical.hierarchical_attention_backward(grad, *tensors.values(), None, *saved, *options)
+        saved = hierarchical.hierarchical_attention_forward(*tensors.values(), None, None, None, *options)
+        backward = hierarchical.hierarchical_attention_backward(
+            grad, *tensors.values(), None, None, None, *saved, *options
+        )
         return saved[0], backward[0]
 
     expected = outputs_and_gradients(tensors)

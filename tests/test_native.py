@@ -371,7 +371,7 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.rnn_forward("rnn_tanh", x, torch.zeros(1, 512), None, weights, *[None] * 3, False, True),
         lambda: ops.causal_conv1d_forward(*conv),
         lambda: ops.hierarchical_attention_forward(
-            *[torch.empty(size, 1, 0, 2**12)] * 3, None, 2, 2, 1, 1, True, True, 1.0
+            *[torch.empty(size, 1, 0, 2**12)] * 3, *[None] * 3, 2, 2, 1, 1, True, True, 1.0
         ),
         lambda: ops.block_sparse_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, torch.empty(size, 1, 0, 0, dtype=torch.bool), 2, True, 1.0
@@ -396,9 +396,9 @@ def test_nothing_to_do_takes_no_time():
     assert ops.linear_scan_forward(*[torch.empty(many, 0, 1)] * 2, None, None, False, False)[0].shape == (many, 0, 1)
     assert ops.linear_scan_forward(*[torch.empty(many, 0, 7)] * 2, None, None, True, False)[0].shape == (many, 0, 7)
     heads = torch.empty(1, many, 0, 4)
-    out, lse, *pooled = ops.hierarchical_attention_forward(*[heads] * 3, None, 2, 2, 1, 1, True, True, 1.0)
+    out, lse, *pooled = ops.hierarchical_attention_forward(*[heads] * 3, *[None] * 3, 2, 2, 1, 1, True, True, 1.0)
     grads = ops.hierarchical_attention_backward(
-        heads, *[heads] * 3, None, out, lse, *pooled, 2, 2, 1, 1, True, True, 1.0
+        heads, *[heads] * 3, *[None] * 3, out, lse, *pooled, 2, 2, 1, 1, True, True, 1.0
     )
     assert all(grad.shape == heads.shape for grad in grads[:3])
     layout = torch.empty(1, many, 0, 0, dtype=torch.bool)

@@ -415,7 +415,13 @@ def test_what_attention_exports_is_its_definition(options, rows):
     for steps in (1, 2, 3, 7, 16, 17, 64, 100, 257):
         query = torch.randn(2, 4, steps, 5, dtype=torch.float64)
         key, value = torch.randn(2, 2, 2, steps, 5, dtype=torch.float64)
-        inputs = (query, key, value, torch.randn(rows, 2, 5, dtype=torch.float64) if rows else None)
-        torch.testing.assert_close(
-            _onnx.hierarchical_attention(*inputs, *options), hierarchical._definition(*inputs, *options)
-        )
+        pool_query = torch.randn(rows, 2, 5, dtype=torch.float64) if rows else None
+        lengths = torch.tensor([steps, steps * 2 // 3])
+        for inputs in (
+            (query, key, value, pool_query, None, None),
+            (query, key, value[..., :3], pool_query, None, lengths),
+            (query[:, :, steps // 2 :], key, value, pool_query, None, None),
+        ):
+            torch.testing.assert_close(
+                _onnx.hierarchical_attention(*inputs, *options), hierarchical._definition(*inputs, *options)
+            )

@@ -97,13 +97,13 @@ def column_backward_arguments():
 
 
 def attention_arguments():
-    return double(2, 4, 9, 3), double(2, 2, 9, 3), double(2, 2, 9, 3), double(1, 2, 3), *OPTIONS
+    return double(2, 4, 9, 3), double(2, 2, 9, 3), double(2, 2, 9, 3), double(1, 2, 3), None, None, *OPTIONS
 
 
 def attention_backward_arguments():
     arguments = attention_arguments()
     saved = torch.ops.seqaccel.hierarchical_attention_forward(*arguments)
-    return torch.randn_like(saved[0]), *arguments[:4], *saved, *OPTIONS
+    return torch.randn_like(saved[0]), *arguments[:6], *saved, *OPTIONS
 
 
 def block_sparse_arguments():

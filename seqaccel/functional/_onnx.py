@@ -142,6 +142,8 @@ def hierarchical_attention(
     key: Tensor,
     value: Tensor,
     pool_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     block_size: int,
     fanout: int,
     levels: int,
@@ -150,50 +152,65 @@ def hierarchical_attention(
     mass_bias: bool,
     scale: float,
 ) -> Tensor:
-    """``seqaccel.reference.attention.hierarchical_attention`` for any T: one graph with all levels that T may need.
+    """``seqaccel.reference.attention.hierarchical_attention``: one graph for any T, with all levels that T may need.
 
     A level without a node in T tokens changes nothing. No size is ever 0 or 1, which would tie the graph to a T: each
     level has two rows that no query sees past its nodes.
     """
-    B, H, T, D = query.shape
-    G = key.shape[1]
+    if cu_seqlens is not None:
+        raise RuntimeError("hierarchical_attention: cu_seqlens is not exported to ONNX; give padded rows and lengths")
+    B, H, Tq, D = query.shape
+    G, T, Dv = key.shape[1], *value.shape[2:]
     spans = [1]
     while len(spans) - 1 != levels and spans[-1] * (fanout if len(spans) > 1 else block_size) < LONGEST_NODE:
         spans.append(spans[-1] * (fanout if len(spans) > 1 else block_size))
-    blocks, rows = T // block_size + 2, H // G * block_size  # of a block: its queries of every head of a key head
+    start = (T - Tq) // block_size * block_size  # of the block of the first query
+    blocks = (T - start) // block_size + 2
+    rows = H // G * block_size  # of a block: its queries of every head of a key head
     steps = torch.arange(max(block_size, fanout), device=query.device)
-    first = block_size * torch.arange(blocks, device=query.device).unsqueeze(1)
+    first = start + block_size * torch.arange(blocks, device=query.device).unsqueeze(1)
     place = first + steps[:block_size]
     t = place.unsqueeze(1).expand(-1, H // G, -1).reshape(blocks, rows, 1)
-    query = (scale * query).view(B, G, H // G, T, D)[:, :, :, place.clamp_max(T - 1)]
+    query = (scale * query).view(B, G, H // G, Tq, D)[:, :, :, (place - (T - Tq)).clamp(0, Tq - 1)]
     query = query.transpose(2, 3).reshape(B, G, blocks, rows, D)
-    pair = F.pad(torch.cat([key, value], dim=-1), (0, 0, 0, 2))  # [B, G, nodes of a level + 2, 2 D]
+    pair = torch.cat([key, value], dim=-1)
+    end: Any = T  # of each sequence
+    if lengths is not None:
+        end = lengths.view(B, 1, 1)
+        pair = pair.where((torch.arange(T, device=query.device) < end).unsqueeze(3), 0.0)
+    pair = F.pad(pair, (0, 0, 0, 2))  # [B, G, nodes of a level + 2, D + Dv]
     logits, values = [], []
     for level, span in enumerate(spans):
-        count = T // span
+        count, most = end // span, T // span
         if level + 1 == len(spans):
-            node, chosen = torch.arange(count + 2, device=query.device).unsqueeze(0), pair.unsqueeze(2)
+            node, chosen = torch.arange(most + 2, device=query.device).unsqueeze(0), pair.unsqueeze(2)
         else:
             children = spans[level + 1] // span
-            complete = T // spans[level + 1] * children
+            complete = end // spans[level + 1] * children
             parent = first // spans[level + 1] - (local_blocks - 1)
             reach = (local_blocks if causal else 2 * local_blocks - 1) * children
             window = parent * children + torch.arange(reach, device=query.device)
+            window = torch.where(window < complete, window, count)
             rest = complete + steps[:children]
-            node = torch.cat([torch.where(window < complete, window, count), rest.expand(blocks, children)], dim=1)
-            chosen = pair[:, :, node.clamp(0, count)]
-        node, cell = node.unsqueeze(1), t // span
+            node = torch.cat([window, rest.expand(*window.shape[:-1], children)], dim=-1)  # [(B,) blocks, nodes]
+            if lengths is None:
+                chosen = pair[:, :, node.clamp(0, most)]
+            else:
+                row = torch.arange(B, device=query.device).view(B, 1, 1)
+                chosen = pair.transpose(1, 2)[row, node.clamp(0, most)].permute(0, 3, 1, 2, 4)
+        count = count if lengths is None else count.unsqueeze(3)
+        node, cell = node.unsqueeze(-2), t // span
         seen = (node >= 0) & (node < count)
         if level > 0:
             seen = seen & ((cell - node).abs() >= local_blocks)
         if causal:
             seen = seen & (node < cell + int(level == 0))
         logit = query @ chosen[..., :D].transpose(3, 4) + (math.log(span) if mass_bias else 0.0)
-        logits.append(logit.masked_fill(~seen, -math.inf))
+        logits.append(logit.masked_fill(~(seen if lengths is None else seen.unsqueeze(1)), -math.inf))
         values.append(chosen[..., D:])
         if level + 1 < len(spans):
             parent = torch.arange(T // spans[level + 1] + 2, device=query.device).unsqueeze(1)
-            pair = pair[:, :, (parent * children + steps[:children]).clamp_max(count)]
+            pair = pair[:, :, (parent * children + steps[:children]).clamp_max(most)]
             if pool_query is None:
                 pair = pair.mean(3)
             else:
@@ -201,5 +218,7 @@ def hierarchical_attention(
                 pair = (torch.softmax(scale * (pair[..., :D] @ row), dim=3) * pair).sum(3)
     weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1).split([logit.shape[-1] for logit in logits], dim=-1)
     out = sum(weight @ value for weight, value in zip(weights[1:], values[1:], strict=True)) + weights[0] @ values[0]
-    out = out.view(B, G, blocks, H // G, block_size, D).transpose(2, 3)
-    return out.reshape(B, H, blocks * block_size, D).index_select(2, torch.arange(T, device=query.device))
+    out = out.view(B, G, blocks, H // G, block_size, Dv).transpose(2, 3).reshape(B, H, blocks * block_size, Dv)
+    place = torch.arange(Tq, device=query.device) + (T - Tq)
+    out = out.index_select(2, place - start)
+    return out if lengths is None else out.where((place < end).unsqueeze(3), 0.0)

@@ -58,21 +58,34 @@ def _sizes(T: int, block_size: int, fanout: int, levels: int, w: int) -> tuple[i
     return block_size, fanout, min(w, T // block_size + 2), spans
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | None) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    reason = refusal(query, key, value, cu_seqlens, lengths)
+    if reason:
+        raise RuntimeError(f"hierarchical_attention (triton): {reason}")
     B, H, T, D = query.shape
     G = key.shape[1]
-    ok = key.shape == (B, G, T, D) and value.shape == key.shape and G > 0 and H % G == 0
+    ok = key.shape == (B, G, T, D) and G > 0 and H % G == 0
     ok = ok and (pool_query is None or pool_query.shape == (pool_query.shape[0], G, D))
     if not ok:
         raise RuntimeError("hierarchical_attention (triton): shapes of query, key, value and pool_query do not match")
-    reason = refusal(query)
-    if reason:
-        raise RuntimeError(f"hierarchical_attention (triton): {reason}")
 
 
-def refusal(query: Tensor) -> str | None:
-    """Why the kernels do not support queries of this dtype and shape, or None."""
+def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> str | None:
+    """Why the kernels do not support these inputs, or None."""
     B, H, T, D = query.shape
+    if cu_seqlens is not None or lengths is not None:
+        return "cu_seqlens and lengths are not supported; use the backend 'reference'"
+    if key.shape[2] != T:
+        return "expected as many queries as keys; use the backend 'reference'"
+    if value.shape != key.shape:
+        return "expected value to have key's shape; use the backend 'reference'"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16, but got {query.dtype}"
     if D > 256:
@@ -90,6 +103,8 @@ def hierarchical_attention_forward(
     key: Tensor,
     value: Tensor,
     pool_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     block_size: int,
     fanout: int,
     levels: int,
@@ -98,7 +113,7 @@ def hierarchical_attention_forward(
     mass_bias: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(query, key, value, pool_query)
+    _check(query, key, value, pool_query, cu_seqlens, lengths)
     B, H, T, D = query.shape
     G = key.shape[1]
     block_size, fanout, w, spans = _sizes(T, block_size, fanout, levels, local_blocks)
@@ -172,6 +187,8 @@ def hierarchical_attention_backward(
     key: Tensor,
     value: Tensor,
     pool_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     out: Tensor,
     lse: Tensor,
     pooled_key: Tensor,
@@ -184,7 +201,7 @@ def hierarchical_attention_backward(
     mass_bias: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(query, key, value, pool_query)
+    _check(query, key, value, pool_query, cu_seqlens, lengths)
     B, H, T, D = query.shape
     G = key.shape[1]
     block_size, fanout, w, spans = _sizes(T, block_size, fanout, levels, local_blocks)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
+from seqaccel.functional._offsets import check_offsets
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import attention as reference
 
@@ -37,26 +38,26 @@ def node_count(length: int, block_size: int, fanout: int, levels: int) -> int:
     return nodes
 
 
-def _empty_heads(t: Tensor) -> Tensor:
-    """An uninitialised tensor of ``t``'s shape, whose time steps lie outside its heads where ``t``'s do."""
-    B, H, T, D = t.shape
+def _empty_heads(t: Tensor, width: int) -> Tensor:
+    """An uninitialised tensor (B, heads, T, width), whose time steps lie outside its heads where ``t``'s do."""
+    B, H, T, _ = t.shape
     if t.stride(1) < t.stride(2):
-        return t.new_empty(B, T, H, D).transpose(1, 2)
-    return t.new_empty(B, H, T, D)
+        return t.new_empty(B, T, H, width).transpose(1, 2)
+    return t.new_empty(B, H, T, width)
 
 
-def _forward_fake(query, key, value, pool_query, block_size, fanout, levels, *_):
-    B, H, T, D = query.shape
+def _forward_fake(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, *_):
+    B, G, T, Dv = value.shape
     # At least two, as the operator has it: sizes that may be 0 or 1 would tie an exported graph to its example's T.
     empty = isinstance(T, int) and T == 0
     nodes = 0 if empty else torch.sym_max(node_count(T, block_size, fanout, levels), 2)
-    pooled = [query.new_empty(B, key.shape[1], nodes, D) for _ in range(2)]
-    return _empty_heads(query), query.new_empty(B, H, T), *pooled
+    pooled = [query.new_empty(B, G, nodes, width) for width in (key.shape[3], Dv)]
+    return _empty_heads(query, Dv), query.new_empty(query.shape[:3]), *pooled
 
 
 def _backward_fake(grad_out, query, key, value, pool_query, *_):
     pool = query.new_empty(0, key.shape[1], key.shape[3]) if pool_query is None else torch.empty_like(pool_query)
-    return _empty_heads(query), _empty_heads(key), _empty_heads(value), pool.contiguous()
+    return *(_empty_heads(t, t.shape[3]) for t in (query, key, value)), pool.contiguous()
 
 
 def _operators(backend: str):
@@ -69,10 +70,12 @@ def _operators(backend: str):
     return torch.ops.seqaccel.hierarchical_attention_forward, torch.ops.seqaccel.hierarchical_attention_backward
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor | None, options: _Options) -> Tensor:
-    keywords = options._asdict()
-    keywords["levels"] = None if options.levels < 0 else options.levels
-    return reference.hierarchical_attention(query, key, value, pool_query, **keywords)
+def _definition(query, key, value, pool_query, cu_seqlens, lengths, *options) -> Tensor:
+    keywords = _Options(*options)._asdict()
+    keywords["levels"] = None if keywords["levels"] < 0 else keywords["levels"]
+    return reference.hierarchical_attention(
+        query, key, value, pool_query, **keywords, cu_seqlens=cu_seqlens, lengths=lengths
+    )
 
 
 class _HierarchicalAttention(torch.autograd.Function):
@@ -80,49 +83,48 @@ class _HierarchicalAttention(torch.autograd.Function):
     A list ``kept`` takes what is not an argument or the output."""
 
     @staticmethod
-    def forward(ctx, backend, options, query, key, value, pool_query, kept=None):
-        out, *rest = call(_operators(backend)[0], query, key, value, pool_query, *options)
+    def forward(ctx, backend, options, query, key, value, pool_query, cu_seqlens, lengths, kept=None):
+        inputs = (query, key, value, pool_query, cu_seqlens, lengths)
+        out, *rest = call(_operators(backend)[0], *inputs, *options)
         if kept is not None:
             kept.extend(rest)
-        ctx.save_for_backward(query, key, value, pool_query, out, *rest)
+        ctx.save_for_backward(*inputs, out, *rest)
         ctx.backend, ctx.options = backend, options
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key, value, pool_query, *saved = ctx.saved_tensors
+        inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         needs = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():
-            inputs = (query, key, value, pool_query)
             grads = _common.differentiable_backward(
-                lambda *tensors: _reference(*tensors, ctx.options), inputs, (grad_out,), needs
+                lambda *tensors: _definition(*tensors, *inputs[4:], *ctx.options), inputs[:4], (grad_out,), needs
             )
-            return None, None, *grads, None
-        grads = call(_operators(ctx.backend)[1], grad_out, query, key, value, pool_query, *saved, *ctx.options)
-        return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+        else:
+            grads = call(_operators(ctx.backend)[1], grad_out, *inputs, *saved, *ctx.options)
+        return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
 # ---- the operators' facts ----
 
 
-def _definition(query, key, value, pool_query, *options) -> Tensor:
-    return _reference(query, key, value, pool_query, _Options(*options))
-
-
-def _recorded(backend, query, key, value, pool_query, *options):
+def _recorded(backend, query, key, value, pool_query, cu_seqlens, lengths, *options):
     kept: list[Tensor] = []
-    return _HierarchicalAttention.apply(backend, _Options(*options), query, key, value, pool_query, kept), *kept
+    inputs = (query, key, value, pool_query, cu_seqlens, lengths)
+    return _HierarchicalAttention.apply(backend, _Options(*options), *inputs, kept), *kept
 
 
-def _pairs(length: int, options: _Options) -> int:
+def _pairs(queries: int, length: int, options: _Options) -> int:
     """How many tokens and nodes all queries see together."""
     spans = reference.level_spans(
         length, options.block_size, options.fanout, None if options.levels < 0 else options.levels
     )
     near, pairs = options.local_blocks, 0
     block = min(options.block_size, max(length, 1))
-    for first in range(0, length, block):  # the queries of a block see the same nodes, but for the last tokens
-        rows = min(block, length - first)
+    for first in range((length - queries) // block * block, length, block):
+        # The queries of a block see the same nodes, but for the last tokens.
+        before = max(length - queries - first, 0)  # tokens of the block before its queries
+        rows = min(block, length - first) - before
         for level, span in enumerate(spans):
             start, end = 0, (first if options.causal else length) // span
             if level + 1 < len(spans):
@@ -133,22 +135,24 @@ def _pairs(length: int, options: _Options) -> int:
                     end = min(end, (parent + near) * children)
             own = 0 if level == 0 else max(min(end, first // span + near) - max(start, first // span - near + 1), 0)
             pairs += rows * max(end - start - own, 0)
-        pairs += rows * (rows + 1) // 2 if options.causal else 0
+        pairs += rows * before + rows * (rows + 1) // 2 if options.causal else 0
     return pairs
 
 
-def _forward_flops(query, key, value, pool_query, *options) -> int:
-    B, H, T, D = query
-    return 4 * B * H * D * _pairs(T, _Options(*options))
+def _forward_flops(query, key, value, pool_query, cu_seqlens, lengths, *options) -> int:
+    """Of whole rows: shapes do not say where sequences end."""
+    B, H, Tq, D = query
+    return 2 * B * H * (D + value[3]) * _pairs(Tq, key[2], _Options(*options))
 
 
-def _backward_flops(grad_out, query, key, value, pool_query, out, lse, pooled_key, pooled_value, *options) -> int:
-    return 5 * _forward_flops(query, key, value, pool_query, *options) // 2
+def _backward_flops(grad_out, query, key, value, pool_query, cu_seqlens, lengths, *rest) -> int:
+    B, H, Tq, D = query
+    return 2 * B * H * (3 * D + 2 * value[3]) * _pairs(Tq, key[2], _Options(*rest[4:]))
 
 
 def _register(backend: str) -> None:
     suffix, autocast = ("", torch.float32) if backend == "cpp" else ("_triton", None)
-    by_batch: dict[str | int, int] = {"query": 0, "key": 0, "value": 0, 0: 0, 1: 0, 2: 0, 3: 0}
+    inputs = ("query", "key", "value", "lengths")
     register(
         Operator(
             "hierarchical_attention_forward" + suffix,
@@ -156,11 +160,12 @@ def _register(backend: str) -> None:
             _forward_flops,
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
-            batch=by_batch,
+            batch=dict.fromkeys((*inputs, 0, 1, 2, 3), 0),
+            packs=("cu_seqlens", 1),
             autocast=autocast,
         )
     )
-    names = ("grad_out", "query", "key", "value", "out", "lse", "pooled_key", "pooled_value", 0, 1, 2)
+    names = ("grad_out", *inputs, "out", "lse", "pooled_key", "pooled_value", 0, 1, 2)
     register(
         Operator(
             "hierarchical_attention_backward" + suffix,
@@ -168,6 +173,7 @@ def _register(backend: str) -> None:
             _backward_flops,
             batch=dict.fromkeys(names, 0),
             summed=(3,),
+            packs=("cu_seqlens", 1),
             autocast=autocast,
         )
     )
@@ -201,23 +207,30 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
                 f"hierarchical_attention: expected {name} to have shape {layout}, but got {tuple(tensor.shape)}"
             )
     B, H, T, D = query.shape
-    if key.shape[0] != B or key.shape[2] != T or key.shape[3] != D:
+    if key.shape[0] != B or key.shape[3] != D:
         raise ValueError(
-            f"hierarchical_attention: expected key to have shape ({B}, heads, {T}, {D}), as query, "
+            f"hierarchical_attention: expected key to have shape ({B}, heads, T, {D}), as query, "
             f"but got {tuple(key.shape)}"
         )
-    if value.shape != key.shape:
+    if key.shape[2] < T:
         raise ValueError(
-            f"hierarchical_attention: expected value to have key's shape, {tuple(key.shape)}, "
-            f"but got {tuple(value.shape)}"
+            "hierarchical_attention: expected at most as many queries as keys, since queries are the last positions, "
+            f"but got {T} queries and {key.shape[2]} keys; for attention to another sequence use "
+            "torch.nn.functional.scaled_dot_product_attention or block_sparse_attention"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "hierarchical_attention: expected value to have key's batch, heads and length, "
+            f"{tuple(key.shape[:3])}, but got {tuple(value.shape)}"
         )
     G = key.shape[1]
     if H < 1 or G < 1 or H % G:
         raise ValueError(
             f"hierarchical_attention: expected query's heads, {H}, to be a multiple of key's heads, {G}, and at least 1"
         )
-    if D < 1:
-        raise ValueError("hierarchical_attention: expected query to have at least one element a head, but got D = 0")
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[3] < 1:
+            raise ValueError(f"hierarchical_attention: expected {name} to have at least one element a head")
     if pool_query is not None and (pool_query.shape[0] < 1 or pool_query.shape[1:] != (G, D)):
         raise ValueError(
             f"hierarchical_attention: expected pool_query to have shape (P, {G}, {D}) with P >= 1, "
@@ -225,12 +238,49 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
         )
 
 
-def _triton_takes(query: Tensor) -> bool:
+@_common.unrecorded
+def _check_sequences(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
+    where, B, T = "hierarchical_attention", key.shape[0], key.shape[2]
+    if cu_seqlens is not None and lengths is not None:
+        raise ValueError(f"{where}: expected cu_seqlens or lengths, but got both")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("lengths", lengths)):
+        if tensor is None:
+            continue
+        _arguments.tensor(where, name, tensor)
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{where}: expected {name} to be on query's device, {query.device}, but it is on {tensor.device}"
+            )
+        if query.shape[2] != T:
+            raise ValueError(
+                f"{where}: expected as many queries as keys with {name}, but got {query.shape[2]} and {T}; "
+                "give the last queries of each sequence in a call of its own"
+            )
+    if cu_seqlens is not None:
+        check_offsets(where, cu_seqlens, T, B)
+    elif lengths is not None:
+        if lengths.dtype != torch.int64 or tuple(lengths.shape) != (B,):
+            raise ValueError(
+                f"{where}: expected lengths to be torch.int64 of shape ({B},), but got {lengths.dtype} of "
+                f"{tuple(lengths.shape)}; for other masks than padding at the end use block_sparse_attention"
+            )
+        if _common.transforms_active() or _onnx.exporting() or _common.is_distributed(lengths):
+            return
+        if torch.compiler.is_compiling() or lengths.device.type != "cpu":  # which nothing waits for
+            message = f"{where}: expected lengths to be between 0 and the number of keys"
+            torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), message)
+        elif any(not 0 <= n <= T for n in lengths.tolist()):
+            raise ValueError(f"{where}: expected lengths between 0 and {T}, but got {lengths.tolist()!r:.60}")
+
+
+def _triton_takes(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+) -> bool:
     if backends.why_missing("triton", "cuda"):
         return False
     from seqaccel.kernels.attention.hierarchical.launchers import refusal
 
-    return refusal(query) is None
+    return refusal(query, key, value, cu_seqlens, lengths) is None
 
 
 def hierarchical_attention(
@@ -246,6 +296,8 @@ def hierarchical_attention(
     causal: bool = True,
     mass_bias: bool = True,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Attention over a pyramid: near tokens one by one, farther ones through nodes that pool ever more of them.
 
@@ -258,9 +310,9 @@ def hierarchical_attention(
     Not causal: the same to the right. Tokens of an incomplete node stay at finer levels.
 
     Args:
-        query: (B, H, T, D).
-        key: (B, G, T, D); H is a multiple of G (grouped queries: H / G query heads share a key head).
-        value: (B, G, T, D).
+        query: (B, H, Tq, D), of the last Tq positions of the keys: query i is at t = T - Tq + i.
+        key: (B, G, T, D), T at least Tq; H is a multiple of G (grouped queries: H / G query heads share a key head).
+        value: (B, G, T, Dv).
         pool_query: (P, G, D); level l pools with row min(l, P) - 1. Default: None, the mean.
         block_size: tokens a level-1 node stands for, at least 2. Default: 64
         fanout: children of a node of a higher level, at least 2. Default: ``block_size``
@@ -269,9 +321,15 @@ def hierarchical_attention(
         causal: nothing after t counts. Default: ``True``
         mass_bias: adds :math:`\log S_\ell`: a node counts for as many tokens as it stands for. Default: ``True``
         scale: s of the logits and of the pooling. Default: :math:`1/\sqrt{D}`
+        cu_seqlens: offsets (N + 1,), int64, ascending from 0 to T: the one row of the batch holds N sequences one after
+            another. Each has a pyramid of its own, and no query sees another sequence. Tq = T.
+        lengths: (B,), int64, between 0 and T: what follows the first ``lengths[b]`` tokens of row b is padding. It may
+            hold anything; its outputs and gradients are 0, and all else is as if it were not there. Tq = T.
+
+    There are no other masks: use :func:`block_sparse_attention`.
 
     Returns:
-        (B, H, T, D), in query's dtype.
+        (B, H, Tq, Dv), in query's dtype.
 
     Raises:
         TypeError: an argument's type or dtype is not what is expected.
@@ -291,6 +349,12 @@ def hierarchical_attention(
         True
     """
     _check_tensors(query, key, value, pool_query)
+    if cu_seqlens is not None or lengths is not None:
+        _check_sequences(query, key, cu_seqlens, lengths)
+        if _common.is_distributed(query):
+            from seqaccel.functional._sharding import replicated
+
+            cu_seqlens, lengths = (None if t is None else replicated(t, query) for t in (cu_seqlens, lengths))
     _arguments.integer("hierarchical_attention", "block_size", block_size, 2)
     _arguments.integer("hierarchical_attention", "fanout", block_size if fanout is None else fanout, 2)
     _arguments.integer("hierarchical_attention", "levels", 0 if levels is None else levels, 0)
@@ -310,22 +374,24 @@ def hierarchical_attention(
     tensors: tuple[Any, ...] = _common.autocast(query, key, value, pool_query)
     query, key, value, pool_query = tensors
     if _onnx.exporting():
-        return _onnx.hierarchical_attention(query, key, value, pool_query, *options)
+        return _onnx.hierarchical_attention(query, key, value, pool_query, cu_seqlens, lengths, *options)
     if _common.transforms_active():
-        return _reference(query, key, value, pool_query, options)
-    prefer = "reference" if query.device.type == "cuda" and not _triton_takes(query) else None
+        return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
+    on_gpu = query.device.type == "cuda"
+    prefer = "reference" if on_gpu and not _triton_takes(query, key, value, cu_seqlens, lengths) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
-        return _reference(query, key, value, pool_query, options)
+        return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
     dtype = query.dtype
     if backend == "cpp" and dtype != _common.compute_dtype(dtype):
         wide = _common.compute_dtype(dtype)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
         pool_query = None if pool_query is None else pool_query.to(wide)
+    inputs = (query, key, value, pool_query, cu_seqlens, lengths)
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        out = _operators(backend)[0](query, key, value, pool_query, *options)[0]
+        out = _operators(backend)[0](*inputs, *options)[0]
     elif _common.needs_grad(query, key, value, pool_query):
-        out = _HierarchicalAttention.apply(backend, options, query, key, value, pool_query)
+        out = _HierarchicalAttention.apply(backend, options, *inputs)
     else:
-        out = call(_operators(backend)[0], query, key, value, pool_query, *options)[0]
+        out = call(_operators(backend)[0], *inputs, *options)[0]
     return out.to(dtype)

@@ -48,24 +48,34 @@ def hierarchical_attention(
     causal: bool = True,
     mass_bias: bool = True,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Each query attends, in one softmax, to near tokens one by one and to farther ones through nodes that pool them.
 
     Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l the cell of the query at t, the
     query sees the node iff |c_l - j| >= local_blocks (always, on level 0), and its parent is not complete, or is too
     near to be seen itself: |c_{l+1} - parent| < local_blocks; where ``causal``, only nodes that end at t or before.
+    Queries are those of the last positions of ``key``. Sequences that ``cu_seqlens`` or ``lengths`` give are attended
+    to one by one; what belongs to none is 0.
     """
-    B, H, T, D = query.shape
-    G = key.shape[1]
+    B, H, Tq, D = query.shape
+    G, T, Dv = key.shape[1], *value.shape[2:]
     fanout = block_size if fanout is None else fanout
     scale = D**-0.5 if scale is None else scale
+    if cu_seqlens is not None or (lengths is not None and B > 0):
+        options = (block_size, fanout, levels, local_blocks, causal, mass_bias, scale)
+        return _of_sequences(query, key, value, pool_query, cu_seqlens, lengths, options)
     spans = level_spans(T, block_size, fanout, levels)
     top = len(spans) - 1
     block = min(block_size, max(T, 1))
     near = min(local_blocks, T // block + 1)
-    blocks = (T + block - 1) // block
-    t = torch.arange(blocks * block, device=query.device).view(blocks, block, 1)
-    query = F.pad(query, (0, 0, 0, blocks * block - T)).reshape(B, G, H // max(G, 1), blocks, block, D)
+    start = (T - Tq) // block * block  # of the block of the first query
+    blocks = (T - start + block - 1) // block
+    t = start + torch.arange(blocks * block, device=query.device).view(blocks, block, 1)
+    before = T - Tq - start
+    query = F.pad(query, (0, 0, before, start + blocks * block - T))
+    query = query.reshape(B, G, H // max(G, 1), blocks, block, D)
     logits, values = [], []
     unbounded: Tensor | float = 0.0
     for level, span in enumerate(spans):
@@ -99,9 +109,46 @@ def hierarchical_attention(
             place = torch.arange(node.shape[1], device=query.device)
             own = ((node.unsqueeze(1) == t) * place).sum(-1)  # of a query's own token
             until = chosen.detach().masked_fill(finite, 0.0).cumsum(3)
-            unbounded = until.gather(3, own[..., None].expand(B, G, blocks, block, D)).unsqueeze(2)
+            unbounded = until.gather(3, own[..., None].expand(B, G, blocks, block, Dv)).unsqueeze(2)
             chosen = chosen.masked_fill(~finite, 0.0)
         values.append(chosen)
     weight = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
     out = torch.einsum("bghitj,bgijd->bghitd", weight, torch.cat(values, dim=3)) + unbounded
-    return out.reshape(B, H, blocks * block, D)[:, :, :T]
+    return out.reshape(B, H, blocks * block, Dv)[:, :, before : before + Tq]
+
+
+def _of_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pool_query: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    options: tuple,
+) -> Tensor:
+    """One call per sequence."""
+    names = ("block_size", "fanout", "levels", "local_blocks", "causal", "mass_bias", "scale")
+    keywords = dict(zip(names, options, strict=True))
+    T = key.shape[2]
+
+    def attend(row: slice, time: slice) -> Tensor:
+        return hierarchical_attention(
+            query[row, :, time], key[row, :, time], value[row, :, time], pool_query, **keywords
+        )
+
+    def zeros(steps: int) -> Tensor:
+        return value.new_zeros(1, query.shape[1], steps, value.shape[3])
+
+    if lengths is not None:
+        ends = [min(max(end, 0), T) for end in lengths.tolist()]
+        rows = [torch.cat([attend(slice(b, b + 1), slice(end)), zeros(T - end)], 2) for b, end in enumerate(ends)]
+        return torch.cat(rows)
+    assert cu_seqlens is not None
+    first, *ends = cu_seqlens.tolist()
+    first = min(max(first, 0), T)
+    parts = [zeros(first)]
+    for end in ends:
+        end = min(max(end, first), T)
+        parts.append(attend(slice(None), slice(first, end)))
+        first = end
+    return torch.cat([*parts, zeros(T - first)], 2)

@@ -30,7 +30,7 @@ struct SegmentGrads {
 };
 
 template <typename T>
-SegmentGrads<T> segment_grads(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t segment) {
+SegmentGrads<T> segment_grads(const AttentionBackward<T>& p, int64_t g, int64_t segment) {
   const Attention<T>& f = p.forward;
   SegmentGrads<T> s;
   int64_t before = 0, total = 0;
@@ -44,11 +44,11 @@ SegmentGrads<T> segment_grads(const AttentionBackward<T>& p, int64_t b, int64_t 
     }
     total += rows;
   }
-  s.key = p.grad_key.at(b, g);
-  s.value = p.grad_value.at(b, g);
+  s.key = p.grad_key.at(0, g);
+  s.value = p.grad_value.at(0, g);
   s.key_row = p.grad_key.time;
   s.value_row = p.grad_value.time;
-  s.partial_key = p.partial + ((b * f.G + g) * total + before) * 2 * f.D;
+  s.partial_key = p.partial + (g * total + before) * (f.D + f.Dv);
   s.partial_value = s.partial_key + s.rows * f.D;
   return s;
 }
@@ -61,21 +61,21 @@ SEQACCEL_INLINE int64_t outside_row(const Outside& o, int64_t nodes, int64_t n) 
 }
 
 template <typename T>
-void segment_tile(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_t b, int64_t h, int64_t block,
-                  int64_t t, int64_t count, const GradTile<T>& q) {
+void segment_tile(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_t h, int64_t block, int64_t t,
+                  int64_t count, const GradTile<T>& q) {
   constexpr int L = Lanes<T>;
   const Attention<T>& f = p.forward;
   const Pyramid& pyramid = f.pyramid;
-  const int64_t D = f.D, g = h / (f.H / f.G);
+  const int64_t D = f.D, Dv = f.Dv, g = h / (f.H / f.G), row = t - pyramid.first_query;
   const int vectors = int((count + L - 1) / L);
-  fill_grad_tile(q, f.query.at(b, h) + t * f.query.time, f.query.time, p.grad_out.at(b, h) + t * p.grad_out.time,
-                 p.grad_out.time, f.out.at(b, h) + t * f.out.time, f.out.time, f.lse + (b * f.H + h) * pyramid.T + t,
-                 count, D, D, f.scale);
+  fill_grad_tile(q, f.query.at(0, h) + row * f.query.time, f.query.time, p.grad_out.at(0, h) + row * p.grad_out.time,
+                 p.grad_out.time, f.out.at(0, h) + row * f.out.time, f.out.time, f.lse + h * f.Tq + row, count, D, Dv,
+                 f.scale);
   Run runs[kMaxRuns];
   const int n = cover_block(pyramid, block, runs);
   for (int r = 0; r < n; ++r) {
     const int level = runs[r].level;
-    const Rows<T> rows = level_rows(f, b, g, level);
+    const Rows<T> rows = level_rows(f, g, level);
     const bool diagonal = pyramid.causal && level == 0;
     const int64_t end = diagonal ? t + count : runs[r].end;
     int64_t key = runs[r].begin;
@@ -84,10 +84,11 @@ void segment_tile(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64
       const int first = masked ? int((key - t) / L) : 0;
       int64_t stop = masked ? min_of(end, t + (first + 1) * L) : diagonal ? t : end;
       Chunk<T> c;
-      c.grad_key_row = c.grad_value_row = D;
+      c.grad_key_row = D;
+      c.grad_value_row = Dv;
       if (level > 0) {
         c.grad_key = s.partial_key + (pyramid.offset[level] + key) * D;
-        c.grad_value = s.partial_value + (pyramid.offset[level] + key) * D;
+        c.grad_value = s.partial_value + (pyramid.offset[level] + key) * Dv;
       } else if (key >= s.outside.first && key < s.outside.last) {
         stop = min_of(stop, s.outside.last);
         c.grad_key = s.key + key * s.key_row;
@@ -100,39 +101,41 @@ void segment_tile(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64
         } else if (key < s.outside.right) {
           stop = min_of(stop, s.outside.right);
         }
-        const int64_t row = outside_row(s.outside, pyramid.nodes, key);
-        c.grad_key = s.partial_key + row * D;
-        c.grad_value = s.partial_value + row * D;
+        const int64_t at = outside_row(s.outside, pyramid.nodes, key);
+        c.grad_key = s.partial_key + at * D;
+        c.grad_value = s.partial_value + at * Dv;
       }
       c.keys = min_of(kKeys, stop - key);
       c.key = rows.key + key * rows.key_row;
       c.value = rows.value + key * rows.value_row;
       c.key_row = rows.key_row;
       c.value_row = rows.value_row;
-      chunk_backward_vectors(vectors - first, q, first, count, c, D, D, f.bias[level], masked);
+      chunk_backward_vectors(vectors - first, q, first, count, c, D, Dv, f.bias[level], masked);
       key += c.keys;
     }
   }
-  end_grad_tile(q, p.grad_query.at(b, h) + t * p.grad_query.time, p.grad_query.time, count, D, f.scale);
+  end_grad_tile(q, p.grad_query.at(0, h) + row * p.grad_query.time, p.grad_query.time, count, D, f.scale);
 }
 
 template <typename T>
-void segment_backward(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t segment, T* workspace) {
+void segment_backward(const AttentionBackward<T>& p, int64_t g, int64_t segment, T* workspace) {
   const Attention<T>& f = p.forward;
   const Pyramid& pyramid = f.pyramid;
-  const SegmentGrads<T> s = segment_grads(p, b, g, segment);
-  if (s.rows > 0) memset(s.partial_key, 0, size_t(s.rows * 2 * f.D) * sizeof(T));
+  const SegmentGrads<T> s = segment_grads(p, g, segment);
+  if (s.rows > 0) memset(s.partial_key, 0, size_t(s.rows * (f.D + f.Dv)) * sizeof(T));
   for (int64_t n = s.outside.first; n < s.outside.last; ++n) {
     memset(s.key + n * s.key_row, 0, size_t(f.D) * sizeof(T));
-    memset(s.value + n * s.value_row, 0, size_t(f.D) * sizeof(T));
+    memset(s.value + n * s.value_row, 0, size_t(f.Dv) * sizeof(T));
   }
-  const GradTile<T> q = make_grad_tile(workspace, f.D, f.D);
+  const GradTile<T> q = make_grad_tile(workspace, f.D, f.Dv);
   const int64_t group = f.H / f.G;
-  for (int64_t block = s.outside.first / pyramid.block_size; block * pyramid.block_size < s.outside.last; ++block) {
+  int64_t block = max_of(first_block(pyramid), s.outside.first / pyramid.block_size);
+  for (; block * pyramid.block_size < s.outside.last; ++block) {
+    const int64_t first = max_of(pyramid.first_query, block * pyramid.block_size);
     const int64_t end = min_of(pyramid.T, (block + 1) * pyramid.block_size);
     for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-      for (int64_t t = block * pyramid.block_size; t < end; t += kColumns<T>) {
-        segment_tile(p, s, b, h, block, t, min_of(kColumns<T>, end - t), q);
+      for (int64_t t = first; t < end; t += kColumns<T>) {
+        segment_tile(p, s, h, block, t, min_of(kColumns<T>, end - t), q);
       }
     }
   }
@@ -140,12 +143,12 @@ void segment_backward(const AttentionBackward<T>& p, int64_t b, int64_t g, int64
 
 // Adds the gradients of the tokens of `segment` from the queries of the other segments, in the order of the segments.
 template <typename T>
-void add_outside(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t segment) {
-  const int64_t D = p.forward.D, nodes = p.forward.pyramid.nodes, T_ = p.forward.pyramid.T;
-  const SegmentGrads<T> own = segment_grads(p, b, g, segment);
+void add_outside(const AttentionBackward<T>& p, int64_t g, int64_t segment) {
+  const int64_t D = p.forward.D, Dv = p.forward.Dv, nodes = p.forward.pyramid.nodes, T_ = p.forward.pyramid.T;
+  const SegmentGrads<T> own = segment_grads(p, g, segment);
   for (int64_t i = 0; i < p.segments; ++i) {
     if (i == segment) continue;
-    const SegmentGrads<T> s = segment_grads(p, b, g, i);
+    const SegmentGrads<T> s = segment_grads(p, g, i);
     const Outside& o = s.outside;
     const int64_t begins[3] = {o.left, o.last, o.tail}, ends[3] = {o.first, o.right, T_};
     for (int part = 0; part < 3; ++part) {
@@ -153,7 +156,7 @@ void add_outside(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t se
       for (int64_t n = max_of(begins[part], own.outside.first); n < end; ++n) {
         const int64_t row = outside_row(o, nodes, n);
         add_scaled(own.key + n * own.key_row, T(1), s.partial_key + row * D, D);
-        add_scaled(own.value + n * own.value_row, T(1), s.partial_value + row * D, D);
+        add_scaled(own.value + n * own.value_row, T(1), s.partial_value + row * Dv, Dv);
       }
     }
   }
@@ -161,52 +164,52 @@ void add_outside(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t se
 
 // Adds the other segments' gradients of one node to those of segment 0.
 template <typename T>
-void add_node(const AttentionBackward<T>& p, int64_t b, int64_t g, int64_t node) {
-  const int64_t D = p.forward.D;
-  const SegmentGrads<T> own = segment_grads(p, b, g, 0);
+void add_node(const AttentionBackward<T>& p, int64_t g, int64_t node) {
+  const int64_t D = p.forward.D, Dv = p.forward.Dv;
+  const SegmentGrads<T> own = segment_grads(p, g, 0);
   for (int64_t i = 1; i < p.segments; ++i) {
-    const SegmentGrads<T> s = segment_grads(p, b, g, i);
+    const SegmentGrads<T> s = segment_grads(p, g, i);
     add_scaled(own.partial_key + node * D, T(1), s.partial_key + node * D, D);
-    add_scaled(own.partial_value + node * D, T(1), s.partial_value + node * D, D);
+    add_scaled(own.partial_value + node * Dv, T(1), s.partial_value + node * Dv, Dv);
   }
 }
 
 // Passes the gradient of one node to its children. `weights` and `slopes` hold one value per child.
 template <typename T>
-void unpool_node(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_t b, int64_t g, int level, int64_t node,
+void unpool_node(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_t g, int level, int64_t node,
                  T* weights, T* slopes, T* pool_grad) {
   const Attention<T>& f = p.forward;
   const Pyramid& pyramid = f.pyramid;
-  const int64_t D = f.D, n = pyramid.span[level] / pyramid.span[level - 1], child = node * n;
+  const int64_t D = f.D, Dv = f.Dv, n = pyramid.span[level] / pyramid.span[level - 1], child = node * n;
   const T* grad_key = s.partial_key + (pyramid.offset[level] + node) * D;
-  const T* grad_value = s.partial_value + (pyramid.offset[level] + node) * D;
+  const T* grad_value = s.partial_value + (pyramid.offset[level] + node) * Dv;
   T* child_key = level == 1 ? s.key + child * s.key_row : s.partial_key + (pyramid.offset[level - 1] + child) * D;
   T* child_value =
-      level == 1 ? s.value + child * s.value_row : s.partial_value + (pyramid.offset[level - 1] + child) * D;
-  const ptrdiff_t key_row = level == 1 ? s.key_row : D, value_row = level == 1 ? s.value_row : D;
+      level == 1 ? s.value + child * s.value_row : s.partial_value + (pyramid.offset[level - 1] + child) * Dv;
+  const ptrdiff_t key_row = level == 1 ? s.key_row : D, value_row = level == 1 ? s.value_row : Dv;
   if (f.pool_query == nullptr) {
     for (int64_t c = 0; c < n; ++c) {
       add_scaled(child_key + c * key_row, T(1) / T(n), grad_key, D);
-      add_scaled(child_value + c * value_row, T(1) / T(n), grad_value, D);
+      add_scaled(child_value + c * value_row, T(1) / T(n), grad_value, Dv);
     }
     return;
   }
   const T* pool = pool_row(f, g, level);
-  const Rows<T> rows = level_rows(f, b, g, level - 1);
+  const Rows<T> rows = level_rows(f, g, level - 1);
   const T* key = rows.key + child * rows.key_row;
   const T* value = rows.value + child * rows.value_row;
   for (int64_t c = 0; c < n; ++c) weights[c] = f.scale * dot(pool, key + c * rows.key_row, D);
   softmax_in_place(weights, n);
   T mean = 0;
   for (int64_t c = 0; c < n; ++c) {
-    slopes[c] = dot(grad_key, key + c * rows.key_row, D) + dot(grad_value, value + c * rows.value_row, D);
+    slopes[c] = dot(grad_key, key + c * rows.key_row, D) + dot(grad_value, value + c * rows.value_row, Dv);
     mean += weights[c] * slopes[c];
   }
   for (int64_t c = 0; c < n; ++c) {
     const T slope = f.scale * weights[c] * (slopes[c] - mean);
     add_scaled(child_key + c * key_row, weights[c], grad_key, D);
     add_scaled(child_key + c * key_row, slope, pool, D);
-    add_scaled(child_value + c * value_row, weights[c], grad_value, D);
+    add_scaled(child_value + c * value_row, weights[c], grad_value, Dv);
     add_scaled(pool_grad, slope, key + c * rows.key_row, D);
   }
 }
@@ -215,72 +218,80 @@ void unpool_node(const AttentionBackward<T>& p, const SegmentGrads<T>& s, int64_
 template <typename T>
 void add_pool_gradients(const AttentionBackward<T>& p, int64_t row, int64_t g) {
   const Attention<T>& f = p.forward;
+  const Sequences& sequences = f.sequences;
   T* grad = p.grad_pool + (row * f.G + g) * f.D;
   memset(grad, 0, size_t(f.D) * sizeof(T));
-  int64_t base = 0;
   for (int level = 1; level <= f.pyramid.levels; ++level) {
-    const int64_t chunks = (f.pyramid.count[level] + kPoolChunk - 1) / kPoolChunk;
-    if (min_of(level, f.P) - 1 == row) {
-      for (int64_t b = 0; b < f.B; ++b) {
-        for (int64_t c = 0; c < chunks; ++c) {
-          add_scaled(grad, T(1), p.partial_pool + (base + (b * f.G + g) * chunks + c) * f.D, f.D);
-        }
+    if (min_of(level, f.P) - 1 != row) continue;
+    for (int64_t n = 0; n < sequences.count; ++n) {
+      int64_t sum = sequences.tasks_before(kPoolSums, n) * f.G;
+      for (int l = 1; l < level; ++l) sum += sequences.tasks(kChunks + l, n) * f.G;
+      const int64_t chunks = sequences.tasks(kChunks + level, n);
+      for (int64_t c = 0; c < chunks; ++c) {
+        add_scaled(grad, T(1), p.partial_pool + (sum + g * chunks + c) * f.D, f.D);
       }
     }
-    base += f.B * f.G * chunks;
   }
 }
 
 template <typename T>
-int64_t backward_elements(int64_t D, int64_t children) {
-  return (max_of(grad_tile_elements<T>(D, D), 2 * children) + 31) / 16 * 16;
+int64_t backward_elements(int64_t D, int64_t Dv, int64_t children) {
+  return (max_of(grad_tile_elements<T>(D, Dv), 2 * children) + 31) / 16 * 16;
 }
 
-inline int64_t backward_workspace(int64_t D, int64_t children, bool is_double) {
-  return is_double ? backward_elements<double>(D, children) : backward_elements<float>(D, children);
+inline int64_t backward_workspace(int64_t D, int64_t Dv, int64_t children, bool is_double) {
+  return is_double ? backward_elements<double>(D, Dv, children) : backward_elements<float>(D, Dv, children);
+}
+
+// Passes the gradients of the nodes of a chunk of level `level` on.
+template <typename T>
+void unpool_chunk(const AttentionBackward<T>& p, int64_t g, int level, int64_t chunk, T* workspace) {
+  const Attention<T>& f = p.forward;
+  const Pyramid& pyramid = f.pyramid;
+  const SegmentGrads<T> s = segment_grads(p, g, 0);
+  int64_t sum = g * pool_chunks(pyramid, level) + chunk;
+  for (int l = 1; l < level; ++l) sum += f.G * pool_chunks(pyramid, l);
+  T* pool_grad = p.grad_pool ? p.partial_pool + sum * f.D : nullptr;
+  if (pool_grad) memset(pool_grad, 0, size_t(f.D) * sizeof(T));
+  const int64_t last = min_of(pyramid.count[level], (chunk + 1) * kPoolChunk);
+  for (int64_t node = chunk * kPoolChunk; node < last; ++node) {
+    unpool_node(p, s, g, level, node, workspace, workspace + pool_children(pyramid), pool_grad);
+  }
 }
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& p) {
   const Attention<T>& f = p.forward;
-  const Pyramid& pyramid = f.pyramid;
-  const int64_t heads = f.B * f.G, children = pool_children(pyramid);
-  const int64_t share = backward_elements<T>(f.D, children);
-#pragma omp parallel if (f.B * f.H * pyramid.T > 256)
+  const Sequences& sequences = f.sequences;
+  const int64_t segments = f.G * sequences.tasks(kSegments);
+  const int64_t share = backward_elements<T>(f.D, f.Dv, pool_children(f.pyramid));
+#pragma omp parallel if (f.B * f.H * f.pyramid.T > 256)
   {
     T* const workspace = f.workspace + omp_get_thread_num() * share;
+    Current<AttentionBackward<T>> current(p);
     // The later segments of a causal head take longer, so they go first.
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < heads * p.segments; ++i) {
-      const int64_t segment = p.segments - 1 - i / heads, head = i % heads;
-      segment_backward(p, head / f.G, head % f.G, segment, workspace);
+    for (int64_t i = 0; i < segments; ++i) {
+      const Task task = task_at(sequences, kSegments, f.G, segments - 1 - i);
+      segment_backward(current.at(task.sequence), task.head, task.item, workspace);
     }
-    if (p.segments > 1) {
+    if (segments > f.G * sequences.count) {
 #pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < heads * p.segments; ++i) {
-        const int64_t head = i / p.segments;
-        add_outside(p, head / f.G, head % f.G, i % p.segments);
+      for (int64_t i = 0; i < segments; ++i) {
+        const Task task = task_at(sequences, kSegments, f.G, i);
+        add_outside(current.at(task.sequence), task.head, task.item);
       }
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < heads * pyramid.nodes; ++i) {
-        const int64_t head = i / pyramid.nodes;
-        add_node(p, head / f.G, head % f.G, i % pyramid.nodes);
+      for (int64_t i = 0; i < f.G * sequences.tasks(kNodes); ++i) {
+        const Task task = task_at(sequences, kNodes, f.G, i);
+        add_node(current.at(task.sequence), task.head, task.item);
       }
     }
-    int64_t base = pool_tasks(pyramid, heads);
-    for (int level = pyramid.levels; level >= 1; --level) {
-      const int64_t chunks = (pyramid.count[level] + kPoolChunk - 1) / kPoolChunk;
-      base -= heads * chunks;
+    for (int level = f.pyramid.levels; level >= 1; --level) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < heads * chunks; ++i) {
-        const int64_t head = i / chunks, first = i % chunks * kPoolChunk;
-        const int64_t last = min_of(pyramid.count[level], first + kPoolChunk);
-        const SegmentGrads<T> s = segment_grads(p, head / f.G, head % f.G, 0);
-        T* pool_grad = p.grad_pool ? p.partial_pool + (base + i) * f.D : nullptr;
-        if (pool_grad) memset(pool_grad, 0, size_t(f.D) * sizeof(T));
-        for (int64_t node = first; node < last; ++node) {
-          unpool_node(p, s, head / f.G, head % f.G, level, node, workspace, workspace + children, pool_grad);
-        }
+      for (int64_t i = 0; i < f.G * sequences.tasks(kChunks + level); ++i) {
+        const Task task = task_at(sequences, kChunks + level, f.G, i);
+        unpool_chunk(current.at(task.sequence), task.head, level, task.item, workspace);
       }
     }
     if (p.grad_pool) {

@@ -15,6 +15,7 @@ constexpr int kMaxLevels = 62;
 
 struct Pyramid {
   int64_t T, block_size, fanout, local_blocks;
+  int64_t first_query;  // the queries are at the positions [first_query, T)
   bool causal;
   int levels;                      // summary levels that hold a node
   int64_t nodes;                   // of all summary levels
@@ -34,9 +35,10 @@ constexpr int kMaxRuns = 3 * (kMaxLevels + 1);
 // levels < 0: as many levels as there are. Sizes are limited to T, beyond which they make no difference, so that no
 // product overflows.
 static inline Pyramid make_pyramid(int64_t T, int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks,
-                                   bool causal) {
+                                   int64_t first_query, bool causal) {
   Pyramid p;
   p.T = T;
+  p.first_query = first_query;
   p.block_size = min_of(block_size, max_of(T, 1) + 1);
   p.fanout = fanout;
   p.local_blocks = min_of(local_blocks, T / p.block_size + 2);
@@ -58,7 +60,11 @@ static inline Pyramid make_pyramid(int64_t T, int64_t block_size, int64_t fanout
   return p;
 }
 
-static inline int64_t query_blocks(const Pyramid& p) { return (p.T + p.block_size - 1) / p.block_size; }
+// The block of the first query, and how many blocks hold queries.
+static inline int64_t first_block(const Pyramid& p) { return p.first_query / p.block_size; }
+static inline int64_t query_blocks(const Pyramid& p) {
+  return (p.T + p.block_size - 1) / p.block_size - first_block(p);
+}
 
 static inline int add_run(Run* runs, int n, int level, int64_t begin, int64_t end, int64_t span) {
   if (begin >= end) return n;

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <vector>
 
 #include "cpu/attention/operands.h"
 
@@ -16,24 +18,46 @@ struct Call {
   Tensor query, key, value;
   OptionalTensor pool_query;
   Pyramid pyramid;
-  int64_t B, H, G, T, D;
+  int64_t B, H, G, Tq, T, D, Dv;
   bool mass_bias;
   double scale;
+  bool ragged = false;  // has cu_seqlens or lengths
+  std::vector<Sequence> sequences = {};
 };
 
+Pyramid pyramid_of(const Call& c, int64_t T) {
+  const Pyramid& p = c.pyramid;
+  return make_pyramid(T, p.block_size, p.fanout, p.levels, p.local_blocks, 0, p.causal);
+}
+
+// The sequences between offsets in the one row of the batch. What is not in order or in range is limited to it.
+void add_packed(Call& c, const Tensor& cu_seqlens) {
+  const Tensor offsets = to_contiguous(cu_seqlens);
+  const int64_t* const ends = offsets.const_data_ptr<int64_t>();
+  int64_t first = std::clamp<int64_t>(ends[0], 0, c.T), node = 0;
+  for (int64_t n = 1; n < offsets.size(0); ++n) {
+    const int64_t end = std::clamp(ends[n], first, c.T);
+    c.sequences.push_back({0, first, end - first, node});
+    // Together at most the nodes of one sequence of T tokens: a sum of quotients that are rounded down.
+    node += pyramid_of(c, end - first).nodes;
+    first = end;
+  }
+}
+
 Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& pool_query,
-               int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks, bool causal, bool mass_bias,
-               double scale) {
+               const OptionalTensor& cu_seqlens, const OptionalTensor& lengths, int64_t block_size, int64_t fanout,
+               int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale) {
   check_float_or_double(query, "query");
   const ScalarType dtype = query.scalar_type();
   check_tensor(query, "query", {-1, -1, -1, -1}, dtype);
-  const int64_t B = query.size(0), H = query.size(1), T = query.size(2), D = query.size(3);
-  check_tensor(key, "key", {B, -1, T, D}, dtype);
-  const int64_t G = key.size(1);
-  check_tensor(value, "value", {B, G, T, D}, dtype);
+  const int64_t B = query.size(0), H = query.size(1), Tq = query.size(2), D = query.size(3);
+  check_tensor(key, "key", {B, -1, -1, D}, dtype);
+  const int64_t G = key.size(1), T = key.size(2);
+  check_tensor(value, "value", {B, G, T, -1}, dtype);
+  STD_TORCH_CHECK(Tq <= T, "seqaccel: expected at most as many queries as keys, but got ", Tq, " and ", T);
   STD_TORCH_CHECK(G > 0 ? H % G == 0 : H == 0, "seqaccel: expected the ", H, " heads of query to be a multiple of the ",
                   G, " heads of key");
-  STD_TORCH_CHECK(D > 0, "seqaccel: expected query to have at least one element a head");
+  STD_TORCH_CHECK(D > 0 && value.size(3) > 0, "seqaccel: expected query and value to have at least one element a head");
   if (pool_query) {
     check_tensor(*pool_query, "pool_query", {-1, G, D}, dtype);
     STD_TORCH_CHECK(pool_query->size(0) > 0, "seqaccel: expected pool_query to have at least one row");
@@ -41,29 +65,86 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
   STD_TORCH_CHECK(block_size >= 2 && fanout >= 2, "seqaccel: expected block_size and fanout to be at least 2, but got ",
                   block_size, " and ", fanout);
   STD_TORCH_CHECK(local_blocks >= 1, "seqaccel: expected local_blocks to be at least 1, but got ", local_blocks);
-  return {rows_contiguous(query),
-          rows_contiguous(key),
-          rows_contiguous(value),
-          to_contiguous(pool_query),
-          make_pyramid(T, block_size, fanout, levels, local_blocks, causal),
-          B,
-          H,
-          G,
-          T,
-          D,
-          mass_bias,
-          scale};
+  STD_TORCH_CHECK(!(cu_seqlens || lengths) || Tq == T,
+                  "seqaccel: expected as many queries as keys with cu_seqlens or "
+                  "lengths, but got ",
+                  Tq, " and ", T);
+  STD_TORCH_CHECK(!cu_seqlens || !lengths, "seqaccel: expected cu_seqlens or lengths, but got both");
+  Call c = {rows_contiguous(query),
+            rows_contiguous(key),
+            rows_contiguous(value),
+            to_contiguous(pool_query),
+            make_pyramid(T, block_size, fanout, levels, local_blocks, T - Tq, causal),
+            B,
+            H,
+            G,
+            Tq,
+            T,
+            D,
+            value.size(3),
+            mass_bias,
+            scale,
+            cu_seqlens || lengths};
+  if (cu_seqlens) {
+    check_tensor(*cu_seqlens, "cu_seqlens", {-1}, ScalarType::Long);
+    STD_TORCH_CHECK(B == 1 && cu_seqlens->size(0) > 1,
+                    "seqaccel: expected a batch of 1 with cu_seqlens, and at least 2 offsets, but got ", B, " and ",
+                    cu_seqlens->size(0));
+    add_packed(c, *cu_seqlens);
+  } else if (lengths) {
+    check_tensor(*lengths, "lengths", {B}, ScalarType::Long);
+    const Tensor rows = to_contiguous(*lengths);
+    for (int64_t b = 0; b < B; ++b) {
+      c.sequences.push_back({b, 0, std::clamp<int64_t>(rows.const_data_ptr<int64_t>()[b], 0, T), 0});
+    }
+  }
+  return c;
+}
+
+// Whether there are tokens of no sequence, whose results are 0.
+bool has_padding(const Call& c) {
+  int64_t tokens = 0;
+  for (const Sequence& s : c.sequences) tokens += s.T;
+  return c.ragged && tokens < c.B * c.T;
+}
+
+// The tasks of the sequences: `tasks(pyramid, per_kind)` writes those of one sequence and head.
+template <typename Tasks>
+std::vector<int64_t> count_tasks(const Call& c, int kinds, const Tasks& tasks) {
+  std::vector<int64_t> each(size_t(kinds), 0);
+  if (!c.ragged) {
+    tasks(c.pyramid, each.data());
+    return each;
+  }
+  const size_t row = c.sequences.size() + 1;
+  std::vector<int64_t> before(size_t(kinds) * row, 0);
+  for (size_t n = 0; n + 1 < row; ++n) {
+    tasks(pyramid_of(c, c.sequences[n].T), each.data());
+    for (size_t kind = 0; kind < size_t(kinds); ++kind) {
+      before[kind * row + n + 1] = before[kind * row + n] + each[kind];
+    }
+  }
+  return before;
+}
+
+Sequences sequences_of(const Call& c, const std::vector<int64_t>& tasks) {
+  if (!c.ragged) return {c.B, nullptr, tasks.data()};
+  return {int64_t(c.sequences.size()), c.sequences.data(), tasks.data()};
 }
 
 template <typename T>
-Attention<T> arguments(const Call& c, const Tensor& pooled_key, const Tensor& pooled_value, const Tensor& out,
-                       const Tensor& lse, const Tensor& workspace) {
+Attention<T> arguments(const Call& c, const std::vector<int64_t>& tasks, const Tensor& pooled_key,
+                       const Tensor& pooled_value, const Tensor& out, const Tensor& lse, const Tensor& workspace) {
   Attention<T> p;
   p.B = c.B;
   p.H = c.H;
   p.G = c.G;
   p.D = c.D;
+  p.Dv = c.Dv;
+  p.Tq = c.Tq;
+  p.nodes = pooled_key.size(2);
   p.pyramid = c.pyramid;
+  p.sequences = sequences_of(c, tasks);
   p.scale = T(c.scale);
   for (int l = 0; l <= c.pyramid.levels; ++l) {
     p.bias[l] = c.mass_bias ? T(std::log(double(c.pyramid.span[l]))) : T(0);
@@ -85,106 +166,129 @@ Attention<T> arguments(const Call& c, const Tensor& pooled_key, const Tensor& po
 // graph to its T.
 int64_t pooled_rows(const Call& c) { return c.T == 0 ? 0 : std::max<int64_t>(c.pyramid.nodes, 2); }
 
-Tensor new_pooled(const Call& c) {
-  Tensor pooled = new_tensor(c.query, {c.B, c.G, pooled_rows(c), c.D});
-  if (c.pyramid.nodes < 2) torch::stable::zero_(pooled);
+Tensor new_pooled(const Call& c, int64_t width) {
+  Tensor pooled = new_tensor(c.query, {c.B, c.G, pooled_rows(c), width});
+  if (c.pyramid.nodes < 2 || c.ragged) torch::stable::zero_(pooled);
   return pooled;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(Tensor query, Tensor key, Tensor value,
-                                                                          OptionalTensor pool_query, int64_t block_size,
-                                                                          int64_t fanout, int64_t levels,
-                                                                          int64_t local_blocks, bool causal,
-                                                                          bool mass_bias, double scale) {
-  const Call c =
-      make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(
+    Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, OptionalTensor cu_seqlens,
+    OptionalTensor lengths, int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks, bool causal,
+    bool mass_bias, double scale) {
+  const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
+                           causal, mass_bias, scale);
   const bool is_double = query.scalar_type() == ScalarType::Double;
-  Tensor out = empty_heads(query);
-  Tensor lse = new_tensor(query, {c.B, c.H, c.T});
-  Tensor pooled_key = new_pooled(c), pooled_value = new_pooled(c);
-  if (out.numel() == 0) {
+  Tensor out = empty_heads(query, c.Dv);
+  Tensor lse = new_tensor(query, {c.B, c.H, c.Tq});
+  Tensor pooled_key = new_pooled(c, c.D), pooled_value = new_pooled(c, c.Dv);
+  if (has_padding(c)) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  }
+  if (lse.numel() == 0) {
     for (Tensor* pooled : {&pooled_key, &pooled_value}) torch::stable::zero_(*pooled);
     return {out, lse, pooled_key, pooled_value};
   }
   const AttentionKernels& kernels = active_attention_kernels();
-  const int64_t share = kernels.forward_workspace(c.D, pool_children(c.pyramid), is_double);
+  const int64_t share = kernels.forward_workspace(c.D, c.Dv, pool_children(c.pyramid), is_double);
   Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
+  const std::vector<int64_t> tasks = count_tasks(c, 1 + c.pyramid.levels, [&](const Pyramid& p, int64_t* each) {
+    each[kBlocks] = query_blocks(p);
+    for (int l = 1; l <= c.pyramid.levels; ++l) each[l] = l <= p.levels ? p.count[l] : 0;
+  });
   if (is_double) {
-    kernels.forward_double(arguments<double>(c, pooled_key, pooled_value, out, lse, workspace));
+    kernels.forward_double(arguments<double>(c, tasks, pooled_key, pooled_value, out, lse, workspace));
   } else {
-    kernels.forward_float(arguments<float>(c, pooled_key, pooled_value, out, lse, workspace));
+    kernels.forward_float(arguments<float>(c, tasks, pooled_key, pooled_value, out, lse, workspace));
   }
   return {out, lse, pooled_key, pooled_value};
 }
 
 // How many segments a head's query blocks are split into in the backward pass. The shape alone decides, so that results
 // do not depend on the threads. There are enough for many cores, but each has at least 16 blocks and 1024 queries,
-// which keeps the part that segments share small.
-int64_t backward_segments(const Call& c) {
-  const int64_t blocks = query_blocks(c.pyramid);
-  const int64_t least = std::max<int64_t>(16, (1024 + c.pyramid.block_size - 1) / c.pyramid.block_size);
-  const int64_t wanted = (32 + c.B * c.G - 1) / std::max<int64_t>(1, c.B * c.G);
+// which keeps the part that segments share small. `all_blocks` are those of all sequences.
+int64_t backward_segments(const Call& c, const Pyramid& p, int64_t all_blocks) {
+  const int64_t blocks = query_blocks(p);
+  const int64_t least = std::max<int64_t>(16, (1024 + p.block_size - 1) / p.block_size);
+  const int64_t all = std::max<int64_t>(1, c.G * all_blocks), wanted = (32 * blocks + all - 1) / all;
   return std::max<int64_t>(1, std::min(wanted, blocks / least));
 }
 
+std::vector<int64_t> count_backward_tasks(const Call& c) {
+  int64_t all_blocks = 0;
+  for (const Sequence& s : c.sequences) all_blocks += query_blocks(pyramid_of(c, s.T));
+  if (!c.ragged) all_blocks = c.B * query_blocks(c.pyramid);
+  return count_tasks(c, kChunks + 1 + c.pyramid.levels, [&](const Pyramid& p, int64_t* each) {
+    const int64_t segments = backward_segments(c, p, all_blocks);
+    each[kSegments] = segments;
+    each[kNodes] = p.nodes;
+    each[kPartialRows] = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+      each[kPartialRows] += p.nodes + outside_rows(p, segment_outside(p, s, segments));
+    }
+    each[kPoolSums] = 0;
+    for (int l = 1; l <= c.pyramid.levels; ++l) {
+      each[kChunks + l] = l <= p.levels ? pool_chunks(p, l) : 0;
+      each[kPoolSums] += each[kChunks + l];
+    }
+  });
+}
+
 template <typename T>
-AttentionBackward<T> backward_arguments(const Call& c, const Attention<T>& forward, const Tensor& grad_out,
-                                        const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value,
-                                        const Tensor& grad_pool, int64_t segments, const Tensor& partial,
-                                        const Tensor& partial_pool) {
+AttentionBackward<T> backward_arguments(const Attention<T>& forward, const Tensor& grad_out, const Tensor& grad_query,
+                                        const Tensor& grad_key, const Tensor& grad_value, const Tensor& grad_pool,
+                                        const Tensor& partial, const Tensor& partial_pool) {
   AttentionBackward<T> p;
   p.forward = forward;
   p.grad_out = read<T>(grad_out);
   p.grad_query = write<T>(grad_query);
   p.grad_key = write<T>(grad_key);
   p.grad_value = write<T>(grad_value);
-  p.grad_pool = c.pool_query ? grad_pool.mutable_data_ptr<T>() : nullptr;
-  p.segments = segments;
+  p.grad_pool = forward.pool_query ? grad_pool.mutable_data_ptr<T>() : nullptr;
+  p.segments = 0;
   p.partial = partial.mutable_data_ptr<T>();
   p.partial_pool = partial_pool.mutable_data_ptr<T>();
   return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, Tensor out, Tensor lse,
-    Tensor pooled_key, Tensor pooled_value, int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks,
-    bool causal, bool mass_bias, double scale) {
-  const Call c =
-      make_call(query, key, value, pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, scale);
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, OptionalTensor cu_seqlens,
+    OptionalTensor lengths, Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int64_t block_size,
+    int64_t fanout, int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale) {
+  const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
+                           causal, mass_bias, scale);
   const ScalarType dtype = query.scalar_type();
   const bool is_double = dtype == ScalarType::Double;
-  check_tensor(grad_out, "grad_out", {c.B, c.H, c.T, c.D}, dtype);
-  check_tensor(out, "out", {c.B, c.H, c.T, c.D}, dtype);
-  check_tensor(lse, "lse", {c.B, c.H, c.T}, dtype);
+  check_tensor(grad_out, "grad_out", {c.B, c.H, c.Tq, c.Dv}, dtype);
+  check_tensor(out, "out", {c.B, c.H, c.Tq, c.Dv}, dtype);
+  check_tensor(lse, "lse", {c.B, c.H, c.Tq}, dtype);
   check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c), c.D}, dtype);
-  check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c), c.D}, dtype);
+  check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c), c.Dv}, dtype);
   const Tensor grad_rows = rows_contiguous(grad_out), out_rows = rows_contiguous(out);
   const Tensor lse_rows = to_contiguous(lse);
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
   Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
   Tensor grad_pool =
       c.pool_query ? new_tensor(query, {c.pool_query->size(0), c.G, c.D}) : new_tensor(query, {0, c.G, c.D});
-  if (out.numel() == 0) {
+  if (lse.numel() == 0 || has_padding(c)) {
     for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_pool}) torch::stable::zero_(*grad);
-    return {grad_query, grad_key, grad_value, grad_pool};
   }
-  const int64_t segments = backward_segments(c);
-  int64_t rows = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    rows += c.pyramid.nodes + outside_rows(c.pyramid, segment_outside(c.pyramid, s, segments));
-  }
-  Tensor partial = new_tensor(query, {c.B * c.G * rows * 2 * c.D});
-  Tensor partial_pool = new_tensor(query, {c.pool_query ? pool_tasks(c.pyramid, c.B * c.G) * c.D : 0});
+  if (lse.numel() == 0) return {grad_query, grad_key, grad_value, grad_pool};
+  const std::vector<int64_t> tasks = count_backward_tasks(c);
+  const Sequences sequences = sequences_of(c, tasks);
+  Tensor partial = new_tensor(query, {c.G * sequences.tasks(kPartialRows) * (c.D + c.Dv)});
+  Tensor partial_pool = new_tensor(query, {c.pool_query ? c.G * sequences.tasks(kPoolSums) * c.D : 0});
   const AttentionBackwardKernels& kernels = active_attention_backward_kernels();
-  const int64_t share = kernels.backward_workspace(c.D, pool_children(c.pyramid), is_double);
+  const int64_t share = kernels.backward_workspace(c.D, c.Dv, pool_children(c.pyramid), is_double);
   Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
   if (is_double) {
-    kernels.backward_double(backward_arguments(c, arguments<double>(c, keys, values, out_rows, lse_rows, workspace),
-                                               grad_rows, grad_query, grad_key, grad_value, grad_pool, segments,
-                                               partial, partial_pool));
+    kernels.backward_double(backward_arguments(arguments<double>(c, tasks, keys, values, out_rows, lse_rows, workspace),
+                                               grad_rows, grad_query, grad_key, grad_value, grad_pool, partial,
+                                               partial_pool));
   } else {
-    kernels.backward_float(backward_arguments(c, arguments<float>(c, keys, values, out_rows, lse_rows, workspace),
-                                              grad_rows, grad_query, grad_key, grad_value, grad_pool, segments, partial,
+    kernels.backward_float(backward_arguments(arguments<float>(c, tasks, keys, values, out_rows, lse_rows, workspace),
+                                              grad_rows, grad_query, grad_key, grad_value, grad_pool, partial,
                                               partial_pool));
   }
   return {grad_query, grad_key, grad_value, grad_pool};
@@ -194,12 +298,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
-      "hierarchical_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? pool_query, int block_size, "
-      "int fanout, int levels, int local_blocks, bool causal, bool mass_bias, float scale) -> (Tensor out, Tensor lse, "
+      "hierarchical_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? pool_query, Tensor? cu_seqlens, "
+      "Tensor? lengths, int block_size, int fanout, int levels, int local_blocks, bool causal, bool mass_bias, float "
+      "scale) -> (Tensor out, Tensor lse, "
       "Tensor pooled_key, Tensor pooled_value)");
   m.def(
       "hierarchical_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? pool_query, "
-      "Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int block_size, int fanout, int levels, "
+      "Tensor? cu_seqlens, Tensor? lengths, Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int "
+      "block_size, int fanout, int levels, "
       "int local_blocks, bool causal, bool mass_bias, float scale) -> (Tensor grad_query, Tensor grad_key, "
       "Tensor grad_value, Tensor grad_pool_query)");
 }

@@ -1,7 +1,7 @@
 // Hierarchical attention: what the operator hands to the kernels of an instruction set.
 //
-// Letters: B batch, H query heads, G key heads (H a multiple of G), T time, D head dimension, N nodes of all summary
-// levels, L summary levels.
+// Letters: B batch, H query heads, G key heads (H a multiple of G), T time of keys and values, Tq of queries, D size of
+// queries and keys, Dv of values, N nodes of all summary levels, L summary levels.
 #pragma once
 
 #include "cpu/attention/heads.h"
@@ -10,46 +10,96 @@
 
 namespace seqaccel::attention::hierarchical {
 
+// T tokens that no other tokens attend to, from `first` on in row `row` of the batch. Its nodes begin at row `node` of
+// the pooled arrays.
+struct Sequence {
+  int64_t row, first, T, node;
+};
+
+// The sequences of a call, and its tasks of several kinds. A kind has so many tasks per sequence and head.
+struct Sequences {
+  int64_t count;
+  const Sequence* list;   // null: the rows of the batch, which are alike
+  const int64_t* before;  // [kinds, count + 1]: tasks of the sequences before; alike: [kinds], tasks of each
+
+  int64_t tasks_before(int kind, int64_t n) const { return list ? before[kind * (count + 1) + n] : n * before[kind]; }
+  int64_t tasks(int kind, int64_t n) const { return tasks_before(kind, n + 1) - tasks_before(kind, n); }
+  int64_t tasks(int kind) const { return tasks_before(kind, count); }
+};
+
+struct Task {
+  int64_t sequence, head, item;
+};
+
+// Task i of all, which are in the order of sequences, heads, and tasks per head.
+static inline Task task_at(const Sequences& s, int kind, int64_t heads, int64_t i) {
+  int64_t n = 0;
+  if (s.list) {
+    for (int64_t end = s.count; end - n > 1;) {
+      const int64_t middle = n + (end - n) / 2;
+      if (heads * s.tasks_before(kind, middle) <= i) {
+        n = middle;
+      } else {
+        end = middle;
+      }
+    }
+  } else {
+    n = i / (heads * s.before[kind]);
+  }
+  const int64_t each = s.tasks(kind, n);
+  i -= heads * s.tasks_before(kind, n);
+  return {n, i / each, i % each};
+}
+
 template <typename T>
 struct Attention {
-  int64_t B, H, G, D;
-  Pyramid pyramid;
+  int64_t B, H, G, D, Dv;
+  int64_t Tq, nodes;  // rows per head of lse and of the pooled arrays
+  Pyramid pyramid;    // of the whole time; its other sizes are the call's
+  Sequences sequences;
   T scale;
   T bias[kMaxLevels + 1];  // log span with mass_bias, else 0
   Heads<const T> query, key, value;
   const T* pool_query;  // [P, G, D], or null: the mean
   int64_t P;
-  T* pooled_key;    // [B, G, N, D]
-  T* pooled_value;  // [B, G, N, D]
+  T* pooled_key;    // [B, G, nodes, D]
+  T* pooled_value;  // [B, G, nodes, Dv]
   Heads<T> out;
-  T* lse;        // [B, H, T]
+  T* lse;        // [B, H, Tq]
   T* workspace;  // threads * <kernel>_workspace elements
 };
 
+// Kinds of tasks of the forward pass: blocks of queries, and the nodes of level l >= 1 as kind l.
+constexpr int kBlocks = 0;
+
 template <typename T>
 struct AttentionBackward {
-  Attention<T> forward;  // out, lse and the pooled arrays are read only
+  Attention<T> forward;  // out, lse and the pooled arrays are read only; its sequences are those of this pass
   Heads<const T> grad_out;
   Heads<T> grad_query, grad_key, grad_value;
   T* grad_pool;      // [P, G, D], or null
-  int64_t segments;  // a head's query blocks are split into so many independent segments
+  int64_t segments;  // a head's query blocks are split into so many independent segments; of one sequence
   T* partial;        // gradients of tokens and nodes outside a segment: see Outside
-  T* partial_pool;   // [pool_tasks, D]
+  T* partial_pool;   // [sequences, levels, G, chunks, D]
 };
 
-// The rows of `partial`, of D elements each, that one (batch, key head, segment) needs. For each of key and value these
-// are the nodes of the pyramid, and the tokens outside the segment that its queries see.
+// Kinds of tasks of the backward pass. kPartialRows are rows of `partial`, kPoolSums rows of `partial_pool`. Chunks of
+// nodes of level l >= 1 are of kind kChunks + l.
+constexpr int kSegments = 0, kNodes = 1, kPartialRows = 2, kPoolSums = 3, kChunks = 3;
+
+// The rows of `partial` that one (sequence, key head, segment) needs. For each of key and value these are the nodes of
+// the pyramid, and the tokens outside the segment that its queries see.
 struct Outside {
-  int64_t first, last;  // the segment's own tokens
+  int64_t first, last;  // the segment's own tokens; the first segment also has those before the queries
   int64_t left, right;  // its queries also see [left, first), [last, right)
   int64_t tail;         // and [tail, T)
 };
 
 static inline Outside segment_outside(const Pyramid& p, int64_t segment, int64_t segments) {
-  const int64_t blocks = query_blocks(p);
-  const int64_t first = blocks * segment / segments, last = blocks * (segment + 1) / segments;
+  const int64_t blocks = query_blocks(p), before = first_block(p);
+  const int64_t first = before + blocks * segment / segments, last = before + blocks * (segment + 1) / segments;
   Outside o;
-  o.first = min_of(p.T, first * p.block_size);
+  o.first = segment == 0 ? 0 : min_of(p.T, first * p.block_size);
   o.last = min_of(p.T, last * p.block_size);
   o.left = o.first;
   o.right = o.last;
@@ -75,21 +125,19 @@ static inline int64_t pool_children(const Pyramid& p) {
 
 constexpr int64_t kPoolChunk = 32;  // nodes of a level per task in the backward pass of the pyramid
 
-static inline int64_t pool_tasks(const Pyramid& p, int64_t heads) {
-  int64_t n = 0;
-  for (int l = 1; l <= p.levels; ++l) n += heads * ((p.count[l] + kPoolChunk - 1) / kPoolChunk);
-  return n;
+static inline int64_t pool_chunks(const Pyramid& p, int level) {
+  return (p.count[level] + kPoolChunk - 1) / kPoolChunk;
 }
 
 // Elements of workspace that one thread needs.
 struct AttentionKernels {
-  int64_t (*forward_workspace)(int64_t D, int64_t children, bool is_double);
+  int64_t (*forward_workspace)(int64_t D, int64_t Dv, int64_t children, bool is_double);
   void (*forward_float)(const Attention<float>&);
   void (*forward_double)(const Attention<double>&);
 };
 
 struct AttentionBackwardKernels {
-  int64_t (*backward_workspace)(int64_t D, int64_t children, bool is_double);
+  int64_t (*backward_workspace)(int64_t D, int64_t Dv, int64_t children, bool is_double);
   void (*backward_float)(const AttentionBackward<float>&);
   void (*backward_double)(const AttentionBackward<double>&);
 };

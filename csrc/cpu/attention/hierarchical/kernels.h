@@ -36,8 +36,8 @@ SEQACCEL_INLINE void weighted_sum(T* out, const T* rows, ptrdiff_t row, ptrdiff_
 }
 
 template <typename T>
-void pool_node(const Attention<T>& p, int64_t b, int64_t g, int level, int64_t node, T* weights) {
-  const Rows<T> rows = level_rows(p, b, g, level - 1);
+void pool_node(const Attention<T>& p, int64_t g, int level, int64_t node, T* weights) {
+  const Rows<T> rows = level_rows(p, g, level - 1);
   const ptrdiff_t n = p.pyramid.span[level] / p.pyramid.span[level - 1];
   const T* key = rows.key + node * n * rows.key_row;
   const T* value = rows.value + node * n * rows.value_row;
@@ -48,62 +48,66 @@ void pool_node(const Attention<T>& p, int64_t b, int64_t g, int level, int64_t n
   } else {
     for (ptrdiff_t c = 0; c < n; ++c) weights[c] = T(1) / T(n);
   }
-  const int64_t at = ((b * p.G + g) * p.pyramid.nodes + p.pyramid.offset[level] + node) * p.D;
-  weighted_sum(p.pooled_key + at, key, rows.key_row, p.D, weights, n);
-  weighted_sum(p.pooled_value + at, value, rows.value_row, p.D, weights, n);
+  const int64_t row = g * p.nodes + p.pyramid.offset[level] + node;
+  weighted_sum(p.pooled_key + row * p.D, key, rows.key_row, p.D, weights, n);
+  weighted_sum(p.pooled_value + row * p.Dv, value, rows.value_row, p.Dv, weights, n);
 }
 
-// Runs the queries [t, t + count) of block `block`, with count <= kColumns.
+// Runs the queries at [t, t + count) of block `block`, with count <= kColumns.
 template <typename T>
-void attend_tile(const Attention<T>& p, int64_t b, int64_t h, int64_t block, int64_t t, int64_t count, T* workspace) {
+void attend_tile(const Attention<T>& p, int64_t h, int64_t block, int64_t t, int64_t count, T* workspace) {
   const Pyramid& pyramid = p.pyramid;
+  const int64_t row = t - pyramid.first_query;
   const QueryTile<T> q =
-      begin_tile(workspace, p.query.at(b, h) + t * p.query.time, p.query.time, count, p.D, p.D, p.scale);
+      begin_tile(workspace, p.query.at(0, h) + row * p.query.time, p.query.time, count, p.D, p.Dv, p.scale);
   const int64_t g = h / (p.H / p.G);
   Run runs[kMaxRuns];
   const int n = cover_block(pyramid, block, runs);
   for (int i = 0; i < n; ++i) {
     const int level = runs[i].level;
     const bool diagonal = pyramid.causal && level == 0;
-    attend_run(q, count, level_rows(p, b, g, level), runs[i].begin, diagonal ? t + count : runs[i].end, t, diagonal,
-               p.D, p.D, p.bias[level]);
+    attend_run(q, count, level_rows(p, g, level), runs[i].begin, diagonal ? t + count : runs[i].end, t, diagonal, p.D,
+               p.Dv, p.bias[level]);
   }
-  end_tile(q, p.out.at(b, h) + t * p.out.time, p.out.time, p.lse + (b * p.H + h) * pyramid.T + t, count, p.D);
+  end_tile(q, p.out.at(0, h) + row * p.out.time, p.out.time, p.lse + h * p.Tq + row, count, p.Dv);
 }
 
 template <typename T>
-int64_t forward_elements(int64_t D, int64_t children) {
-  return (max_of(query_tile_elements<T>(D, D), children) + 31) / 16 * 16;
+int64_t forward_elements(int64_t D, int64_t Dv, int64_t children) {
+  return (max_of(query_tile_elements<T>(D, Dv), children) + 31) / 16 * 16;
 }
 
-inline int64_t forward_workspace(int64_t D, int64_t children, bool is_double) {
-  return is_double ? forward_elements<double>(D, children) : forward_elements<float>(D, children);
+inline int64_t forward_workspace(int64_t D, int64_t Dv, int64_t children, bool is_double) {
+  return is_double ? forward_elements<double>(D, Dv, children) : forward_elements<float>(D, Dv, children);
 }
 
 template <typename T>
 void attention_forward(const Attention<T>& p) {
-  const Pyramid& pyramid = p.pyramid;
-  const int64_t heads = p.B * p.G;
-  const int64_t tiles = (pyramid.block_size + kColumns<T> - 1) / kColumns<T>;
-  const int64_t blocks = query_blocks(pyramid), tasks = p.B * p.H * blocks * tiles;
-  const int64_t share = forward_elements<T>(p.D, pool_children(pyramid));
-#pragma omp parallel if (p.B * p.H * pyramid.T > 256)
+  const Sequences& sequences = p.sequences;
+  const int64_t tiles = (p.pyramid.block_size + kColumns<T> - 1) / kColumns<T>;
+  const int64_t tasks = sequences.tasks(kBlocks) * p.H * tiles;
+  const int64_t share = forward_elements<T>(p.D, p.Dv, pool_children(p.pyramid));
+#pragma omp parallel if (p.B * p.H * p.pyramid.T > 256)
   {
     T* const workspace = p.workspace + omp_get_thread_num() * share;
-    for (int level = 1; level <= pyramid.levels; ++level) {
-      const int64_t nodes = pyramid.count[level];
+    Current<Attention<T>> current(p);
+    for (int level = 1; level <= p.pyramid.levels; ++level) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < heads * nodes; ++i) {
-        const int64_t head = i / nodes;
-        pool_node(p, head / p.G, head % p.G, level, i % nodes, workspace);
+      for (int64_t i = 0; i < p.G * sequences.tasks(level); ++i) {
+        const Task task = task_at(sequences, level, p.G, i);
+        pool_node(current.at(task.sequence), task.head, level, task.item, workspace);
       }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t tile = i % tiles, block = i / tiles % blocks, head = i / tiles / blocks;
-      const int64_t t = block * pyramid.block_size + tile * kColumns<T>;
-      const int64_t end = min_of(pyramid.T, (block + 1) * pyramid.block_size);
-      if (t < end) attend_tile(p, head / p.H, head % p.H, block, t, min_of(kColumns<T>, end - t), workspace);
+      const Task task = task_at(sequences, kBlocks, p.H, i / tiles);
+      const Attention<T>& s = current.at(task.sequence);
+      const Pyramid& pyramid = s.pyramid;
+      const int64_t block = first_block(pyramid) + task.item,
+                    tile = block * pyramid.block_size + i % tiles * kColumns<T>;
+      const int64_t t = max_of(tile, pyramid.first_query);
+      const int64_t end = min_of(tile + kColumns<T>, min_of(pyramid.T, (block + 1) * pyramid.block_size));
+      if (t < end) attend_tile(s, task.head, block, t, end - t, workspace);
     }
   }
 }
