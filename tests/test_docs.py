@@ -5,6 +5,7 @@ import importlib
 import pathlib
 import pkgutil
 import re
+import runpy
 
 import pytest
 
@@ -67,3 +68,12 @@ def test_named_tests_are_there():
     assert named
     for file, test in (name.split("::") for name in sorted(named)):
         assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.M), f"{file} has no {test}"
+
+
+def test_picture_of_levels():
+    """What docs/draw_attention.py reads off the operator: each row is a query's tokens and nodes, in order."""
+    spans_seen = runpy.run_path(str(ROOT / "docs" / "draw_attention.py"))["spans_seen"]
+    causal, both = spans_seen(True), spans_seen(False)
+    assert causal.unique().tolist() == [0, 1, 4, 16, 64] and (causal.triu(1) == 0).all()
+    assert (both > 0).all() and both.tril().equal(causal) and both.flip(0, 1).equal(both)
+    assert causal[219].unique_consecutive(return_counts=True)[1].tolist() == [128, 64, 20, 8, 36]
