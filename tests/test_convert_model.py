@@ -306,3 +306,194 @@ def test_bad_arguments(arguments, error, words):
         seqaccel.convert(**({"model": torch.nn.LSTM(3, 4)} | arguments))
     with pytest.raises(TypeError, match="expected model"):
         seqaccel.revert(None)
+
+
+# ---- convolutions ----
+
+
+class Chomp1d(torch.nn.Module):
+    def __init__(self, chomp_size):
+        super().__init__()
+        self.chomp_size = chomp_size
+
+    def forward(self, x):
+        return x[:, :, : -self.chomp_size].contiguous()
+
+
+def old_weight_norm(module):
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(module)
+
+
+class Level(torch.nn.Module):
+    """A level of locuslab's TCN."""
+
+    def __init__(self, inputs, outputs, kernel_size, dilation, norm, dropout=0.0):
+        super().__init__()
+        pad = (kernel_size - 1) * dilation
+        options = {"padding": pad, "dilation": dilation}
+        self.conv1 = norm(torch.nn.Conv1d(inputs, outputs, kernel_size, **options))
+        self.conv2 = norm(torch.nn.Conv1d(outputs, outputs, kernel_size, **options))
+        first = [self.conv1, Chomp1d(pad), torch.nn.ReLU(), torch.nn.Dropout(dropout)]
+        second = [self.conv2, Chomp1d(pad), torch.nn.ReLU(), torch.nn.Dropout(dropout)]
+        self.net = torch.nn.Sequential(*first, *second)
+        self.downsample = torch.nn.Conv1d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x):
+        return torch.relu(self.net(x) + (x if self.downsample is None else self.downsample(x)))
+
+
+def assert_converts(model, x, targets):
+    before, keys = gradients(model, x), list(model.state_dict())
+    rows = converted_rows(model)
+    assert {path: row.target for path, row in rows.items() if row.target} == targets
+    torch.testing.assert_close(gradients(model, x), before)
+    assert list(model.state_dict()) == keys
+    seqaccel.revert(model)
+    torch.testing.assert_close(gradients(model, x), before, rtol=0, atol=0)
+    return rows
+
+
+@pytest.mark.parametrize("norm", [weight_norm, old_weight_norm, lambda conv: conv], ids=["new", "old", "none"])
+def test_locuslab_s_network(norm):
+    model = torch.nn.Sequential(Level(3, 5, 3, 1, norm), Level(5, 5, 3, 2, norm))
+    rows = assert_converts(model, torch.randn(2, 3, 12), dict.fromkeys(["0.net", "1.net"], CONVOLUTION))
+    assert len(rows) == 2  # the convolutions inside are not reported again
+
+
+CONVOLUTION = "seqaccel.functional.causal_conv1d"
+PADDED = {
+    "constant": lambda: [torch.nn.ConstantPad1d((4, 0), 0.0), torch.nn.Conv1d(3, 4, 3, dilation=2), torch.nn.SiLU()],
+    "zero, stride": lambda: [torch.nn.ZeroPad1d((2, 0)), torch.nn.Conv1d(3, 4, 3, stride=2, bias=False)],
+    "replicate, groups": lambda: [torch.nn.ReplicationPad1d((1, 0)), torch.nn.Conv1d(3, 3, 2, groups=3)],
+    "two": lambda: [
+        torch.nn.Conv1d(3, 3, 1),
+        *PADDED["constant"](),
+        torch.nn.ZeroPad1d((1, 0)),
+        torch.nn.Conv1d(4, 2, 2),
+    ],
+}
+NOT_CAUSAL = {
+    "value": lambda: [torch.nn.ConstantPad1d((2, 0), 1.0), torch.nn.Conv1d(3, 4, 3)],
+    "right": lambda: [torch.nn.ConstantPad1d((1, 1), 0.0), torch.nn.Conv1d(3, 4, 3)],
+    "more": lambda: [torch.nn.ConstantPad1d((3, 0), 0.0), torch.nn.Conv1d(3, 4, 3)],
+    "padded twice": lambda: [torch.nn.ConstantPad1d((2, 0), 0.0), torch.nn.Conv1d(3, 4, 3, padding=1)],
+    "same": lambda: [torch.nn.Conv1d(3, 4, 3, padding="same"), torch.nn.ReLU()],
+    "strided chomp": lambda: [torch.nn.Conv1d(3, 4, 3, padding=2, stride=2), Chomp1d(2)],
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_convolutions(name):
+    model = torch.nn.Sequential(*PADDED[name]())
+    for x in (torch.randn(2, 3, 11), torch.randn(3, 11)):
+        assert_converts(model, x, {"": CONVOLUTION})
+    seqaccel.convert(model)
+    x = torch.randn(2, 3, 11)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    assert isinstance(copy.deepcopy(model), torch.nn.Sequential) and len(pickle.loads(pickle.dumps(model))) == len(
+        model
+    )
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_other_convolutions_stay(name):
+    rows = assert_converts(torch.nn.Sequential(*NOT_CAUSAL[name]()), torch.randn(2, 3, 11), {})
+    assert [row.reason for row in rows.values()] == ["no causal padding or Chomp1d beside it in a Sequential"]
+
+
+def test_layers_with_hooks_run_as_they_are():
+    model, x, seen = seqaccel.convert(torch.nn.Sequential(*PADDED["constant"]())), torch.randn(2, 3, 11), []
+    expected = model(x)
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape[2], output.shape[2])))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [(15, 11)]
+
+
+def test_dropout_behind_a_convolution():
+    model = seqaccel.convert(torch.nn.Sequential(Level(3, 5, 3, 1, weight_norm, dropout=0.5)))
+    x = torch.randn(2, 3, 50)
+    zeros = (model[0].net(x) == 0).float().mean()
+    assert 0.6 < zeros < 0.9 and not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_chomp_of_another_kind():
+    class Chomp1d(torch.nn.Module):  # cuts off the beginning
+        chomp_size = 2
+
+        def forward(self, x):
+            return x[:, :, 2:]
+
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 3, padding=2), Chomp1d())
+    assert assert_converts(model, torch.randn(2, 3, 11), {})[""].reason.startswith("its Chomp1d does not")
+
+
+# ---- packages: stand-ins with the attributes that the conversion reads ----
+
+
+class TemporalPad1d(torch.nn.Module):
+    def __init__(self, pad):
+        super().__init__()
+        self.pad = pad
+
+    def forward(self, x, inference=False, buffer_io=None):
+        return x if inference else self.pad(x)
+
+
+class TemporalConv1d(torch.nn.Conv1d):
+    __module__ = "pytorch_tcn.conv"
+
+    def __init__(self, pad, causal=True):
+        super().__init__(3, 4, 3)
+        self.causal, self.padder = causal, TemporalPad1d(pad)
+
+    def forward(self, x, inference=False, in_buffer=None, buffer_io=None):
+        return super().forward(self.padder(x, inference=inference, buffer_io=buffer_io))
+
+
+def test_pytorch_tcn():
+    pads = [torch.nn.ConstantPad1d((2, 0), 0.0), torch.nn.ReplicationPad1d((2, 0))]
+    for pad in pads:
+        model, x = torch.nn.ModuleDict({"conv": weight_norm(TemporalConv1d(pad))}), torch.randn(2, 3, 11)
+        model.forward = lambda x, model=model: model["conv"](x)
+        assert_converts(model, x, {"conv": CONVOLUTION})
+        streamed = model["conv"](x, inference=True)
+        seqaccel.convert(model)
+        torch.testing.assert_close(model["conv"](x, inference=True), streamed, rtol=0, atol=0)
+    reasons = [
+        converted_rows(torch.nn.Sequential(conv))["0"].reason
+        for conv in (TemporalConv1d(pads[0], causal=False), TemporalConv1d(torch.nn.CircularPad1d((2, 0))))
+    ]
+    assert reasons == ["not causal", "padding by CircularPad1d"]
+
+
+class SRUCell(torch.nn.Module):
+    """A layer of sru 2.6 without options but tanh."""
+
+    __module__ = "sru.modules"
+
+    def __init__(self, size, use_tanh):
+        super().__init__()
+        plain = seqaccel.nn.SRUCell(size, size, use_tanh=use_tanh)
+        attributes = {k: v for k, v in vars(plain).items() if k not in ("use_tanh", "nn_rnn_compatible_return")}
+        vars(self).update(attributes, activation_type=int(use_tanh))
+
+    def forward(self, input, c0=None, mask_pad=None):
+        c = torch.zeros_like(input[0]) if c0 is None else c0
+        w_f, w_r = self.weight_c.chunk(2)
+        b_f, b_r = self.bias.chunk(2)
+        outputs = []
+        for x, u in zip(input, input @ self.weight, strict=True):
+            u0, u1, u2 = u.unflatten(1, (-1, 3)).unbind(2)
+            f, r = torch.sigmoid(u1 + w_f * c + b_f), torch.sigmoid(u2 + w_r * c + b_r)
+            c = f * c + (1 - f) * u0
+            skip = x * self.scale_x
+            outputs.append(skip + r * ((torch.tanh(c) if self.activation_type else c) - skip))
+        return torch.stack(outputs), c
+
+
+@pytest.mark.parametrize("use_tanh", [False, True])
+def test_sru(use_tanh):
+    assert_converts(torch.nn.Sequential(SRUCell(4, use_tanh)), torch.randn(6, 2, 4), {"0": "seqaccel.nn.SRUCell"})

@@ -18,7 +18,7 @@ BELOW = {
     "kernels": {"kernels"},
     "functional": {"_arguments", "_common", "_extension", "backends", "functional", "kernels", "reference"},
     "nn": {"_arguments", "_common", "functional", "nn"},
-    "convert": {"_arguments", "convert", "nn"},
+    "convert": {"_arguments", "convert", "functional", "nn"},
 }
 # Names that a layer knows nothing of.
 UNKNOWN = {"reference": {"Function", "Module"}, "kernels": {"Function", "Module"}}

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 
 from seqaccel import _arguments
+from seqaccel.convert import causal_conv, pytorch_tcn, sru
 from seqaccel.convert import torch as torch_layers
 from seqaccel.convert._report import Report, Row
 from seqaccel.convert._swap import Asked, Swap, plain_class, restore, swap
@@ -17,6 +18,9 @@ from seqaccel.convert._swap import Asked, Swap, plain_class, restore, swap
 #: A name of ``config`` and what answers for a module: what it becomes, why it stays, or None, it is something else.
 RULES: dict[str, Callable[[torch.nn.Module, Asked], Swap | str | None]] = {
     **dict.fromkeys(torch_layers.NAMES, torch_layers.recurrent),
+    "Conv1d": causal_conv.sequential,
+    "TemporalConv1d": pytorch_tcn.temporal_conv,
+    "SRUCell": sru.cell,
     "MultiheadAttention": torch_layers.attention,
 }
 #: What is replaced only where ``config`` names it: it computes another function.
@@ -81,7 +85,11 @@ def _left(module: torch.nn.Module) -> str | None:
     kind = plain_class(module)
     if kind.__module__.partition(".")[0] == "seqaccel":
         return None
-    if kind.__name__ in RULES.keys() - BY_NAME or isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
+    if kind is torch.nn.Conv1d and module.kernel_size != (1,):
+        return "no causal padding or Chomp1d beside it in a Sequential"
+    if kind.__name__ in RULES.keys() - BY_NAME - {"Conv1d"} or isinstance(
+        module, (torch.nn.RNNBase, torch.nn.RNNCellBase)
+    ):
         return "not derived from a class of torch.nn that computes it"
     return _loops(module)
 
@@ -91,6 +99,7 @@ def found(
 ) -> list[tuple[str, torch.nn.Module, Swap | str]]:
     """Path, module and answer, for each module of which there is something to say."""
     answers: list[tuple[str, torch.nn.Module, Swap | str]] = []
+    inside: set[torch.nn.Module] = set()
     for path, module in list(model.named_modules()):
         scripted = isinstance(module, torch.jit.ScriptModule)
         known = [] if scripted else [(name, find(module, rules.get(name, Asked(name)))) for name, find in RULES.items()]
@@ -101,9 +110,11 @@ def found(
             answer = "left out by config"
         elif isinstance(answer, Swap) and filter_fn is not None and not filter_fn(module, path):
             answer = "left out by filter_fn"
+        if isinstance(answer, Swap) and isinstance(module, torch.nn.Sequential):
+            inside |= causal_conv.convolutions(module)
         if answer is not None:
             answers.append((path, module, answer))
-    return answers
+    return [answer for answer in answers if answer[1] not in inside]
 
 
 @overload
@@ -145,6 +156,10 @@ def convert(
 
     - ``RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell``, ``GRUCell`` of torch.nn, also with parametrized weights
       (weight norm), and classes derived from them that call ``super().forward``.
+    - ``Conv1d`` of torch.nn in a Sequential, behind padding of (K-1)·dilation steps on the left (``ConstantPad1d``,
+      ``ZeroPad1d``, ``ReplicationPad1d``) or padded and before a ``Chomp1d`` (locuslab's TCN), with the ReLU, SiLU,
+      Sigmoid or Tanh and the Dropout that follow, by :func:`seqaccel.functional.causal_conv1d`.
+    - ``TemporalConv1d`` of pytorch-tcn (its TCN) where it is causal, and ``SRUCell`` of the package sru (its SRU).
     - ``MultiheadAttention`` of torch.nn, only where ``config`` names it, by
       :class:`seqaccel.nn.HierarchicalAttention`: another function of the same parameters.
 
