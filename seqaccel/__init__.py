@@ -6,13 +6,24 @@ __version__ = "0.1.0"
 
 from seqaccel import _extension, data, functional, nn
 from seqaccel.backends import backend
-from seqaccel.convert import convert, from_haste, from_mingru, from_mlstm, from_qrnn, patch_torch, revert, unpatch_torch
+from seqaccel.convert import (
+    benchmark,
+    convert,
+    from_haste,
+    from_mingru,
+    from_mlstm,
+    from_qrnn,
+    optimize,
+    patch_torch,
+    revert,
+    unpatch_torch,
+)
 from seqaccel.session import Session
 
 from seqaccel import _steps as _steps  # isort: skip  gives the modules their steps
 
 __all__ = ["Session", "backend", "convert", "from_haste", "from_mingru", "from_mlstm", "from_qrnn", "functional", "nn"]
-__all__ += ["data", "patch_torch", "revert", "unpatch_torch"]
+__all__ += ["benchmark", "data", "optimize", "patch_torch", "revert", "unpatch_torch"]
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqaccel
+from seqaccel.convert import measure
 
 LAYERS = {
     "RNN": lambda: torch.nn.RNN(4, 5, nonlinearity="relu", bidirectional=True),
@@ -497,3 +498,79 @@ class SRUCell(torch.nn.Module):
 @pytest.mark.parametrize("use_tanh", [False, True])
 def test_sru(use_tanh):
     assert_converts(torch.nn.Sequential(SRUCell(4, use_tanh)), torch.randn(6, 2, 4), {"0": "seqaccel.nn.SRUCell"})
+
+
+# ---- measuring ----
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.norm = torch.nn.LSTM(3, 4), torch.nn.BatchNorm1d(4)
+        self.head, self.unused = torch.nn.GRU(4, 4), torch.nn.LSTM(3, 3)
+
+    def forward(self, x, *, scale):
+        return self.head(self.norm(self.lstm(x)[0].transpose(1, 2)).transpose(1, 2) * scale)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    monkeypatch.setattr(measure, "SECONDS", 1e-4)
+    monkeypatch.setattr(measure, "ROUNDS", 2)
+
+
+def example():
+    return {"x": torch.randn(4, 2, 3), "scale": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_benchmark_changes_nothing(brief, converted):
+    model = Model()
+    if converted:
+        seqaccel.convert(model, fullgraph=True)
+    kinds, before = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+    inputs, random = example(), torch.get_rng_state()
+    report = seqaccel.benchmark(model, inputs, progress=False)
+    assert [row.path for row in report] == ["lstm", "head", "unused", "(model)"]
+    for row in report:
+        called = row.path != "unused"
+        assert all((value > 0) is called for value in row[2:7]), row
+    assert [type(m) for m in model.modules()] == kinds and all(m.training for m in model.modules())
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in model.parameters())
+    rows = list(seqaccel.benchmark(model.eval(), example(), config={"GRU": False}, progress=False))
+    assert [row.path for row in rows] == ["lstm", "unused", "(model)"] and rows[0].training != rows[0].training
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_optimize_keeps_what_is_faster(monkeypatch, whole):
+    times = {"lstm": (3.0, 1.0), "head": (1.0, 2.0), "(model)": (4.0, 3.0 if whole else 5.0)}
+    model = Model()
+    names = {**{module: path for path, module in model.named_modules()}, model: "(model)"}
+
+    def compared(run, call, use_ours):
+        use_ours(True)
+        use_ours(False)
+        return times[names[run.args[0]]]
+
+    monkeypatch.setattr(measure, "_compared", compared)
+    report = seqaccel.optimize(model, example(), progress=False)
+    assert [row.faster for row in report] == [True, False, False, whole]
+    kept = [isinstance(layer, seqaccel.nn.Streaming) for layer in (model.lstm, model.head, model.unused)]
+    assert kept == [whole, False, False]
+    assert "3" in str(report).splitlines()[3].split() and str(report).splitlines()[3].endswith("yes")
+
+
+def test_a_failing_example_leaves_the_model_as_it_was(brief):
+    model = seqaccel.convert(Model())
+    with pytest.raises(TypeError, match="scale"):
+        seqaccel.optimize(model, torch.randn(4, 2, 3))
+    assert isinstance(model.lstm, seqaccel.nn.LSTM) and all(m.training for m in model.modules())
+    for call in (seqaccel.benchmark, seqaccel.optimize):
+        with pytest.raises(TypeError, match=f"{call.__name__}: expected model"):
+            call(None, example())
+        with pytest.raises(TypeError, match="expected filter_fn"):
+            call(model, example(), filter_fn=3)
+        with pytest.raises(TypeError, match="progress"):
+            call(model, example(), progress="yes")

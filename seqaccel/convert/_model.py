@@ -53,6 +53,11 @@ def check_model(where: str, model: Any) -> None:
         raise TypeError(f"{where}: expected model to be a torch.nn.Module, but got {kind}")
 
 
+def check_filter(where: str, filter_fn: Any) -> None:
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"{where}: expected filter_fn to be callable, but got {type(filter_fn).__name__}")
+
+
 def title(kind: type) -> str:
     package = kind.__module__.partition(".")[0]
     return f"{'torch.nn' if package == 'torch' else package}.{kind.__name__}"
@@ -196,8 +201,7 @@ def convert(
     """
     check_model("convert", model)
     _arguments.flags("convert", report=report, fullgraph=fullgraph)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"convert: expected filter_fn to be callable, but got {type(filter_fn).__name__}")
+    check_filter("convert", filter_fn)
     name = plain_class(model).__name__
     rows = []
     for path, module, answer in found(model, asked(config, bool(fullgraph)), filter_fn):

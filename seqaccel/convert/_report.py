@@ -1,5 +1,6 @@
 """What ``convert`` and ``optimize`` say they did: a table."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,14 @@ class Row(NamedTuple):
     source: str  #: its class
     target: str  #: what it became, or ``""``
     reason: str  #: why it was left as it is, or ``""``
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.3g}"
+    return str(value)
 
 
 class Report:
@@ -26,7 +35,7 @@ class Report:
         self.title, self.header, self.rows = title, tuple(header), list(rows)
 
     def _cells(self) -> list[list[str]]:
-        return [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in self.rows]
+        return [[_text(value) for value in row] for row in self.rows]
 
     def __str__(self) -> str:
         lines = [list(self.header), *self._cells()]

@@ -42,6 +42,10 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     return kind.__bases__[0] if _is_parametrized(kind) else kind
 
 
+def is_swapped(module: torch.nn.Module) -> bool:
+    return _MARK in vars(module)
+
+
 def _set_class(module: torch.nn.Module, kind: type) -> None:
     current = type(module)
     module.__class__ = _on(current, kind) if _is_parametrized(current) else kind
