@@ -69,6 +69,51 @@ def test_from_haste(gru, norms, zoneout):
         torch.testing.assert_close(state[1], c[None])
 
 
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("gru", [False, True])
+def test_haste_s_layers_in_a_model(gru, norms):
+    kind = type("LSTM", (Haste,), {"__module__": "haste_pytorch.lstm"})
+    layer, x = kind(4, 6, gru, norms, zoneout=0.3, batch_first=norms).eval(), torch.randn(5, 3, 4, dtype=torch.float64)
+    expected, h, c = layer(x)
+    before = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    _, report = seqaccel.convert(torch.nn.Sequential(layer), report=True)
+    assert [row.target for row in report] == ["seqaccel.nn.LSTM"] and isinstance(layer, kind)
+    output, state = layer(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(state if gru else state[0], h[None])
+    if not gru:
+        torch.testing.assert_close(state[1], c[None])
+    after = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(after, before)
+    first, state = layer(x[:, :2] if norms else x[:2])
+    rest, _ = layer(x[:, 2:] if norms else x[2:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1 if norms else 0), expected)
+    assert type(seqaccel.revert(layer)) is kind
+
+
+def test_haste_s_indrnn_in_a_model():
+    class IndRNN(torch.nn.Module):
+        __module__ = "haste_pytorch.indrnn"
+        batch_first, zoneout = False, 0.0
+
+        def __init__(self):
+            super().__init__()
+            for name, shape in (("kernel", (3, 4)), ("recurrent_scale", (4,)), ("bias", (4,))):
+                self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
+
+    layer, x, h, rows = IndRNN(), torch.randn(5, 2, 3), torch.randn(2, 4), []
+    output, h_n = seqaccel.convert(layer)(x, h[None])
+    for x_t in x:
+        h = torch.tanh(x_t @ layer.kernel + layer.bias + h * layer.recurrent_scale)
+        rows.append(h)
+    torch.testing.assert_close(output, torch.stack(rows))
+    torch.testing.assert_close(h_n, h[None])
+    zoned = IndRNN()
+    zoned.zoneout = 0.1
+    _, report = seqaccel.convert(zoned, report=True)
+    assert [row.reason for row in report] == ["an IndRNN with zoneout"]
+
+
 def test_from_haste_takes_arrays_and_options():
     layer = Haste(4, 6, False, True)
     arrays = {name: value.detach().numpy() for name, value in layer.state_dict().items()}

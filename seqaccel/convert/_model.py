@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 
 from seqaccel import _arguments
-from seqaccel.convert import causal_conv, pytorch_tcn, sru
+from seqaccel.convert import causal_conv, haste, pytorch_tcn, sru
 from seqaccel.convert import torch as torch_layers
 from seqaccel.convert._report import Report, Row
 from seqaccel.convert._swap import Asked, Swap, plain_class, restore, swap
@@ -21,6 +21,7 @@ RULES: dict[str, Callable[[torch.nn.Module, Asked], Swap | str | None]] = {
     "Conv1d": causal_conv.sequential,
     "TemporalConv1d": pytorch_tcn.temporal_conv,
     "SRUCell": sru.cell,
+    "haste": haste.layer,
     "MultiheadAttention": torch_layers.attention,
 }
 #: What is replaced only where ``config`` names it: it computes another function.
@@ -165,6 +166,7 @@ def convert(
       ``ZeroPad1d``, ``ReplicationPad1d``) or padded and before a ``Chomp1d`` (locuslab's TCN), with the ReLU, SiLU,
       Sigmoid or Tanh and the Dropout that follow, by :func:`seqaccel.functional.causal_conv1d`.
     - ``TemporalConv1d`` of pytorch-tcn (its TCN) where it is causal, and ``SRUCell`` of the package sru (its SRU).
+    - ``haste``: the layers of haste_pytorch, where no ``lengths`` and no ``return_state_sequence`` are given.
     - ``MultiheadAttention`` of torch.nn, only where ``config`` names it, by
       :class:`seqaccel.nn.HierarchicalAttention`: another function of the same parameters.
 

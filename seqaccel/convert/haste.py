@@ -4,9 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seqaccel import _arguments, nn
+from seqaccel.convert._swap import Asked, Swap, combined, plain_class
 from seqaccel.convert._weights import check_shapes, load_first_layer, reorder, tensors_of
+from seqaccel.functional import indrnn
+from seqaccel.functional.rnn import layers
+
+#: The places of torch's gates among haste's: i, f, g, o of i, g, f, o, and r, z, n of z, r, h.
+_LSTM_GATES, _GRU_GATES = (0, 2, 1, 3), (1, 0, 2)
 
 
 def from_haste(
@@ -67,7 +74,7 @@ def from_haste(
         raise ValueError("from_haste: expected kernel and recurrent_kernel to have two dimensions")
     inputs, hidden = kernel.shape[0], recurrent_kernel.shape[0]
     is_gru, norms = "recurrent_bias" in tensors, "gamma" in tensors
-    order = (1, 0, 2) if is_gru else (0, 2, 1, 3)
+    order = _GRU_GATES if is_gru else _LSTM_GATES
     rows = len(order) * hidden
     shapes: dict[str, tuple[int, ...]] = {
         "kernel": (inputs, rows), "recurrent_kernel": (hidden, rows), "bias": (rows,), "recurrent_bias": (rows,),
@@ -124,3 +131,57 @@ def _indrnn(source: Mapping[str, Any], batch_first: bool) -> nn.IndRNN:
     weights = {"weight_ih": kernel.T, "weight_hh": tensors["recurrent_scale"], "bias_ih": tensors["bias"]}
     load_first_layer(module, weights)
     return module
+
+
+class _Layer:
+    """A layer of the package, in front of its class: its parameters in our layout, by our kernels."""
+
+    def forward(self: Any, input: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
+        if lengths is not None or getattr(self, "return_state_sequence", False):
+            return super().forward(input, state, lengths)  # type: ignore[misc]
+        x = input.transpose(0, 1) if self.batch_first else input
+        output, last = self._run(x, state)
+        return output.transpose(0, 1) if self.batch_first else output, last
+
+
+class _Gated(_Layer):
+    def _run(self: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        is_gru, norms = hasattr(self, "recurrent_bias"), hasattr(self, "gamma")
+        order = _GRU_GATES if is_gru else _LSTM_GATES
+        bias_hh = reorder(self.recurrent_bias, order) if is_gru else torch.zeros_like(self.bias)
+        matrices = [reorder(kernel.T, order) for kernel in (self.kernel, self.recurrent_kernel)]
+        weights: list[Tensor | None] = [*matrices, reorder(self.bias, order), bias_hh]
+        if norms:
+            weights += [reorder(gain, order) for gain in self.gamma]
+            weights += [] if is_gru else [self.gamma_h, self.beta_h]
+        elif not is_gru:
+            weights.append(None)
+        output, last = layers(
+            ("layer_norm_" if norms else "") + ("gru" if is_gru else "lstm"),
+            x,
+            None if state is None else (state,) if is_gru else tuple(state),
+            [weights],
+            recurrent_dropout=self.dropout,
+            zoneout=(self.zoneout, 0.0),
+            training=self.training,
+        )
+        return output, last[0] if is_gru else last
+
+
+class _IndRNN(_Layer):
+    def _run(self: Any, x: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        h_0 = None if state is None else state[0]
+        output, last = indrnn(x @ self.kernel, self.recurrent_scale, self.bias, h_0, nonlinearity="tanh")
+        return output, last.unsqueeze(0)
+
+
+def layer(module: torch.nn.Module, asked: Asked) -> Swap | str | None:
+    """Of ``haste_pytorch``'s ``LSTM``, ``GRU``, ``LayerNormLSTM``, ``LayerNormGRU`` and ``IndRNN``."""
+    kind: Any = plain_class(module)
+    if kind.__module__.partition(".")[0] != "haste_pytorch" or not hasattr(module, "kernel"):
+        return None
+    if not hasattr(module, "recurrent_scale"):
+        return Swap(f"seqaccel.nn.{kind.__name__}", combined(_Gated, kind))
+    if getattr(module, "zoneout", 0):
+        return "an IndRNN with zoneout"
+    return Swap("seqaccel.nn.IndRNN", combined(_IndRNN, kind))
