@@ -19,6 +19,7 @@ from seqaccel.functional.conv import (
 )
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
+from seqaccel.functional.rnn.stability import truncated
 from seqaccel.functional.scan import (
     column_layer,
     fo_pool,
@@ -55,6 +56,7 @@ __all__ += [
     "sru_layer",
     "temporal_block",
     "top_k_layout",
+    "truncated",
     "wavenet_layer",
     *_recurrent.__all__,
 ]

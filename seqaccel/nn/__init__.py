@@ -2,6 +2,7 @@
 
 from seqaccel.nn import attention, conv, rnn, scan
 from seqaccel.nn import decoding as decoding
+from seqaccel.nn import utils as utils
 from seqaccel.nn.attention import *  # noqa: F403
 from seqaccel.nn.conv import *  # noqa: F403
 from seqaccel.nn.rnn import *  # noqa: F403

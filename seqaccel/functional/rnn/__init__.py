@@ -5,6 +5,7 @@ from seqaccel.functional.rnn import _functions
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.rnn._layers import layers, step
+from seqaccel.functional.rnn.stability import truncated
 
-__all__ = ["CELLS", "CellSpec", "layers", "step"]
+__all__ = ["CELLS", "CellSpec", "layers", "step", "truncated"]
 __all__ += _functions.__all__
