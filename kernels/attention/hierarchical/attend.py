@@ -11,12 +11,31 @@ def _above(span, factor, T):
 
 
 @triton.jit
-def _narrow(T, nodes, block_size, fanout, levels, w, scale):
+def _narrow(Tq, T, nodes, block_size, fanout, levels, w, scale):
     """Inductor may pass these as int64 and float64."""
     return (
-        tl.cast(T, tl.int32), tl.cast(nodes, tl.int32), tl.cast(block_size, tl.int32), tl.cast(fanout, tl.int32),
-        tl.cast(levels, tl.int32), tl.cast(w, tl.int32), tl.cast(scale, tl.float32),
+        tl.cast(Tq, tl.int32), tl.cast(T, tl.int32), tl.cast(nodes, tl.int32), tl.cast(block_size, tl.int32),
+        tl.cast(fanout, tl.int32), tl.cast(levels, tl.int32), tl.cast(w, tl.int32), tl.cast(scale, tl.float32),
     )  # fmt: skip
+
+
+@triton.jit
+def length_of(p_lengths, i_b, T):
+    """Tokens of a row before its padding."""
+    length = T
+    if p_lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), T).to(tl.int32)
+    return length
+
+
+@triton.jit
+def _query_tile(block_size, first, length, BM: tl.constexpr):
+    """Where the program's tile of queries begins, in one block, and where those that count end. ``first`` is the
+    position of the first query: a tile may begin before it."""
+    tiles = tl.cdiv(block_size, BM)
+    i_block = first // block_size + tl.program_id(0) // tiles
+    t = i_block * block_size + tl.program_id(0) % tiles * BM
+    return t, tl.minimum(tl.minimum(length, (i_block + 1) * block_size), t + BM)
 
 
 @triton.jit
@@ -87,15 +106,15 @@ def _weighted(b_w, b_rows, PRECISION: tl.constexpr):
 @triton.jit
 def _attend(
     b_q, b_out, b_most, b_sum, p_key, p_value, begin, end, bias, o_t, scale,
-    DIAGONAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_d = tl.arange(0, BD)
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     for n in range(begin, end, BN):
         o_n = n + tl.arange(0, BN)
-        mask = (o_n < end)[:, None] & (o_d < D)[None, :]
-        offsets = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-        b_k = tl.load(p_key + offsets, mask=mask, other=0)  # [BN, BD]
-        b_v = tl.load(p_value + offsets, mask=mask, other=0)
+        row, m_n = o_n.to(tl.int64)[:, None], (o_n < end)[:, None]
+        b_k = tl.load(p_key + row * D + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0)  # [BN, BD]
+        b_v = tl.load(p_value + row * DV + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0)  # [BN, BV]
         b_s = _scores(b_q, b_k, PRECISION) * scale + bias  # [BM, BN]
         seen = (o_n < end)[None, :]
         if DIAGONAL:
@@ -112,19 +131,20 @@ def _attend(
 
 @triton.jit
 def _attend_all(
-    b_q, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, T, block_size, fanout, levels, w, scale,
-    CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, length, T, block_size, fanout, levels, w, scale,
+    CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens and nodes of all levels that the tile of queries [t, t_end) sees; the pointers are its head's."""
-    b_out = tl.zeros([BM, BD], tl.float32)
+    b_out = tl.zeros([BM, BV], tl.float32)
     b_most = tl.full([BM], -float("inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     if t < t_end:
         for part in tl.static_range(1 if CAUSAL else 2):
-            begin, end = _token_run(part, t, T, block_size, levels > 0, w, CAUSAL, t_end)
+            begin, end = _token_run(part, t, length, block_size, levels > 0, w, CAUSAL, t_end)
             b_out, b_most, b_sum = _attend(
-                b_q, b_out, b_most, b_sum, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, BD, BN, PRECISION,
+                b_q, b_out, b_most, b_sum, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, DV, BD, BV, BN,
+                PRECISION,
             )  # fmt: skip
         span = block_size
         row = tl.zeros((), tl.int64)
@@ -132,10 +152,10 @@ def _attend_all(
             above = _above(span, fanout, T)
             bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
             for side in range(1 if CAUSAL else 3):
-                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
+                begin, end = _node_run(side, t, length, span, above, fanout, level == levels, w)
                 b_out, b_most, b_sum = _attend(
-                    b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * D, begin, end, bias, o_t,
-                    scale, False, D, BD, BN, PRECISION,
+                    b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * DV, begin, end, bias,
+                    o_t, scale, False, D, DV, BD, BV, BN, PRECISION,
                 )  # fmt: skip
             row += T // span
             span = above
@@ -143,20 +163,22 @@ def _attend_all(
 
 
 # Without do_not_specialize Triton makes a number that is 1 a constant, and `_narrow` could not cast it.
-_NUMBERS = ["H", "G", "T", "nodes", "block_size", "fanout", "levels", "w"]
+_NUMBERS = ["H", "G", "Tq", "T", "nodes", "block_size", "fanout", "levels", "w"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attention_forward_kernel(
-    p_query,  # [B, H, T, D]
+    p_query,  # [B, H, Tq, D]: the last positions
     p_key,  # [B, G, T, D]
-    p_value,
+    p_value,  # [B, G, T, DV]
     p_pooled_key,  # [B, G, nodes, D]
-    p_pooled_value,
-    p_out,  # [B, H, T, D]
-    p_lse,  # [B, H, T]
+    p_pooled_value,  # [B, G, nodes, DV]
+    p_lengths,  # [B], tokens before the padding; or None
+    p_out,  # [B, H, Tq, DV]
+    p_lse,  # [B, H, Tq]
     H,
     G,
+    Tq,
     T,
     nodes,
     block_size,
@@ -167,58 +189,65 @@ def attention_forward_kernel(
     CAUSAL: tl.constexpr,
     MASS_BIAS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BD: tl.constexpr,
+    BV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
+    Tq, T, nodes, block_size, fanout, levels, w, scale = _narrow(Tq, T, nodes, block_size, fanout, levels, w, scale)
     i_bh = tl.program_id(1).to(tl.int64)
     i_bg = i_bh // H * G + i_bh % H // (H // G)
-    tiles = tl.cdiv(block_size, BM)
-    i_block = tl.program_id(0) // tiles
-    t = i_block * block_size + tl.program_id(0) % tiles * BM
-    t_end = tl.minimum(tl.minimum(T, (i_block + 1) * block_size), t + BM)
-    o_t, o_d = t + tl.arange(0, BM), tl.arange(0, BD)
-    m_q = (o_t < t_end)[:, None] & (o_d < D)[None, :]
-    o_q = (i_bh * T + o_t)[:, None] * D + o_d[None, :]
-    b_q = tl.load(p_query + o_q, mask=m_q, other=0)  # [BM, BD]
-    o_tokens, o_nodes = i_bg * T * D, i_bg * nodes * D
+    length, first = length_of(p_lengths, i_bh // H, T), T - Tq
+    t, t_end = _query_tile(block_size, first, length, BM)
+    o_t, o_d, o_v = t + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
+    m_t = (o_t >= first) & (o_t < t_end)
+    row = (i_bh * Tq + o_t - first)[:, None]
+    b_q = tl.load(p_query + row * D + o_d[None, :], mask=m_t[:, None] & (o_d < D)[None, :], other=0)  # [BM, BD]
+    o_k, o_w = i_bg * T, i_bg * nodes
     b_out, b_most, b_sum = _attend_all(
-        b_q, p_key + o_tokens, p_value + o_tokens, p_pooled_key + o_nodes, p_pooled_value + o_nodes, o_t, t, t_end, T,
-        block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, BM, BN, PRECISION,
+        b_q, p_key + o_k * D, p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, o_t, t,
+        tl.where(t_end > first, t_end, t), length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV,
+        BD, BV, BM, BN, PRECISION,
     )  # fmt: skip
     spoilt = CAUSAL and _is_spoilt(b_out)
-    tl.store(p_out + o_q, (b_out / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_q)
-    tl.store(p_lse + i_bh * T + o_t, b_most + tl.log(b_sum), mask=o_t < t_end)
+    stored = m_t
+    if p_lengths is not None:  # the output of padding is 0
+        b_out, b_sum = tl.where(m_t[:, None], b_out, 0.0), tl.where(m_t, b_sum, 1.0)
+        stored = o_t < _query_tile(block_size, first, T, BM)[1]
+    m_o = stored[:, None] & (o_v < DV)[None, :]
+    tl.store(p_out + row * DV + o_v[None, :], (b_out / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_o)
+    tl.store(p_lse + i_bh * Tq + o_t - first, b_most + tl.log(b_sum), mask=stored)
     if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
         if spoilt:
             # A NaN in the future of a row reaches it through the mask, since 0 times NaN is NaN. The rows run again one
             # by one, and read nothing of their future.
             tl.debug_barrier()
-            for row in range(t, t_end):
-                o_row = (i_bh * T + row) * D + o_d[None, :]
+            for one in range(tl.maximum(t, first), t_end):
+                i_row = i_bh * Tq + one - first
                 b_row, _, b_total = _attend_all(
-                    tl.load(p_query + o_row, mask=o_d[None, :] < D, other=0), p_key + o_tokens, p_value + o_tokens,
-                    p_pooled_key + o_nodes, p_pooled_value + o_nodes, row + tl.arange(0, 1), row, row + 1, T,
-                    block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, 1, BN, PRECISION,
+                    tl.load(p_query + i_row * D + o_d[None, :], mask=o_d[None, :] < D, other=0), p_key + o_k * D,
+                    p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, one + tl.arange(0, 1), one,
+                    one + 1, length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV, BD, BV, 1, BN,
+                    PRECISION,
                 )  # fmt: skip
                 b_row = (b_row / b_total[:, None]).to(p_out.dtype.element_ty)
-                tl.store(p_out + o_row, b_row, mask=o_d[None, :] < D)
+                tl.store(p_out + i_row * DV + o_v[None, :], b_row, mask=o_v[None, :] < DV)
 
 
 @triton.jit
 def _query_gradient(
     b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, begin, end, bias, o_t, scale,
-    DIAGONAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_d = tl.arange(0, BD)
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     for n in range(begin, end, BN):
         o_n = n + tl.arange(0, BN)
-        mask = (o_n < end)[:, None] & (o_d < D)[None, :]
-        offsets = o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-        b_k = tl.load(p_key + offsets, mask=mask, other=0)  # [BN, BD]
-        b_v = tl.load(p_value + offsets, mask=mask, other=0)
+        row, m_n = o_n.to(tl.int64)[:, None], (o_n < end)[:, None]
+        b_k = tl.load(p_key + row * D + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0)  # [BN, BD]
+        b_v = tl.load(p_value + row * DV + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0)  # [BN, BV]
         b_s = _scores(b_q, b_k, PRECISION) * scale + bias  # [BM, BN]
         seen = (o_n < end)[None, :]
         if DIAGONAL:
@@ -232,17 +261,17 @@ def _query_gradient(
 
 @triton.jit
 def _query_gradient_all(
-    b_q, b_do, b_lse, b_delta, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, T, block_size, fanout,
-    levels, w, scale,
-    CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_do, b_lse, b_delta, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, length, T, block_size,
+    fanout, levels, w, scale,
+    CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_dq = tl.zeros([BM, BD], tl.float32)
     if t < t_end:
         for part in tl.static_range(1 if CAUSAL else 2):
-            begin, end = _token_run(part, t, T, block_size, levels > 0, w, CAUSAL, t_end)
+            begin, end = _token_run(part, t, length, block_size, levels > 0, w, CAUSAL, t_end)
             b_dq = _query_gradient(
-                b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, BD, BN,
+                b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, DV, BD, BV, BN,
                 PRECISION,
             )  # fmt: skip
         span = block_size
@@ -251,10 +280,10 @@ def _query_gradient_all(
             above = _above(span, fanout, T)
             bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
             for side in range(1 if CAUSAL else 3):
-                begin, end = _node_run(side, t, T, span, above, fanout, level == levels, w)
+                begin, end = _node_run(side, t, length, span, above, fanout, level == levels, w)
                 b_dq = _query_gradient(
-                    b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * D, begin, end,
-                    bias, o_t, scale, False, D, BD, BN, PRECISION,
+                    b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * DV, begin, end,
+                    bias, o_t, scale, False, D, DV, BD, BV, BN, PRECISION,
                 )  # fmt: skip
             row += T // span
             span = above
@@ -263,18 +292,20 @@ def _query_gradient_all(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attention_query_gradient_kernel(
-    p_query,  # [B, H, T, D]
+    p_query,  # [B, H, Tq, D]
     p_key,  # [B, G, T, D]
-    p_value,
+    p_value,  # [B, G, T, DV]
     p_pooled_key,  # [B, G, nodes, D]
-    p_pooled_value,
-    p_out,  # [B, H, T, D]
-    p_lse,  # [B, H, T]
-    p_grad_out,  # [B, H, T, D]
-    p_delta,  # [B, H, T], written
-    p_grad_query,  # [B, H, T, D]
+    p_pooled_value,  # [B, G, nodes, DV]
+    p_lengths,  # [B], or None
+    p_out,  # [B, H, Tq, DV]
+    p_lse,  # [B, H, Tq]
+    p_grad_out,  # [B, H, Tq, DV]
+    p_delta,  # [B, H, Tq], written
+    p_grad_query,  # [B, H, Tq, D]
     H,
     G,
+    Tq,
     T,
     nodes,
     block_size,
@@ -285,66 +316,80 @@ def attention_query_gradient_kernel(
     CAUSAL: tl.constexpr,
     MASS_BIAS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BD: tl.constexpr,
+    BV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
+    Tq, T, nodes, block_size, fanout, levels, w, scale = _narrow(Tq, T, nodes, block_size, fanout, levels, w, scale)
     i_bh = tl.program_id(1).to(tl.int64)
     i_bg = i_bh // H * G + i_bh % H // (H // G)
-    tiles = tl.cdiv(block_size, BM)
-    i_block = tl.program_id(0) // tiles
-    t = i_block * block_size + tl.program_id(0) % tiles * BM
-    t_end = tl.minimum(tl.minimum(T, (i_block + 1) * block_size), t + BM)
-    o_t, o_d = t + tl.arange(0, BM), tl.arange(0, BD)
-    m_t = o_t < t_end
-    m_q = m_t[:, None] & (o_d < D)[None, :]
-    o_q = (i_bh * T + o_t)[:, None] * D + o_d[None, :]
-    b_q = tl.load(p_query + o_q, mask=m_q, other=0)  # [BM, BD]
-    b_do = tl.load(p_grad_out + o_q, mask=m_q, other=0)
-    b_o = tl.load(p_out + o_q, mask=m_q, other=0)
+    length, first = length_of(p_lengths, i_bh // H, T), T - Tq
+    t, t_end = _query_tile(block_size, first, length, BM)
+    o_t, o_d, o_v = t + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
+    m_t = (o_t >= first) & (o_t < t_end)
+    row = (i_bh * Tq + o_t - first)[:, None]
+    m_o = m_t[:, None] & (o_v < DV)[None, :]
+    b_q = tl.load(p_query + row * D + o_d[None, :], mask=m_t[:, None] & (o_d < D)[None, :], other=0)  # [BM, BD]
+    b_do = tl.load(p_grad_out + row * DV + o_v[None, :], mask=m_o, other=0)  # [BM, BV]
+    b_o = tl.load(p_out + row * DV + o_v[None, :], mask=m_o, other=0)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    b_lse = tl.load(p_lse + i_bh * T + o_t, mask=m_t, other=0)
-    o_tokens, o_nodes = i_bg * T * D, i_bg * nodes * D
+    b_lse = tl.load(p_lse + i_bh * Tq + o_t - first, mask=m_t, other=0)
+    o_k, o_w = i_bg * T, i_bg * nodes
     b_dq = _query_gradient_all(
-        b_q, b_do, b_lse, b_delta, p_key + o_tokens, p_value + o_tokens, p_pooled_key + o_nodes,
-        p_pooled_value + o_nodes, o_t, t, t_end, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, BM,
-        BN, PRECISION,
+        b_q, b_do, b_lse, b_delta, p_key + o_k * D, p_value + o_k * DV, p_pooled_key + o_w * D,
+        p_pooled_value + o_w * DV, o_t, t, tl.where(t_end > first, t_end, t), length, T, block_size, fanout, levels, w,
+        scale, CAUSAL, MASS_BIAS, D, DV, BD, BV, BM, BN, PRECISION,
     )  # fmt: skip
-    tl.store(p_delta + i_bh * T + o_t, b_delta, mask=m_t)
-    tl.store(p_grad_query + o_q, (b_dq * scale).to(p_grad_query.dtype.element_ty), mask=m_q)
+    spoilt = CAUSAL and _is_spoilt(b_dq)
+    stored = m_t
+    if p_lengths is not None:
+        b_dq = tl.where(m_t[:, None], b_dq, 0.0)
+        stored = o_t < _query_tile(block_size, first, T, BM)[1]
+    m_q = stored[:, None] & (o_d < D)[None, :]
+    tl.store(p_delta + i_bh * Tq + o_t - first, b_delta, mask=stored)
+    tl.store(p_grad_query + row * D + o_d[None, :], (b_dq * scale).to(p_grad_query.dtype.element_ty), mask=m_q)
     if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
-        if _is_spoilt(b_dq):
+        if spoilt:
             tl.debug_barrier()
-            for row in range(t, t_end):
-                o_row, m_row = (i_bh * T + row) * D + o_d[None, :], o_d[None, :] < D
-                b_do_row = tl.load(p_grad_out + o_row, mask=m_row, other=0)
-                b_out_row = tl.load(p_out + o_row, mask=m_row, other=0)
+            for one in range(tl.maximum(t, first), t_end):
+                i_row = i_bh * Tq + one - first
+                o_one, m_one, m_row = i_row * DV + o_v[None, :], o_v[None, :] < DV, o_d[None, :] < D
+                b_do_row = tl.load(p_grad_out + o_one, mask=m_one, other=0)
+                b_out_row = tl.load(p_out + o_one, mask=m_one, other=0)
                 b_row = _query_gradient_all(
-                    tl.load(p_query + o_row, mask=m_row, other=0), b_do_row,
-                    tl.load(p_lse + i_bh * T + row + tl.arange(0, 1)),
-                    tl.sum(b_out_row.to(tl.float32) * b_do_row.to(tl.float32), 1), p_key + o_tokens,
-                    p_value + o_tokens, p_pooled_key + o_nodes, p_pooled_value + o_nodes, row + tl.arange(0, 1), row,
-                    row + 1, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, BD, 1, BN, PRECISION,
+                    tl.load(p_query + i_row * D + o_d[None, :], mask=m_row, other=0), b_do_row,
+                    tl.load(p_lse + i_row + tl.arange(0, 1)),
+                    tl.sum(b_out_row.to(tl.float32) * b_do_row.to(tl.float32), 1), p_key + o_k * D,
+                    p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, one + tl.arange(0, 1), one,
+                    one + 1, length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV, BD, BV, 1, BN,
+                    PRECISION,
                 )  # fmt: skip
-                tl.store(p_grad_query + o_row, (b_row * scale).to(p_grad_query.dtype.element_ty), mask=m_row)
+                b_row = (b_row * scale).to(p_grad_query.dtype.element_ty)
+                tl.store(p_grad_query + i_row * D + o_d[None, :], b_row, mask=m_row)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def attention_key_gradient_kernel(
-    p_query,  # [B, H, T, D]
-    p_key,  # [B, G, T, D]
+    p_query,  # [B, H, Tq, D]
+    p_key,  # [B, G, T, D] of tokens or [B, G, nodes, D]
     p_value,
-    p_pooled_key,  # [B, G, nodes, D]
-    p_pooled_value,
-    p_lse,  # [B, H, T]
-    p_grad_out,  # [B, H, T, D]
-    p_delta,  # [B, H, T]
-    p_grad_key,  # [B, G, T + SPLITS * nodes, D], float32: tokens, then nodes by part
+    p_lengths,  # [B], or None
+    p_lse,  # [B, H, Tq]
+    p_grad_out,  # [B, H, Tq, DV]
+    p_delta,  # [B, H, Tq]
+    p_grad_key,  # of nodes [B, G, SPLITS, nodes, D], float32; of tokens [B, G, T, D]
     p_grad_value,
+    p_node_grad_key,  # of tokens: the gradients of the nodes, as far as the first part holds the whole of level 1
+    p_node_grad_value,
+    p_pool,  # of tokens: [G, D] of level 1, or None
+    p_pool_lse,  # of tokens, with p_pool: [B, G, nodes of level 1], as the unpool kernel leaves them
+    p_pool_slope,
     H,
     G,
+    Tq,
     T,
     nodes,
     block_size,
@@ -352,87 +397,109 @@ def attention_key_gradient_kernel(
     levels,
     w,
     scale,
+    TOKENS: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASS_BIAS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BD: tl.constexpr,
+    BV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # More queries see a node than a token, and more at each level. So a node's queries are cut into SPLITS parts. The
-    # programs of the top level take longest and come first.
-    T, nodes, block_size, fanout, levels, w, scale = _narrow(T, nodes, block_size, fanout, levels, w, scale)
+    # programs of the top level take longest and come first. Tokens come after all nodes, in a launch of their own.
+    Tq, T, nodes, block_size, fanout, levels, w, scale = _narrow(Tq, T, nodes, block_size, fanout, levels, w, scale)
     i_bg = tl.program_id(1).to(tl.int64)
     group = H // G
-    token_tiles = tl.cdiv(T, BN)
+    length, first = length_of(p_lengths, i_bg // G, T), T - Tq
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    part_of_queries = tl.where(tile < token_tiles, 0, (tile - token_tiles) % SPLITS)
-    parts = tl.where(tile < token_tiles, 1, SPLITS)
-    tile = tl.where(tile < token_tiles, tile, token_tiles + (tile - token_tiles) // SPLITS)
-    level, row = 0, 0
-    span = tl.full((), 1, tl.int32)
-    while tile >= tl.cdiv(T // span, BN):
-        tile -= tl.cdiv(T // span, BN)
-        row += T // span
-        span = tl.minimum(span.to(tl.int64) * tl.where(level == 0, block_size, fanout), T).to(tl.int32)
-        level += 1
-    factor = tl.where(level == 0, block_size, fanout)
-    above = _above(span, factor, T)
-    top = level == levels
-    count = T // span
-    complete = tl.where(top, 0, (T // above) * factor)  # children of complete parents
-    o_n, o_d = tile * BN + tl.arange(0, BN), tl.arange(0, BD)
-    last = tl.minimum(tile * BN + BN, count) - 1
-    m_k = (o_n < count)[:, None] & (o_d < D)[None, :]
-    if level == 0:
-        o_k = (i_bg * T + o_n)[:, None] * D + o_d[None, :]
-        b_k = tl.load(p_key + o_k, mask=m_k, other=0)  # [BN, BD]
-        b_v = tl.load(p_value + o_k, mask=m_k, other=0)
+    part_of_queries, parts, row = 0, 1, 0
+    if TOKENS:
+        span, factor, top = tl.full((), 1, tl.int32), block_size, levels == 0
     else:
-        o_k = (i_bg * nodes + row - T + o_n)[:, None] * D + o_d[None, :]
-        b_k = tl.load(p_pooled_key + o_k, mask=m_k, other=0)
-        b_v = tl.load(p_pooled_value + o_k, mask=m_k, other=0)
+        part_of_queries, parts = tile % SPLITS, SPLITS
+        tile = tile // SPLITS
+        level, span, factor = 1, block_size, fanout
+        while tile >= tl.cdiv(T // span, BN):
+            tile -= tl.cdiv(T // span, BN)
+            row += T // span
+            span = tl.minimum(span.to(tl.int64) * fanout, T).to(tl.int32)
+            level += 1
+        top = level == levels
+    above = _above(span, factor, T)
+    count = length // span
+    complete = tl.where(top, 0, (length // above) * factor)  # children of complete parents
+    o_n, o_d, o_v = tile * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BV)
+    last = tl.minimum(tile * BN + BN, count) - 1
+    m_n, m_d, m_v = (o_n < count)[:, None], (o_d < D)[None, :], (o_v < DV)[None, :]
+    of_head = i_bg * T if TOKENS else i_bg * nodes
+    at = (of_head + row + o_n)[:, None]
+    b_k = tl.load(p_key + at * D + o_d[None, :], mask=m_n & m_d, other=0)  # [BN, BD]
+    b_v = tl.load(p_value + at * DV + o_v[None, :], mask=m_n & m_v, other=0)  # [BN, BV]
     bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
-    b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
+    b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BV], tl.float32)
 
     # Two runs of queries, after the nodes and before them, hold all that see any of the nodes. A mask says which.
-    after = tl.where(level == 0, tile * BN, tl.minimum(span.to(tl.int64) * (tile * BN + w), T).to(tl.int32))
-    after_end = tl.where(top, T, tl.minimum(above.to(tl.int64) * (last // factor + w), T).to(tl.int32))
-    before = tl.where(
-        last < complete, tl.minimum(above.to(tl.int64) * tl.maximum(tile * BN // factor - w + 1, 0), T).to(tl.int32), 0
-    )
-    before_end = tl.minimum(
-        tl.where(level == 0, after, tl.minimum(span.to(tl.int64) * tl.maximum(last - w + 1, 0), T).to(tl.int32)), after
-    )
+    after = tile * BN if TOKENS else tl.minimum(span.to(tl.int64) * (tile * BN + w), length).to(tl.int32)
+    after_end = tl.where(top, length, tl.minimum(above.to(tl.int64) * (last // factor + w), length).to(tl.int32))
+    before = tl.minimum(above.to(tl.int64) * tl.maximum(tile * BN // factor - w + 1, 0), length).to(tl.int32)
+    before = tl.where(last < complete, before, 0)
+    if TOKENS:
+        before_end = after
+    else:
+        before_end = tl.minimum(span.to(tl.int64) * tl.maximum(last - w + 1, 0), after).to(tl.int32)
     for part in range(1 if CAUSAL else 2):
         begin, end = tl.where(part == 0, after, before), tl.where(part == 0, after_end, before_end)
-        steps = tl.maximum(tl.cdiv(end - begin, BM), 0)
+        begin = tl.maximum(begin, first)
+        steps = tl.where(last < tile * BN, 0, tl.maximum(tl.cdiv(end - begin, BM), 0))
         share = tl.cdiv(group * steps, parts)
         for step in range(part_of_queries * share, tl.minimum((part_of_queries + 1) * share, group * steps)):
             i_bh = i_bg // G * H + i_bg % G * group + step // steps
             o_t = begin + step % steps * BM + tl.arange(0, BM)
             m_t = o_t < end
-            m_q = m_t[:, None] & (o_d < D)[None, :]
-            o_q = (i_bh * T + o_t)[:, None] * D + o_d[None, :]
-            b_q = tl.load(p_query + o_q, mask=m_q, other=0)  # [BM, BD]
-            b_do = tl.load(p_grad_out + o_q, mask=m_q, other=0)
-            b_lse = tl.load(p_lse + i_bh * T + o_t, mask=m_t, other=0)
-            b_delta = tl.load(p_delta + i_bh * T + o_t, mask=m_t, other=0)
+            o_q = i_bh * Tq + o_t - first
+            b_q = tl.load(p_query + o_q[:, None] * D + o_d[None, :], mask=m_t[:, None] & m_d, other=0)  # [BM, BD]
+            b_do = tl.load(p_grad_out + o_q[:, None] * DV + o_v[None, :], mask=m_t[:, None] & m_v, other=0)  # [BM, BV]
+            b_lse = tl.load(p_lse + o_q, mask=m_t, other=0)
+            b_delta = tl.load(p_delta + o_q, mask=m_t, other=0)
             cell, parent = o_t // span, o_t // above  # [BM]
-            seen = (o_n < count)[:, None] & m_t[None, :]
             near = tl.abs(parent[None, :] - (o_n // factor)[:, None]) < w
-            seen = seen & (near | (o_n >= complete)[:, None])
-            seen = seen & ((level == 0) | (tl.abs(cell[None, :] - o_n[:, None]) >= w))
+            seen = m_n & m_t[None, :] & (near | (o_n >= complete)[:, None])
+            if not TOKENS:
+                seen = seen & (tl.abs(cell[None, :] - o_n[:, None]) >= w)
             if CAUSAL:
-                seen = seen & (o_n[:, None] < (cell + tl.where(level == 0, 1, 0))[None, :])
+                seen = seen & (o_n[:, None] < (cell + (1 if TOKENS else 0))[None, :])
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale + bias  # [BN, BM]
             b_p = tl.where(seen, tl.exp(b_s - b_lse[None, :]), 0.0)
             b_dv += tl.dot(b_p.to(b_do.dtype), b_do, input_precision=PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             b_ds = b_p * (b_dp - b_delta[None, :])
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION)
-    o_g = (i_bg * (T + SPLITS * nodes) + part_of_queries * nodes + row + o_n)[:, None] * D + o_d[None, :]
-    tl.store(p_grad_key + o_g, b_dk * scale, mask=m_k)
-    tl.store(p_grad_value + o_g, b_dv, mask=m_k)
+    b_dk = b_dk * scale
+    if TOKENS:
+        if levels > 0:  # a token's share of what its node of level 1 has got
+            i_node, m_c = (o_n // block_size).to(tl.int64), o_n < complete
+            at_node = (i_bg * SPLITS * nodes + i_node)[:, None]
+            b_nk = tl.load(p_node_grad_key + at_node * D + o_d[None, :], mask=m_c[:, None] & m_d, other=0)
+            b_nv = tl.load(p_node_grad_value + at_node * DV + o_v[None, :], mask=m_c[:, None] & m_v, other=0)
+            if p_pool is None:
+                b_dk += b_nk / block_size
+                b_dv += b_nv / block_size
+            else:
+                b_pool = tl.load(p_pool + (i_bg % G) * D + o_d, mask=o_d < D, other=0).to(tl.float32)[None, :]
+                b_kf, b_vf = b_k.to(tl.float32), b_v.to(tl.float32)
+                o_pool = i_bg * (T // block_size) + i_node
+                b_lse = tl.load(p_pool_lse + o_pool, mask=m_c, other=0)
+                b_slope = tl.load(p_pool_slope + o_pool, mask=m_c, other=0)
+                b_w = tl.where(m_c, tl.exp(tl.sum(b_kf * b_pool, 1) * scale - b_lse), 0.0)  # [BN]
+                b_e = scale * b_w * (tl.sum(b_kf * b_nk, 1) + tl.sum(b_vf * b_nv, 1) - b_slope)
+                b_dk += b_w[:, None] * b_nk + b_e[:, None] * b_pool
+                b_dv += b_w[:, None] * b_nv
+        m_n = (o_n < T)[:, None]  # padding gets 0
+    else:
+        at = ((i_bg * SPLITS + part_of_queries) * nodes + row + o_n)[:, None]
+    tl.store(p_grad_key + at * D + o_d[None, :], b_dk.to(p_grad_key.dtype.element_ty), mask=m_n & m_d)
+    tl.store(p_grad_value + at * DV + o_v[None, :], b_dv.to(p_grad_value.dtype.element_ty), mask=m_n & m_v)

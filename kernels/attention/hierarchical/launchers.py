@@ -20,8 +20,8 @@ def _block(D: int) -> int:
 
 
 #: Tiles: (kernel, bytes per element) -> padded head dimension -> (query rows BM, key rows BN, warps, stages). "query"
-#: is the gradient of the query, "key" those of key and value. The tiles for 16 bits were tuned on an H100.
-#: `_configuration` says which of them spill registers.
+#: is the gradient of the query, "key" those of key and value of a node, "token" of a token. The tiles for 16 bits
+#: were tuned on an H100, but for tokens of 128 dimensions. `_configuration` says which of them spill registers.
 _TILES = {
     ("forward", 4): {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
     ("forward", 2): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
@@ -29,12 +29,14 @@ _TILES = {
     ("query", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)},
     ("key", 4): {64: (32, 16, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     ("key", 2): {64: (64, 32, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
+    ("token", 4): {64: (32, 16, 8, 2), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    ("token", 2): {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
 
 
 def _tile(kernel: str, itemsize: int, BD: int, block_size: int) -> tuple[int, int, int, int]:
     BM, BN, warps, stages = _TILES[kernel, itemsize][max(64, BD)]
-    if kernel != "key":
+    if kernel in ("forward", "query"):
         BM = min(BM, max(16, triton.next_power_of_2(block_size)))
     return BM, BN, warps, stages
 
@@ -66,26 +68,26 @@ def _check(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
-    reason = refusal(query, key, value, cu_seqlens, lengths)
+    B, H, Tq, D = query.shape
+    G, T = key.shape[1:3]
+    ok = key.shape == (B, G, T, D) and value.shape[:3] == key.shape[:3] and G > 0 and H % G == 0 and Tq <= T
+    ok = ok and (pool_query is None or pool_query.shape == (pool_query.shape[0], G, D))
+    ok = ok and (lengths is None or (lengths.shape == (B,) and lengths.dtype == torch.int64 and Tq == T))
+    if not ok:
+        raise RuntimeError(
+            "hierarchical_attention (triton): shapes of query, key, value, pool_query and lengths do not match"
+        )
+    reason = refusal(query, key, value, cu_seqlens)
     if reason:
         raise RuntimeError(f"hierarchical_attention (triton): {reason}")
-    B, H, T, D = query.shape
-    G = key.shape[1]
-    ok = key.shape == (B, G, T, D) and G > 0 and H % G == 0
-    ok = ok and (pool_query is None or pool_query.shape == (pool_query.shape[0], G, D))
-    if not ok:
-        raise RuntimeError("hierarchical_attention (triton): shapes of query, key, value and pool_query do not match")
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> str | None:
+def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> str | None:
     """Why the kernels do not support these inputs, or None."""
-    B, H, T, D = query.shape
-    if cu_seqlens is not None or lengths is not None:
-        return "cu_seqlens and lengths are not supported; use the backend 'reference'"
-    if key.shape[2] != T:
-        return "expected as many queries as keys; use the backend 'reference'"
-    if value.shape != key.shape:
-        return "expected value to have key's shape; use the backend 'reference'"
+    B, H, _, D = query.shape
+    T, D = key.shape[2], max(D, value.shape[3])
+    if cu_seqlens is not None:
+        return "expected no cu_seqlens; give each sequence a row, with lengths, or use the backend 'reference'"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"expected float32, float16 or bfloat16, but got {query.dtype}"
     if D > 256:
@@ -95,6 +97,11 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None
     if B * H > 65535:
         return f"expected at most 65535 batch * heads, but got {B} * {H}"
     return None
+
+
+def _query_tiles(T: int, Tq: int, block_size: int, BM: int) -> int:
+    """Tiles of the blocks that hold queries, the last Tq of T positions."""
+    return triton.cdiv(block_size, BM) * (triton.cdiv(T, block_size) - (T - Tq) // block_size)
 
 
 @operator(torch.library.triton_op, "seqaccel::hierarchical_attention_forward_triton", mutates_args={})
@@ -114,19 +121,20 @@ def hierarchical_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(query, key, value, pool_query, cu_seqlens, lengths)
-    B, H, T, D = query.shape
-    G = key.shape[1]
+    B, H, Tq, D = query.shape
+    G, T, DV = key.shape[1], *value.shape[2:]
     block_size, fanout, w, spans = _sizes(T, block_size, fanout, levels, local_blocks)
     counts = [T // span for span in spans]
     nodes = sum(counts[1:])
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     pool_query = None if pool_query is None else pool_query.contiguous()
-    out = torch.empty_like(query)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
-    pooled_key, pooled_value = key.new_empty(B, G, nodes, D), key.new_empty(B, G, nodes, D)
-    if query.numel() == 0:
-        return out, lse, pooled_key, pooled_value
-    BD = _block(D)
+    lengths = None if lengths is None else lengths.contiguous()
+    out = query.new_empty(B, H, Tq, DV)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=query.device)
+    pooled_key, pooled_value = key.new_empty(B, G, nodes, D), value.new_empty(B, G, nodes, DV)
+    if lse.numel() == 0:
+        return out, lse, pooled_key.zero_(), pooled_value.zero_()
+    BD, BV = _block(D), _block(DV)
     rows = 0
     for level in range(1, len(spans)):
         below = (key, value) if level == 1 else (pooled_key, pooled_value)
@@ -143,23 +151,26 @@ def hierarchical_attention_forward(
             G,
             float(scale),
             D=D,
+            DV=DV,
             BD=BD,
+            BV=BV,
             BC=16,
             num_warps=4,
         )
         rows += counts[level]
-    BM, BN, warps, stages = _tile("forward", query.element_size(), BD, block_size)
-    grid = (triton.cdiv(block_size, BM) * triton.cdiv(T, block_size), B * H)
-    wrap_triton(attention_forward_kernel)[grid](
+    BM, BN, warps, stages = _tile("forward", query.element_size(), max(BD, BV), block_size)
+    wrap_triton(attention_forward_kernel)[(_query_tiles(T, Tq, block_size, BM), B * H)](
         query,
         key,
         value,
         pooled_key,
         pooled_value,
+        lengths,
         out,
         lse,
         H,
         G,
+        Tq,
         T,
         nodes,
         block_size,
@@ -170,7 +181,9 @@ def hierarchical_attention_forward(
         CAUSAL=causal,
         MASS_BIAS=mass_bias,
         D=D,
+        DV=DV,
         BD=BD,
+        BV=BV,
         BM=BM,
         BN=BN,
         PRECISION=_precision(query.dtype),
@@ -202,35 +215,35 @@ def hierarchical_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(query, key, value, pool_query, cu_seqlens, lengths)
-    B, H, T, D = query.shape
-    G = key.shape[1]
+    B, H, Tq, D = query.shape
+    G, T, DV = key.shape[1], *value.shape[2:]
     block_size, fanout, w, spans = _sizes(T, block_size, fanout, levels, local_blocks)
     counts = [T // span for span in spans]
     nodes = sum(counts[1:])
-    if pooled_key.shape != (B, G, nodes, D) or lse.shape != (B, H, T):
+    ok = pooled_key.shape == (B, G, nodes, D) and pooled_value.shape == (B, G, nodes, DV)
+    if not ok or lse.shape != (B, H, Tq) or out.shape != (B, H, Tq, DV) or grad_out.shape != out.shape:
         raise RuntimeError("hierarchical_attention (triton): what the forward pass saved does not match the inputs")
     query, key, value, out = query.contiguous(), key.contiguous(), value.contiguous(), out.contiguous()
     grad_out, lse = grad_out.contiguous(), lse.contiguous()
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     pool_query = None if pool_query is None else pool_query.contiguous()
-    grad_query = torch.empty_like(query)
+    lengths = None if lengths is None else lengths.contiguous()
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     grad_pool = query.new_zeros((0, G, D)) if pool_query is None else torch.zeros_like(pool_query, dtype=torch.float32)
-    if query.numel() == 0:
-        return grad_query, torch.zeros_like(key), torch.zeros_like(value), grad_pool.to(query.dtype)
+    if lse.numel() == 0:
+        return grad_query, grad_key.zero_(), grad_value.zero_(), grad_pool.to(query.dtype)
     delta = torch.empty_like(lse)
-    splits = _splits(T, nodes)
-    grad_key = lse.new_empty(B, G, T + splits * nodes, D)
-    grad_value = torch.empty_like(grad_key)
-    BD = _block(D)
-    sizes = (H, G, T, nodes, block_size, fanout, len(spans) - 1, w, float(scale))
-    flags = dict(CAUSAL=causal, MASS_BIAS=mass_bias, D=D, BD=BD, PRECISION=_precision(query.dtype))
-    BM, BN, warps, stages = _tile("query", query.element_size(), BD, block_size)
-    wrap_triton(attention_query_gradient_kernel)[(triton.cdiv(block_size, BM) * triton.cdiv(T, block_size), B * H)](
+    BD, BV = _block(D), _block(DV)
+    sizes = (H, G, Tq, T, nodes, block_size, fanout, len(spans) - 1, w, float(scale))
+    flags = dict(CAUSAL=causal, MASS_BIAS=mass_bias, D=D, DV=DV, BD=BD, BV=BV, PRECISION=_precision(query.dtype))
+    BM, BN, warps, stages = _tile("query", query.element_size(), max(BD, BV), block_size)
+    wrap_triton(attention_query_gradient_kernel)[(_query_tiles(T, Tq, block_size, BM), B * H)](
         query,
         key,
         value,
         pooled_key,
         pooled_value,
+        lengths,
         out,
         lse,
         grad_out,
@@ -243,85 +256,103 @@ def hierarchical_attention_backward(
         num_warps=warps,
         num_stages=stages,
     )
-    BM, BN, warps, stages = _tile("key", query.element_size(), BD, block_size)
-    tiles = [triton.cdiv(count, BN) for count in counts]
-    wrap_triton(attention_key_gradient_kernel)[(tiles[0] + splits * sum(tiles[1:]), B * G)](
-        query,
-        key,
-        value,
-        pooled_key,
-        pooled_value,
-        lse,
-        grad_out,
-        delta,
-        grad_key,
-        grad_value,
-        *sizes,
-        **flags,
-        BM=BM,
-        BN=BN,
-        SPLITS=splits,
-        num_warps=warps,
-        num_stages=stages,
-    )
+    # Gradients of nodes: what queries give them, then, from the top down, their share of their parents'. A token's
+    # kernel fetches its share itself, so that its gradient is written once, in its dtype.
+    splits = _splits(T, nodes)
+    node_grads = [lse.new_empty(B, G, splits, nodes, width) for width in (D, DV)]
+    if nodes:
+        BM, BN, warps, stages = _tile("key", query.element_size(), max(BD, BV), block_size)
+        tiles = sum(triton.cdiv(count, BN) for count in counts[1:])
+        given = (query, pooled_key, pooled_value, lengths, lse, grad_out, delta, *node_grads, *[None] * 5)
+        wrap_triton(attention_key_gradient_kernel)[(splits * tiles, B * G)](
+            *given, *sizes, **flags, TOKENS=False, BM=BM, BN=BN, SPLITS=splits, num_warps=warps, num_stages=stages
+        )
+    pool, pool_lse, pool_slope = None, None, None
     for level in range(len(spans) - 1, 0, -1):
-        row = sum(counts[:level])  # first row of this level in grad_key
+        row = sum(counts[1:level])
         below = (key, value) if level == 1 else (pooled_key, pooled_value)
-        pool = None if pool_query is None else min(level, pool_query.shape[0]) - 1
-        share = None if pool is None else lse.new_empty(B, G, counts[level], D)
+        share = None
+        if pool_query is not None:
+            i_pool = min(level, pool_query.shape[0]) - 1
+            pool, share = pool_query[i_pool], lse.new_empty(B, G, counts[level], D)
+            if level == 1:
+                pool_lse, pool_slope = lse.new_empty(B, G, counts[1]), lse.new_empty(B, G, counts[1])
         wrap_triton(unpool_kernel)[(counts[level], B * G)](
             *below,
-            None if pool is None else pool_query[pool],
-            grad_key,
-            grad_value,
+            lengths,
+            pool,
+            *node_grads,
             share,
+            pool_lse,
+            pool_slope,
             T if level == 1 else nodes,
-            0 if level == 1 else row - T - counts[level - 1],
-            T + splits * nodes,
+            0 if level == 1 else row - counts[level - 1],
+            T,
+            spans[level],
             row,
-            row - counts[level - 1],
+            0 if level == 1 else row - counts[level - 1],
             nodes,
             spans[level] // spans[level - 1],
             G,
             float(scale),
+            TOKENS=level == 1,
             D=D,
+            DV=DV,
             BD=BD,
+            BV=BV,
             BC=16,
             SPLITS=splits,
             num_warps=4,
         )
-        if pool is not None:
-            grad_pool[pool] += share.sum((0, 2))
-    return (
-        grad_query,
-        grad_key[:, :, :T].to(key.dtype, copy=True, memory_format=torch.contiguous_format),
-        grad_value[:, :, :T].to(value.dtype, copy=True, memory_format=torch.contiguous_format),
-        grad_pool.to(query.dtype),
-    )
+        if share is not None:
+            grad_pool[i_pool] += share.sum((0, 2))
+    BM, BN, warps, stages = _tile("token", query.element_size(), max(BD, BV), block_size)
+    given = (query, key, value, lengths, lse, grad_out, delta, grad_key, grad_value, *node_grads, pool, pool_lse)
+    wrap_triton(attention_key_gradient_kernel)[(triton.cdiv(T, BN), B * G)](
+        *given, pool_slope, *sizes, **flags, TOKENS=True, BM=BM, BN=BN, SPLITS=splits, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_pool.to(query.dtype)
 
 
-def _configuration(kind: str, dtype: str, D: int, causal: bool, product: str = "ieee") -> Configuration:
-    kernel, pointers, wide = {
-        "forward": (attention_forward_kernel, "query key value pooled_key pooled_value out", "lse"),
+def _configuration(
+    kind: str, dtype: str, D: int, causal: bool, product: str = "ieee", padded: bool = False
+) -> Configuration:
+    """``kind``: as of the tiles; "token" is that of a key's gradient for tokens."""
+    kernel, pointers, wide, absent = {
+        "forward": (attention_forward_kernel, "query key value pooled_key pooled_value out", "lse", ""),
         "query": (
             attention_query_gradient_kernel,
             "query key value pooled_key pooled_value out grad_out grad_query",
             "lse delta",
+            "",
         ),
         "key": (
             attention_key_gradient_kernel,
-            "query key value pooled_key pooled_value grad_out",
+            "query key value grad_out",
             "lse delta grad_key grad_value",
+            "node_grad_key node_grad_value pool pool_lse pool_slope",
+        ),
+        "token": (
+            attention_key_gradient_kernel,
+            "query key value grad_out grad_key grad_value pool",
+            "lse delta node_grad_key node_grad_value pool_lse pool_slope",
+            "",
         ),
     }[kind]
     BM, BN, warps, stages = _tile(kind, 4 if dtype == "fp32" else 2, _block(D), 64)
     signature = {f"p_{name}": f"*{dtype}" for name in pointers.split()}
     signature |= {f"p_{name}": "*fp32" for name in wide.split()}
-    signature |= dict.fromkeys(("H", "G", "T", "nodes", "block_size", "fanout", "levels", "w"), "i32")
+    signature |= dict.fromkeys(("H", "G", "Tq", "T", "nodes", "block_size", "fanout", "levels", "w"), "i32")
     signature["scale"] = "fp32"
-    constexprs = dict(CAUSAL=causal, MASS_BIAS=True, D=D, BD=_block(D), BM=BM, BN=BN, PRECISION=product)
-    if kind == "key":
-        constexprs["SPLITS"] = 4
+    constexprs = dict(CAUSAL=causal, MASS_BIAS=True, D=D, DV=D, BD=_block(D), BV=_block(D), BM=BM, BN=BN)
+    constexprs |= {"PRECISION": product} | {f"p_{name}": None for name in absent.split()}
+    if padded:
+        signature["p_lengths"] = "*i64"
+    else:
+        constexprs["p_lengths"] = None
+    if kind in ("key", "token"):
+        constexprs |= dict(SPLITS=4, TOKENS=kind == "token")
     # Bytes spilled: 24 in float32 on sm_80, 72 in 16 bits on sm_100. Most are addresses, stored before the loops and
     # loaded after them.
     return Configuration(kernel, signature, constexprs, warps, stages, spills=72)
@@ -332,25 +363,32 @@ def _pool_configuration(kernel, tensors: str, wide: str, numbers: str, dtype: st
     signature |= {f"p_{name}": "*fp32" for name in wide.split()}
     signature |= dict.fromkeys(numbers.split(), "i32")
     signature["scale"] = "fp32"
-    constexprs = dict(D=D, BD=_block(D), BC=16) | ({"SPLITS": 4} if kernel is unpool_kernel else {})
+    constexprs = dict(D=D, DV=D, BD=_block(D), BV=_block(D), BC=16)
+    if kernel is unpool_kernel:
+        signature["p_lengths"] = "*i64"
+        constexprs |= dict(SPLITS=4, TOKENS=True)
     return Configuration(kernel, signature, constexprs, 4, 3)
 
 
 CONFIGURATIONS = [
     *(
-        _configuration(kind, dtype, D, causal)
-        for kind in ("forward", "query", "key")
-        for dtype, D, causal in (("fp32", 64, True), ("bf16", 64, False), ("bf16", 128, True))
+        _configuration(kind, dtype, D, causal, padded=padded)
+        for kind in ("forward", "query", "key", "token")
+        for dtype, D, causal, padded in (
+            ("fp32", 64, True, True),
+            ("bf16", 64, False, False),
+            ("bf16", 128, True, False),
+        )
     ),
     # Only for sm_80, whose GPUs have the least shared memory. In float32 with 256 dimensions every tile of the query's
     # gradient spills.
     *(
         dataclasses.replace(_configuration(kind, dtype, D, True, product), most_arch=80, spills=spills)
-        for kind in ("forward", "query", "key")
+        for kind in ("forward", "query", "key", "token")
         for dtype, D, product, spills in (
             ("fp32", 128, "tf32", 0),
             ("bf16", 256, "ieee", 0),
-            ("fp32", 256, "ieee", 208),
+            ("fp32", 256, "ieee", 224),
         )
     ),
     _pool_configuration(
@@ -364,8 +402,8 @@ CONFIGURATIONS = [
     _pool_configuration(
         unpool_kernel,
         "key value pool",
-        "grad_key grad_value grad_pool",
-        "head_rows first_row grad_rows node_row child_row nodes children G",
+        "grad_key grad_value grad_pool pool_lse pool_slope",
+        "head_rows first_row T span node_row child_row nodes children G",
         "bf16",
         64,
     ),
