@@ -102,12 +102,13 @@ def _wavenet_layer(T=9, B=2):
     yield "wavenet_layer_backward", conv.wavenet_layer_backward, given
 
 
-def _attention(T=9, B=1):
-    query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T, 4), torch.randn(B, 1, T, 4)
-    given, options = (query, key, value, torch.randn(2, 1, 4), None, None), (2, 2, -1, 1, True, True, 0.4)
+def _attention(T=9, B=1, padded=False):
+    query, key, value = torch.randn(B, 2, T, 4), torch.randn(B, 1, T, 4), torch.randn(B, 1, T, 5)
+    lengths = torch.arange(B) % T + 1 if padded else None
+    given, options = (query, key, value, torch.randn(2, 1, 4), None, lengths), (2, 2, -1, 1, True, True, 0.4)
     yield "hierarchical_attention_forward", hierarchical.hierarchical_attention_forward, (*given, *options)
     saved = hierarchical.hierarchical_attention_forward(*given, *options)
-    given = (torch.randn_like(query), *given, *saved, *options)
+    given = (torch.randn_like(saved[0]), *given, *saved, *options)
     yield "hierarchical_attention_backward", hierarchical.hierarchical_attention_backward, given
 
 
@@ -152,6 +153,7 @@ TABLE = {
     "conv2d": functools.partial(_conv2d, 6, 1),
     "conv2d depthwise": functools.partial(_conv2d, 4, 4),
     "attention": _attention,
+    "attention padded": functools.partial(_attention, padded=True),
     "block_sparse": _block_sparse_attention,
     "additive": _additive_attention,
 }

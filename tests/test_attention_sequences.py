@@ -263,6 +263,71 @@ def test_offsets_and_lengths_out_of_range_stay_in_the_tensors():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+# Triton, in the interpreter where there is no GPU
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_triton(case, inputs, grad_out, **given):
+    inputs = [None if t is None else t.to(DEVICE) for t in inputs]
+    with seqaccel.backend("triton"):
+        return with_grads(
+            functools.partial(hierarchical_attention, **keywords_of(case), **given), inputs, grad_out.to(DEVICE)
+        )
+
+
+@pytest.mark.parametrize(("case", "queries"), [(CASES[1], 33), (CASES[2], 1), (CASES[4], 9), (CASES[5], 70)], ids=str)
+def test_triton_last_queries_and_values_of_another_size(poison, case, queries):
+    inputs = make_inputs(case, 1, 70, torch.float32, queries)
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3])
+    wide = [None if t is None else t.double() for t in inputs]
+    expected = with_grads(functools.partial(reference.hierarchical_attention, **keywords_of(case)), wide, grad_out)
+    check(on_triton(case, inputs, grad_out), expected, torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_triton_padded_sequences(monkeypatch, poison, case, splits):
+    """What is in the padding reaches nothing, and its outputs and gradients are 0."""
+    from seqaccel.kernels.attention.hierarchical import launchers
+
+    monkeypatch.setattr(launchers, "_splits", lambda T, nodes: splits)
+    lengths = torch.tensor([40, 0, 13])
+    inputs = make_inputs(case, 3, 40, torch.float32)
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3])
+    wide = [None if t is None else t.double() for t in inputs]
+    given = functools.partial(reference.hierarchical_attention, **keywords_of(case), lengths=lengths)
+    expected = with_grads(given, wide, grad_out)
+    past = (torch.arange(40) >= lengths[:, None])[:, None, :, None]
+    spoilt = [t.masked_fill(past, math.nan) for t in (*inputs[:3], grad_out)]
+    found = on_triton(case, [*spoilt[:3], inputs[3]], spoilt[3], lengths=lengths.to(DEVICE))
+    check(found, expected, torch.float32)
+    assert all((t.masked_select(past.to(DEVICE)) == 0).all() for t in found[:4])
+
+
+def test_triton_refuses_cu_seqlens():
+    q = torch.randn(1, 2, 10, 4, device=DEVICE)
+    with seqaccel.backend("triton"), pytest.raises(RuntimeError, match="no cu_seqlens; give each sequence a row"):
+        hierarchical_attention(q, q, q, cu_seqlens=torch.tensor([0, 10], device=DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["last", "lengths"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4], CASES[6]], ids=str)
+def test_triton_on_a_gpu(case, kind, dtype):
+    inputs = make_inputs(case, 3, 700, dtype, 333 if kind == "last" else None)
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3]).to(dtype)
+    lengths = torch.tensor([700, 1, 413]) if kind == "lengths" else None
+    wide = [None if t is None else t.double() for t in inputs]
+    given = functools.partial(reference.hierarchical_attention, **keywords_of(case), lengths=lengths)
+    expected = with_grads(given, wide, grad_out)
+    found = on_triton(case, inputs, grad_out, lengths=None if lengths is None else lengths.cuda())
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}[dtype]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= limit * b.abs().max()
+
+
 # torch's machinery
 
 

@@ -112,6 +112,8 @@ def test_sizes_that_auto_keeps_from_triton():
     assert hierarchical._triton_takes(*[empty(16, 8, 4096, 64)] * 3)
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
         assert not hierarchical._triton_takes(query, query, query)
+    packed, offsets = empty(1, 8, 4096, 64), torch.empty(3, dtype=torch.int64, device="meta")
+    assert not hierarchical._triton_takes(packed, packed, packed, offsets)
 
 
 @pytest.mark.parametrize("amx", [False, True])

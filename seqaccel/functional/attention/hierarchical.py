@@ -273,14 +273,12 @@ def _check_sequences(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, leng
             raise ValueError(f"{where}: expected lengths between 0 and {T}, but got {lengths.tolist()!r:.60}")
 
 
-def _triton_takes(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
-) -> bool:
+def _triton_takes(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> bool:
     if backends.why_missing("triton", "cuda"):
         return False
     from seqaccel.kernels.attention.hierarchical.launchers import refusal
 
-    return refusal(query, key, value, cu_seqlens, lengths) is None
+    return refusal(query, key, value, cu_seqlens) is None
 
 
 def hierarchical_attention(
@@ -378,7 +376,7 @@ def hierarchical_attention(
     if _common.transforms_active():
         return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
     on_gpu = query.device.type == "cuda"
-    prefer = "reference" if on_gpu and not _triton_takes(query, key, value, cu_seqlens, lengths) else None
+    prefer = "reference" if on_gpu and not _triton_takes(query, key, value, cu_seqlens) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
