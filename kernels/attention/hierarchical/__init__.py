@@ -10,7 +10,11 @@ follow from the tile's position alone.
 
 Forward, and for the gradient of the query, a program takes BM queries. For the gradients of key and value a program
 takes BN nodes of any level; the parts of a node's queries are summed on the way down, without atomics. The gradient
-then flows down the pyramid, one program per node.
+flows down the pyramid, one program per node. Tokens come last: a program takes BN of them, adds their share of their
+node's gradient and writes them once, in their dtype.
+
+Queries are the last Tq of T positions. Of a row with padding the kernels read its tokens alone, ``lengths`` of them;
+its nodes lie where those of T tokens would.
 
     p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 
