@@ -353,6 +353,10 @@ def _configuration(
         constexprs["p_lengths"] = None
     if kind in ("key", "token"):
         constexprs |= dict(SPLITS=4, TOKENS=kind == "token")
+    if kind == "token" and not causal:  # one row for the mean of pooling
+        for name in ("p_pool", "p_pool_lse", "p_pool_slope"):
+            del signature[name]
+            constexprs[name] = None
     # Bytes spilled: 24 in float32 on sm_80, 72 in 16 bits on sm_100. Most are addresses, stored before the loops and
     # loaded after them.
     return Configuration(kernel, signature, constexprs, warps, stages, spills=72)

@@ -119,6 +119,7 @@ def unpool_kernel(
                 b_most = b_new
             b_slope = b_slope / b_sum
         if TOKENS:
+            tl.debug_barrier()  # several threads may have loaded the same numbers
             tl.store(p_grad_key + o_n * D + o_d, b_dk, mask=m_d)
             tl.store(p_grad_value + o_n * DV + o_v, b_dv, mask=m_v)
             if p_pool is not None:
