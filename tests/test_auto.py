@@ -11,7 +11,7 @@ import torch
 
 import seqaccel
 from seqaccel import _extension, backends
-from seqaccel.functional.attention import hierarchical
+from seqaccel.functional.attention import block_sparse, hierarchical
 from seqaccel.functional.conv import _equivalents as conv
 from seqaccel.functional.rnn import _layers
 from seqaccel.functional.rnn._cells import Problem
@@ -110,8 +110,9 @@ def test_sizes_that_auto_keeps_from_triton():
     assert conv.torch_is_faster(empty(1, 16, 65535 * 1024), empty(16, 16, 3), 1, 1)
     assert conv.torch_is_faster(empty(1, 65534, 64), empty(65534, 2, 3), 1, 32767)
     assert hierarchical._triton_takes(*[empty(16, 8, 4096, 64)] * 3)
+    assert block_sparse._triton_takes(*[empty(16, 8, 4096, 64)] * 2)
     for query in (empty(1, 1, 8, 512), empty(8192, 16, 8, 8), empty(1, 1, 2**26, 32), empty(1, 1, 8, 8, dtype=FLOAT64)):
-        assert not hierarchical._triton_takes(query, query, query)
+        assert not hierarchical._triton_takes(query, query, query) and not block_sparse._triton_takes(query, query)
     packed, offsets = empty(1, 8, 4096, 64), torch.empty(3, dtype=torch.int64, device="meta")
     assert not hierarchical._triton_takes(packed, packed, packed, offsets)
 

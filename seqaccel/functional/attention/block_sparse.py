@@ -182,6 +182,14 @@ def _check_layout(query: Tensor, key: Tensor, layout: Tensor, block_size: int) -
         )
 
 
+def _triton_takes(query: Tensor, value: Tensor) -> bool:
+    if backends.why_missing("triton", "cuda"):
+        return False
+    from seqaccel.kernels.attention.block_sparse.launchers import refusal
+
+    return refusal(query, value) is None
+
+
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -256,7 +264,8 @@ def block_sparse_attention(
     query, key, value = tensors
     if _common.transforms_active():
         return _definition(query, key, value, mask, *options)
-    backend = backends.choose("block_sparse_attention", query, BACKENDS)
+    prefer = "reference" if query.device.type == "cuda" and not _triton_takes(query, value) else None
+    backend = backends.choose("block_sparse_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _definition(query, key, value, mask, *options)
     dtype = query.dtype
