@@ -34,20 +34,19 @@ _TILES = {
 }
 
 
-def _tile(kernel: str, itemsize: int, BD: int, block_size: int) -> tuple[int, int, int, int]:
+def _tile(kernel: str, itemsize: int, BD: int, most: int) -> tuple[int, int, int, int]:
+    """``most``: queries that a tile may have."""
     BM, BN, warps, stages = _TILES[kernel, itemsize][max(64, BD)]
-    if kernel in ("forward", "query"):
-        BM = min(BM, max(16, triton.next_power_of_2(block_size)))
-    return BM, BN, warps, stages
+    return min(BM, max(16, triton.next_power_of_2(most))), BN, warps, stages
 
 
 def _precision(dtype: torch.dtype) -> str:
     return precision(dtype, torch.backends.cuda.matmul)
 
 
-def _splits(T: int, nodes: int) -> int:
-    """How many parts a node's queries are cut into in the gradients of key and value: for all nodes at most T parts."""
-    return max(1, min(16, triton.next_power_of_2(T // 1024), T // max(1, nodes)))
+def _splits(Tq: int, nodes: int) -> int:
+    """How many parts a node's queries are cut into in the gradients of key and value: of all nodes at most Tq."""
+    return max(1, min(16, triton.next_power_of_2(Tq // 1024), Tq // max(1, nodes)))
 
 
 def _sizes(T: int, block_size: int, fanout: int, levels: int, w: int) -> tuple[int, int, int, list[int]]:
@@ -158,7 +157,7 @@ def hierarchical_attention_forward(
             num_warps=4,
         )
         rows += counts[level]
-    BM, BN, warps, stages = _tile("forward", query.element_size(), max(BD, BV), block_size)
+    BM, BN, warps, stages = _tile("forward", query.element_size(), max(BD, BV), min(block_size, Tq))
     wrap_triton(attention_forward_kernel)[(_query_tiles(T, Tq, block_size, BM), B * H)](
         query,
         key,
@@ -236,7 +235,7 @@ def hierarchical_attention_backward(
     BD, BV = _block(D), _block(DV)
     sizes = (H, G, Tq, T, nodes, block_size, fanout, len(spans) - 1, w, float(scale))
     flags = dict(CAUSAL=causal, MASS_BIAS=mass_bias, D=D, DV=DV, BD=BD, BV=BV, PRECISION=_precision(query.dtype))
-    BM, BN, warps, stages = _tile("query", query.element_size(), max(BD, BV), block_size)
+    BM, BN, warps, stages = _tile("query", query.element_size(), max(BD, BV), min(block_size, Tq))
     wrap_triton(attention_query_gradient_kernel)[(_query_tiles(T, Tq, block_size, BM), B * H)](
         query,
         key,
@@ -258,10 +257,10 @@ def hierarchical_attention_backward(
     )
     # Gradients of nodes: what queries give them, then, from the top down, their share of their parents'. A token's
     # kernel fetches its share itself, so that its gradient is written once, in its dtype.
-    splits = _splits(T, nodes)
+    splits = _splits(Tq, nodes)
     node_grads = [lse.new_empty(B, G, splits, nodes, width) for width in (D, DV)]
     if nodes:
-        BM, BN, warps, stages = _tile("key", query.element_size(), max(BD, BV), block_size)
+        BM, BN, warps, stages = _tile("key", query.element_size(), max(BD, BV), Tq)
         tiles = sum(triton.cdiv(count, BN) for count in counts[1:])
         given = (query, pooled_key, pooled_value, lengths, lse, grad_out, delta, *node_grads, *[None] * 5)
         wrap_triton(attention_key_gradient_kernel)[(splits * tiles, B * G)](
@@ -306,7 +305,7 @@ def hierarchical_attention_backward(
         )
         if share is not None:
             grad_pool[i_pool] += share.sum((0, 2))
-    BM, BN, warps, stages = _tile("token", query.element_size(), max(BD, BV), block_size)
+    BM, BN, warps, stages = _tile("token", query.element_size(), max(BD, BV), Tq)
     given = (query, key, value, lengths, lse, grad_out, delta, grad_key, grad_value, *node_grads, pool, pool_lse)
     wrap_triton(attention_key_gradient_kernel)[(triton.cdiv(T, BN), B * G)](
         *given, pool_slope, *sizes, **flags, TOKENS=True, BM=BM, BN=BN, SPLITS=splits, num_warps=warps,
