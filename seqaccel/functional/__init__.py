@@ -19,6 +19,7 @@ from seqaccel.functional.conv import (
 )
 from seqaccel.functional.rnn import _functions as _recurrent
 from seqaccel.functional.rnn._functions import *  # noqa: F403
+from seqaccel.functional.rnn.parallel_in_time import parallel_in_time
 from seqaccel.functional.rnn.stability import truncated
 from seqaccel.functional.scan import (
     column_layer,
@@ -51,6 +52,7 @@ __all__ += [
     "min_lstm",
     "multiplicative_attention",
     "novelty_gate",
+    "parallel_in_time",
     "scan_summary",
     "sru",
     "sru_layer",
