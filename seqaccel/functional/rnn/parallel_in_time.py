@@ -56,14 +56,14 @@ class _Solution(torch.autograd.Function):
     u = grad + J^T u, J being the derivative of a sweep by the states it is given, by sweeps too."""
 
     @staticmethod
-    def forward(ctx, cell, tolerance, h, c, *operands):  # type: ignore[override]
+    def forward(ctx, cell, tolerance, h, c, *operands):
         ctx.save_for_backward(h, *operands)
         ctx.cell, ctx.tolerance = cell, tolerance
         return h.clone(), h.new_empty(0) if c is None else c[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_h, grad_c):  # type: ignore[override]
+    def backward(ctx, grad_h, grad_c):
         h, *operands = (t.detach().requires_grad_() for t in ctx.saved_tensors)
         with torch.enable_grad():
             new, c = _sweep(ctx.cell, h, *operands)
