@@ -14,7 +14,7 @@ from seqaccel import _arguments
 from seqaccel.convert import Report
 from seqaccel.convert import torch as torch_layers
 from seqaccel.convert._model import Filter, check_filter, check_model, title
-from seqaccel.convert._swap import Asked, Swap, combined, plain_class, restore, swap
+from seqaccel.convert._swap import Asked, Swap, combined, plain_class, remembered, restore, swap
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.session import Session
 
@@ -139,13 +139,14 @@ def _answer(module: torch.nn.Module, weights: str) -> Swap | str | None:
         ours = answer.kind
     if not issubclass(ours, Recurrent):
         return "a cell: its steps are too short to pack a state for each; use seqaccel.Session"
+    put_back = remembered(module)
     swap(module, Swap("", ours))
     try:
         packed = _Packed(module, weights)
     except (TypeError, ValueError) as error:
         return str(error)
     finally:
-        restore(module)
+        put_back()
     return Swap(weights, combined(_Quantized, ours), {"_packed": packed})
 
 

@@ -271,7 +271,7 @@ def test_patch_torch():
         x, layer = torch.randn(5, 2, 3), Derived(3, 4)
         layer.load_state_dict(before.state_dict())
         torch.testing.assert_close(layer(x), before(x))
-        assert isinstance(layer, seqaccel.nn.LSTM)
+        assert isinstance(layer, seqaccel.nn.LSTM) and not converted_rows(layer) and type(layer) is Derived
     finally:
         seqaccel.unpatch_torch()
     assert type(torch.nn.LSTM(3, 4)) is type(before) and torch.nn.modules.LSTM is type(before)

@@ -101,9 +101,11 @@ def test_changed_weights_are_packed_again():
 
 def test_what_stays_and_bad_arguments():
     model = torch.nn.Sequential(torch.nn.LSTM(I, H), torch.nn.LSTM(H, H).double(), torch.nn.LSTM(H, H))
+    seqaccel.convert(model[2])
     _, report = seqaccel.quantize(model, filter_fn=lambda module, path: path != "2", report=True)
     assert [row.target for row in report] == ["int8", "", ""]
     assert "expected float32 parameters" in report.rows[1].reason and report.rows[2].reason == "left out by filter_fn"
+    assert isinstance(model[2], seqaccel.nn.LSTM)
     with pytest.raises(ValueError, match="expected weights to be one of"):
         seqaccel.quantize(model, "int4")
     with pytest.raises(TypeError, match="expected model"):

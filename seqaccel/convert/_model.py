@@ -89,7 +89,7 @@ def _left(module: torch.nn.Module) -> str | None:
         name = getattr(module, "original_name", "")
         return "a TorchScript module: convert the model before torch.jit.script" if name in RULES else None
     kind = plain_class(module)
-    if kind.__module__.partition(".")[0] == "seqaccel":
+    if any(base.__module__.partition(".")[0] == "seqaccel" for base in kind.__mro__):
         return None
     if kind is torch.nn.Conv1d and module.kernel_size != (1,):
         return "no causal padding or Chomp1d beside it in a Sequential"

@@ -1,6 +1,7 @@
 """Changing what a module of an existing model runs: its class changes, the object and all that it holds stay."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +43,6 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     return kind.__bases__[0] if _is_parametrized(kind) else kind
 
 
-def is_swapped(module: torch.nn.Module) -> bool:
-    return _MARK in vars(module)
-
-
 def _set_class(module: torch.nn.Module, kind: type) -> None:
     current = type(module)
     module.__class__ = _on(current, kind) if _is_parametrized(current) else kind
@@ -72,6 +69,19 @@ def restore(module: torch.nn.Module) -> bool:
     for name in added:
         attributes.pop(name, None)
     return True
+
+
+def remembered(module: torch.nn.Module) -> Callable[[], None]:
+    """What gives a module its present class and attributes back, as far as ``swap`` and ``restore`` change them."""
+    kind, attributes = type(module), dict(vars(module))
+
+    def put_back() -> None:
+        restore(module)
+        if _MARK in attributes:
+            module.__class__ = kind
+            vars(module).update(attributes)
+
+    return put_back
 
 
 def _made(first: type, second: type) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from seqaccel import _arguments
 from seqaccel.convert._model import Filter, asked, check_filter, check_model, found, title
 from seqaccel.convert._report import Report
-from seqaccel.convert._swap import Swap, is_swapped, plain_class, restore, swap
+from seqaccel.convert._swap import Swap, plain_class, remembered, restore, swap
 
 #: Rounds in which both are timed, and the seconds of a round.
 ROUNDS, SECONDS = 7, 0.02
@@ -144,7 +144,7 @@ def _timing(path: str, module: torch.nn.Module, call: _Call | None, use_ours: Ca
 @contextlib.contextmanager
 def _as_it_is(model: torch.nn.Module) -> Iterator[None]:
     """Gives the model's buffers and layers, and torch's generators, their present state back at the end."""
-    layers = [(module, type(module), dict(vars(module))) for module in model.modules() if is_swapped(module)]
+    layers = [remembered(module) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     try:
@@ -154,11 +154,8 @@ def _as_it_is(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for module in model.modules():
-            restore(module)
-        for module, kind, attributes in layers:
-            module.__class__ = kind
-            vars(module).update(attributes)
+        for put_back in layers:
+            put_back()
 
 
 def _progress(values: list[Any], shown: bool) -> Iterable[Any]:
