@@ -403,6 +403,14 @@ def test_other_convolutions_stay(name):
     assert [row.reason for row in rows.values()] == ["no causal padding or Chomp1d beside it in a Sequential"]
 
 
+@pytest.mark.parametrize("make", [lambda: torch.nn.LSTM(3, 4), lambda: torch.nn.Sequential(*PADDED["constant"]())])
+def test_scripting_is_refused(make):
+    model = seqaccel.convert(make())
+    with pytest.raises(RuntimeError, match="cannot be scripted"):
+        torch.jit.script(model)
+    torch.jit.script(seqaccel.revert(model))
+
+
 def test_layers_with_hooks_run_as_they_are():
     model, x, seen = seqaccel.convert(torch.nn.Sequential(*PADDED["constant"]())), torch.randn(2, 3, 11), []
     expected = model(x)

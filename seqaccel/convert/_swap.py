@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -82,6 +82,13 @@ def remembered(module: torch.nn.Module) -> Callable[[], None]:
             vars(module).update(attributes)
 
     return put_back
+
+
+class Unscriptable:
+    """Mixin of the classes that run our operators in another package's module."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(f"{type(self).__name__}: converted modules cannot be scripted; call seqaccel.revert first")
 
 
 def _made(first: type, second: type) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules import module as _module
 from torch.nn.utils.weight_norm import WeightNorm
 
-from seqaccel.convert._swap import Asked, Swap, combined, plain_class
+from seqaccel.convert._swap import Asked, Swap, Unscriptable, combined, plain_class
 from seqaccel.functional import causal_conv1d
 
 #: torch's padding layers, and what our operator calls them.
@@ -107,7 +107,7 @@ def causal_conv(conv: Any, x: Tensor, padding_mode: str, activation: str | None 
     return y if x.dim() == 3 else y.squeeze(0)
 
 
-class CausalSequential(torch.nn.Sequential):
+class CausalSequential(Unscriptable, torch.nn.Sequential):
     """A Sequential that runs its causal convolutions as one operator each. Layers with hooks run as they are."""
 
     def forward(self, input: Any) -> Any:

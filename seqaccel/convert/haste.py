@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import _arguments, nn
-from seqaccel.convert._swap import Asked, Swap, combined, plain_class
+from seqaccel.convert._swap import Asked, Swap, Unscriptable, combined, plain_class
 from seqaccel.convert._weights import check_shapes, load_first_layer, reorder, tensors_of
 from seqaccel.functional import indrnn
 from seqaccel.functional.rnn import layers
@@ -133,7 +133,7 @@ def _indrnn(source: Mapping[str, Any], batch_first: bool) -> nn.IndRNN:
     return module
 
 
-class _Layer:
+class _Layer(Unscriptable):
     """A layer of the package, in front of its class: its parameters in our layout, by our kernels."""
 
     def forward(self: Any, input: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:

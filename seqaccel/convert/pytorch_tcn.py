@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import nn
-from seqaccel.convert._swap import Asked, Swap, combined, plain_class
+from seqaccel.convert._swap import Asked, Swap, Unscriptable, combined, plain_class
 from seqaccel.convert.causal_conv import causal_conv, has_hooks
 from seqaccel.nn.checkpoints import loads
 
@@ -20,7 +20,7 @@ def drop_buffers(module: nn.TCN, state_dict: dict[str, Any], prefix: str) -> Non
         del state_dict[key]
 
 
-class TemporalConv1d(torch.nn.Conv1d):
+class TemporalConv1d(Unscriptable, torch.nn.Conv1d):
     """The package's convolution, where it does not stream, by our operator."""
 
     def forward(self, x: Any, inference: bool = False, in_buffer: Any = None, buffer_io: Any = None) -> Any:
