@@ -25,15 +25,18 @@ _KEYS = 32
 _PROGRAMS = 1024
 
 
+# Comparisons give these numbers, which are constants of kernels: a compiler's symbols may stand for the sizes.
+
+
 def _width(H: int) -> tuple[int, int]:
     """Neighbouring h of a program, and warps."""
-    BH = min(128, max(32, triton.next_power_of_2(H)))
+    BH = next(n for n in (32, 64, 128) if n >= H or n == 128)
     return BH, BH // 32
 
 
 def _row(Tk: int) -> tuple[int, int]:
     """Weights of a row at a time, and warps."""
-    BN = min(1024, max(32, triton.next_power_of_2(Tk)))
+    BN = next(n for n in (64, 256, 1024) if Tk <= n or n == 1024)
     return BN, max(1, BN // 256)
 
 
@@ -67,7 +70,7 @@ def additive_attention_forward(query: Tensor, key: Tensor, weight: Tensor, mask:
     query, key, weight = query.contiguous(), key.contiguous(), weight.contiguous()
     rows = 1 if mask is None else mask.shape[1]
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    (BM, BN), (BH, warps) = _TILES[min(4, triton.next_power_of_2(Tq))], _width(H)
+    (BM, BN), (BH, warps) = _TILES[1 if Tq == 1 else 2 if Tq == 2 else 4], _width(H)
     wrap_triton(additive_logits_kernel)[(B * triton.cdiv(Tq, BM) * triton.cdiv(Tk, BN),)](
         query, key, weight, mask, attention, Tq, Tk, H, rows, BM=BM, BN=BN, BH=BH, num_warps=warps
     )
