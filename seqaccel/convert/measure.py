@@ -19,7 +19,7 @@ from seqaccel.convert._report import Report
 from seqaccel.convert._swap import Swap, plain_class, remembered, restore, swap
 
 #: Rounds in which both are timed, and the seconds of a round.
-ROUNDS, SECONDS = 7, 0.02
+ROUNDS, SECONDS = 7, 0.01
 
 
 class Timing(NamedTuple):
