@@ -42,7 +42,12 @@ SANITIZE = os.environ.get("SEQACCEL_SANITIZE")
 SANITIZE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DSEQACCEL_SANITIZE"] if SANITIZE else []
 SANITIZERS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 INSTRUCTION_SETS = ["portable", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["portable"]
-BF16_KERNELS = {"cpu/conv/narrow_kernels.h", "cpu/packed/kernels.h"}  # compiled for AVX-512 with BF16 and VNNI too
+BF16_KERNELS = {  # compiled for AVX-512 with BF16 and VNNI too
+    "cpu/attention/block_sparse/narrow_kernels.h",
+    "cpu/attention/hierarchical/narrow_kernels.h",
+    "cpu/conv/narrow_kernels.h",
+    "cpu/packed/kernels.h",
+}
 
 
 def kernel_sources():

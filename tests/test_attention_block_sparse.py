@@ -16,6 +16,7 @@ from seqaccel.functional.attention import layouts
 from seqaccel.reference import attention as reference
 
 ISAS = ["portable", "avx2", "avx512"]
+NARROW_ISAS = [*ISAS, "avx512_bf16"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of Triton, in the interpreter where there is no GPU
 
 # Tq, Tk, block_size, causal, (heads, key heads, D, Dv), dimensions of the layout
@@ -74,9 +75,13 @@ def solved(case):
     return inputs, layout, keywords, grad_out, *with_grads(lambda *x: dense(*x, layout, **keywords), wide, grad_out)
 
 
+def usable(isa):
+    return NARROW_ISAS.index(isa) <= NARROW_ISAS.index(torch.ops.seqaccel.best_isa())
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
-    if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16")):
+    if not usable(request.param):
         pytest.skip(f"this processor has no {request.param}")
     with backends.isa(request.param):
         yield request.param
@@ -226,9 +231,9 @@ def test_what_is_not_seen_stays_apart(backend, bad):
     seen = reference.visible(layout, size, T, T, True)
     query, key, value = torch.randn(3, 1, 2, T, 17)
     keywords = dict(block_size=size, causal=True)
-    for isa in ISAS if backend == "cpp" else ["portable"]:
-        if isa != "portable" and isa not in torch.ops.seqaccel.best_isa():
-            continue
+    for isa in filter(usable, NARROW_ISAS if backend == "cpp" else ["portable"]):
+        if isa == "avx512_bf16":  # its kernels of float32 are those of avx512
+            query, key, value = (t.bfloat16() for t in torch.randn(3, 1, 2, T, 18))
         with seqaccel.backend(backend), backends.isa(isa):
             good = query.clone().requires_grad_()
             expected = block_sparse_attention(good, key, value, layout, **keywords)
@@ -246,15 +251,16 @@ def test_what_is_not_seen_stays_apart(backend, bad):
                         assert torch.equal(grad[:, :, apart], whole[:, :, apart])
 
 
+@pytest.mark.parametrize("isa", NARROW_ISAS, indirect=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_spoilt_query_stays_apart(isa, bad, causal):
     """A query, or a gradient of its output, that is not finite changes nothing of other queries and unseen keys."""
-    T, size, dtype = 90, 20, torch.float32
+    T, size, dtype, D = 90, 20, *((torch.bfloat16, 18) if isa == "avx512_bf16" else (torch.float32, 17))
     layout = (torch.rand(5, 5) < 0.5).expand(2, 4, 5, 5)
     seen = reference.visible(layout[0, 0], size, T, T, causal)
-    query, grad_out = torch.randn(2, 2, 4, T, 17, dtype=dtype)
-    key, value = torch.randn(2, 2, 2, T, 17, dtype=dtype)
+    query, grad_out = torch.randn(2, 2, 4, T, D, dtype=dtype)
+    key, value = torch.randn(2, 2, 2, T, D, dtype=dtype)
     options = (size, causal, 0.5)
 
     def outputs_and_gradients(query, grad_out):
@@ -280,8 +286,9 @@ def test_a_spoilt_query_stays_apart(isa, bad, causal):
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[6]], ids=str)
-def test_opcheck(case):
-    inputs, layout, keywords = make_inputs(case, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(case, dtype):
+    inputs, layout, keywords = make_inputs(case, dtype)
     layout = layout.expand(*inputs[0].shape[:2], *layout.shape[-2:])
     rest = (layout, keywords["block_size"], keywords["causal"], 0.3)
     forward = torch.ops.seqaccel.block_sparse_attention_forward
@@ -293,17 +300,19 @@ def test_opcheck(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    inputs, layout, keywords = make_inputs(LONG_CASES[0], dtype=dtype)
-    grad_out = torch.randn_like(inputs[0])
-    expected = with_grads(lambda *x: dense(*x, layout, **keywords), [t.double() for t in inputs], grad_out)
-    with seqaccel.backend("cpp"):
-        out, grads = with_grads(lambda *x: block_sparse_attention(*x, layout, **keywords), inputs, grad_out)
-    assert out.dtype == dtype
-    assert_close(out, expected[0], "attention", dtype)
-    for grad, wanted in zip(grads, expected[1], strict=True):
-        assert grad.dtype == dtype
-        assert_close(grad, wanted, "attention", dtype, backward=True)
+def test_half_precision(dtype, poison):
+    for case in (*CASES[1::2], LONG_CASES[0]):
+        inputs, layout, keywords = make_inputs(case, dtype=dtype)
+        grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=dtype)
+        expected = with_grads(lambda *x: dense(*x, layout, **keywords), [t.double() for t in inputs], grad_out)  # noqa: B023
+        for isa in filter(usable, NARROW_ISAS):
+            with seqaccel.backend("cpp"), backends.isa(isa):
+                out, grads = with_grads(lambda *x: block_sparse_attention(*x, layout, **keywords), inputs, grad_out)  # noqa: B023
+            assert out.dtype == dtype
+            assert_close(out, expected[0], "attention", dtype)
+            for grad, wanted in zip(grads, expected[1], strict=True):
+                assert grad.dtype == dtype
+                assert_close(grad, wanted, "attention", dtype, backward=True)
 
 
 # torch's machinery

@@ -118,9 +118,8 @@ inline Tensor detach(const Tensor& t) { return view_of(t, sizes_of(t), strides_o
 // An uninitialised tensor; a large one is backed by huge pages. Touching fresh 4 KB pages costs more than the work of
 // many kernels: the first write of 34 MB took 23 ms on a virtual machine, 3.2 ms with huge pages, and the second 1.5
 // ms. It and view_of call torch's C interface, which takes 0.3 us; operators called by name take 1 us.
-inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
-  int32_t dtype, device, index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+inline Tensor new_tensor(const Tensor& like, const Extents& sizes, int32_t dtype) {
+  int32_t device, index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle = nullptr;
@@ -140,6 +139,12 @@ inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
 #endif
   fill_fresh(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
+}
+
+inline Tensor new_tensor(const Tensor& like, const Extents& sizes) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return new_tensor(like, sizes, dtype);
 }
 
 inline Tensor new_like(const Tensor& t) { return new_tensor(t, sizes_of(t)); }

@@ -27,41 +27,86 @@ SEQACCEL_INLINE float log_of(float x) { return logf(x); }
 SEQACCEL_INLINE double log_of(double x) { return log(x); }
 
 // Keys and values of a head.
-template <typename T>
+template <typename S>
 struct Rows {
-  const T* key;
-  const T* value;
+  const S* key;
+  const S* value;
   ptrdiff_t key_row, value_row;
 };
 
+// Keys and values of a chunk as operands of products. Factors along the head of key n begin at key + n * key_row;
+// those along the keys, of values n and element d, at value + n / kValues * value_k + d * kValues.
+template <typename W>
+struct Operands {
+  const FactorValue<W>* key;
+  ptrdiff_t key_row;
+  const FactorValue<W>* value;
+  ptrdiff_t value_k;
+};
+
+template <typename T, typename S>
+void copy_rows(T* out, const S* in, ptrdiff_t in_row, ptrdiff_t rows, ptrdiff_t columns) {
+  for (ptrdiff_t r = 0; r < rows; ++r) copy_values(in + r * in_row, columns, out + r * columns);
+}
+
+// Values of the copies of a chunk that read_chunk makes.
+template <typename W, typename S>
+int64_t chunk_elements(int64_t D, int64_t Dv) {
+  return kNarrow<S> ? kKeys * (D + Dv) : 0;
+}
+
+// The keys [0, keys) of `rows`; `copy` has room for chunk_elements.
+template <typename W, typename S>
+SEQACCEL_INLINE Operands<W> read_chunk(const S* key, ptrdiff_t key_row, const S* value, ptrdiff_t value_row,
+                                       ptrdiff_t keys, ptrdiff_t D, ptrdiff_t Dv, Sum<W>* copy) {
+  if constexpr (!kNarrow<S>) {
+    return {key, key_row, value, value_row};
+  } else if constexpr (kValues<W> == 2) {
+    W* const pairs = reinterpret_cast<W*>(copy);
+    interleave_rows(pairs, Dv, value, value_row, keys, Dv);
+    return {key, key_row, reinterpret_cast<const S*>(pairs), 2 * Dv};
+  } else {
+    Sum<W>* const values = copy + kKeys * D;
+    copy_rows(copy, key, key_row, keys, D);
+    copy_rows(values, value, value_row, keys, Dv);
+    return {copy, D, values, Dv};
+  }
+}
+
 // The state of a tile of queries while it runs through its keys.
-template <typename T>
+template <typename W>
 struct QueryTile {
-  T* query;   // [D, kColumns], times scale
-  T* scores;  // [kKeys, kColumns]
+  typedef Sum<W> T;
+  W* query;   // [D, kColumns]
+  T* scores;  // [kKeys, kColumns], then the weights as factors
   T* out;     // [Dv, kColumns]
   T* most;    // [kColumns]
   T* sum;     // [kColumns]
+  T* copy;    // of a chunk
+  T scale;
 };
 
-template <typename T>
+template <typename W, typename S>
 int64_t query_tile_elements(int64_t D, int64_t Dv) {
-  return (D + Dv + kKeys + 2) * kColumns<T>;
+  return (D + Dv + kKeys + 2) * kColumns<W> + chunk_elements<W, S>(D, Dv);
 }
 
 // Begins with `count` queries and no keys.
-template <typename T>
-QueryTile<T> begin_tile(T* workspace, const T* query, ptrdiff_t query_row, ptrdiff_t count, ptrdiff_t D, ptrdiff_t Dv,
-                        T scale) {
+template <typename W, typename S>
+QueryTile<W> begin_tile(Sum<W>* workspace, const S* query, ptrdiff_t query_row, ptrdiff_t count, ptrdiff_t D,
+                        ptrdiff_t Dv, Sum<W> scale) {
+  typedef Sum<W> T;
   const ptrdiff_t width = (count + Lanes<T> - 1) / Lanes<T> * Lanes<T>;
-  QueryTile<T> q;
-  q.query = workspace;
-  q.out = q.query + D * kColumns<T>;
-  q.scores = q.out + Dv * kColumns<T>;
-  q.most = q.scores + kKeys * kColumns<T>;
-  q.sum = q.most + kColumns<T>;
-  transpose_in(q.query, kColumns<T>, query, query_row, count, D, width, scale);
-  memset(q.out, 0, size_t(Dv * kColumns<T>) * sizeof(T));
+  QueryTile<W> q;
+  q.query = reinterpret_cast<W*>(workspace);
+  q.out = workspace + D * kColumns<W>;
+  q.scores = q.out + Dv * kColumns<W>;
+  q.most = q.scores + kKeys * kColumns<W>;
+  q.sum = q.most + kColumns<W>;
+  q.copy = q.sum + kColumns<W>;
+  q.scale = scale;
+  transpose_in(q.query, query, query_row, count, D, width);
+  memset(q.out, 0, size_t(Dv * kColumns<W>) * sizeof(T));
   for (ptrdiff_t i = 0; i < width; ++i) {
     q.most[i] = kLeast<T>;
     q.sum[i] = T(0);
@@ -70,22 +115,24 @@ QueryTile<T> begin_tile(T* workspace, const T* query, ptrdiff_t query_row, ptrdi
 }
 
 // Writes the outputs and lse of `count` queries.
-template <typename T>
-void end_tile(const QueryTile<T>& q, T* out, ptrdiff_t out_row, T* lse, ptrdiff_t count, ptrdiff_t Dv) {
+template <typename W, typename S>
+void end_tile(const QueryTile<W>& q, S* out, ptrdiff_t out_row, Sum<W>* lse, ptrdiff_t count, ptrdiff_t Dv) {
+  typedef Sum<W> T;
   for (ptrdiff_t i = 0; i < count; ++i) {
     lse[i] = q.most[i] + log_of(q.sum[i]);
     q.sum[i] = T(1) / q.sum[i];
   }
-  transpose_out(out, out_row, q.out, kColumns<T>, count, Dv, q.sum);
+  transpose_out(out, out_row, q.out, count, Dv, q.sum);
 }
 
-template <typename T, int NV>
+template <typename W, int NV>
 struct ScoreTile {
-  const T* query;
-  const T* key;
+  typedef Sum<W> T;
+  const W* query;
+  const FactorValue<W>* key;
   ptrdiff_t key_row, D;
   T* scores;
-  T bias;
+  T scale, bias;
   bool masked;   // lane i of vector v sees row r if r <= v * Lanes + i
   Vec<T>* most;  // [NV]
 
@@ -93,29 +140,30 @@ struct ScoreTile {
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
-    add_products<T, MR, NV>(acc, key + row * key_row, key_row, 1, query, kColumns<T>, D);
+    add_factors<W, MR, NV>(acc, key + row * key_row, key_row, kValues<W>, query, kColumns<W>, factors_of<W>(D));
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        Vec<T> s = acc[m][v] + bias;
+        Vec<T> s = acc[m][v] * scale + bias;
         if (masked) {
           Int lane;
           for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
           s = lane + int(v * Lanes<T> - row - m) < 0 ? broadcast(T(-INFINITY)) : s;
         }
         most[v] = s > most[v] ? s : most[v];
-        store(scores + (row + m) * kColumns<T> + v * Lanes<T>, s);
+        store(scores + (row + m) * kColumns<W> + v * Lanes<T>, s);
       }
     }
   }
 };
 
-template <typename T, int NV>
+template <typename W, int NV>
 struct OutputTile {
-  const T* scores;
-  const T* value;
-  ptrdiff_t value_row, keys;
+  typedef Sum<W> T;
+  const W* weights;
+  const FactorValue<W>* value;
+  ptrdiff_t value_k, keys;
   T* out;
   const Vec<T>* decay;  // [NV]
   bool masked;          // lane i sees value k if k <= i
@@ -123,33 +171,58 @@ struct OutputTile {
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     Vec<T> acc[MR][NV] = {};
+    const FactorValue<W>* a = value + row * kValues<W>;
     if (masked) {
-      tile_of_triangle<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
+      tile_of_triangle<W, MR, NV>(acc, a, kValues<W>, value_k, weights, kColumns<W>, factors_of<W>(keys));
     } else {
-      add_products<T, MR, NV>(acc, value + row, 1, value_row, scores, kColumns<T>, keys);
+      add_factors<W, MR, NV>(acc, a, kValues<W>, value_k, weights, kColumns<W>, factors_of<W>(keys));
     }
-    T* o = out + row * kColumns<T>;
+    T* o = out + row * kColumns<W>;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        T* to = o + m * kColumns<T> + v * Lanes<T>;
+        T* to = o + m * kColumns<W> + v * Lanes<T>;
         store(to, load(to) * decay[v] + acc[m][v]);
       }
     }
   }
 };
 
+// The weights e^(s - most), in the place of the scores [keys, kColumns] as factors along the keys, and their sums.
+template <typename W, int NV>
+SEQACCEL_INLINE void scores_to_weights(Sum<W>* scores, ptrdiff_t keys, const Vec<Sum<W>>* most, Vec<Sum<W>>* sum) {
+  typedef Sum<W> T;
+  for (ptrdiff_t n = 0; n < keys; n += kValues<W>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const T* s = scores + n * kColumns<W> + v * Lanes<T>;
+      const Vec<T> e = exp_vec<T>(load(s) - most[v]);
+      if constexpr (kValues<W> == 1) {
+        sum[v] += e;
+        store(scores + n * kColumns<W> + v * Lanes<T>, e);
+      } else {  // the sum is of the rounded weights
+        const Vec<T> next = n + 1 < keys ? exp_vec<T>(load(s + kColumns<W>) - most[v]) : Vec<T>{};
+        const Vec<T> pairs = pair_of(e, next, W{});
+        multiply_add(sum[v], pairs, pair_of(broadcast(1.0f), broadcast(1.0f), W{}), W{});
+        store(scores + n / 2 * kColumns<W> + v * Lanes<T>, pairs);
+      }
+    }
+  }
+}
+
 // Attends to the keys [0, keys) with the vectors [first, first + NV) of the tile. masked: key r is seen by lane r of
 // the first vector and all later lanes.
-template <typename T, int NV>
-void attend(const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, const T* value, ptrdiff_t value_row,
-            ptrdiff_t keys, ptrdiff_t D, ptrdiff_t Dv, T bias, bool masked) {
+template <typename W, int NV>
+void attend(const QueryTile<W>& q, int first, const Operands<W>& rows, ptrdiff_t keys, ptrdiff_t D, ptrdiff_t Dv,
+            Sum<W> bias, bool masked) {
+  typedef Sum<W> T;
   const int shift = first * Lanes<T>;
   Vec<T> old[NV], most[NV], decay[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) most[v] = old[v] = load(q.most + shift + v * Lanes<T>);
-  const ScoreTile<T, NV> score = {q.query + shift, key, key_row, D, q.scores + shift, bias, masked, most};
+  const ScoreTile<W, NV> score = {q.query + shift, rows.key, rows.key_row, D,   q.scores + shift,
+                                  q.scale,         bias,     masked,       most};
   for_row_tiles(keys, score);
   Vec<T> sum[NV];
 #pragma GCC unroll 4
@@ -157,45 +230,38 @@ void attend(const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, c
     decay[v] = exp_vec<T>(old[v] - most[v]);
     sum[v] = load(q.sum + shift + v * Lanes<T>) * decay[v];
   }
-  for (ptrdiff_t n = 0; n < keys; ++n) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      T* s = q.scores + n * kColumns<T> + shift + v * Lanes<T>;
-      const Vec<T> e = exp_vec<T>(load(s) - most[v]);
-      sum[v] += e;
-      store(s, e);
-    }
-  }
+  scores_to_weights<W, NV>(q.scores + shift, keys, most, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     store(q.sum + shift + v * Lanes<T>, sum[v]);
     store(q.most + shift + v * Lanes<T>, most[v]);
   }
-  const OutputTile<T, NV> output = {q.scores + shift, value, value_row, keys, q.out + shift, decay, masked};
+  const W* weights = reinterpret_cast<const W*>(q.scores + shift);
+  const OutputTile<W, NV> output = {weights, rows.value, rows.value_k, keys, q.out + shift, decay, masked};
   for_row_tiles(Dv, output);
 }
 
-template <typename T>
-void attend_vectors(int vectors, const QueryTile<T>& q, int first, const T* key, ptrdiff_t key_row, const T* value,
-                    ptrdiff_t value_row, ptrdiff_t keys, ptrdiff_t D, ptrdiff_t Dv, T bias, bool masked) {
+template <typename W>
+void attend_vectors(int vectors, const QueryTile<W>& q, int first, const Operands<W>& rows, ptrdiff_t keys, ptrdiff_t D,
+                    ptrdiff_t Dv, Sum<W> bias, bool masked) {
   switch (vectors) {
     case 1:
-      return attend<T, 1>(q, first, key, key_row, value, value_row, keys, D, Dv, bias, masked);
+      return attend<W, 1>(q, first, rows, keys, D, Dv, bias, masked);
     case 2:
-      return attend<T, 2>(q, first, key, key_row, value, value_row, keys, D, Dv, bias, masked);
+      return attend<W, 2>(q, first, rows, keys, D, Dv, bias, masked);
     case 3:
-      return attend<T, (kTileVectors > 2 ? 3 : 1)>(q, first, key, key_row, value, value_row, keys, D, Dv, bias, masked);
+      return attend<W, (kTileVectors > 2 ? 3 : 1)>(q, first, rows, keys, D, Dv, bias, masked);
     default:
-      return attend<T, kTileVectors>(q, first, key, key_row, value, value_row, keys, D, Dv, bias, masked);
+      return attend<W, kTileVectors>(q, first, rows, keys, D, Dv, bias, masked);
   }
 }
 
 // The `count` queries of a tile, at positions from t on, attend to the keys [key, end). diagonal: a query sees the keys
 // up to its own position; `key` is at most t, and `end` at most t + count.
-template <typename T>
-void attend_run(const QueryTile<T>& q, ptrdiff_t count, const Rows<T>& rows, int64_t key, int64_t end, int64_t t,
-                bool diagonal, ptrdiff_t D, ptrdiff_t Dv, T bias) {
-  constexpr int L = Lanes<T>;
+template <typename W, typename S>
+void attend_run(const QueryTile<W>& q, ptrdiff_t count, const Rows<S>& rows, int64_t key, int64_t end, int64_t t,
+                bool diagonal, ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias) {
+  constexpr int L = Lanes<W>;
   const int vectors = int((count + L - 1) / L);
   while (key < end) {
     // On the diagonal the keys are taken one vector at a time, since the lanes before them do not see them.
@@ -203,8 +269,9 @@ void attend_run(const QueryTile<T>& q, ptrdiff_t count, const Rows<T>& rows, int
     const int first = masked ? int((key - t) / L) : 0;
     const int64_t stop = masked ? t + (first + 1) * L : diagonal ? t : end;
     const int64_t keys = min_of(kKeys, min_of(stop, end) - key);
-    attend_vectors(vectors - first, q, first, rows.key + key * rows.key_row, rows.key_row,
-                   rows.value + key * rows.value_row, rows.value_row, keys, D, Dv, bias, masked);
+    const Operands<W> chunk = read_chunk<W>(rows.key + key * rows.key_row, rows.key_row,
+                                            rows.value + key * rows.value_row, rows.value_row, keys, D, Dv, q.copy);
+    attend_vectors(vectors - first, q, first, chunk, keys, D, Dv, bias, masked);
     key += keys;
   }
 }

@@ -3,7 +3,8 @@
 //   p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 //   grad_value += p grad_out, grad_key += scale ds query, grad_query += scale ds key
 //
-// p is computed once and serves all three gradients: five products per pair of query and key.
+// p is computed once and serves all three gradients: five products per pair of query and key. The gradients of keys
+// and values are sums over many queries: they are float where memory holds 16 bits.
 #pragma once
 
 #include "cpu/attention/attend.h"
@@ -15,133 +16,174 @@ ptrdiff_t padded(ptrdiff_t D) {
   return (D + Lanes<T> - 1) / Lanes<T> * Lanes<T>;
 }
 
-// One tile of queries; *_columns are [D, kColumns], *_rows [kColumns, padded D], p and ds [kKeys, kColumns]; those of
-// the gradient of the output have Dv for D.
-template <typename T>
+// One tile of queries: factors along D in *_columns [D, kColumns], along the queries in *_rows [kColumns, padded D]; p
+// and ds are values [kKeys, kColumns]. Those of the gradient of the output have Dv for D.
+template <typename W>
 struct GradTile {
-  T *query_columns, *grad_columns, *query_grad_columns;
-  T *query_rows, *grad_rows;
-  T *p, *ds;
+  typedef Sum<W> T;
+  W *query_columns, *grad_columns;
+  T* query_grad_columns;
+  W *query_rows, *grad_rows;
+  FactorValue<W>*p, *ds;
+  W* ds_columns;  // ds as factors along the keys
   T *lse, *delta, *ones;
+  T* copy;  // of a chunk
+  T scale;
 };
 
-template <typename T>
+template <typename W, typename S>
 int64_t grad_tile_elements(int64_t D, int64_t Dv) {
-  return (2 * D + Dv + padded<T>(D) + padded<T>(Dv) + 2 * kKeys + 3) * kColumns<T>;
+  typedef Sum<W> T;
+  return (2 * D + Dv + padded<T>(D) + padded<T>(Dv) + 2 * kKeys + 3) * kColumns<W> + chunk_elements<W, S>(D, Dv);
 }
 
-template <typename T>
-GradTile<T> make_grad_tile(T* workspace, int64_t D, int64_t Dv) {
-  GradTile<T> q;
-  const ptrdiff_t columns = D * kColumns<T>, rows = padded<T>(D) * kColumns<T>, scores = kKeys * kColumns<T>;
-  const ptrdiff_t value_columns = Dv * kColumns<T>, value_rows = padded<T>(Dv) * kColumns<T>;
-  q.query_columns = workspace;
-  q.grad_columns = q.query_columns + columns;
-  q.query_grad_columns = q.grad_columns + value_columns;
-  q.query_rows = q.query_grad_columns + columns;
-  q.grad_rows = q.query_rows + rows;
-  q.p = q.grad_rows + value_rows;
-  q.ds = q.p + scores;
-  q.lse = q.ds + scores;
-  q.delta = q.lse + kColumns<T>;
-  q.ones = q.delta + kColumns<T>;
+template <typename W>
+GradTile<W> make_grad_tile(Sum<W>* workspace, int64_t D, int64_t Dv, Sum<W> scale) {
+  typedef Sum<W> T;
+  GradTile<W> q;
+  const ptrdiff_t columns = D * kColumns<W>, rows = padded<T>(D) * kColumns<W>, scores = kKeys * kColumns<W>;
+  const ptrdiff_t value_columns = Dv * kColumns<W>, value_rows = padded<T>(Dv) * kColumns<W>;
+  T* const grad_columns = workspace + columns;
+  q.query_columns = reinterpret_cast<W*>(workspace);
+  q.grad_columns = reinterpret_cast<W*>(grad_columns);
+  q.query_grad_columns = grad_columns + value_columns;
+  T* const query_rows = q.query_grad_columns + columns;
+  T* const grad_rows = query_rows + rows;
+  T* const p = grad_rows + value_rows;
+  T* const ds = p + scores;
+  q.query_rows = reinterpret_cast<W*>(query_rows);
+  q.grad_rows = reinterpret_cast<W*>(grad_rows);
+  q.p = reinterpret_cast<FactorValue<W>*>(p);
+  q.ds = reinterpret_cast<FactorValue<W>*>(ds);
+  q.ds_columns = reinterpret_cast<W*>(kValues<W> == 1 ? ds : ds + scores / 2);
+  q.lse = ds + scores;
+  q.delta = q.lse + kColumns<W>;
+  q.ones = q.delta + kColumns<W>;
+  q.copy = q.ones + kColumns<W>;
+  q.scale = scale;
   return q;
 }
 
+// Factors along `rows` rows of `in`: [rows, width], and zeros up to `width`.
+template <typename W, typename S>
+SEQACCEL_INLINE void rows_as_factors(W* out, ptrdiff_t width, const S* in, ptrdiff_t in_row, ptrdiff_t rows,
+                                     ptrdiff_t columns) {
+  for (ptrdiff_t i = 0; i < rows; i += kValues<W>) {
+    W* const to = out + i / kValues<W> * width;
+    const S* const from = in + i * in_row;
+    if constexpr (kValues<W> == 1) {
+      copy_values(from, columns, to);
+    } else {
+      interleave(from, i + 1 < rows ? from + in_row : nullptr, columns, to);
+    }
+    for (ptrdiff_t d = columns; d < width; ++d) to[d] = W{};
+  }
+}
+
 // Fills a tile with `count` queries; the gradients of the queries are 0.
-template <typename T>
-void fill_grad_tile(const GradTile<T>& q, const T* query, ptrdiff_t query_row, const T* grad, ptrdiff_t grad_row,
-                    const T* out, ptrdiff_t out_row, const T* lse, ptrdiff_t count, ptrdiff_t D, ptrdiff_t Dv,
-                    T scale) {
-  const ptrdiff_t vectors = (count + Lanes<T> - 1) / Lanes<T>, width = padded<T>(D), value_width = padded<T>(Dv);
-  transpose_in(q.query_columns, kColumns<T>, query, query_row, count, D, vectors * Lanes<T>, scale);
-  transpose_in(q.grad_columns, kColumns<T>, grad, grad_row, count, Dv, vectors * Lanes<T>, T(1));
-  memset(q.query_grad_columns, 0, size_t(D * kColumns<T>) * sizeof(T));
+template <typename W, typename S>
+void fill_grad_tile(const GradTile<W>& q, const S* query, ptrdiff_t query_row, const S* grad, ptrdiff_t grad_row,
+                    const S* out, ptrdiff_t out_row, const Sum<W>* lse, ptrdiff_t count, ptrdiff_t D, ptrdiff_t Dv) {
+  typedef Sum<W> T;
+  const ptrdiff_t width = (count + Lanes<T> - 1) / Lanes<T> * Lanes<T>;
+  transpose_in(q.query_columns, query, query_row, count, D, width);
+  transpose_in(q.grad_columns, grad, grad_row, count, Dv, width);
+  memset(q.query_grad_columns, 0, size_t(D * kColumns<W>) * sizeof(T));
+  rows_as_factors(q.query_rows, padded<T>(D), query, query_row, count, D);
+  rows_as_factors(q.grad_rows, padded<T>(Dv), grad, grad_row, count, Dv);
   for (ptrdiff_t i = 0; i < count; ++i) {
-    T* to = q.query_rows + i * width;
-    for (ptrdiff_t d = 0; d < D; ++d) to[d] = scale * query[i * query_row + d];
-    for (ptrdiff_t d = D; d < width; ++d) to[d] = T(0);
-    to = q.grad_rows + i * value_width;
-    for (ptrdiff_t d = 0; d < Dv; ++d) to[d] = grad[i * grad_row + d];
-    for (ptrdiff_t d = Dv; d < value_width; ++d) to[d] = T(0);
-    q.delta[i] = dot(to, out + i * out_row, Dv);
+    q.delta[i] = dot(grad + i * grad_row, out + i * out_row, Dv);
     q.lse[i] = lse[i];
   }
-  for (ptrdiff_t i = count; i < vectors * Lanes<T>; ++i) {
+  for (ptrdiff_t i = count; i < width; ++i) {
     q.delta[i] = T(0);
     q.lse[i] = T(INFINITY);
   }
 }
 
 // Writes the gradients of `count` queries.
-template <typename T>
-void end_grad_tile(const GradTile<T>& q, T* grad_query, ptrdiff_t grad_row, ptrdiff_t count, ptrdiff_t D, T scale) {
-  for (int i = 0; i < kColumns<T>; ++i) q.ones[i] = scale;
-  transpose_out(grad_query, grad_row, q.query_grad_columns, kColumns<T>, count, D, q.ones);
+template <typename W, typename S>
+void end_grad_tile(const GradTile<W>& q, S* grad_query, ptrdiff_t grad_row, ptrdiff_t count, ptrdiff_t D) {
+  for (int i = 0; i < kColumns<W>; ++i) q.ones[i] = 1;
+  transpose_out(grad_query, grad_row, q.query_grad_columns, count, D, q.ones);
 }
 
-// p = e^(key query^T + bias - lse)
-template <typename T, int NV>
+// A factor's values of a row, rounded to nearest even.
+template <typename T>
+SEQACCEL_INLINE void store_values(T* p, Vec<T> v) {
+  store(p, v);
+}
+#if defined(SEQACCEL_ISA_AVX512_BF16)
+SEQACCEL_INLINE void store_values(BFloat16* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
+// p = e^(scale key query^T + bias - lse)
+template <typename W, int NV>
 struct ProbabilityTile {
-  const T* query;
-  const T* key;
+  typedef Sum<W> T;
+  const W* query;
+  const FactorValue<W>* key;
   ptrdiff_t key_row, D;
-  T* p;
+  FactorValue<W>* p;
   const T* lse;
-  T bias;
+  T scale, bias;
   bool masked;  // lane i of vector v sees row r if r <= v * Lanes + i
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
-    add_products<T, MR, NV>(acc, key + row * key_row, key_row, 1, query, kColumns<T>, D);
+    add_factors<W, MR, NV>(acc, key + row * key_row, key_row, kValues<W>, query, kColumns<W>, factors_of<W>(D));
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const Vec<T> shift = bias - load(lse + v * Lanes<T>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        Vec<T> s = acc[m][v] + shift;
+        Vec<T> s = acc[m][v] * scale + shift;
         if (masked) {
           Int lane;
           for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
           s = lane + int(v * Lanes<T> - row - m) < 0 ? broadcast(T(-INFINITY)) : s;
         }
-        store(p + (row + m) * kColumns<T> + v * Lanes<T>, exp_vec<T>(s));
+        store_values(p + (row + m) * kColumns<W> + v * Lanes<T>, exp_vec<T>(s));
       }
     }
   }
 };
 
-// ds = p (value grad_out^T - delta), and 0 where masked, also if the value is not finite.
-template <typename T, int NV>
+// ds = scale p (value grad_out^T - delta), and 0 where masked, also if the value is not finite.
+template <typename W, int NV>
 struct ScoreGradTile {
-  const T* grad;
-  const T* value;
+  typedef Sum<W> T;
+  const W* grad;
+  const FactorValue<W>* value;
   ptrdiff_t value_row, D;
-  const T* p;
+  const FactorValue<W>* p;
   const T* delta;
-  T* ds;
-  bool masked;  // as in ProbabilityTile
+  T scale;
+  FactorValue<W>* ds;
+  bool masked;  // lane i sees row r if r <= i
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     typedef typename VecTypes<T>::Int Int;
     Vec<T> acc[MR][NV] = {};
-    add_products<T, MR, NV>(acc, value + row * value_row, value_row, 1, grad, kColumns<T>, D);
+    add_factors<W, MR, NV>(acc, value + row * value_row, value_row, kValues<W>, grad, kColumns<W>, factors_of<W>(D));
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const Vec<T> d = load(delta + v * Lanes<T>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const ptrdiff_t at = (row + m) * kColumns<T> + v * Lanes<T>;
-        Vec<T> value_grad = load(p + at) * (acc[m][v] - d);
+        const ptrdiff_t at = (row + m) * kColumns<W> + v * Lanes<T>;
+        Vec<T> score_grad = scale * load_wide(p + at) * (acc[m][v] - d);
         if (masked && v == 0) {
           Int lane;
           for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
-          value_grad = lane < int(row + m) ? Vec<T>{} : value_grad;
+          score_grad = lane < int(row + m) ? Vec<T>{} : score_grad;
         }
-        store(ds + at, value_grad);
+        store_values(ds + at, score_grad);
       }
     }
   }
@@ -156,12 +198,13 @@ enum class Part {
 
 // out [rows, NV vectors] += a b. The last vector holds `last` elements. The product is summed up before it is added to
 // out: a sum of sums loses less to rounding than one long sum.
-template <typename T, int NV>
+template <typename W, int NV>
 struct AddProductTile {
-  const T* a;
+  typedef Sum<W> T;
+  const FactorValue<W>* a;
   ptrdiff_t a_row, a_k;
-  const T* b;
-  ptrdiff_t b_k, K;
+  const W* b;
+  ptrdiff_t b_k, K;  // factors
   T* out;
   ptrdiff_t out_row;
   int last;
@@ -171,11 +214,12 @@ struct AddProductTile {
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
     Vec<T> acc[MR][NV] = {};
     if (part == Part::kLanesFromK) {
-      tile_of_triangle<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+      tile_of_triangle<W, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
     } else if (part == Part::kKFromRow) {
-      tile_below_diagonal<T, MR, NV>(acc, a + row * (a_row + a_k), a_row, a_k, b + row * b_k, b_k, K - row);
+      const ptrdiff_t k = row / kValues<W>;  // row is a multiple of kTileRows, which is even
+      tile_below_diagonal<W, MR, NV>(acc, a + row * a_row + k * a_k, a_row, a_k, b + k * b_k, b_k, K - k);
     } else {
-      add_products<T, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
+      add_factors<W, MR, NV>(acc, a + row * a_row, a_row, a_k, b, b_k, K);
     }
     T* o = out + row * out_row;
 #pragma GCC unroll 8
@@ -193,92 +237,118 @@ struct AddProductTile {
   }
 };
 
-template <typename T, int NV>
-void add_product(ptrdiff_t rows, const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b, ptrdiff_t b_k, ptrdiff_t K,
-                 T* out, ptrdiff_t out_row, int last, bool masked) {
-  const AddProductTile<T, NV> product = {a, a_row, a_k,     b,    b_k,
-                                         K, out,   out_row, last, masked ? Part::kKFromRow : Part::kAll};
+template <typename W, int NV>
+void add_product(ptrdiff_t rows, const FactorValue<W>* a, const W* b, ptrdiff_t b_k, ptrdiff_t K, Sum<W>* out,
+                 ptrdiff_t out_row, int last, bool masked) {
+  const AddProductTile<W, NV> product = {a, kColumns<W>, kValues<W>, b,    b_k,
+                                         K, out,         out_row,    last, masked ? Part::kKFromRow : Part::kAll};
   for_row_tiles(rows, product);
 }
 
 // grad [keys, D] += weights [keys, queries] * rows [queries, padded D]. masked: query k sees the keys up to k.
-template <typename T>
-void add_key_gradient(T* grad, ptrdiff_t grad_row, const T* weights, const T* rows, ptrdiff_t keys, ptrdiff_t queries,
-                      ptrdiff_t D, bool masked) {
-  constexpr int L = Lanes<T>;
-  const ptrdiff_t width = padded<T>(D);
-  for (ptrdiff_t d = 0; d < D; d += kColumns<T>) {
+template <typename W>
+void add_key_gradient(Sum<W>* grad, ptrdiff_t grad_row, const FactorValue<W>* weights, const W* rows, ptrdiff_t keys,
+                      ptrdiff_t queries, ptrdiff_t D, bool masked) {
+  constexpr int L = Lanes<W>;
+  const ptrdiff_t width = padded<Sum<W>>(D), K = factors_of<W>(queries);
+  for (ptrdiff_t d = 0; d < D; d += kColumns<W>) {
     const ptrdiff_t left = D - d;
-    const int vectors = int(left >= kColumns<T> ? kTileVectors : (left + L - 1) / L);
+    const int vectors = int(left >= kColumns<W> ? kTileVectors : (left + L - 1) / L);
     const int last = int(left >= vectors * L ? L : left - (vectors - 1) * L);
     switch (vectors) {
       case 1:
-        add_product<T, 1>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last, masked);
+        add_product<W, 1>(keys, weights, rows + d, width, K, grad + d, grad_row, last, masked);
         break;
       case 2:
-        add_product<T, 2>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last, masked);
+        add_product<W, 2>(keys, weights, rows + d, width, K, grad + d, grad_row, last, masked);
         break;
       case 3:
-        add_product<T, (kTileVectors > 2 ? 3 : 1)>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d,
-                                                   grad_row, last, masked);
+        add_product<W, (kTileVectors > 2 ? 3 : 1)>(keys, weights, rows + d, width, K, grad + d, grad_row, last, masked);
         break;
       default:
-        add_product<T, kTileVectors>(keys, weights, kColumns<T>, 1, rows + d, width, queries, grad + d, grad_row, last,
-                                     masked);
+        add_product<W, kTileVectors>(keys, weights, rows + d, width, K, grad + d, grad_row, last, masked);
     }
   }
 }
 
 // Keys and values of one chunk, and the arrays that their gradients are added to.
-template <typename T>
+template <typename S>
 struct Chunk {
-  const T *key, *value;
+  typedef Compute<S> T;
+  const S *key, *value;
   ptrdiff_t key_row, value_row, keys;
   T *grad_key, *grad_value;
   ptrdiff_t grad_key_row, grad_value_row;
 };
 
+// A chunk as operands of products: factors along the heads of keys and values, and of keys along the keys, as in
+// Operands.
+template <typename W>
+struct GradOperands {
+  const FactorValue<W>*key, *value;
+  ptrdiff_t key_row, value_row;
+  const FactorValue<W>* key_columns;
+  ptrdiff_t key_k;
+};
+
+template <typename W, typename S>
+SEQACCEL_INLINE GradOperands<W> read_grad_chunk(const Chunk<S>& c, ptrdiff_t D, ptrdiff_t Dv, Sum<W>* copy) {
+  if constexpr (kValues<W> == 2) {
+    W* const pairs = reinterpret_cast<W*>(copy);
+    interleave_rows(pairs, D, c.key, c.key_row, c.keys, D);
+    return {c.key, c.value, c.key_row, c.value_row, reinterpret_cast<const S*>(pairs), 2 * D};
+  } else {
+    const Operands<W> rows = read_chunk<W>(c.key, c.key_row, c.value, c.value_row, c.keys, D, Dv, copy);
+    return {rows.key, rows.value, rows.key_row, rows.value_k, rows.key, rows.key_row};
+  }
+}
+
 // Runs the queries [first * Lanes, count) of a tile with one chunk.
-template <typename T, int NV>
-void chunk_backward(const GradTile<T>& q, int first, ptrdiff_t count, const Chunk<T>& c, ptrdiff_t D, ptrdiff_t Dv,
-                    T bias, bool masked) {
-  const ptrdiff_t shift = first * Lanes<T>;
-  const ProbabilityTile<T, NV> probability = {q.query_columns + shift, c.key, c.key_row, D, q.p + shift,
-                                              q.lse + shift,           bias,  masked};
+template <typename W, int NV, typename S>
+void chunk_backward(const GradTile<W>& q, int first, ptrdiff_t count, const Chunk<S>& c, const GradOperands<W>& rows,
+                    ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, bool masked) {
+  typedef Sum<W> T;
+  const ptrdiff_t shift = first * Lanes<T>, row = shift / kValues<W>;
+  const ProbabilityTile<W, NV> probability = {q.query_columns + shift, rows.key, rows.key_row, D,     q.p + shift,
+                                              q.lse + shift,           q.scale,  bias,         masked};
   for_row_tiles(c.keys, probability);
-  const ScoreGradTile<T, NV> score_grad = {q.grad_columns + shift, c.value,      c.value_row, Dv, q.p + shift,
-                                           q.delta + shift,        q.ds + shift, masked};
+  const ScoreGradTile<W, NV> score_grad = {q.grad_columns + shift, rows.value, rows.value_row, Dv,    q.p + shift,
+                                           q.delta + shift,        q.scale,    q.ds + shift,   masked};
   for_row_tiles(c.keys, score_grad);
   const ptrdiff_t queries = count - shift;
-  add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + shift * padded<T>(Dv), c.keys, queries,
-                   Dv, masked);
-  add_key_gradient(c.grad_key, c.grad_key_row, q.ds + shift, q.query_rows + shift * padded<T>(D), c.keys, queries, D,
+  add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + row * padded<T>(Dv), c.keys, queries, Dv,
                    masked);
-  const AddProductTile<T, NV> query_grad = {c.key,
-                                            1,
-                                            c.key_row,
-                                            q.ds + shift,
-                                            kColumns<T>,
-                                            c.keys,
+  add_key_gradient(c.grad_key, c.grad_key_row, q.ds + shift, q.query_rows + row * padded<T>(D), c.keys, queries, D,
+                   masked);
+  if constexpr (kValues<W> == 2) {
+    interleave_rows(q.ds_columns + shift, kColumns<W>, q.ds + shift, kColumns<W>, c.keys, NV * Lanes<T>);
+  }
+  const AddProductTile<W, NV> query_grad = {rows.key_columns,
+                                            kValues<W>,
+                                            rows.key_k,
+                                            q.ds_columns + shift,
+                                            kColumns<W>,
+                                            factors_of<W>(c.keys),
                                             q.query_grad_columns + shift,
-                                            kColumns<T>,
+                                            kColumns<W>,
                                             Lanes<T>,
                                             masked ? Part::kLanesFromK : Part::kAll};
   for_row_tiles(D, query_grad);
 }
 
-template <typename T>
-void chunk_backward_vectors(int vectors, const GradTile<T>& q, int first, ptrdiff_t count, const Chunk<T>& c,
-                            ptrdiff_t D, ptrdiff_t Dv, T bias, bool masked) {
+template <typename W, typename S>
+void chunk_backward_vectors(int vectors, const GradTile<W>& q, int first, ptrdiff_t count, const Chunk<S>& c,
+                            ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, bool masked) {
+  const GradOperands<W> rows = read_grad_chunk<W>(c, D, Dv, q.copy);
   switch (vectors) {
     case 1:
-      return chunk_backward<T, 1>(q, first, count, c, D, Dv, bias, masked);
+      return chunk_backward<W, 1>(q, first, count, c, rows, D, Dv, bias, masked);
     case 2:
-      return chunk_backward<T, 2>(q, first, count, c, D, Dv, bias, masked);
+      return chunk_backward<W, 2>(q, first, count, c, rows, D, Dv, bias, masked);
     case 3:
-      return chunk_backward<T, (kTileVectors > 2 ? 3 : 1)>(q, first, count, c, D, Dv, bias, masked);
+      return chunk_backward<W, (kTileVectors > 2 ? 3 : 1)>(q, first, count, c, rows, D, Dv, bias, masked);
     default:
-      return chunk_backward<T, kTileVectors>(q, first, count, c, D, Dv, bias, masked);
+      return chunk_backward<W, kTileVectors>(q, first, count, c, rows, D, Dv, bias, masked);
   }
 }
 

@@ -1,8 +1,9 @@
 // The tensors of the attention operators.
 #pragma once
 
-#include "common/tensor.h"
+#include "common/dtypes.h"
 #include "cpu/attention/heads.h"
+#include "cpu/base/dispatch.h"
 
 namespace seqaccel::attention {
 
@@ -13,21 +14,35 @@ inline Tensor rows_contiguous(const Tensor& t) {
 
 template <typename T>
 Heads<const T> read(const Tensor& t) {
-  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+  return {data_of<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 template <typename T>
 Heads<T> write(const Tensor& t) {
-  return {t.mutable_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+  return {mutable_data_of<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// An uninitialised tensor [B, heads, T, width]. Its dimensions of time and heads have the order in memory that t's
-// have.
-inline Tensor empty_heads(const Tensor& t, int64_t width) {
+// An uninitialised tensor [B, heads, T, width] by `make`. Its dimensions of time and heads have the order in memory
+// that t's have.
+template <typename Make>
+Tensor empty_heads(const Tensor& t, int64_t width, const Make& make) {
   if (t.stride(1) < t.stride(2)) {
-    return torch::stable::transpose(new_tensor(t, {t.size(0), t.size(2), t.size(1), width}), 1, 2);
+    return torch::stable::transpose(make(t, Extents{t.size(0), t.size(2), t.size(1), width}), 1, 2);
   }
-  return new_tensor(t, {t.size(0), t.size(1), t.size(2), width});
+  return make(t, Extents{t.size(0), t.size(1), t.size(2), width});
+}
+
+inline Tensor empty_heads(const Tensor& t, int64_t width) {
+  return empty_heads(t, width, [](const Tensor& like, const Extents& sizes) { return new_tensor(like, sizes); });
+}
+
+// In the dtype of sums.
+inline Tensor empty_sums(const Tensor& t, int64_t width) { return empty_heads(t, width, new_sums); }
+
+// Whether bfloat16 is multiplied in pairs: only AMD's cores do twice the multiply-adds on them that they do on float.
+template <typename Kernel>
+bool takes_pairs(const Kernel& pairs, int64_t D, int64_t Dv) {
+  return pairs.run && is_amd() && D % 2 == 0 && Dv % 2 == 0;
 }
 
 inline Tensor empty_heads(const Tensor& t) { return empty_heads(t, t.size(3)); }

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "common/tensor.h"
+#include "common/dtypes.h"
 #include "cpu/conv/conv.h"
 
 namespace seqaccel::conv {
@@ -31,8 +31,6 @@ inline void check_dilation(int64_t dilation, int64_t taps, int64_t width = 1) {
   STD_TORCH_CHECK(dilation <= (int64_t(1) << 40) / taps / std::max<int64_t>(width, 1), "seqaccel: dilation ", dilation,
                   " is too large");
 }
-
-inline bool is_narrow(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 
 // `narrow`: bfloat16 and float16 too.
 inline ConvShape sequence_shape(const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups,

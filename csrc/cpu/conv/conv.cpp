@@ -71,31 +71,6 @@ class Sequences {
   std::vector<ptrdiff_t> first_;
 };
 
-template <typename T>
-const T* data_of(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <typename T>
-const T* data_of(const OptionalTensor& t) {
-  return t ? data_of<T>(*t) : nullptr;
-}
-
-// Calls f with a value of the type that memory holds.
-template <typename F>
-void with_type(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float());
-    case ScalarType::Double:
-      return f(double());
-    case ScalarType::BFloat16:
-      return f(BFloat16());
-    default:
-      return f(Float16());
-  }
-}
-
 ConvShape grid_shape(const Tensor& x, const Tensor& weight, int64_t row_dilation, int64_t column_dilation,
                      int64_t groups) {
   check_float_or_double(x, "x");
@@ -234,12 +209,6 @@ std::tuple<Tensor, Tensor> forward_grid(Tensor x, Tensor weight, OptionalTensor 
   const auto [y, saved] = forward_of(shape, epilogue, flat(x, "x", x), flat(weight, "weight", x), bias,
                                      flat(residual, "residual", x), flat(history, "history", x), save);
   return {as_grid(y, x.size(2), x.size(3)), saved};
-}
-
-Tensor to_dtype(const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); }
-
-OptionalTensor to_dtype(const OptionalTensor& t, ScalarType dtype) {
-  return t ? OptionalTensor(to_dtype(*t, dtype)) : OptionalTensor();
 }
 
 struct Gradients {

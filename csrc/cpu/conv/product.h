@@ -1,8 +1,8 @@
 // The product of a dense causal convolution: a matrix times shifted rows of a signal (kernels.h says which).
 #pragma once
 
+#include "cpu/base/factors.h"
 #include "cpu/conv/conv.h"
-#include "cpu/conv/factors.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
@@ -26,11 +26,14 @@ template <typename W, int MR, int NV>
 void multiply(const W* a, ptrdiff_t a_stride, const W* panel, ptrdiff_t depth, Sum<W>* out, ptrdiff_t out_stride,
               bool accumulate) {
   typedef Sum<W> T;
+  constexpr ptrdiff_t kValues = Factor<W>::kValues;
+  const auto* const values = reinterpret_cast<const FactorValue<W>*>(a);
   const ptrdiff_t blocks = larger(1, ceil_div(depth, Factor<W>::kFlush));
   for (ptrdiff_t block = 0; block < blocks; ++block) {
     const ptrdiff_t k = depth * block / blocks, n = depth * (block + 1) / blocks - k;
     Vec<T> acc[MR][NV] = {};
-    add_factors(acc, a + k, a_stride, panel + k * NV * Lanes<T>, n);
+    add_factors<W, MR, NV>(acc, values + k * kValues, a_stride * kValues, kValues, panel + k * NV * Lanes<T>,
+                           NV * Lanes<T>, n);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4

@@ -36,7 +36,8 @@ def _empty_heads(t: Tensor, width: int) -> Tensor:
 
 
 def _forward_fake(query, key, value, layout, *_):
-    return _empty_heads(query, value.shape[3]), query.new_empty(query.shape[:3])
+    lse = query.new_empty(query.shape[:3], dtype=_common.compute_dtype(query.dtype))
+    return _empty_heads(query, value.shape[3]), lse
 
 
 def _backward_fake(grad_out, query, key, value, *_):
@@ -268,13 +269,8 @@ def block_sparse_attention(
     backend = backends.choose("block_sparse_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _definition(query, key, value, mask, *options)
-    dtype = query.dtype
-    if backend == "cpp" and dtype != _common.compute_dtype(dtype):
-        query, key, value = (t.to(_common.compute_dtype(dtype)) for t in (query, key, value))
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        out = _operators(backend)[0](query, key, value, mask, *options)[0]
-    elif _common.needs_grad(query, key, value):
-        out = _BlockSparseAttention.apply(backend, options, query, key, value, mask)
-    else:
-        out = call(_operators(backend)[0], query, key, value, mask, *options)[0]
-    return out.to(dtype)
+        return _operators(backend)[0](query, key, value, mask, *options)[0]
+    if _common.needs_grad(query, key, value):
+        return _BlockSparseAttention.apply(backend, options, query, key, value, mask)
+    return call(_operators(backend)[0], query, key, value, mask, *options)[0]

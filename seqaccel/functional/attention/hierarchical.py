@@ -52,7 +52,8 @@ def _forward_fake(query, key, value, pool_query, cu_seqlens, lengths, block_size
     empty = isinstance(T, int) and T == 0
     nodes = 0 if empty else torch.sym_max(node_count(T, block_size, fanout, levels), 2)
     pooled = [query.new_empty(B, G, nodes, width) for width in (key.shape[3], Dv)]
-    return _empty_heads(query, Dv), query.new_empty(query.shape[:3]), *pooled
+    lse = query.new_empty(query.shape[:3], dtype=_common.compute_dtype(query.dtype))
+    return _empty_heads(query, Dv), lse, *pooled
 
 
 def _backward_fake(grad_out, query, key, value, pool_query, *_):
@@ -380,16 +381,9 @@ def hierarchical_attention(
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
-    dtype = query.dtype
-    if backend == "cpp" and dtype != _common.compute_dtype(dtype):
-        wide = _common.compute_dtype(dtype)
-        query, key, value = query.to(wide), key.to(wide), value.to(wide)
-        pool_query = None if pool_query is None else pool_query.to(wide)
     inputs = (query, key, value, pool_query, cu_seqlens, lengths)
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        out = _operators(backend)[0](*inputs, *options)[0]
-    elif _common.needs_grad(query, key, value, pool_query):
-        out = _HierarchicalAttention.apply(backend, options, *inputs)
-    else:
-        out = call(_operators(backend)[0], *inputs, *options)[0]
-    return out.to(dtype)
+        return _operators(backend)[0](*inputs, *options)[0]
+    if _common.needs_grad(query, key, value, pool_query):
+        return _HierarchicalAttention.apply(backend, options, *inputs)
+    return call(_operators(backend)[0], *inputs, *options)[0]

@@ -21,7 +21,7 @@ struct Call {
 
 Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& layout, int64_t block_size,
                bool causal, double scale) {
-  check_float_or_double(query, "query");
+  check_floating(query, "query");
   const ScalarType dtype = query.scalar_type();
   check_tensor(query, "query", {-1, -1, -1, -1}, dtype);
   const int64_t B = query.size(0), H = query.size(1), Tq = query.size(2), D = query.size(3);
@@ -66,9 +66,28 @@ Layout layout_of(const Call& c) {
           c.causal};
 }
 
-template <typename T>
-Attention<T> arguments(const Call& c, const Tensor& out, const Tensor& lse, const Tensor& workspace) {
-  Attention<T> p;
+const Forward<float>& forward_of(float, const Call&) { return active_attention_kernels().forward_float; }
+const Forward<double>& forward_of(double, const Call&) { return active_attention_kernels().forward_double; }
+const Forward<BFloat16>& forward_of(BFloat16, const Call& c) {
+  const AttentionNarrowKernels& kernels = active_attention_narrow_kernels();
+  return takes_pairs(kernels.forward_pairs, c.D, c.Dv) ? kernels.forward_pairs : kernels.forward_bfloat16;
+}
+const Forward<Float16>& forward_of(Float16, const Call&) { return active_attention_narrow_kernels().forward_float16; }
+
+const Backward<float>& backward_of(float, const Call&) { return active_attention_backward_kernels().backward_float; }
+const Backward<double>& backward_of(double, const Call&) { return active_attention_backward_kernels().backward_double; }
+const Backward<BFloat16>& backward_of(BFloat16, const Call& c) {
+  const AttentionNarrowKernels& kernels = active_attention_narrow_kernels();
+  return takes_pairs(kernels.backward_pairs, c.D, c.Dv) ? kernels.backward_pairs : kernels.backward_bfloat16;
+}
+const Backward<Float16>& backward_of(Float16, const Call&) {
+  return active_attention_narrow_kernels().backward_float16;
+}
+
+template <typename S>
+Attention<S> arguments(const Call& c, const Tensor& out, const Tensor& lse, const Tensor& workspace) {
+  typedef Compute<S> T;
+  Attention<S> p;
   p.B = c.B;
   p.H = c.H;
   p.G = c.G;
@@ -78,10 +97,10 @@ Attention<T> arguments(const Call& c, const Tensor& out, const Tensor& lse, cons
   p.Dv = c.Dv;
   p.layout = layout_of(c);
   p.scale = T(c.scale);
-  p.query = read<T>(c.query);
-  p.key = read<T>(c.key);
-  p.value = read<T>(c.value);
-  p.out = write<T>(out);
+  p.query = read<S>(c.query);
+  p.key = read<S>(c.key);
+  p.value = read<S>(c.value);
+  p.out = write<S>(out);
   p.lse = lse.mutable_data_ptr<T>();
   p.workspace = workspace.mutable_data_ptr<T>();
   return p;
@@ -90,17 +109,14 @@ Attention<T> arguments(const Call& c, const Tensor& out, const Tensor& lse, cons
 std::tuple<Tensor, Tensor> block_sparse_attention_forward(Tensor query, Tensor key, Tensor value, Tensor layout,
                                                           int64_t block_size, bool causal, double scale) {
   const Call c = make_call(query, key, value, layout, block_size, causal, scale);
-  const bool is_double = query.scalar_type() == ScalarType::Double;
   Tensor out = empty_heads(query, c.Dv);
-  Tensor lse = new_tensor(query, {c.B, c.H, c.Tq});
+  Tensor lse = new_sums(query, {c.B, c.H, c.Tq});
   if (lse.numel() == 0) return {out, lse};
-  const AttentionKernels& kernels = active_attention_kernels();
-  Tensor workspace = new_tensor(query, {kernels.forward_workspace(c.D, c.Dv, is_double) * omp_get_max_threads()});
-  if (is_double) {
-    kernels.forward_double(arguments<double>(c, out, lse, workspace));
-  } else {
-    kernels.forward_float(arguments<float>(c, out, lse, workspace));
-  }
+  with_type(query.scalar_type(), [&](auto zero) {
+    const auto& kernel = forward_of(zero, c);
+    Tensor workspace = new_sums(query, {kernel.workspace(c.D, c.Dv) * int64_t(omp_get_max_threads())});
+    kernel.run(arguments<decltype(zero)>(c, out, lse, workspace));
+  });
   return {out, lse};
 }
 
@@ -174,15 +190,16 @@ Plan make_plan(const Call& c, const Layout& layout) {
   }
 }
 
-template <typename T>
-AttentionBackward<T> backward_arguments(const Call& c, const Attention<T>& forward, const Plan& plan,
+template <typename S>
+AttentionBackward<S> backward_arguments(const Call& c, const Attention<S>& forward, const Plan& plan,
                                         const Tensor& grad_out, const Tensor& grad_query, const Tensor& grad_key,
                                         const Tensor& grad_value, const Tensor& partial_key,
                                         const Tensor& partial_value) {
-  AttentionBackward<T> p;
+  typedef Compute<S> T;
+  AttentionBackward<S> p;
   p.forward = forward;
-  p.grad_out = read<T>(grad_out);
-  p.grad_query = write<T>(grad_query);
+  p.grad_out = read<S>(grad_out);
+  p.grad_query = write<S>(grad_query);
   p.grad_key = write<T>(grad_key);
   p.grad_value = write<T>(grad_value);
   p.segments = plan.segments;
@@ -201,31 +218,28 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(Tensor grad_o
                                                                    int64_t block_size, bool causal, double scale) {
   const Call c = make_call(query, key, value, layout, block_size, causal, scale);
   const ScalarType dtype = query.scalar_type();
-  const bool is_double = dtype == ScalarType::Double;
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.Tq, c.Dv}, dtype);
   check_tensor(out, "out", {c.B, c.H, c.Tq, c.Dv}, dtype);
-  check_tensor(lse, "lse", {c.B, c.H, c.Tq}, dtype);
+  check_tensor(lse, "lse", {c.B, c.H, c.Tq}, compute_dtype(dtype));
   const Tensor grad_rows = rows_contiguous(grad_out), out_rows = rows_contiguous(out);
   const Tensor lse_rows = to_contiguous(lse);
-  Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
+  Tensor grad_query = empty_heads(query), grad_key = empty_sums(key, c.D), grad_value = empty_sums(value, c.Dv);
+  const auto results = [&] { return std::tuple(grad_query, to_dtype(grad_key, dtype), to_dtype(grad_value, dtype)); };
   if (lse.numel() == 0 || key.size(2) == 0) {
     for (Tensor* grad : {&grad_query, &grad_key, &grad_value}) torch::stable::zero_(*grad);
-    return {grad_query, grad_key, grad_value};
+    return results();
   }
   const Plan plan = make_plan(c, layout_of(c));
   const int64_t partial_rows = c.B * c.G * plan.partial_blocks * c.block_size;
-  Tensor partial_key = new_tensor(query, {partial_rows * c.D}),
-         partial_value = new_tensor(query, {partial_rows * c.Dv});
-  const AttentionBackwardKernels& kernels = active_attention_backward_kernels();
-  Tensor workspace = new_tensor(query, {kernels.backward_workspace(c.D, c.Dv, is_double) * omp_get_max_threads()});
-  if (is_double) {
-    kernels.backward_double(backward_arguments(c, arguments<double>(c, out_rows, lse_rows, workspace), plan, grad_rows,
-                                               grad_query, grad_key, grad_value, partial_key, partial_value));
-  } else {
-    kernels.backward_float(backward_arguments(c, arguments<float>(c, out_rows, lse_rows, workspace), plan, grad_rows,
-                                              grad_query, grad_key, grad_value, partial_key, partial_value));
-  }
-  return {grad_query, grad_key, grad_value};
+  Tensor partial_key = new_sums(query, {partial_rows * c.D}), partial_value = new_sums(query, {partial_rows * c.Dv});
+  with_type(dtype, [&](auto zero) {
+    const auto& kernel = backward_of(zero, c);
+    Tensor workspace = new_sums(query, {kernel.workspace(c.D, c.Dv) * int64_t(omp_get_max_threads())});
+    const auto forward = arguments<decltype(zero)>(c, out_rows, lse_rows, workspace);
+    kernel.run(
+        backward_arguments(c, forward, plan, grad_rows, grad_query, grad_key, grad_value, partial_key, partial_value));
+  });
+  return results();
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/narrow.h"
 #include "cpu/attention/heads.h"
 #include "cpu/base/dispatch.h"
 #include "cpu/base/integers.h"
@@ -25,13 +26,15 @@ struct Layout {
   int64_t reach(int64_t block) const { return causal ? min_of(key_blocks, block + 1) : key_blocks; }
 };
 
-template <typename T>
+// S is what memory holds, T what is calculated.
+template <typename S>
 struct Attention {
+  typedef Compute<S> T;
   int64_t B, H, G, Tq, Tk, D, Dv;
   Layout layout;
   T scale;
-  Heads<const T> query, key, value;
-  Heads<T> out;
+  Heads<const S> query, key, value;
+  Heads<S> out;
   T* lse;        // [B, H, Tq]
   T* workspace;  // threads * <kernel>_workspace elements
 };
@@ -40,11 +43,13 @@ struct Attention {
 // adds to its gradient in place; each other one has a block of `partial`.
 constexpr int32_t kUnseen = -1, kInPlace = -2;
 
-template <typename T>
+template <typename S>
 struct AttentionBackward {
-  Attention<T> forward;  // out and lse are read only
-  Heads<const T> grad_out;
-  Heads<T> grad_query, grad_key, grad_value;
+  typedef Compute<S> T;
+  Attention<S> forward;  // out and lse are read only
+  Heads<const S> grad_out;
+  Heads<S> grad_query;
+  Heads<T> grad_key, grad_value;
   int64_t segments, plan_batch, plan_head;  // strides of plans in batch and key head
   const int64_t* first;                     // [plans, segments + 1]: the segments' query blocks
   const int32_t* place;  // [plans, segments, key_blocks]: kUnseen, kInPlace, or the block of `partial`
@@ -53,20 +58,41 @@ struct AttentionBackward {
   T* partial_value;  // [B, G, partial_blocks, block_size, Dv]
 };
 
-// *_workspace: elements of workspace that one thread needs.
+// A kernel, and the elements of workspace that one of its threads needs.
+template <typename S>
+struct Forward {
+  int64_t (*workspace)(int64_t D, int64_t Dv);
+  void (*run)(const Attention<S>&);
+};
+
+template <typename S>
+struct Backward {
+  int64_t (*workspace)(int64_t D, int64_t Dv);
+  void (*run)(const AttentionBackward<S>&);
+};
+
 struct AttentionKernels {
-  int64_t (*forward_workspace)(int64_t D, int64_t Dv, bool is_double);
-  void (*forward_float)(const Attention<float>&);
-  void (*forward_double)(const Attention<double>&);
+  Forward<float> forward_float;
+  Forward<double> forward_double;
 };
 
 struct AttentionBackwardKernels {
-  int64_t (*backward_workspace)(int64_t D, int64_t Dv, bool is_double);
-  void (*backward_float)(const AttentionBackward<float>&);
-  void (*backward_double)(const AttentionBackward<double>&);
+  Backward<float> backward_float;
+  Backward<double> backward_double;
+};
+
+struct AttentionNarrowKernels {
+  Forward<BFloat16> forward_bfloat16;
+  Forward<Float16> forward_float16;
+  // Products of pairs, of even D and Dv; null without AVX-512 BF16.
+  Forward<BFloat16> forward_pairs;
+  Backward<BFloat16> backward_bfloat16;
+  Backward<Float16> backward_float16;
+  Backward<BFloat16> backward_pairs;
 };
 
 }  // namespace seqaccel::attention::block_sparse
 
 SEQACCEL_DECLARE_KERNELS(attention::block_sparse, AttentionKernels, attention_kernels)
 SEQACCEL_DECLARE_KERNELS(attention::block_sparse, AttentionBackwardKernels, attention_backward_kernels)
+SEQACCEL_DECLARE_KERNELS_BF16(attention::block_sparse, AttentionNarrowKernels, attention_narrow_kernels)

@@ -47,7 +47,7 @@ void add_packed(Call& c, const Tensor& cu_seqlens) {
 Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& pool_query,
                const OptionalTensor& cu_seqlens, const OptionalTensor& lengths, int64_t block_size, int64_t fanout,
                int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale) {
-  check_float_or_double(query, "query");
+  check_floating(query, "query");
   const ScalarType dtype = query.scalar_type();
   check_tensor(query, "query", {-1, -1, -1, -1}, dtype);
   const int64_t B = query.size(0), H = query.size(1), Tq = query.size(2), D = query.size(3);
@@ -132,10 +132,29 @@ Sequences sequences_of(const Call& c, const std::vector<int64_t>& tasks) {
   return {int64_t(c.sequences.size()), c.sequences.data(), tasks.data()};
 }
 
-template <typename T>
-Attention<T> arguments(const Call& c, const std::vector<int64_t>& tasks, const Tensor& pooled_key,
+const Forward<float>& forward_of(float, const Call&) { return active_attention_kernels().forward_float; }
+const Forward<double>& forward_of(double, const Call&) { return active_attention_kernels().forward_double; }
+const Forward<BFloat16>& forward_of(BFloat16, const Call& c) {
+  const AttentionNarrowKernels& kernels = active_attention_narrow_kernels();
+  return takes_pairs(kernels.forward_pairs, c.D, c.Dv) ? kernels.forward_pairs : kernels.forward_bfloat16;
+}
+const Forward<Float16>& forward_of(Float16, const Call&) { return active_attention_narrow_kernels().forward_float16; }
+
+const Backward<float>& backward_of(float, const Call&) { return active_attention_backward_kernels().backward_float; }
+const Backward<double>& backward_of(double, const Call&) { return active_attention_backward_kernels().backward_double; }
+const Backward<BFloat16>& backward_of(BFloat16, const Call& c) {
+  const AttentionNarrowKernels& kernels = active_attention_narrow_kernels();
+  return takes_pairs(kernels.backward_pairs, c.D, c.Dv) ? kernels.backward_pairs : kernels.backward_bfloat16;
+}
+const Backward<Float16>& backward_of(Float16, const Call&) {
+  return active_attention_narrow_kernels().backward_float16;
+}
+
+template <typename S>
+Attention<S> arguments(const Call& c, const std::vector<int64_t>& tasks, const Tensor& pooled_key,
                        const Tensor& pooled_value, const Tensor& out, const Tensor& lse, const Tensor& workspace) {
-  Attention<T> p;
+  typedef Compute<S> T;
+  Attention<S> p;
   p.B = c.B;
   p.H = c.H;
   p.G = c.G;
@@ -149,14 +168,14 @@ Attention<T> arguments(const Call& c, const std::vector<int64_t>& tasks, const T
   for (int l = 0; l <= c.pyramid.levels; ++l) {
     p.bias[l] = c.mass_bias ? T(std::log(double(c.pyramid.span[l]))) : T(0);
   }
-  p.query = read<T>(c.query);
-  p.key = read<T>(c.key);
-  p.value = read<T>(c.value);
-  p.pool_query = data_or_null<T>(c.pool_query);
+  p.query = read<S>(c.query);
+  p.key = read<S>(c.key);
+  p.value = read<S>(c.value);
+  p.pool_query = data_of<S>(c.pool_query);
   p.P = c.pool_query ? c.pool_query->size(0) : 0;
-  p.pooled_key = pooled_key.mutable_data_ptr<T>();
-  p.pooled_value = pooled_value.mutable_data_ptr<T>();
-  p.out = write<T>(out);
+  p.pooled_key = mutable_data_of<S>(pooled_key);
+  p.pooled_value = mutable_data_of<S>(pooled_value);
+  p.out = write<S>(out);
   p.lse = lse.mutable_data_ptr<T>();
   p.workspace = workspace.mutable_data_ptr<T>();
   return p;
@@ -178,9 +197,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(
     bool mass_bias, double scale) {
   const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
                            causal, mass_bias, scale);
-  const bool is_double = query.scalar_type() == ScalarType::Double;
   Tensor out = empty_heads(query, c.Dv);
-  Tensor lse = new_tensor(query, {c.B, c.H, c.Tq});
+  Tensor lse = new_sums(query, {c.B, c.H, c.Tq});
   Tensor pooled_key = new_pooled(c, c.D), pooled_value = new_pooled(c, c.Dv);
   if (has_padding(c)) {
     torch::stable::zero_(out);
@@ -190,18 +208,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(
     for (Tensor* pooled : {&pooled_key, &pooled_value}) torch::stable::zero_(*pooled);
     return {out, lse, pooled_key, pooled_value};
   }
-  const AttentionKernels& kernels = active_attention_kernels();
-  const int64_t share = kernels.forward_workspace(c.D, c.Dv, pool_children(c.pyramid), is_double);
-  Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
   const std::vector<int64_t> tasks = count_tasks(c, 1 + c.pyramid.levels, [&](const Pyramid& p, int64_t* each) {
     each[kBlocks] = query_blocks(p);
     for (int l = 1; l <= c.pyramid.levels; ++l) each[l] = l <= p.levels ? p.count[l] : 0;
   });
-  if (is_double) {
-    kernels.forward_double(arguments<double>(c, tasks, pooled_key, pooled_value, out, lse, workspace));
-  } else {
-    kernels.forward_float(arguments<float>(c, tasks, pooled_key, pooled_value, out, lse, workspace));
-  }
+  with_type(query.scalar_type(), [&](auto zero) {
+    const auto& kernel = forward_of(zero, c);
+    const int64_t share = kernel.workspace(c.D, c.Dv, pool_children(c.pyramid));
+    Tensor workspace = new_sums(query, {share * omp_get_max_threads()});
+    kernel.run(arguments<decltype(zero)>(c, tasks, pooled_key, pooled_value, out, lse, workspace));
+  });
   return {out, lse, pooled_key, pooled_value};
 }
 
@@ -235,14 +251,15 @@ std::vector<int64_t> count_backward_tasks(const Call& c) {
   });
 }
 
-template <typename T>
-AttentionBackward<T> backward_arguments(const Attention<T>& forward, const Tensor& grad_out, const Tensor& grad_query,
+template <typename S>
+AttentionBackward<S> backward_arguments(const Attention<S>& forward, const Tensor& grad_out, const Tensor& grad_query,
                                         const Tensor& grad_key, const Tensor& grad_value, const Tensor& grad_pool,
                                         const Tensor& partial, const Tensor& partial_pool) {
-  AttentionBackward<T> p;
+  typedef Compute<S> T;
+  AttentionBackward<S> p;
   p.forward = forward;
-  p.grad_out = read<T>(grad_out);
-  p.grad_query = write<T>(grad_query);
+  p.grad_out = read<S>(grad_out);
+  p.grad_query = write<S>(grad_query);
   p.grad_key = write<T>(grad_key);
   p.grad_value = write<T>(grad_value);
   p.grad_pool = forward.pool_query ? grad_pool.mutable_data_ptr<T>() : nullptr;
@@ -259,39 +276,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
   const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
                            causal, mass_bias, scale);
   const ScalarType dtype = query.scalar_type();
-  const bool is_double = dtype == ScalarType::Double;
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.Tq, c.Dv}, dtype);
   check_tensor(out, "out", {c.B, c.H, c.Tq, c.Dv}, dtype);
-  check_tensor(lse, "lse", {c.B, c.H, c.Tq}, dtype);
+  check_tensor(lse, "lse", {c.B, c.H, c.Tq}, compute_dtype(dtype));
   check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c), c.D}, dtype);
   check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c), c.Dv}, dtype);
   const Tensor grad_rows = rows_contiguous(grad_out), out_rows = rows_contiguous(out);
   const Tensor lse_rows = to_contiguous(lse);
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
-  Tensor grad_query = empty_heads(query), grad_key = empty_heads(key), grad_value = empty_heads(value);
-  Tensor grad_pool =
-      c.pool_query ? new_tensor(query, {c.pool_query->size(0), c.G, c.D}) : new_tensor(query, {0, c.G, c.D});
+  Tensor grad_query = empty_heads(query), grad_key = empty_sums(key, c.D), grad_value = empty_sums(value, c.Dv);
+  Tensor grad_pool = c.pool_query ? new_sums(query, {c.pool_query->size(0), c.G, c.D}) : new_sums(query, {0, c.G, c.D});
+  const auto results = [&] {
+    return std::tuple(grad_query, to_dtype(grad_key, dtype), to_dtype(grad_value, dtype), to_dtype(grad_pool, dtype));
+  };
   if (lse.numel() == 0 || has_padding(c)) {
     for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_pool}) torch::stable::zero_(*grad);
   }
-  if (lse.numel() == 0) return {grad_query, grad_key, grad_value, grad_pool};
+  if (lse.numel() == 0) return results();
   const std::vector<int64_t> tasks = count_backward_tasks(c);
   const Sequences sequences = sequences_of(c, tasks);
-  Tensor partial = new_tensor(query, {c.G * sequences.tasks(kPartialRows) * (c.D + c.Dv)});
-  Tensor partial_pool = new_tensor(query, {c.pool_query ? c.G * sequences.tasks(kPoolSums) * c.D : 0});
-  const AttentionBackwardKernels& kernels = active_attention_backward_kernels();
-  const int64_t share = kernels.backward_workspace(c.D, c.Dv, pool_children(c.pyramid), is_double);
-  Tensor workspace = new_tensor(query, {share * omp_get_max_threads()});
-  if (is_double) {
-    kernels.backward_double(backward_arguments(arguments<double>(c, tasks, keys, values, out_rows, lse_rows, workspace),
-                                               grad_rows, grad_query, grad_key, grad_value, grad_pool, partial,
-                                               partial_pool));
-  } else {
-    kernels.backward_float(backward_arguments(arguments<float>(c, tasks, keys, values, out_rows, lse_rows, workspace),
-                                              grad_rows, grad_query, grad_key, grad_value, grad_pool, partial,
-                                              partial_pool));
-  }
-  return {grad_query, grad_key, grad_value, grad_pool};
+  Tensor partial = new_sums(query, {c.G * sequences.tasks(kPartialRows) * (c.D + c.Dv)});
+  Tensor partial_pool = new_sums(query, {c.pool_query ? c.G * sequences.tasks(kPoolSums) * c.D : 0});
+  with_type(dtype, [&](auto zero) {
+    const auto& kernel = backward_of(zero, c);
+    const int64_t share = kernel.workspace(c.D, c.Dv, pool_children(c.pyramid));
+    Tensor workspace = new_sums(query, {share * omp_get_max_threads()});
+    kernel.run(backward_arguments(arguments<decltype(zero)>(c, tasks, keys, values, out_rows, lse_rows, workspace),
+                                  grad_rows, grad_query, grad_key, grad_value, grad_pool, partial, partial_pool));
+  });
+  return results();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 // queries and keys, Dv of values, N nodes of all summary levels, L summary levels.
 #pragma once
 
+#include "common/narrow.h"
 #include "cpu/attention/heads.h"
 #include "cpu/attention/hierarchical/cover.h"
 #include "cpu/base/dispatch.h"
@@ -51,20 +52,22 @@ static inline Task task_at(const Sequences& s, int kind, int64_t heads, int64_t 
   return {n, i / each, i % each};
 }
 
-template <typename T>
+// S is what memory holds, T what is calculated.
+template <typename S>
 struct Attention {
+  typedef Compute<S> T;
   int64_t B, H, G, D, Dv;
   int64_t Tq, nodes;  // rows per head of lse and of the pooled arrays
   Pyramid pyramid;    // of the whole time; its other sizes are the call's
   Sequences sequences;
   T scale;
   T bias[kMaxLevels + 1];  // log span with mass_bias, else 0
-  Heads<const T> query, key, value;
-  const T* pool_query;  // [P, G, D], or null: the mean
+  Heads<const S> query, key, value;
+  const S* pool_query;  // [P, G, D], or null: the mean
   int64_t P;
-  T* pooled_key;    // [B, G, nodes, D]
-  T* pooled_value;  // [B, G, nodes, Dv]
-  Heads<T> out;
+  S* pooled_key;    // [B, G, nodes, D]
+  S* pooled_value;  // [B, G, nodes, Dv]
+  Heads<S> out;
   T* lse;        // [B, H, Tq]
   T* workspace;  // threads * <kernel>_workspace elements
 };
@@ -72,11 +75,13 @@ struct Attention {
 // Kinds of tasks of the forward pass: blocks of queries, and the nodes of level l >= 1 as kind l.
 constexpr int kBlocks = 0;
 
-template <typename T>
+template <typename S>
 struct AttentionBackward {
-  Attention<T> forward;  // out, lse and the pooled arrays are read only; its sequences are those of this pass
-  Heads<const T> grad_out;
-  Heads<T> grad_query, grad_key, grad_value;
+  typedef Compute<S> T;
+  Attention<S> forward;  // out, lse and the pooled arrays are read only; its sequences are those of this pass
+  Heads<const S> grad_out;
+  Heads<S> grad_query;
+  Heads<T> grad_key, grad_value;
   T* grad_pool;      // [P, G, D], or null
   int64_t segments;  // a head's query blocks are split into so many independent segments; of one sequence
   T* partial;        // gradients of tokens and nodes outside a segment: see Outside
@@ -129,20 +134,41 @@ static inline int64_t pool_chunks(const Pyramid& p, int level) {
   return (p.count[level] + kPoolChunk - 1) / kPoolChunk;
 }
 
-// Elements of workspace that one thread needs.
+// A kernel, and the elements of workspace that one of its threads needs.
+template <typename S>
+struct Forward {
+  int64_t (*workspace)(int64_t D, int64_t Dv, int64_t children);
+  void (*run)(const Attention<S>&);
+};
+
+template <typename S>
+struct Backward {
+  int64_t (*workspace)(int64_t D, int64_t Dv, int64_t children);
+  void (*run)(const AttentionBackward<S>&);
+};
+
 struct AttentionKernels {
-  int64_t (*forward_workspace)(int64_t D, int64_t Dv, int64_t children, bool is_double);
-  void (*forward_float)(const Attention<float>&);
-  void (*forward_double)(const Attention<double>&);
+  Forward<float> forward_float;
+  Forward<double> forward_double;
 };
 
 struct AttentionBackwardKernels {
-  int64_t (*backward_workspace)(int64_t D, int64_t Dv, int64_t children, bool is_double);
-  void (*backward_float)(const AttentionBackward<float>&);
-  void (*backward_double)(const AttentionBackward<double>&);
+  Backward<float> backward_float;
+  Backward<double> backward_double;
+};
+
+struct AttentionNarrowKernels {
+  Forward<BFloat16> forward_bfloat16;
+  Forward<Float16> forward_float16;
+  // Products of pairs, of even D and Dv; null without AVX-512 BF16.
+  Forward<BFloat16> forward_pairs;
+  Backward<BFloat16> backward_bfloat16;
+  Backward<Float16> backward_float16;
+  Backward<BFloat16> backward_pairs;
 };
 
 }  // namespace seqaccel::attention::hierarchical
 
 SEQACCEL_DECLARE_KERNELS(attention::hierarchical, AttentionKernels, attention_kernels)
 SEQACCEL_DECLARE_KERNELS(attention::hierarchical, AttentionBackwardKernels, attention_backward_kernels)
+SEQACCEL_DECLARE_KERNELS_BF16(attention::hierarchical, AttentionNarrowKernels, attention_narrow_kernels)

@@ -17,8 +17,8 @@ SEQACCEL_INLINE Sequence sequence_at(const Sequences& s, int64_t n, int64_t T) {
 }
 
 // Makes `part` the call as it is for one sequence alone: row 0 of the arrays, from position 0 on.
-template <typename T>
-void move_to(Attention<T>& part, const Attention<T>& p, const Sequence& s) {
+template <typename S>
+void move_to(Attention<S>& part, const Attention<S>& p, const Sequence& s) {
   if (s.T != part.pyramid.T) {
     const Pyramid& whole = p.pyramid;
     part.pyramid = make_pyramid(s.T, whole.block_size, whole.fanout, whole.levels, whole.local_blocks, 0, whole.causal);
@@ -32,14 +32,14 @@ void move_to(Attention<T>& part, const Attention<T>& p, const Sequence& s) {
   part.lse = p.lse + s.row * p.H * p.Tq + s.first;
 }
 
-template <typename T>
-void move_to(Attention<T>& part, const Attention<T>& p, int64_t n) {
+template <typename S>
+void move_to(Attention<S>& part, const Attention<S>& p, int64_t n) {
   move_to(part, p, sequence_at(p.sequences, n, p.pyramid.T));
 }
 
-template <typename T>
-void move_to(AttentionBackward<T>& part, const AttentionBackward<T>& p, int64_t n) {
-  const Attention<T>& f = p.forward;
+template <typename S>
+void move_to(AttentionBackward<S>& part, const AttentionBackward<S>& p, int64_t n) {
+  const Attention<S>& f = p.forward;
   const Sequence s = sequence_at(f.sequences, n, f.pyramid.T);
   move_to(part.forward, f, s);
   part.grad_out = within(p.grad_out, s);
@@ -67,15 +67,15 @@ struct Current {
 };
 
 // The children of a level are tokens, or nodes of the level below.
-template <typename T>
-SEQACCEL_INLINE Rows<T> level_rows(const Attention<T>& p, int64_t g, int level) {
+template <typename S>
+SEQACCEL_INLINE Rows<S> level_rows(const Attention<S>& p, int64_t g, int level) {
   if (level == 0) return {p.key.at(0, g), p.value.at(0, g), p.key.time, p.value.time};
   const int64_t row = g * p.nodes + p.pyramid.offset[level];
   return {p.pooled_key + row * p.D, p.pooled_value + row * p.Dv, p.D, p.Dv};
 }
 
-template <typename T>
-SEQACCEL_INLINE const T* pool_row(const Attention<T>& p, int64_t g, int level) {
+template <typename S>
+SEQACCEL_INLINE const S* pool_row(const Attention<S>& p, int64_t g, int level) {
   return p.pool_query + ((level < p.P ? level : p.P) - 1) * p.G * p.D + g * p.D;
 }
 
