@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from harness import Case, suite
 
 import seqaccel
-from seqaccel.functional import additive_attention, block_sparse_attention, hierarchical_attention
+from seqaccel.functional import additive_attention, block_sparse_attention, hierarchical_attention, novelty_gate
 
 SIZES = {
     "T=2048": dict(B=1, H=4, T=2048, D=64, causal=True),
@@ -209,6 +209,81 @@ def additive_case(B, Tq, Tk, H, backend="cpp", device="cpu", dtype=torch.float32
 @suite(ADDITIVE_SIZES, ["seqaccel[cpp]", "torch", "torch.compile"])
 def bench_additive_attention_training(B, Tq, Tk, H):
     return additive_case(B, Tq, Tk, H)
+
+
+# `kinds` vectors over and over: so many are kept.
+MEMORY_SIZES = {
+    "T=4096,all kept": dict(B=1, T=4096, E=256, kinds=4096),
+    "T=4096,256 kept": dict(B=1, T=4096, E=256, kinds=256),
+}
+GATE_SIZES = {
+    "T=1024,all kept": dict(B=1, T=1024, E=256, kinds=1024),
+    "T=1024,64 kept": dict(B=1, T=1024, E=256, kinds=64),
+}
+
+
+def repeated(B, T, E, kinds):
+    """(B, T, E): ``kinds`` vectors over and over; and how many pairs of a vector and one kept before it there are."""
+    torch.manual_seed(0)
+    x = torch.randn(B, kinds, E).repeat(1, T // kinds, 1)
+    return x, B * sum(min(t, kinds) for t in range(1, T + 1))
+
+
+@suite(GATE_SIZES, ["seqaccel[cpp]", "seqaccel[reference]"])
+def bench_novelty_gate(B, T, E, kinds):
+    """Beside the definition, a loop of torch's operators over the vectors."""
+    x, pairs = repeated(B, T, E, kinds)
+
+    def run(backend):
+        def call():
+            with seqaccel.backend(backend):
+                return novelty_gate(x, threshold=0.99)
+
+        return call
+
+    contenders = {f"seqaccel[{backend}]": run(backend) for backend in ("cpp", "reference")}
+    torch.testing.assert_close(*(call() for call in contenders.values()))
+    return Case(contenders, flops=2 * pairs * E, bytes=4 * B * T * E)
+
+
+def memory_case(B, T, E, kinds, training):
+    """The module beside the same projections around dense causal attention, which it equals for repeated vectors.
+
+    What our gate keeps is attended to by torch's operators.
+    """
+    x, pairs = repeated(B, T, E, kinds)
+    memory = seqaccel.nn.NoveltyMemory(E, 4, batch_first=True, threshold=0.99)
+    leaves, grad = [x.requires_grad_(training), *memory.parameters()], torch.randn(B, T, E)
+
+    def remember():
+        with seqaccel.backend("cpp"):
+            return memory(x, x, x)[0]
+
+    def dense():
+        qkv = F.linear(x, memory.in_proj_weight, memory.in_proj_bias).view(B, T, 3, 4, E // 4).permute(2, 0, 3, 1, 4)
+        return memory.out_proj(F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(1, 2).flatten(2))
+
+    def run(function):
+        def call():
+            with torch.set_grad_enabled(training):
+                return torch.autograd.grad(function(), leaves, grad) if training else function()
+
+        return call
+
+    torch.testing.assert_close(remember(), dense(), rtol=1e-4, atol=1e-5)
+    flops = (3 if training else 1) * 8 * B * T * E * E + (2 + (14 if training else 4)) * pairs * E
+    moved = 4 * (2 * B * T * E + 4 * E * E) * (2 if training else 1)
+    return Case({"seqaccel[cpp]": run(remember), "torch": run(dense)}, flops=flops, bytes=moved, forbidden=())
+
+
+@suite(MEMORY_SIZES, ["seqaccel[cpp]", "torch"])
+def bench_novelty_memory_forward(B, T, E, kinds):
+    return memory_case(B, T, E, kinds, training=False)
+
+
+@suite(MEMORY_SIZES, ["seqaccel[cpp]", "torch"])
+def bench_novelty_memory_training(B, T, E, kinds):
+    return memory_case(B, T, E, kinds, training=True)
 
 
 GPU_SIZES = {name: size | dict(B=16) for name, size in SIZES.items()}

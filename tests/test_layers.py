@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "cpu/attention/additive": _BASE | {"cpu/attention"},
     "cpu/attention/block_sparse": _BASE | {"cpu/attention"},
     "cpu/attention/hierarchical": _BASE | {"cpu/attention"},
-    "cpu/attention/memory": _BASE,
+    "cpu/attention/memory": _BASE | {"cpu/attention"},
     "cpu/testing": _BASE,
     "cuda": {"common"},
     "cuda/scan": {"common", "cuda"},

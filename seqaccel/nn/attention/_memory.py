@@ -12,7 +12,7 @@ from seqaccel.nn.streaming import State, Streaming
 
 __all__ = ["NoveltyMemory"]
 
-_CHUNK = 512  # queries at a time: the biases of all at once would be (T, T)
+_CHUNK = 256  # queries at a time: the biases of all at once would be (T, T)
 
 
 class NoveltyMemory(Streaming, MultiheadAttention):
@@ -252,17 +252,16 @@ class NoveltyMemory(Streaming, MultiheadAttention):
         kept = self._rows(kept, vectors, source)
         keys, values = (self._rows(old, new, source) for old, new in ((keys, k), (values, v)))
         counts = F.pad(counts, (0, room - N))
-        outputs = []
+        outputs, wide = [], _common.compute_dtype(q.dtype)
         for i, reach in enumerate(reaches):
             part = slice(i * chunk, (i + 1) * chunk)
-            seen = counts[:, :reach].unsqueeze(1) + (rows[:, part].unsqueeze(2) == row[:reach]).to(torch.int64).cumsum(
-                1
-            )
-            bias = seen.to(q.dtype).log().unsqueeze(1)
+            # Queries come last, along which memory is contiguous: sums along another dimension take six times as long.
+            new = (rows[:, None, part] == row[:reach, None]).cumsum(2, dtype=wide)
+            bias = (new + counts[:, :reach, None]).log_().to(q.dtype).transpose(1, 2).contiguous().unsqueeze(1)
             outputs.append(
                 F.scaled_dot_product_attention(q[:, :, part], keys[:, :, :reach], values[:, :, :reach], bias)
             )
-            counts = F.pad(seen[:, -1], (0, room - reach)).clone(memory_format=torch.contiguous_format)
+            counts = counts + F.pad(new[:, :, -1].to(counts.dtype), (0, room - reach))
         return torch.cat(outputs, 2), (kept, keys, values, counts, *mark)
 
     @staticmethod

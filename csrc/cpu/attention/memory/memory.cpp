@@ -22,21 +22,22 @@ Tensor novelty_gate(Tensor vectors, Tensor kept, Tensor size, double threshold, 
   size = to_contiguous(size);
   const GateKernels& kernels = active_gate_kernels();
   const int64_t rows = kept.size(1);
-  const int threads = int(std::min<int64_t>(team_size(), batch));
-  const auto run = [&](auto zero, auto kernel) {
+  const int threads = team_size();
+  const int64_t streams = batch < threads ? 1 : threads;  // that are in work at a time
+  const auto run = [&](auto zero, auto workspace_size, auto kernel) {
     using T = decltype(zero);
     int64_t room = 1;
-    STD_TORCH_CHECK(fits(room, rows + length + 16) && fits(room, width + 16) && fits(room, threads),
+    STD_TORCH_CHECK(fits(room, rows + length + 128) && fits(room, width + 128) && fits(room, streams),
                     "seqaccel: not enough memory: the shape ", shape_string(vectors), " of vectors is too large");
-    Tensor workspace = new_tensor(vectors, {threads, kernels.workspace(length, rows, width)});
+    Tensor workspace = new_tensor(vectors, {streams, workspace_size(length, rows, width)});
     kernel({batch, length, width, rows, window, capacity, T(threshold), vectors.const_data_ptr<T>(),
             kept.const_data_ptr<T>(), size.const_data_ptr<int64_t>(), slot.mutable_data_ptr<int64_t>(),
             workspace.mutable_data_ptr<T>(), threads});
   };
   if (vectors.scalar_type() == ScalarType::Float) {
-    run(0.0f, kernels.gate_float);
+    run(0.0f, kernels.workspace_float, kernels.gate_float);
   } else {
-    run(0.0, kernels.gate_double);
+    run(0.0, kernels.workspace_double, kernels.gate_double);
   }
   return slot;
 }

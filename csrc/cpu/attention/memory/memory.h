@@ -17,12 +17,13 @@ struct Gate {
   const T* kept;        // [batch, rows, width]
   const int64_t* size;  // [batch]: how many rows of `kept` exist
   int64_t* slot;        // [batch, length]
-  T* workspace;         // threads * gate_workspace elements
+  T* workspace;         // gate_workspace elements per stream at a time: for each thread, or one where batch < threads
   int threads;
 };
 
 struct GateKernels {
-  int64_t (*workspace)(int64_t length, int64_t rows, int64_t width);
+  int64_t (*workspace_float)(int64_t length, int64_t rows, int64_t width);
+  int64_t (*workspace_double)(int64_t length, int64_t rows, int64_t width);
   void (*gate_float)(const Gate<float>&);
   void (*gate_double)(const Gate<double>&);
 };
