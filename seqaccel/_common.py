@@ -61,6 +61,11 @@ def is_distributed(t: Tensor) -> bool:
     return isinstance(t, DTENSOR)
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether the tensor's elements can be looked at: it is neither fake nor on the meta device."""
+    return not isinstance(t, torch._subclasses.FakeTensor) and t.device.type != "meta"
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record this call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -354,6 +354,39 @@ def test_operations_of_a_module():
     assert counter.get_total_flops() == 3 * forward
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(9, 13), (13, 9)])
+def test_operations_of_the_blocks_that_are_seen(causal, lengths):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    Tq, Tk = lengths
+    q, k, v = double(2, 4, Tq, 3), double(2, 2, Tk, 3), double(2, 2, Tk, 5)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    layout = torch.rand(4, 4, 4) < 0.5
+    seen = layout.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :Tq, :Tk]
+    pairs = 2 * int((seen.tril() if causal else seen).sum())
+    with FlopCounterMode(display=False) as counter:
+        out = SF.block_sparse_attention(*leaves, layout, block_size=4, causal=causal)
+        assert counter.get_total_flops() == 2 * pairs * (3 + 5)
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (3 + 5 + 3 * 3 + 2 * 5)
+    without_values = [t.detach().to("meta") for t in (*leaves, layout.expand(2, 4, 4, 4))]
+    with FlopCounterMode(display=False) as counter:
+        overload("block_sparse_attention_forward")(*without_values, 4, causal, 1.0)
+    assert counter.get_total_flops() == 2 * 2 * 4 * Tq * Tk * (3 + 5)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_operations_of_what_is_kept(window):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.eye(5)[[0, 0, 1, 2, 1, 3, 4, 4]].unsqueeze(0)
+    with FlopCounterMode(display=False) as counter:
+        SF.novelty_gate(x, threshold=0.5, window=window)
+    before = [0, 1, 1, 2, 3, 3, 4, 5]
+    assert counter.get_total_flops() == 2 * 5 * sum(min(n, window or 9) for n in before)
+
+
 # ---- exported, compiled, transformed ----
 
 MODULES = {

@@ -32,6 +32,7 @@ class Operator:
         name: without the namespace.
         fake: its results without their values. A Triton operator keeps the one that torch has of it, its own code.
         flops: operations, from its arguments with shapes for tensors.
+        values_decide: ``flops`` takes the tensors themselves and, as ``out_val``, the results.
         definition: its differentiable results, which come first, from its arguments, by torch's operators; for one that
             writes to its first argument, the same in place. Default: it is not differentiable, as an operator that
             calculates gradients: gradients of those come from the forward operator.
@@ -55,6 +56,7 @@ class Operator:
     recorded: Callable[..., Any] | None = None
     batch: dict[str | int, int] = dataclasses.field(default_factory=dict)
     summed: tuple[int, ...] = ()
+    values_decide: bool = False
     packs: tuple[str, int] | None = None
     from_row: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     autocast: torch.dtype | None = torch.float32
@@ -295,7 +297,8 @@ def _register_flops(operator: Operator) -> None:
     def flops(*arguments: Any, out_shape: Any = None, **keywords: Any) -> int:
         return operator.flops(*arguments, **keywords)
 
-    register_flop_formula(getattr(torch.ops.seqaccel, operator.name))(flops)
+    formula = operator.flops if operator.values_decide else flops
+    register_flop_formula(getattr(torch.ops.seqaccel, operator.name), get_raw=operator.values_decide)(formula)
 
 
 def register(operator: Operator) -> None:

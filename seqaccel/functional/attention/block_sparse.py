@@ -91,15 +91,29 @@ def _recorded(backend, query, key, value, layout, *options):
     return _BlockSparseAttention.apply(backend, _Options(*options), query, key, value, layout, kept), *kept
 
 
-def _forward_flops(query, key, value, *_) -> int:
-    """Of all pairs: shapes do not say what the layout leaves out."""
-    B, H, T, D = query
-    return 2 * B * H * T * key[2] * (D + value[3])
+def _pairs(query, key, layout, block_size: int, causal: bool) -> int:
+    """How many queries see how many keys, over all batches and heads; all of them where the layout has no values."""
+    Tq, Tk = query.shape[2], key.shape[2]
+    if not _common.has_values(layout):
+        return query[..., 0].numel() * Tk
+    q, k = (
+        (T - torch.arange(0, T, block_size, device=layout.device)).clamp(max=block_size) for T in (Tq, Tk)
+    )  # lengths of blocks
+    size = q.unsqueeze(1) * k
+    if causal:
+        n = min(len(q), len(k))
+        near = torch.minimum(q[:n], k[:n])
+        size = size.tril(-1)
+        size.diagonal().copy_(near * (near + 1) // 2 + (q[:n] - near) * k[:n])
+    return int((layout[..., : len(q), : len(k)] * size).sum())
 
 
-def _backward_flops(grad_out, query, key, value, *_) -> int:
-    B, H, T, D = query
-    return 2 * B * H * T * key[2] * (3 * D + 2 * value[3])
+def _forward_flops(query, key, value, layout, block_size, causal, scale, out_val=None) -> int:
+    return 2 * _pairs(query, key, layout, block_size, causal) * (query.shape[3] + value.shape[3])
+
+
+def _backward_flops(grad_out, query, key, value, layout, out, lse, block_size, causal, scale, out_val=None) -> int:
+    return 2 * _pairs(query, key, layout, block_size, causal) * (3 * query.shape[3] + 2 * value.shape[3])
 
 
 def _register(backend: str) -> None:
@@ -112,6 +126,7 @@ def _register(backend: str) -> None:
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
             batch=dict.fromkeys(("query", "key", "value", "layout", 0, 1), 0),
+            values_decide=True,
             autocast=autocast,
         )
     )
@@ -121,6 +136,7 @@ def _register(backend: str) -> None:
             _backward_fake,
             _backward_flops,
             batch=dict.fromkeys(("grad_out", "query", "key", "value", "layout", "out", "lse", 0, 1, 2), 0),
+            values_decide=True,
             autocast=autocast,
         )
     )

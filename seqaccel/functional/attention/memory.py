@@ -13,10 +13,13 @@ BACKENDS = ("reference", "cpp")
 _NO_LIMIT = 2**62
 
 
-def _flops(vectors, kept, *_) -> int:
-    """Of a memory that keeps everything: shapes do not say what is kept."""
-    B, T, E = vectors
-    return 2 * B * T * E * kept[1] + B * T * T * E
+def _flops(vectors, kept, size, threshold, window, capacity, out_val=None) -> int:
+    """Of the comparisons with what was kept before each vector; with all before it where rows have no values."""
+    B, T, E = vectors.shape
+    if out_val is None or not _common.has_values(out_val):
+        return 2 * B * T * E * kept.shape[1] + B * T * T * E
+    newest = torch.cat([size.clamp(0, kept.shape[1]).unsqueeze(1) - 1, out_val], 1).cummax(1).values[:, :-1]
+    return 2 * E * int((newest + 1).clamp(max=window).sum())
 
 
 register(
@@ -25,6 +28,7 @@ register(
         lambda vectors, *_: vectors.new_empty(vectors.shape[:2], dtype=torch.int64),
         _flops,
         batch=dict.fromkeys(("vectors", "kept", "size", 0), 0),
+        values_decide=True,
     )
 )
 
