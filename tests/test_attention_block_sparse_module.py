@@ -130,6 +130,10 @@ def test_errors():
         module(layout=torch.ones(3, 3))
     with pytest.raises(TypeError, match="layout to be a Tensor or a function of the length, but got int"):
         module(layout=3)
+    with pytest.raises(ValueError, match=r"layout of 1 or num_heads=2 heads, but got \(3, 3, 3\)"):
+        module(layout=torch.ones(3, 3, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="expected layout to be a Tensor or a BlockMask, but got None"):
+        module(layout=lambda length: None)(x, x, x)
     with pytest.raises(ValueError, match="need_weights"):
         module()(x, x, x, need_weights=True)
     with pytest.raises(ValueError, match="key: expected last dimension 8, but got 5"):

@@ -92,6 +92,10 @@ class BlockSparseAttention(MultiheadAttention):
                     "layout: expected bool of shape (query blocks, key blocks) or (num_heads, query blocks, key "
                     f"blocks), but got {layout.dtype} of {tuple(layout.shape)}"
                 )
+            if layout.dim() == 3 and layout.shape[0] not in (1, num_heads):
+                raise ValueError(
+                    f"layout: expected the layout of 1 or num_heads={num_heads} heads, but got {tuple(layout.shape)}"
+                )
             layout = layout.to(device)
         self.register_buffer("layout", layout if isinstance(layout, Tensor) else None, persistent=False)
 
@@ -118,7 +122,8 @@ class BlockSparseAttention(MultiheadAttention):
                 f"key: expected query's length, {lengths[0]}, since layout is a function of one length, "
                 f"but got {lengths[1]}; pass a tensor as layout"
             )
-        return self.layout_of_length(lengths[0]).to(query.device)
+        layout = self.layout_of_length(lengths[0])
+        return layout.to(query.device) if hasattr(layout, "to") else layout  # which the operator's check names
 
     def forward(
         self,
