@@ -6,7 +6,9 @@
 The tasks are made here: ``reverse`` and ``sort`` take strings of 1 to 10 digits, ``dates`` takes dates as people write
 them ("3rd of May, 1987"). The models (``--model``):
 
-    pervasive   one network over the grid of target and source positions (:class:`seqaccel.nn.PervasiveAttention`)
+    pervasive      one network over the grid of target and source positions (:class:`seqaccel.nn.PervasiveAttention`)
+    convolutional  an encoder and a decoder of gated convolutions, with attention in every layer of the decoder (Gehring
+                   et al., "Convolutional sequence to sequence learning", 2017); made here of the package's parts
 
 Training sees the whole target at once. Decoding runs token by token through the streaming protocol. Training of a task
 ends when enough unseen strings come out right to the last character.
@@ -28,7 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seqaccel import nn
+from seqaccel.functional import multiplicative_attention
 
+HALF = 0.5**0.5  # keeps the variance of a sum of two
 END = "\n"
 VOCABULARY = 128
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
@@ -82,9 +86,126 @@ def pervasive(options: argparse.Namespace) -> nn.PervasiveAttention:
     )
 
 
+class GatedConvolution(torch.nn.Module):
+    """dropout, a convolution with GLU; x (B, T, C). Centred where ``centred``, else causal: then it streams."""
+
+    def __init__(self, channels: int, kernel_size: int, dropout: float, centred: bool) -> None:
+        super().__init__()
+        self.conv = nn.CausalConv1d(channels, 2 * channels, kernel_size, activation="glu", channels_last=True)
+        torch.nn.init.normal_(self.conv.weight, std=(4 * (1 - dropout) / (kernel_size * channels)) ** 0.5)
+        torch.nn.init.zeros_(self.conv.bias)
+        self.dropout, self.later = dropout, kernel_size // 2 if centred else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        return self.conv(F.pad(x, (0, 0, 0, self.later)))[:, self.later :]
+
+    def extend(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        return self.conv.extend(F.dropout(x, self.dropout, self.training), state)
+
+
+class ConvolutionalTranslator(nn.Streaming, torch.nn.Module):
+    r"""Gehring et al. (2017): gated convolutions on both sides, attention in every layer of the decoder.
+
+    With embeddings e of the source and g of the target, each with its position's, and u = :math:`\sqrt{1/2}`,
+
+    .. math::
+        x^{l} &= u\,(x^{l-1} + \mathrm{GLU}(K_l * x^{l-1})), \quad z = W x^L \\
+        h^{l} &= \mathrm{GLU}(K'_l * y^{l-1}), \quad q^l = u\,(W_l h^l + b_l + g), \quad
+        c^l = \sqrt{S} \sum_j \mathrm{softmax}_j(q^l \cdot z_j)\, u\,(z_j + e_j) \\
+        y^{l} &= u\,(y^{l-1} + u\,(h^l + V_l c^l))
+
+    The convolutions K of the source are centred, those K' of the target causal. S is the length of the source.
+
+    State of B streams: ``(keys, values, valid, position, histories)``: z and u (z + e), (B, S, embedding_dim); which
+    positions of the source count, (B, S); the number of tokens so far, (B,); for each layer what its convolution sees.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        embedding_dim: int,
+        channels: int,
+        num_layers: int,
+        kernel_size: int,
+        max_positions: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        Embedding, Linear, List = torch.nn.Embedding, torch.nn.Linear, torch.nn.ModuleList
+        self.dropout, self.num_layers = dropout, num_layers
+        self.source_tokens, self.target_tokens = (Embedding(vocabulary, embedding_dim) for _ in range(2))
+        self.source_positions, self.target_positions = (Embedding(max_positions, embedding_dim) for _ in range(2))
+        for table in (self.source_tokens, self.target_tokens, self.source_positions, self.target_positions):
+            torch.nn.init.normal_(table.weight, std=0.1)
+        self.source_in, self.target_in = (Linear(embedding_dim, channels) for _ in range(2))
+        self.source_out, self.target_out = (Linear(channels, embedding_dim) for _ in range(2))
+        self.encoder = List(GatedConvolution(channels, kernel_size, dropout, centred=True) for _ in range(num_layers))
+        self.decoder = List(GatedConvolution(channels, kernel_size, dropout, centred=False) for _ in range(num_layers))
+        self.queries = List(Linear(channels, embedding_dim) for _ in range(num_layers))
+        self.contexts = List(Linear(embedding_dim, channels) for _ in range(num_layers))
+        self.logits = Linear(embedding_dim, vocabulary)
+
+    def init_state(self, source: Tensor, source_padding_mask: Tensor) -> tuple:  # type: ignore[override]
+        """The state of the streams that will be decoded from ``source`` (B, S); the mask is true at padding."""
+        valid = ~source_padding_mask
+        counts = valid.unsqueeze(2)
+        embedded = self.source_tokens(source) + self.source_positions.weight[: source.shape[1]]
+        embedded = F.dropout(embedded, self.dropout, self.training)
+        x = self.source_in(embedded) * counts
+        for layer in self.encoder:
+            x = HALF * (x + layer(x)) * counts  # padding stays zero, as what lies beyond a sequence is
+        z = scaled_gradient(self.source_out(x), 0.5 / self.num_layers)  # every layer of the decoder adds to it
+        position = torch.zeros(len(source), dtype=torch.int64, device=source.device)
+        histories = tuple(layer.conv.init_state(len(source)) for layer in self.decoder)
+        return z, HALF * (z + embedded), valid, position, histories
+
+    def extend(self, target: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        """target (B, T): logits (B, T, vocabulary) of the tokens that follow, and the state after it."""
+        keys, values, valid, position, histories = state
+        at = position.unsqueeze(1) + torch.arange(target.shape[1], device=target.device)
+        embedded = F.dropout(self.target_tokens(target) + self.target_positions(at), self.dropout, self.training)
+        y, root = self.target_in(embedded), valid.sum(1).sqrt().view(-1, 1, 1)
+        after = []
+        for layer, query, context, history in zip(self.decoder, self.queries, self.contexts, histories, strict=True):
+            h, history = layer.extend(y, history)
+            q = HALF * (query(h) + embedded)
+            seen = root * multiplicative_attention(q, keys, values, mask=valid)
+            y = HALF * (y + HALF * (h + context(seen)))
+            after.append(history)
+        out = F.dropout(self.target_out(y), self.dropout, self.training)
+        return self.logits(out), (keys, values, valid, position + target.shape[1], tuple(after))
+
+    def step(self, target_t: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        """target_t (B,): logits (B, vocabulary) and the state after it."""
+        logits, state = self.extend(target_t.unsqueeze(1), state)
+        return logits.squeeze(1), state
+
+    def forward(self, source: Tensor, target: Tensor, source_padding_mask: Tensor) -> Tensor:
+        """source (B, S), target (B, T): logits (B, T, vocabulary)."""
+        return self.extend(target, self.init_state(source, source_padding_mask))[0]
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by ``factor``."""
+    return x.detach() + factor * (x - x.detach()) if x.requires_grad else x
+
+
+def convolutional(options: argparse.Namespace) -> ConvolutionalTranslator:
+    return ConvolutionalTranslator(
+        VOCABULARY,
+        embedding_dim=64,
+        channels=128,
+        num_layers=options.num_layers or 3,
+        kernel_size=5,
+        max_positions=40,
+        dropout=0.0,
+    )
+
+
 #: A model is called with source, target and the source's padding mask, and returns the logits of the tokens that
 #: follow. Its ``init_state`` takes source and mask, its ``step`` tokens.
-MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"pervasive": pervasive}
+MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"pervasive": pervasive, "convolutional": convolutional}
 
 
 def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -159,7 +280,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1500, help="most training steps of a task (default: 1500)")
     parser.add_argument("--batch-size", type=int, default=64, help="strings a step (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at the peak of one cycle (default: 3e-3)")
-    parser.add_argument("--num-layers", type=int, help="layers of the model (default: pervasive 6)")
+    parser.add_argument("--num-layers", type=int, help="layers of the model (default: pervasive 6, convolutional 3)")
     parser.add_argument("--growth-rate", type=int, default=24, help="pervasive: channels of a layer (default: 24)")
     parser.add_argument("--beam-size", type=int, default=1, help="hypotheses kept in the last decoding (default: 1)")
     parser.add_argument("--unseen", type=int, default=500, help="strings kept out of training (default: 500)")

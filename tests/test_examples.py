@@ -1,5 +1,7 @@
 """The demo: bad input ends in one line and exit code 2; a resumed run is the run that was not interrupted."""
 
+import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -7,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 DEMO = pathlib.Path(__file__).parent.parent / "examples" / "train_language_model.py"
 TINY = ["--batch-size=2", "--length=40", "--hidden-size=64", "--num-layers=1", "--validation-bytes=80", "--sample=8"]
@@ -88,9 +91,38 @@ def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path, text):
     assert done.returncode == 2 and "not a checkpoint" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_sequence_to_sequence(tmp_path):
+def test_the_convolutional_translator_streams():
+    path = DEMO.with_name("sequence_to_sequence.py")
+    spec = importlib.util.spec_from_file_location("sequence_to_sequence", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    model = example.convolutional(argparse.Namespace(num_layers=2)).double().eval()
+    source, padding = example.encode(["12345", "987", "1"])
+    target = torch.randint(128, (3, 9))
+    with torch.no_grad():
+        logits = model(source, target, padding)
+        state = model.init_state(source, padding)
+        first, state = model.extend(target[:, :4], state)
+        last = []
+        for t in range(4, 9):
+            y, state = model.step(target[:, t], state)
+            last.append(y)
+        torch.testing.assert_close(torch.cat([first, torch.stack(last, 1)], 1), logits)
+        torch.testing.assert_close(model(source[1:2, :4], target[1:2], padding[1:2, :4]), logits[1:2])
+
+
+@pytest.mark.parametrize("model", ["pervasive", "convolutional"])
+def test_sequence_to_sequence(tmp_path, model):
     script = DEMO.with_name("sequence_to_sequence.py")
-    small = ["--steps=2", "--batch-size=2", "--num-layers=1", "--growth-rate=4", "--unseen=4", "--check-every=1"]
+    small = [
+        f"--model={model}",
+        "--steps=2",
+        "--batch-size=2",
+        "--num-layers=1",
+        "--growth-rate=4",
+        "--unseen=4",
+        "--check-every=1",
+    ]
     command = [sys.executable, str(script), *small, "--beam-size=2", "--goal=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
