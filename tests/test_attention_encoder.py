@@ -119,6 +119,19 @@ def test_streams_of_different_ages(positions, max_length):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("keywords", [dict(), dict(causal=False), dict(num_kv_heads=1)], ids=str)
+def test_padding(positions, keywords):
+    model, x = encoder(positions=positions, **keywords), inputs()
+    padding = torch.arange(T).expand(2, T) >= torch.tensor([[T], [30]])
+    padded = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(padded[0], model(x)[0])
+    torch.testing.assert_close(padded[1, :30], model(x[1:, :30])[0])
+    packed = model(torch.cat([x[0], x[1, :30]]).unsqueeze(0), cu_seqlens=torch.tensor([0, T, T, T + 30]))
+    torch.testing.assert_close(packed[0, :T], padded[0])
+    torch.testing.assert_close(packed[0, T:], padded[1, :30])
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_layouts_padding_and_copies(positions):
     model, x = encoder(positions=positions), inputs()
     expected = model(x)
@@ -158,8 +171,8 @@ def test_refusals():
     both_ways = encoder(causal=False)
     with pytest.raises(RuntimeError, match="cannot run on a stream"):
         both_ways.init_state(2)
-    with pytest.raises(ValueError, match="src_key_padding_mask: supported in causal"):
-        both_ways(inputs(), src_key_padding_mask=torch.zeros(2, T, dtype=torch.bool))
+    with pytest.raises(ValueError, match="src_key_padding_mask: expected padding after each sequence only"):
+        both_ways(inputs(), src_key_padding_mask=torch.arange(T).expand(2, T) < 3)
     learned = encoder(positions="learned", max_positions=9)
     with pytest.raises(ValueError, match="at most max_positions=9 positions, but got 10"):
         learned(inputs(10))

@@ -100,6 +100,90 @@ def test_transformer_encoder():
     torch.testing.assert_close(padded[0], trained[0])
 
 
+def right_padding(lengths, T):
+    return torch.arange(T) >= torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("keywords", [dict(), dict(pool_query=1, rotary_base=100.0), dict(num_kv_heads=1)], ids=str)
+def test_padded_sequences_are_sequences_alone(causal, keywords):
+    attention, x = module(causal=causal, **keywords), torch.randn(3, 50, 8, dtype=torch.float64)
+    lengths = [50, 21, 1]
+    padding = right_padding(lengths, 50)
+    x[padding] = torch.nan
+    out = attention(x, x, x, key_padding_mask=padding)[0]
+    infinite = torch.zeros(3, 50, dtype=torch.float64).masked_fill(padding, -torch.inf)
+    assert torch.equal(attention(x, x, x, key_padding_mask=infinite)[0], out)
+    assert torch.equal(attention(x, x, x, lengths=torch.tensor(lengths))[0], out)
+    packed = torch.cat([x[b, :n] for b, n in enumerate(lengths)]).unsqueeze(0)
+    offsets = torch.tensor([0, 50, 71, 72])
+    packed = attention(packed, packed, packed, cu_seqlens=offsets)[0][0].split(lengths)
+    for b, n in enumerate(lengths):
+        alone = attention(*[x[b : b + 1, :n]] * 3)[0][0]
+        torch.testing.assert_close(out[b, :n], alone)
+        torch.testing.assert_close(packed[b], alone)
+    assert torch.equal(out[padding], attention.out_proj.bias.expand_as(out[padding]))
+    torch.testing.assert_close(
+        attention(x[1], x[1], x[1], key_padding_mask=padding[1])[0][:21], out[1, :21]
+    )  # without a batch
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+def test_padding_in_transformer_layers(causal, mode):
+    """In torch's encoder and decoder layers; cross attention stays torch's."""
+    layers = [
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double(),
+        nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double(),
+    ]
+    x, memory, padding = *torch.randn(2, 3, 50, 8, dtype=torch.float64).unbind(), right_padding([50, 21, 1], 50)
+    for layer in layers:
+        stock = copy.deepcopy(layer.self_attn.state_dict())
+        layer.self_attn = module(causal=causal)
+        layer.self_attn.load_state_dict(stock, strict=True)
+        layer.train(mode == "train")
+        decodes = isinstance(layer, nn.TransformerDecoderLayer)
+        given = (memory, None, None, padding) if decodes else (None, padding)
+        with torch.inference_mode(mode == "inference"):
+            out = layer(x, *given)
+            for b, n in enumerate((50, 21, 1)):
+                alone = layer(x[b : b + 1, :n], *([memory[b : b + 1]] if decodes else []))[0]
+                torch.testing.assert_close(out[b, :n], alone)
+            with pytest.raises(ValueError, match="padding after each sequence only"):
+                layer(x, *given[:-1], padding.flip(1))
+    crossed = layers[1]
+    crossed.multihead_attn = module(causal=causal)
+    with pytest.raises(ValueError, match="cross attention"):
+        crossed(x, memory[:, :40])
+
+
+def test_grouped_queries():
+    grouped, x = module(num_kv_heads=1, pool_query=1), torch.randn(2, 50, 8, dtype=torch.float64)
+    assert grouped.in_proj_weight.shape == (8 + 2 * 4, 8) and grouped.pool_query.shape == (1, 1, 4)
+    whole = module(pool_query=1)
+    rows = torch.cat([torch.arange(8), *[torch.arange(begin, begin + 4).repeat(2) for begin in (8, 12)]])
+    state = {name: t[rows] if name.startswith("in_proj") else t for name, t in grouped.state_dict().items()}
+    whole.load_state_dict(state | {"pool_query": grouped.pool_query.expand(1, 2, 4)})
+    out = grouped(x, x, x)[0]
+    torch.testing.assert_close(out, whole(x, x, x)[0])
+    stream = grouped.init_state(2)
+    assert stream[1][0].shape[1] == 1
+    first, stream = grouped.extend(x[:, :33], stream)
+    steps = [first]
+    for x_t in x[:, 33:].unbind(1):
+        y, stream = grouped.step(x_t, stream)
+        steps.append(y.unsqueeze(1))
+    torch.testing.assert_close(torch.cat(steps, 1), out)
+    fixed = grouped.init_state(2, max_length=50)
+    torch.testing.assert_close(grouped.extend(x, fixed)[0], out)
+    apart = HierarchicalAttention(8, 4, kdim=5, vdim=6, num_kv_heads=2, batch_first=True)
+    assert apart.k_proj_weight.shape == (4, 5) and apart.v_proj_weight.shape == (4, 6)
+    assert apart(torch.randn(2, 9, 8), torch.randn(2, 9, 5), torch.randn(2, 9, 6))[0].shape == (2, 9, 8)
+    assert "num_kv_heads=2" in repr(apart)
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        HierarchicalAttention(8, 2, num_kv_heads=3)
+
+
 def test_transformer_decoder_layer():
     layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
     layer.self_attn = module()
@@ -388,15 +472,15 @@ def test_forward_errors():
     assert attention(x, x, x, attn_mask=causal)[1] is None
     bad = [
         (dict(need_weights=True), "need_weights"),
-        (dict(key=x[:, :9]), r"key: expected batch and length of query, \(2, 10\), but got \(2, 9\)"),
+        (dict(key=x[:, :9]), r"key: expected batch and length of query, \(2, 10\), but got \(2, 9\).*cross attention"),
         (dict(value=x[..., :7]), "value: expected last dimension 8, but got 7"),
         (dict(query=x[0]), "expected all of them 2-D or 3-D"),
-        (dict(attn_mask=causal.flip(0)), "takes the causal mask only"),
+        (dict(attn_mask=causal.flip(0)), "takes the causal mask only; for other masks use seqaccel.nn.BlockSparse"),
         (dict(attn_mask=torch.randn(10, 10)), "takes the causal mask only"),
         (dict(attn_mask=causal[:5, :5]), "takes the causal mask only"),
         (dict(key_padding_mask=torch.zeros(2, 9, dtype=torch.bool)), r"key_padding_mask: expected shape \(2, 10\)"),
         (dict(key_padding_mask=torch.arange(10).expand(2, 10) < 3), "padding after each sequence only"),
-        (dict(key_padding_mask=torch.randn(2, 10)), "padding after each sequence only"),
+        (dict(key_padding_mask=torch.randn(2, 10)), "padding after each sequence only.*BlockSparseAttention"),
     ]
     for change, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -405,8 +489,11 @@ def test_forward_errors():
     for change in (dict(is_causal=True), dict(attn_mask=causal)):
         with pytest.raises(ValueError, match="not causal"):
             both_ways(x, x, x, **change)
-    with pytest.raises(ValueError, match="causal modules only"):
-        both_ways(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+    with pytest.raises(ValueError, match="both"):
+        padding = torch.zeros(2, 10, dtype=torch.bool)
+        both_ways(x, x, x, key_padding_mask=padding, lengths=torch.tensor([10, 10]))
+    with pytest.raises(TypeError, match="cu_seqlens to be a Tensor"):
+        both_ways(x, x, x, cu_seqlens=[0, 10])
 
 
 def test_streaming_errors():

@@ -644,6 +644,7 @@ CALLS = {
             "causal": NOT_FLAGS,
             "mass_bias": NOT_FLAGS,
             "rotary_base": (*NOT_NUMBERS, 0.0),
+            "num_kv_heads": ("2", 0, 2.5, 3),
         },
     ),
     "HierarchicalAttentionEncoder": (
@@ -665,6 +666,7 @@ CALLS = {
             "final_norm": ("yes", 2.5),
             "block_size": (*NOT_INTS, 1),
             "rotary_base": (*NOT_NUMBERS, 0.0),
+            "num_kv_heads": ("2", 0, 2.5, 3),
         },
     ),
     "Session": (
@@ -888,6 +890,8 @@ FORWARDS = {
             "attn_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, T)),
             "need_weights": (True,),
             "is_causal": NOT_FLAGS,
+            "lengths": OPTIONAL,
+            "cu_seqlens": OPTIONAL,
         },
     ),
     "HierarchicalAttentionEncoder": (
@@ -897,6 +901,7 @@ FORWARDS = {
             "src": (*TENSOR, torch.randn(B, T, 7)),
             "src_key_padding_mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(2, 2, dtype=torch.bool)),
             "mask": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, T)),
+            "cu_seqlens": OPTIONAL,
             "is_causal": tuple(bad for bad in NOT_FLAGS if bad is not None),
         },
     ),

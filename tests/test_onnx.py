@@ -386,8 +386,19 @@ class Attended(torch.nn.Module):
         super().__init__()
         self.attention = nn.HierarchicalAttention(8, 2, batch_first=True, block_size=4, fanout=16, causal=False)
 
-    def forward(self, x):
-        return self.attention(x, x, x)[0]
+    def forward(self, x, padding=None):
+        return self.attention(x, x, x, key_padding_mask=padding)[0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padded_attention_of_any_length(causal):
+    model = Attended().eval()
+    model.attention.causal = causal
+    example = torch.randn(3, 21, 8), torch.arange(21) >= torch.tensor([21, 9, 2])[:, None]
+    _, run = exported(model, example, ({0: "B", 1: "T"}, {0: "B", 1: "T"}))
+    for steps in (2, 7, 16, 100):
+        padding = torch.arange(steps) >= torch.tensor([steps, steps // 2])[:, None]
+        assert_same(run, model, torch.randn(2, steps, 8), padding)
 
 
 def test_attention_of_any_length():

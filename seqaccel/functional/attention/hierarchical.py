@@ -207,31 +207,32 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pool_query: Tensor
             raise ValueError(
                 f"hierarchical_attention: expected {name} to have shape {layout}, but got {tuple(tensor.shape)}"
             )
-    B, H, T, D = query.shape
-    if key.shape[0] != B or key.shape[3] != D:
+    B, H, Tq, D = query.shape
+    key_shape, value_shape = key.shape, value.shape
+    batch, G, T, width = key_shape
+    if batch != B or width != D:
         raise ValueError(
             f"hierarchical_attention: expected key to have shape ({B}, heads, T, {D}), as query, "
-            f"but got {tuple(key.shape)}"
+            f"but got {tuple(key_shape)}"
         )
-    if key.shape[2] < T:
+    if Tq > T:
         raise ValueError(
             "hierarchical_attention: expected at most as many queries as keys, since queries are the last positions, "
-            f"but got {T} queries and {key.shape[2]} keys; for attention to another sequence use "
+            f"but got {Tq} queries and {T} keys; for attention to another sequence use "
             "torch.nn.functional.scaled_dot_product_attention or block_sparse_attention"
         )
-    if value.shape[:3] != key.shape[:3]:
+    if value_shape != key_shape and value_shape[:3] != key_shape[:3]:
         raise ValueError(
             "hierarchical_attention: expected value to have key's batch, heads and length, "
-            f"{tuple(key.shape[:3])}, but got {tuple(value.shape)}"
+            f"{tuple(key_shape[:3])}, but got {tuple(value_shape)}"
         )
-    G = key.shape[1]
     if H < 1 or G < 1 or H % G:
         raise ValueError(
             f"hierarchical_attention: expected query's heads, {H}, to be a multiple of key's heads, {G}, and at least 1"
         )
-    for name, tensor in (("query", query), ("value", value)):
-        if tensor.shape[3] < 1:
-            raise ValueError(f"hierarchical_attention: expected {name} to have at least one element a head")
+    if D < 1 or value_shape[3] < 1:
+        name = "query" if D < 1 else "value"
+        raise ValueError(f"hierarchical_attention: expected {name} to have at least one element a head")
     if pool_query is not None and (pool_query.shape[0] < 1 or pool_query.shape[1:] != (G, D)):
         raise ValueError(
             f"hierarchical_attention: expected pool_query to have shape (P, {G}, {D}) with P >= 1, "

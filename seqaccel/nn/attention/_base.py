@@ -13,6 +13,13 @@ from seqaccel.nn._leaf import Leaf
 class MultiheadAttention(Leaf, nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention``'s parameters, projections and checks; a subclass has ``forward``."""
 
+    #: What errors of masks add.
+    _OTHER_MASKS = ""
+    #: Whether padding is masked in a module that is not causal.
+    _PADS_BOTH_WAYS = False
+    #: Heads of keys and values.
+    num_kv_heads: int
+
     def __init__(
         self,
         embed_dim: int,
@@ -53,6 +60,7 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
         # What torch.nn.TransformerEncoderLayer's fast path asks for: dense attention on our weights must not run.
         self._qkv_same_embed_dim = False
         self.causal = causal
+        self.num_kv_heads = num_heads
 
     def _reset_parameters(self) -> None:
         self._qkv_same_embed_dim = self.in_proj_weight is not None
@@ -115,10 +123,12 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
         _arguments.optional_tensors(title, **{padding_name: key_padding_mask, mask_name: attn_mask})
         _arguments.flag(title, "is_causal", is_causal)
         if (is_causal or attn_mask is not None) and not self.causal:
-            raise ValueError(f"{mask_name}, is_causal: this module is not causal (causal=False) and takes no mask")
+            raise ValueError(
+                f"{mask_name}, is_causal: this module is not causal (causal=False) and takes no mask{self._OTHER_MASKS}"
+            )
         checks: list[tuple[Tensor, str]] = []
         if attn_mask is not None and not is_causal:
-            message = f"{mask_name}: {title} takes the causal mask only"
+            message = f"{mask_name}: {title} takes the causal mask only{self._OTHER_MASKS}"
             if attn_mask.shape[-2:] != (query.shape[1], T) or not (
                 attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
             ):
@@ -131,7 +141,7 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
                 ).triu(1)
             checks.append(((attn_mask == causal).all(), message))
         if key_padding_mask is not None:
-            if not self.causal:
+            if not (self.causal or self._PADS_BOTH_WAYS):
                 raise ValueError(f"{padding_name}: supported in causal modules only (causal=True)")
             mask = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
             if mask.shape != (B, T):
@@ -142,7 +152,11 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
             if mask.dtype != torch.bool:
                 right = right & (padding | (mask == 0)).all()
             checks.append(
-                (right, f"{padding_name}: expected padding after each sequence only (true, or -inf, at its end)")
+                (
+                    right,
+                    f"{padding_name}: expected padding after each sequence only (true, or -inf, at its end)"
+                    f"{self._OTHER_MASKS}",
+                )
             )
         if torch.compiler.is_compiling():  # in the graph, without a look at the values
             for right, message in checks:
@@ -154,13 +168,19 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """(B, T, ·) to three of (B, heads, T, D)."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        widths = [n * self.head_dim for n in heads]
+
+        def parts(t: Tensor, dim: int) -> tuple[Tensor, ...]:
+            return t.chunk(3, dim) if self.num_kv_heads == self.num_heads else t.split(widths, dim)
+
         if self.in_proj_weight is not None and key is query and value is query:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            projected = parts(F.linear(query, self.in_proj_weight, self.in_proj_bias), -1)
         else:
             if self.in_proj_weight is not None:
-                weights = self.in_proj_weight.chunk(3)
+                weights = parts(self.in_proj_weight, 0)
             else:
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            biases = (None,) * 3 if self.in_proj_bias is None else parts(self.in_proj_bias, 0)
             projected = tuple(map(F.linear, (query, key, value), weights, biases))
-        return tuple(t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in projected)
+        return tuple(t.unflatten(-1, (n, self.head_dim)).transpose(1, 2) for t, n in zip(projected, heads, strict=True))

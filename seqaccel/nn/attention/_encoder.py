@@ -46,12 +46,18 @@ class EncoderLayer(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
         self.activation = activation
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
-        """x (B, T, E): a whole sequence, or what follows ``state``; the output, and the state after it if any."""
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """x (B, T, E): whole sequences, or what follows ``state``; the output, and the state after it if any."""
         inner = self.norm1(x) if self.norm_first else x
         attended: Tensor
         if state is None:
-            attended, _ = self.self_attn(inner, inner, inner)
+            attended, _ = self.self_attn(inner, inner, inner, lengths=lengths, cu_seqlens=cu_seqlens)
         else:
             attended, state = self.self_attn.extend(inner, state)
         x = x + self.dropout1(attended)
@@ -97,7 +103,7 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
             Default: ``"rotary"``
         max_positions: rows of the embedding, the longest sequence or stream. Default: 1024
         final_norm: a layer norm ``norm`` after the last layer. Default: where ``norm_first``
-        pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, rotary_base: see
+        pool_query, block_size, fanout, levels, local_blocks, causal, mass_bias, rotary_base, num_kv_heads: see
             :class:`HierarchicalAttention`; ``rotary_base`` is for ``positions="rotary"``. Default of it: 10000
 
     Attributes:
@@ -148,6 +154,7 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
         causal: bool = True,
         mass_bias: bool = True,
         rotary_base: float = 10000.0,
+        num_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         title = type(self).__name__
@@ -183,6 +190,7 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
             "causal": causal,
             "mass_bias": mass_bias,
             "rotary_base": rotary_base if positions == "rotary" else None,
+            "num_kv_heads": num_kv_heads,
         }
         layer = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, norm_first, bias, where, options)
         self.positions = nn.Embedding(max_positions, d_model, **where) if positions == "learned" else None
@@ -196,15 +204,19 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """The encoding of a sequence.
 
         Args:
             src: (T, B, E), (B, T, E) where ``batch_first``, or (T, E).
             mask: ``None`` or, in a causal encoder, the causal mask.
-            src_key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. Causal encoders
-                only: there padding changes no output before it, and outputs at the padding are of no meaning.
+            src_key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. It changes no
+                output before it; outputs at the padding are of no meaning.
             is_causal: says that ``mask`` is the causal mask, which is then not looked at.
+            cu_seqlens: (N + 1,) int64 offsets of N sequences in the one row of the batch: none sees another one, and
+                positions begin with each.
 
         A mask's values are checked with one synchronisation; in a compiled or exported graph by an assertion.
 
@@ -212,8 +224,10 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
             The output, laid out as ``src``.
         """
         if not isinstance(src, Tensor):
-            return self._instead("src", src, mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+            masks = {"mask": mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+            return self._instead("src", src, **masks, cu_seqlens=cu_seqlens)
         title = type(self).__name__
+        _arguments.optional_tensors(title, cu_seqlens=cu_seqlens)
         if src.is_nested or src.dim() not in (2, 3) or src.shape[-1] != self.d_model:
             layout = f"(B, T, {self.d_model})" if self.batch_first else f"(T, B, {self.d_model})"
             found = "a nested tensor" if src.is_nested else tuple(src.shape)
@@ -228,7 +242,8 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
             False if is_causal is None else is_causal,
             names=("src_key_padding_mask", "mask"),
         )
-        out, _ = self._run(x, None)
+        lengths = None if src_key_padding_mask is None else HierarchicalAttention._lengths(src_key_padding_mask)
+        out, _ = self._run(x, None, lengths, cu_seqlens)
         return out.squeeze(0) if not batched else out if self.batch_first else out.transpose(0, 1)
 
     def _layer(self, i: int) -> EncoderLayer:
@@ -236,16 +251,18 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
         assert isinstance(layer, EncoderLayer)
         return layer
 
-    def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+    def _run(
+        self, x: Tensor, state: State | None, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         """x (B, T, E)."""
         if self.positions is not None:
             age = None if state is None else state[0][0]
             self._check_positions(x.shape[1], age)
-            at = x.new_ones(x.shape[1], dtype=torch.int64).cumsum(0) - 1  # replicated where x is a DTensor
+            at = HierarchicalAttention._positions(x, x.shape[1], cu_seqlens)
             x = x + self.positions(at if age is None else age.unsqueeze(1) + at).to(x.dtype)
         states = []
         for i, layer in enumerate(self.layers):
-            x, after = layer(x, None if state is None else state[i])
+            x, after = layer(x, None if state is None else state[i], lengths, cu_seqlens)
             states.append(after)
         return x if self.norm is None else self.norm(x), None if state is None else tuple(states)
 

@@ -17,8 +17,9 @@ __all__ = ["HierarchicalAttention"]
 class HierarchicalAttention(Streaming, MultiheadAttention):
     r"""Multi-head attention over a pyramid of the sequence, in O(T log T).
 
-    Stands where ``torch.nn.MultiheadAttention`` stands, ``torch.nn.TransformerEncoderLayer`` included, with its
-    constructor, its ``forward`` and its state_dict:
+    Stands where ``torch.nn.MultiheadAttention`` stands in self-attention, in ``torch.nn.TransformerEncoderLayer`` and
+    as ``self_attn`` of ``torch.nn.TransformerDecoderLayer`` too, with its constructor, its ``forward`` and its
+    state_dict:
 
     .. math::
         \mathrm{out} = W_o\,[\mathrm{head}_1, \ldots] + b_o, \quad
@@ -39,10 +40,12 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         kdim, vdim: width of key and value. Default: E
         batch_first: (B, T, E) rather than (T, B, E). Default: ``False``
         device, dtype: of the parameters.
-        pool_query: rows P of a learned ``pool_query`` (P, num_heads, E / num_heads), zero at first: level l pools with
-            row min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
+        pool_query: rows P of a learned ``pool_query`` (P, num_kv_heads, E / num_heads), zero at first: level l pools
+            with row min(l, P) - 1. Default: 0, nodes are means, and the state_dict is ``torch.nn.MultiheadAttention``'s
         block_size, fanout, levels, local_blocks, causal, mass_bias: see
             :func:`seqaccel.functional.hierarchical_attention`.
+        num_kv_heads: heads of keys and values; num_heads is a multiple of it. Fewer than num_heads (grouped queries)
+            make the projections of key and value, and the state of a stream, as much smaller. Default: num_heads
         rotary_base: queries and keys are turned by their position t before anything else: elements i and D/2 + i of a
             head by the angle t·rotary_base^(-2i/D) (Su et al., "RoFormer", 2021). Default: None, they are not
 
@@ -66,6 +69,8 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         True
     """
 
+    _OTHER_MASKS = "; for other masks use seqaccel.nn.BlockSparseAttention"
+    _PADS_BOTH_WAYS = True
     pool_query: Tensor | None
 
     def __init__(
@@ -90,6 +95,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         causal: bool = True,
         mass_bias: bool = True,
         rotary_base: float | None = None,
+        num_kv_heads: int | None = None,
     ) -> None:
         title = type(self).__name__
         _arguments.flags(title, mass_bias=mass_bias)
@@ -99,6 +105,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             "fanout": (block_size if fanout is None else fanout, 2),
             "levels": (0 if levels is None else levels, 0),
             "local_blocks": (local_blocks, 1),
+            "num_kv_heads": (1 if num_kv_heads is None else num_kv_heads, 1),
         }
         for name, (value, smallest) in least.items():
             _arguments.integer(title, name, value, smallest)
@@ -106,6 +113,12 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, causal, **where
         )
+        if num_kv_heads is not None and num_heads % num_kv_heads:
+            raise ValueError(
+                f"{title}: expected num_heads to be a multiple of num_kv_heads, but got {num_heads=}, {num_kv_heads=}"
+            )
+        if num_kv_heads is not None and num_kv_heads != num_heads:
+            self._set_kv_heads(num_kv_heads, where)
         self.block_size = block_size
         self.fanout = block_size if fanout is None else fanout
         self.levels = levels
@@ -120,10 +133,21 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
                 )
         self.rotary_base = rotary_base
         if pool_query:
-            shape = (pool_query, num_heads, self.head_dim)
+            shape = (pool_query, self.num_kv_heads, self.head_dim)
             self.pool_query = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("pool_query", None)
+
+    def _set_kv_heads(self, num_kv_heads: int, where: dict[str, Any]) -> None:
+        """Gives the projections of key and value so many heads."""
+        self.num_kv_heads, width = num_kv_heads, num_kv_heads * self.head_dim
+        rows = {"in_proj_weight": self.embed_dim + 2 * width, "in_proj_bias": self.embed_dim + 2 * width}
+        rows |= {"k_proj_weight": width, "v_proj_weight": width}
+        for name, n in rows.items():
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, nn.Parameter(torch.empty(n, *old.shape[1:], **where)))
+        self._reset_parameters()
 
     def _reset_parameters(self) -> None:
         super()._reset_parameters()
@@ -137,6 +161,8 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             parts.append(f"fanout={self.fanout}")
         if self.levels is not None:
             parts.append(f"levels={self.levels}")
+        if self.num_kv_heads != self.num_heads:
+            parts.append(f"num_kv_heads={self.num_kv_heads}")
         if self.pool_query is not None:
             parts.append(f"pool_query={self.pool_query.shape[0]}")
         parts += [
@@ -168,34 +194,47 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attention of ``query`` over ``key`` and ``value``, three sequences of one length.
 
         Args:
             query: (T, B, E), (B, T, E) where ``batch_first``, or (T, E).
             key, value: of the same length; widths ``kdim`` and ``vdim``.
-            key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. Causal modules only:
-                there padding changes no output before it, and outputs at the padding are of no meaning.
+            key_padding_mask: (B, T), true (or -inf) at padding, which must follow the sequence. The outputs of a padded
+                sequence are those of the sequence alone; at the padding, heads are 0 and outputs the bias of out_proj.
             need_weights: must be ``False``: there is no (T, T) matrix of weights.
             attn_mask: ``None`` or, in a causal module, the causal mask.
             average_attn_weights: no meaning here.
             is_causal: says that ``attn_mask`` is the causal mask, which is then not looked at.
+            lengths: (B,) int64, the tokens of each sequence before its padding, in place of ``key_padding_mask``.
+            cu_seqlens: (N + 1,) int64 offsets of N sequences in the one row of the batch: see
+                :func:`seqaccel.functional.hierarchical_attention`. Rotary positions begin with each sequence.
 
-        A mask's values are checked with one synchronisation; in a compiled or exported graph by an assertion.
+        For any other mask use :class:`BlockSparseAttention`. A mask's values are checked with one synchronisation; in a
+        compiled or exported graph by an assertion.
 
         Returns:
             The output, laid out as ``query``, and ``None``.
         """
         if not isinstance(query, Tensor):
             masks = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
-            return self._instead("query", query, key, value, **masks, is_causal=is_causal)
+            sequences = {"lengths": lengths, "cu_seqlens": cu_seqlens}
+            return self._instead("query", query, key, value, **masks, is_causal=is_causal, **sequences)
         batched = query.dim() == 3
         query, key, value = self._batches(query, key, value, need_weights)
+        _arguments.optional_tensors(type(self).__name__, lengths=lengths, cu_seqlens=cu_seqlens)
         self._check_inputs(query, key, value)
         self._check_masks(query, key, key_padding_mask, attn_mask, is_causal)
+        if key_padding_mask is not None:
+            if lengths is not None:
+                raise ValueError("key_padding_mask, lengths: expected one of them, but got both")
+            lengths = self._lengths(key_padding_mask)
         q, k, v = self._project(query, key, value)
         if self.rotary_base is not None:
-            t = q.new_ones(q.shape[2], dtype=torch.int64).cumsum(0) - 1  # replicated where q is a DTensor
+            t = self._positions(q, q.shape[2], cu_seqlens)
             q, k = self._turned(q, t), self._turned(k, t)
         out = functional.hierarchical_attention(
             q,
@@ -208,8 +247,27 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             local_blocks=self.local_blocks,
             causal=self.causal,
             mass_bias=self.mass_bias,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
         )
         return self._joined(out, batched), None
+
+    @staticmethod
+    def _positions(like: Tensor, T: int, cu_seqlens: Tensor | None) -> Tensor:
+        """(T,): positions, replicated where ``like`` is a DTensor; they begin anew with each sequence."""
+        t = like.new_ones(T, dtype=torch.int64).cumsum(0) - 1
+        if cu_seqlens is None:
+            return t
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64:
+            found = f"{cu_seqlens.dtype} of {tuple(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens: expected torch.int64 of shape (N + 1,), but got {found}")
+        return t - cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
+
+    @staticmethod
+    def _lengths(key_padding_mask: Tensor) -> Tensor:
+        """(B,): tokens before the padding of a checked mask."""
+        mask = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
+        return (~mask if mask.dtype == torch.bool else mask == 0).sum(1)
 
     @_common.unrecorded
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -218,7 +276,8 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             if tensor.shape[:2] != query.shape[:2]:
                 raise ValueError(
                     f"{name}: expected batch and length of query, {tuple(query.shape[:2])}, "
-                    f"but got {tuple(tensor.shape[:2])}; hierarchical attention is over one sequence"
+                    f"but got {tuple(tensor.shape[:2])}; hierarchical attention is over one sequence; attention to "
+                    "another one (cross attention) is torch.nn.MultiheadAttention's or BlockSparseAttention's"
                 )
 
     # Streaming. A state is (age (B,), level 0, level 1, ...): level 0 is (keys, values), a higher level (keys, values,
@@ -234,12 +293,12 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
 
     def _new_level(self, level: int, batch_size: int, device: Any, dtype: Any) -> tuple[Tensor, ...]:
         slots = 0 if self._is_top(level) else self.local_blocks * (self._span(level + 1) // self._span(level))
-        ring = torch.zeros(batch_size, self.num_heads, slots, self.head_dim, device=device, dtype=dtype)
+        ring = torch.zeros(batch_size, self.num_kv_heads, slots, self.head_dim, device=device, dtype=dtype)
         if level == 0:
             return ring, ring.clone()
         wide = torch.promote_types(dtype, torch.float32)
-        total = torch.zeros(batch_size, self.num_heads, self.head_dim, device=device, dtype=wide)
-        most = torch.full((batch_size, self.num_heads), -math.inf, device=device, dtype=wide)
+        total = torch.zeros(batch_size, self.num_kv_heads, self.head_dim, device=device, dtype=wide)
+        most = torch.full((batch_size, self.num_kv_heads), -math.inf, device=device, dtype=wide)
         return ring, ring.clone(), total, total.clone(), most, torch.zeros_like(most)
 
     def _check_streams(self) -> None:
@@ -423,11 +482,15 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             values += level_values
             seen.append(visible)
             biases.append(torch.full_like(index, math.log(span) if self.mass_bias else 0.0, dtype=q.dtype))
-        logits = self.head_dim**-0.5 * (q @ torch.cat(keys, dim=2).transpose(2, 3)) + torch.cat(
-            biases, dim=2
-        ).unsqueeze(1)
-        weights = torch.softmax(logits.masked_fill(~torch.cat(seen, dim=2).unsqueeze(1), -math.inf), dim=-1)
-        return weights @ torch.cat(values, dim=2), (age + C, *new_levels)
+        key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        bias, hidden = torch.cat(biases, dim=2).unsqueeze(1), ~torch.cat(seen, dim=2).unsqueeze(1)
+        grouped = self.num_kv_heads != self.num_heads
+        if grouped:  # [B, kv heads, heads of a kv head, ...]
+            q = q.unflatten(1, (self.num_kv_heads, -1))
+            key, value, bias, hidden = key.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(1), hidden.unsqueeze(1)
+        logits = self.head_dim**-0.5 * (q @ key.transpose(-2, -1)) + bias
+        out = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1) @ value
+        return (out.flatten(1, 2) if grouped else out), (age + C, *new_levels)
 
     def _complete(
         self,
@@ -453,7 +516,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         pooled = self._pool(level, key, value, mask, sums)
         if ages is not None and n == 1:
             return None, [part.squeeze(2) for part in pooled]
-        opened = (new_count - count).view(-1, 1, 1).expand(-1, self.num_heads, 1)  # [B, heads, 1]
+        opened = (new_count - count).view(-1, 1, 1).expand(-1, self.num_kv_heads, 1)  # [B, heads, 1]
         sums = [
             part.gather(2, opened if part.dim() == 3 else opened.unsqueeze(3).expand(-1, -1, 1, self.head_dim)).squeeze(
                 2
@@ -504,7 +567,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         key, value = (t.masked_fill(~there, 0.0) for t in (key, value))
         mask = mask.unsqueeze(1)
         if self.pool_query is None:
-            weight = mask.to(key.dtype).expand(-1, self.num_heads, -1, -1)
+            weight = mask.to(key.dtype).expand(-1, self.num_kv_heads, -1, -1)
         else:
             row = self.pool_query[min(level, self.pool_query.shape[0]) - 1].to(key.dtype)
             score = self.head_dim**-0.5 * torch.einsum("bhmd,hd->bhm", key, row)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -187,7 +188,8 @@ int64_t pooled_rows(const Call& c) { return c.T == 0 ? 0 : std::max<int64_t>(c.p
 
 Tensor new_pooled(const Call& c, int64_t width) {
   Tensor pooled = new_tensor(c.query, {c.B, c.G, pooled_rows(c), width});
-  if (c.pyramid.nodes < 2 || c.ragged) torch::stable::zero_(pooled);
+  const size_t bytes = size_t(pooled.numel()) * pooled.element_size();
+  if ((c.pyramid.nodes < 2 || c.ragged) && bytes > 0) memset(pooled.mutable_data_ptr(), 0, bytes);
   return pooled;
 }
 
