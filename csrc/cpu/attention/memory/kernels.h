@@ -85,7 +85,7 @@ void pack(T* panels, int64_t begin, int64_t end, const T* kept, int64_t size, in
     const T* const rows = kept + p * kColumns<T> * width;
     const int64_t count = size - p * kColumns<T> < kColumns<T> ? size - p * kColumns<T> : kColumns<T>;
     for (int64_t r = 0; r < count; ++r) inverse[r] = inverse_length(rows + r * width, width);
-    transpose_in(panel, kColumns<T>, rows, width, count, width, kColumns<T>, T(1));
+    transpose_in(panel, rows, width, count, width, kColumns<T>);
     for (int64_t i = 0; i < width; ++i) {
       for (int r = 0; r < kColumns<T>; ++r) panel[i * kColumns<T> + r] *= inverse[r];
     }
