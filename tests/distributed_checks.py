@@ -175,6 +175,19 @@ def packed_rows(mesh: DeviceMesh) -> None:
     assert_close(whole(tree_leaves(found)), tree_leaves(expected))
 
 
+def padded_and_packed_attention(mesh: DeviceMesh) -> None:
+    module, copy = pair(lambda: nn.HierarchicalAttention(8, 2, batch_first=True, block_size=2, causal=False))
+    x, padding = torch.randn(4, 9, 8), torch.arange(9) >= torch.tensor([9, 3, 1, 6])[:, None]
+    distribute_module(copy, mesh)
+    expected = module(x, x, x, key_padding_mask=padding)[0]
+    row = sharded(x, mesh, 0)
+    assert_close(whole([copy(row, row, row, key_padding_mask=sharded(padding, mesh, 0))[0]]), [expected])
+    q, offsets = torch.randn(1, 2, 9, 4), torch.tensor([0, 4, 9])
+    given = distribute_tensor(q, mesh, [Replicate()])
+    expected = SF.hierarchical_attention(q, q, q, block_size=2, cu_seqlens=offsets)
+    assert_close(whole([SF.hierarchical_attention(*[given] * 3, block_size=2, cu_seqlens=offsets)]), [expected])
+
+
 def two_dimensions(mesh: DeviceMesh) -> None:
     """Of a mesh; what is sharded otherwise is replicated."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, PROCESSES))
@@ -223,6 +236,7 @@ CHECKS: dict[str, Callable[[DeviceMesh], None]] = {
             lengths_and_zoneout,
             one_step,
             packed_rows,
+            padded_and_packed_attention,
             two_dimensions,
             compiled,
             plain_tensors_are_refused,

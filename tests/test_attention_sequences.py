@@ -177,6 +177,24 @@ def test_padded_sequences_are_packed_sequences(poison, backend, case):
         torch.testing.assert_close(found[4], expected[4])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_half_precision(poison, case, dtype):
+    inputs = make_inputs(case, 1, OFFSETS[-1], dtype)
+    call = functools.partial(hierarchical_attention, **keywords_of(case))
+    grad_out = torch.randn(1, 4, OFFSETS[-1], inputs[2].shape[3]).to(dtype)
+    offsets = torch.tensor(OFFSETS)
+    with seqaccel.backend("reference"):
+        expected = with_grads(functools.partial(call, cu_seqlens=offsets), [t.double() for t in inputs], grad_out)
+    with seqaccel.backend("cpp"):
+        found = with_grads(functools.partial(call, cu_seqlens=offsets), inputs, grad_out)
+        rows = [*(padded(t) for t in inputs[:3]), inputs[3]]
+        of_rows = with_grads(functools.partial(call, lengths=torch.tensor(LENGTHS)), rows, padded(grad_out))
+    check(found, expected, dtype)
+    for a, b in zip(of_rows[:4], found[:4], strict=True):
+        assert torch.equal(packed(a), b)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_spoilt_sequence_stays_apart(isa, bad, causal):

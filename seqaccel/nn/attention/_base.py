@@ -147,7 +147,7 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
             if mask.shape != (B, T):
                 raise ValueError(f"{padding_name}: expected shape ({B}, {T}), but got {tuple(key_padding_mask.shape)}")
             padding = mask if mask.dtype == torch.bool else mask == -math.inf
-            first = torch.arange(T, device=mask.device) == 0
+            first = mask.new_ones(T, dtype=torch.int64).cumsum(0) == 1  # replicated where the mask is a DTensor
             right = (first | (padding >= padding.roll(1, 1))).all()
             if mask.dtype != torch.bool:
                 right = right & (padding | (mask == 0)).all()
@@ -162,7 +162,10 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
             for right, message in checks:
                 torch._assert_async(right, message)
         elif checks:  # one synchronisation
-            for passed, (_, message) in zip(torch.stack([c for c, _ in checks]).tolist(), checks, strict=True):
+            results: Tensor = torch.stack([right for right, _ in checks])
+            if _common.is_distributed(results):
+                results = results.full_tensor()  # type: ignore[attr-defined]
+            for passed, (_, message) in zip(results.tolist(), checks, strict=True):
                 if not passed:
                     raise ValueError(message)
 
