@@ -9,11 +9,13 @@ import types
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqaccel.convert import REPLACEMENTS
 from seqaccel.functional.conv import GATED, conv_of_phases
 from seqaccel.functional.rnn import CELLS
+from seqaccel.nn.attention import HierarchicalAttention, HierarchicalAttentionEncoder
 from seqaccel.nn.conv import TCN, CausalConv1d, CausalConvTranspose1d, GatedConvLM, TemporalBlock, WaveNet, WaveNetLayer
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
@@ -21,7 +23,7 @@ from seqaccel.nn.scan import SRU, SRUCell, SRUpp
 from seqaccel.nn.scan._base import Columns
 from seqaccel.nn.scan._sru_pp import Attention, Projection
 
-__all__ = ["Layer", "Program", "State", "described"]
+__all__ = ["Layer", "Program", "State", "described", "pyramid_levels"]
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -30,6 +32,20 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
+
+
+#: Functions that a Transformer's feed-forward has as its activation.
+FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+}
+_MOST_TOKENS = 2**24  # of a stream of hierarchical attention, where nothing else is said
 
 
 @dataclasses.dataclass
@@ -47,6 +63,14 @@ class Layer:
     taps: int = 1
     dilation: int = 1
     heads: int = 0
+    block_size: int = 0
+    fanout: int = 0
+    levels: int = 0
+    local_blocks: int = 0
+    top_slots: int = 0
+    limited: bool = False
+    mass_bias: bool = False
+    pool_rows: int = 0
     activation: str = "none"
     relu: bool = False
     zoneout_h: float = 0.0
@@ -73,12 +97,20 @@ class State:
         """It lies in C++ as (B, T, C)."""
         return self.part == "r"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.part == "a" else torch.float32
+
 
 class Program:
     """Layers in the order in which they run, and the parts of their states."""
 
-    def __init__(self, memory_length: int | None) -> None:
-        self.memory_length = memory_length  # earlier steps that a step attends to
+    def __init__(
+        self, memory_length: int | None, max_length: int | None, pyramid: tuple[int, int] | None = None
+    ) -> None:
+        self.memory_length = memory_length  # earlier steps that a step of an SRUpp attends to
+        self.max_length = max_length  # steps of a stream of hierarchical attention
+        self.pyramid = pyramid  # its levels and the slots of the highest one, instead of what max_length says
         self.layers: list[Layer] = []
         self.states: list[State] = []
         self.batch_first = False  # of recurrent layers
@@ -106,16 +138,26 @@ class Program:
         self.states.append(State(name, len(self.layers), part, shape))
 
 
-def described(module: nn.Module, memory_length: int | None = None) -> Program:
-    """The layers of a module, where each step attends to ``memory_length`` steps before it.
+def described(
+    module: nn.Module,
+    memory_length: int | None = None,
+    max_length: int | None = None,
+    pyramid: tuple[int, int] | None = None,
+) -> Program:
+    """The layers of a module, where each step of an SRUpp attends to ``memory_length`` steps before it, and streams of
+    hierarchical attention have ``max_length`` steps.
 
     Raises:
         TypeError, ValueError: a session does not run it.
     """
-    program = Program(memory_length)
+    program = Program(memory_length, max_length, pyramid)
     _describe(module, program, "")
-    if memory_length is not None and all(layer.kind != "attention" for layer in program.layers):
-        raise ValueError(f"memory_length: nothing attends in {type(module).__name__}: expected None")
+    for argument, value, kind, of in (
+        ("memory_length", memory_length, "attention", ""),
+        ("max_length", max_length, "hierarchical", " by hierarchical attention"),
+    ):
+        if value is not None and all(layer.kind != kind for layer in program.layers):
+            raise ValueError(f"{argument}: nothing attends{of} in {type(module).__name__}: expected None")
     return program
 
 
@@ -147,7 +189,8 @@ def _activation(module: nn.Module) -> tuple[str, float]:
     if isinstance(module, nn.ELU):
         return "elu", module.alpha
     raise TypeError(
-        "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, a causal convolution, or a Sequential "
+        "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, a causal convolution, hierarchical "
+        "attention or an encoder with it, or a Sequential "
         "of them and of Linear, Embedding, LayerNorm, RMSNorm, BatchNorm1d, Softmax and activations, "
         f"but got {type(module).__name__}"
     )
@@ -358,6 +401,143 @@ def _columns(module: Columns, program: Program, name: str) -> None:
             matrices=module._spec.inputs,
             parameter=1.0 - getattr(module, "zoneout", 0.0),
         )
+
+
+# ---- hierarchical attention ----
+
+
+def pyramid_levels(module: HierarchicalAttention, max_length: int | None) -> tuple[int, int]:
+    """The levels that streams of so many steps need, level 0 among them, and the slots of the highest one."""
+    if max_length is None:
+        if module.levels is not None:
+            raise ValueError(
+                "max_length: a Session of HierarchicalAttention with a number of levels needs to know how many steps "
+                "a stream has"
+            )
+        max_length = _MOST_TOKENS
+    top = 0
+    while not module._is_top(top) and module.local_blocks * module._span(top + 1) < max_length:
+        top += 1
+    span = module._span(top)
+    return top + 1, (
+        max_length // span + 1 if module._is_top(top) else module._span(top + 1) // span * module.local_blocks
+    )
+
+
+def pyramid_parts(module: HierarchicalAttention, levels: int, top_slots: int) -> list[tuple[int, int, int, int]]:
+    """Slots of each level, and where its keys, sums and moments begin in the memory of a head; the last row has the end
+    of all of them."""
+    d, place, rows = module.head_dim, 0, []
+    for level in range(levels):
+        slots = (
+            top_slots if level + 1 == levels else module.local_blocks * (module._span(level + 1) // module._span(level))
+        )
+        rows.append((slots, place, place + 2 * slots * d))
+        place += 2 * slots * d + 2 * d * (level > 0)
+    parts = [(*row, place + 2 * max(level - 1, 0)) for level, row in enumerate(rows)]
+    end = place + 2 * (levels - 1)
+    return [*parts, (0, end, end, end)]
+
+
+@_describe.register
+def _hierarchical(module: HierarchicalAttention, program: Program, name: str) -> None:
+    program.batch_first = program.batch_first or module.batch_first
+    _attends(module, program, name)
+
+
+def _attends(module: HierarchicalAttention, program: Program, name: str, **options: Any) -> int:
+    if not module.causal:
+        raise ValueError("module: HierarchicalAttention(causal=False) cannot run step by step")
+    if module.in_proj_weight is None:
+        raise ValueError(
+            "module: HierarchicalAttention with kdim or vdim cannot run step by step: a stream has one input"
+        )
+    E = module.embed_dim
+    width = module.in_proj_weight.shape[0]
+    count, top_slots = program.pyramid or pyramid_levels(module, program.max_length)
+    size = -(-pyramid_parts(module, count, top_slots)[-1][1] // 16) * 16
+    program.add("linear", E, width, module.in_proj_weight, module.in_proj_bias)
+    program.keep(name + "age", "a")
+    program.keep(name + "memory", "p", module.num_kv_heads, size)
+    program.add(
+        "hierarchical",
+        width,
+        E,
+        module.pool_query,
+        hidden=size,
+        heads=module.num_heads,
+        block_size=module.block_size,
+        fanout=module.fanout,
+        levels=count,
+        local_blocks=module.local_blocks,
+        top_slots=top_slots,
+        limited=not module._is_top(count - 1),
+        mass_bias=module.mass_bias,
+        pool_rows=0 if module.pool_query is None else module.pool_query.shape[0],
+        parameter=module.rotary_base or 0.0,
+    )
+    return program.add("linear", E, E, module.out_proj.weight, module.out_proj.bias, **options)
+
+
+@_describe.register
+def _transformer_layer(module: nn.TransformerEncoderLayer, program: Program, name: str) -> None:
+    program.batch_first = program.batch_first or module.self_attn.batch_first
+    _encoder_layer(module, program, name)
+
+
+def _encoder_layer(module: Any, program: Program, name: str) -> None:
+    """A layer with the names of ``torch.nn.TransformerEncoderLayer``."""
+    if not isinstance(module.self_attn, HierarchicalAttention):
+        raise TypeError(
+            "module: a Session runs Transformer layers whose self_attn is HierarchicalAttention, "
+            f"but got {type(module.self_attn).__name__}"
+        )
+    function = module.activation
+    kind, parameter = _activation(function) if isinstance(function, nn.Module) else (FUNCTIONS.get(function), 0.0)
+    if kind is None or kind == "softmax":
+        raise TypeError(f"module: a Session does not run a feed-forward with the activation {function}")
+    source = program.last
+    if module.norm_first:
+        _describe(module.norm1, program, name)
+    x = _attends(module.self_attn, program, name, skip=len(program.layers) + 2 - source)
+    if not module.norm_first:
+        _describe(module.norm1, program, name)
+        x = program.last
+    else:
+        _describe(module.norm2, program, name)
+    first, second = module.linear1, module.linear2
+    program.add(
+        "linear", first.in_features, first.out_features, first.weight, first.bias, activation=kind, parameter=parameter
+    )
+    program.add("linear", second.in_features, second.out_features, second.weight, second.bias, skip=program.back(x))
+    if not module.norm_first:
+        _describe(module.norm2, program, name)
+
+
+@_describe.register(nn.TransformerEncoder)
+@_describe.register(HierarchicalAttentionEncoder)
+def _encoder(module: Any, program: Program, name: str) -> None:
+    layers = list(module.layers)
+    if not layers:
+        raise TypeError(f"module: there is nothing to run in a {type(module).__name__} without layers")
+    batch_first = (
+        module.batch_first if isinstance(module, HierarchicalAttentionEncoder) else layers[0].self_attn.batch_first
+    )
+    program.batch_first = program.batch_first or batch_first
+    positions = getattr(module, "positions", None)
+    length = program.max_length
+    if positions is not None:
+        rows, width = positions.weight.shape
+        if length is not None and length > rows:
+            raise ValueError(f"max_length: expected at most max_positions={rows}, but got {length}")
+        program.keep(name + "position", "a")
+        program.add("positions", width, width, positions.weight, hidden=rows)
+        program.max_length = rows if length is None else length
+    for layer in layers:
+        _encoder_layer(layer, program, name)
+    program.max_length = length
+    if module.norm is not None:
+        _describe(module.norm, program, name)
 
 
 # ---- convolutions ----

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from seqaccel import __version__, _arguments, _extension, backends
-from seqaccel._program import Layer, State, described
+from seqaccel._program import Layer, Program, State, described
 
 __all__ = ["Session"]
 
 _PRECISIONS = ("float32", "bfloat16", "int8")
 _MOST_STREAMS = 2**31 - 1
 _MOST_STEPS = 2**24  # their number is kept in float32
+_LONGEST = 2**62
 _MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32 bits
 
 
@@ -40,7 +41,10 @@ class Session:
             :class:`~seqaccel.nn.CausalConv1d`, :class:`~seqaccel.nn.CausalConvTranspose1d` (last),
             :class:`~seqaccel.nn.TCN`, :class:`~seqaccel.nn.WaveNet` (the local and then the global condition are more
             channels of its input) or :class:`~seqaccel.nn.GatedConvLM`, whose past
-            inputs stay in rings; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
+            inputs stay in rings; a causal :class:`~seqaccel.nn.HierarchicalAttention` or
+            :class:`~seqaccel.nn.HierarchicalAttentionEncoder`, or torch's ``TransformerEncoder`` and
+            ``TransformerEncoderLayer`` with the former as ``self_attn``, whose keys and values stay in rings, O(log T)
+            of them; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
             ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d`` (of the features of a step, by its
             running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``,
             ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and ``Dropout`` do nothing.
@@ -51,11 +55,14 @@ class Session:
             cell's functions, attention and the state stay float32 (int8: sums are exact). Default: ``"float32"``
         memory_length: for an :class:`~seqaccel.nn.SRUpp`, which needs it: each step attends to itself and to at most so
             many steps before it, whose keys and values stay in a ring of this size. Default: None, nothing attends.
+        max_length: for hierarchical attention: steps that a stream will have. A longer stream forgets its oldest steps.
+            With a number of ``levels`` it is needed, as memory grows with it. Default: 2^24, with learned positions
+            their number
 
     Raises:
         TypeError: a session cannot run ``module``, or a module in it.
-        ValueError: ``batch_size``, ``weights`` or ``memory_length`` is out of range, or the module is bidirectional, or
-            not float32 on the CPU.
+        ValueError: ``batch_size``, ``weights``, ``memory_length`` or ``max_length`` is out of range, or the module is
+            bidirectional, or not float32 on the CPU.
         RuntimeError: the C++ kernels are missing.
 
     Example:
@@ -78,6 +85,7 @@ class Session:
         weights: str = "float32",
         *,
         memory_length: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         _check_kernels()
         if weights not in _PRECISIONS:
@@ -85,7 +93,11 @@ class Session:
         _check_batch_size(batch_size)
         if memory_length is not None and not (_integer(memory_length) and 1 <= memory_length <= _MOST_STEPS):
             raise ValueError(f"memory_length: expected an integer from 1 to {_MOST_STEPS}, but got {memory_length!r}")
-        program = described(module, memory_length)
+        if max_length is not None and not (_integer(max_length) and 1 <= max_length <= _LONGEST):
+            raise ValueError(f"max_length: expected an integer from 1 to {_LONGEST}, but got {max_length!r}")
+        self._pack(described(module, memory_length, max_length), batch_size, weights)
+
+    def _pack(self, program: Program, batch_size: int, weights: str) -> None:
         layers = program.layers
         if not layers:
             raise TypeError("module: there is nothing to run in an empty Sequential")
@@ -104,7 +116,11 @@ class Session:
                         f"but {layer.kind} has {tensor.dtype} on {tensor.device}"
                     )
             widest = max(layer.inputs * layer.taps, layer.outputs)
-            if weights == "int8" and layer.kind not in ("embedding", "attention") and widest > _MOST_INT8:
+            if (
+                weights == "int8"
+                and layer.kind not in ("embedding", "attention", "hierarchical", "positions")
+                and widest > _MOST_INT8
+            ):
                 raise ValueError(f"weights: int8 takes up to {_MOST_INT8} features, but {layer.kind} has {widest}")
             layer.weights = [None if t is None else _plain(t.detach()) for t in layer.weights]
             if any(t is not None and t.numel() > 0 and t.data_ptr() == 0 for t in layer.weights):
@@ -277,10 +293,12 @@ class Session:
         """The state as tensors ``h`` and ``c``, each (num_layers, B, features), of a convolution ``history``
         (B, C, (K-1)·dilation), of a QRNN with a window of 2 ``x_0`` …, (B, features), and of the layers of an SRUpp
         that attend ``memory`` (layers, B, memory_length, 2·proj_size), the steps' keys and values (times alpha), oldest
-        first, and ``age`` (layers, B), how many of them there have been; in a Sequential ``<index>.h`` …"""
+        first, and ``age`` (layers, B), how many of them there have been; of hierarchical attention ``memory``
+        (layers, B, heads, n), its rings and sums, and ``age`` (layers, B), the steps of each stream, in int64, which
+        learned positions have as ``position`` (1, B); in a Sequential ``<index>.h`` …"""
         state, found = {}, []
         for name, parts in self._grouped().items():
-            tensor = torch.empty(self._tensor_shape(parts), dtype=torch.float32, device="cpu")
+            tensor = torch.empty(self._tensor_shape(parts), dtype=parts[0].dtype, device="cpu")
             found += _addresses(tensor, parts)
             state[name] = tensor.transpose(1, 2) if parts[0].channels_first else tensor
         self._session.read_state(found)
@@ -309,7 +327,7 @@ class Session:
                 )
             if tuple(value.shape) != shape:
                 raise ValueError(f"state_dict: expected {name!r} of shape {shape}, but got {tuple(value.shape)}")
-            value = value.detach().to("cpu", torch.float32)
+            value = value.detach().to("cpu", parts[0].dtype)
             tensors.append(_plain(value.transpose(1, 2) if history else value))
             found += _addresses(tensors[-1], parts)
         self._session.write_state(found)
@@ -339,10 +357,10 @@ def _made(batch_size: int, weights: str, layers: list[Layer]) -> Any:
     return _session.Session(_table(), batch_size, weights, described)
 
 
-def _addresses(tensor: Tensor, parts: list[State]) -> list[tuple[int, str, int]]:
-    """Layer, letter and address of each part of a tensor of the state."""
+def _addresses(tensor: Tensor, parts: list[State]) -> list[tuple[int, str, int, int]]:
+    """Layer, letter, level and address of each part of a tensor of the state."""
     rows = tensor if parts[0].stacked else [tensor]
-    return [(part.layer, part.part, row.data_ptr()) for part, row in zip(parts, rows, strict=True)]
+    return [(part.layer, part.part, 0, row.data_ptr()) for part, row in zip(parts, rows, strict=True)]
 
 
 def _plain(tensor: Tensor) -> Tensor:

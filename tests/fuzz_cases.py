@@ -575,6 +575,7 @@ def training_arguments(rng: random.Random) -> Arguments:
 
 
 STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM", "SRUpp"]
+STREAMED += ["HierarchicalAttention", "HierarchicalAttentionEncoder"]
 
 
 def session(
@@ -598,6 +599,9 @@ def session_arguments(rng: random.Random) -> Arguments:
     state = [torch.randn(1, B, width).tanh() for width in widths]
     if name == "SRUpp":  # the ages, the memory, c
         state = [4.0 * torch.rand(2, B), torch.randn(2, B, 3, 4), torch.randn(2, B, 5).tanh()]
+    if name.startswith("Hierarchical"):
+        _, memory = seqaccel.Session(module(name), B).state_dict().values()
+        state = [torch.randint(40, memory.shape[:2]), torch.randn_like(memory)]
     return {
         "name": name,
         "weights": rng.choice(["float32", "bfloat16", "int8"]),

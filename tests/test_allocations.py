@@ -36,6 +36,8 @@ NETWORKS = {
     "layer norm": lambda: nn.LayerNormLSTM(6, 9),
     "gru": lambda: nn.GRU(6, 9),
     "sru": lambda: nn.SRU(6, 9),
+    "attention": lambda: nn.HierarchicalAttention(8, 2, block_size=4, pool_query=1, rotary_base=10.0),
+    "transformer": lambda: nn.HierarchicalAttentionEncoder(64, 4, 2, 128, positions="learned", block_size=8),
     "mixed": lambda: torch.nn.Sequential(
         nn.CausalConv1d(6, 8, 3), torch.nn.GELU(), nn.LSTM(8, 9), torch.nn.LayerNorm(9), torch.nn.Linear(9, 4)
     ),
@@ -71,5 +73,5 @@ def test_a_step_allocates_nothing(tmp_path):
     run = subprocess.run([sys.executable, "-c", COUNT], env=given, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     rows = run.stdout.splitlines()
-    assert len(rows) == 54
+    assert len(rows) == 66
     assert [row for row in rows if not row.endswith(" 0")] == []

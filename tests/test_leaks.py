@@ -121,7 +121,9 @@ def test_training_steps_lose_no_memory(name):
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_sessions_lose_no_memory(weights):
-    module = torch.nn.Sequential(seqaccel.nn.LSTM(4, 5), seqaccel.nn.SRUpp(5, 5, 2, 1), torch.nn.Linear(5, 3))
+    module = torch.nn.Sequential(
+        seqaccel.nn.LSTM(4, 5), seqaccel.nn.SRUpp(5, 6, 2, 1), seqaccel.nn.HierarchicalAttention(6, 2)
+    )
     make = functools.partial(seqaccel.Session, module, 2, weights, memory_length=3)
     session, x = make(), torch.randn(2, 4)
     assert lost(lambda: session.step(x)) <= ALLOWED

@@ -21,6 +21,12 @@ extern "C" {
 //   attention                none. The queries [outputs] attend, head by head, to the keys and values of `taps` steps,
 //                            the last of which is their own. Inputs: the keys [inputs / 2] and then the values, of
 //                            as many heads or fewer. parameter: the queries times this are added to the result
+//   hierarchical             pool_query [pool_rows, key heads, d]. Inputs: the queries [outputs], the keys and the
+//   values
+//                            of the step, of as many heads or fewer. Each stream keeps a pyramid of earlier steps.
+//                            hidden: values that it holds per key head (see SessionLevel). parameter: the base of the
+//                            angles that turn queries and keys by their positions, or 0
+//   positions                table [hidden, outputs], whose row of a stream's age is added to the input
 //   the column cells         weight [matrices * hidden, inputs], the same for the input of the step before,
 //                            bias [., hidden], weight of the state [., hidden]; parameter: scale of column_forward
 //
@@ -33,7 +39,11 @@ struct SeqaccelSessionLayer {
   int64_t matrices;  // column cells: inputs of a unit
   int64_t source, skip;
   int64_t taps, dilation;  // conv, depthwise; attention: taps
-  int64_t heads;           // attention: of the queries
+  int64_t heads;           // attention, hierarchical: of the queries
+  // hierarchical: a node of level 1 stands for block_size steps and a node of a higher level for fanout nodes. `levels`
+  // counts the steps too. The highest of them has room for top_slots nodes. If it is `limited`, a query sees the part
+  // of it that it would see with another level above, otherwise all.
+  int64_t block_size, fanout, levels, local_blocks, top_slots, limited, mass_bias, pool_rows;
   const char* activation;  // linear, conv, depthwise: as the kinds, or "none"
   int64_t relu;            // linear, conv, depthwise: applied after the addition of `skip`
   const float* weights[10];
@@ -44,10 +54,15 @@ struct SeqaccelSessionLayer {
 // A part of a layer's state. It is copied to `out`, or if that is null from `from`. Parts are h [batch, outputs] and
 // c [batch, hidden]; for a column cell x [batch, inputs], the input of the step before; for conv and depthwise
 // r [batch, (taps - 1) * dilation, inputs], the inputs before, oldest first. Attention has r too, and n [batch], how
-// many of those steps there have been: n is written before r.
+// many of those steps there have been: n is written before r. A hierarchical layer has p [batch, key heads, hidden],
+// its pyramid, and as `positions` has, a [batch], the age of each stream, in int64 (out and from point to int64
+// values). Parts of a level of the pyramid, for each batch and key head: k and v, the rings of keys and values
+// [slots, d]; from level 1 on s and t, the open node's sums of weighted keys and values [d], and g and w, its largest
+// score and its sum of weights.
 struct SeqaccelSessionPart {
   int64_t layer;
   char part;
+  int64_t level;  // of a pyramid, otherwise without meaning
   float* out;
   const float* from;
 };
@@ -81,7 +96,7 @@ struct SeqaccelSessionTable {
 };
 
 // The version counts changes of these structs: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 6
+#define SEQACCEL_SESSION_TABLE_VERSION 7
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Layer, part, address of the values.
-using Part = std::tuple<int64_t, char, uintptr_t>;
+// Layer, part, level, address of the values.
+using Part = std::tuple<int64_t, char, int64_t, uintptr_t>;
 
 class Session {
  public:
@@ -44,6 +44,14 @@ class Session {
       layer.taps = integer("taps");
       layer.dilation = integer("dilation");
       layer.heads = integer("heads");
+      layer.block_size = integer("block_size");
+      layer.fanout = integer("fanout");
+      layer.levels = integer("levels");
+      layer.local_blocks = integer("local_blocks");
+      layer.top_slots = integer("top_slots");
+      layer.limited = given["limited"].cast<bool>();
+      layer.mass_bias = given["mass_bias"].cast<bool>();
+      layer.pool_rows = integer("pool_rows");
       layer.relu = given["relu"].cast<bool>();
       layer.zoneout_h = number("zoneout_h");
       layer.zoneout_c = number("zoneout_c");
@@ -77,14 +85,16 @@ class Session {
 
   void read_state(const std::vector<Part>& to) {
     std::vector<SeqaccelSessionPart> parts;
-    for (const auto& [layer, part, out] : to) parts.push_back({layer, part, reinterpret_cast<float*>(out), nullptr});
+    for (const auto& [layer, part, level, out] : to) {
+      parts.push_back({layer, part, level, reinterpret_cast<float*>(out), nullptr});
+    }
     check(table_->state(session_, int64_t(parts.size()), parts.data()));
   }
 
   void write_state(const std::vector<Part>& from) {
     std::vector<SeqaccelSessionPart> parts;
-    for (const auto& [layer, part, values] : from) {
-      parts.push_back({layer, part, nullptr, reinterpret_cast<const float*>(values)});
+    for (const auto& [layer, part, level, values] : from) {
+      parts.push_back({layer, part, level, nullptr, reinterpret_cast<const float*>(values)});
     }
     check(table_->state(session_, int64_t(parts.size()), parts.data()));
   }

@@ -16,7 +16,7 @@ struct RunningSoftmax {
   float most = -INFINITY, total = 0.0f;
 
   // Writes the logits of up to kKeys keys. Past the last one the last is repeated.
-  SEQACCEL_INLINE void multiply(const float* keys, ptrdiff_t stride, ptrdiff_t count, float* logits) const {
+  SEQACCEL_INLINE void multiply(const float* keys, ptrdiff_t stride, ptrdiff_t count, float bias, float* logits) const {
     constexpr int L = kWordLanes;
     const float scale = 1.0f / sqrtf(float(d));
     const ptrdiff_t whole = d / L * L;
@@ -37,7 +37,7 @@ struct RunningSoftmax {
       transpose<float>(sums);
       Vec<float> logit = sums[0];
       for (int q = 1; q < L; ++q) logit += sums[q];
-      store(logits + i, logit * scale);
+      store(logits + i, logit * scale + bias);
     }
   }
 
@@ -57,13 +57,13 @@ struct RunningSoftmax {
     for (int v = 0; v < V; ++v) store_some(y + k + v * L, sum[v], v + 1 < V ? L : last);
   }
 
-  // Adds keys and values [count, d], rows `stride` apart.
-  inline void add(const float* keys, const float* values, ptrdiff_t stride, ptrdiff_t count) {
+  // Adds keys and values [count, d], rows `stride` apart. `bias` is added to their logits.
+  inline void add(const float* keys, const float* values, ptrdiff_t stride, ptrdiff_t count, float bias = 0.0f) {
     constexpr int L = kWordLanes;
     alignas(64) float factors[kKeys];
     for (; count > 0; count -= kKeys, keys += kKeys * stride, values += kKeys * stride) {
       const ptrdiff_t n = min_of(kKeys, count);
-      multiply(keys, stride, n, factors);
+      multiply(keys, stride, n, bias, factors);
       Vec<float> highest = broadcast(most), sum = {};
       for (ptrdiff_t i = 0; i < n; i += L) {
         const Vec<float> logit = load(factors + i);

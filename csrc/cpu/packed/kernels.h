@@ -14,6 +14,7 @@
 #include "cpu/packed/cells.h"
 #include "cpu/packed/columns.h"
 #include "cpu/packed/dense.h"
+#include "cpu/packed/hierarchical.h"
 
 #define SEQACCEL_QUOTED(name) #name
 #define SEQACCEL_NAME_OF(name) SEQACCEL_QUOTED(name)
@@ -444,6 +445,10 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
       return depthwise_layer(t, l);
     case LayerKind::attention:
       return attention_layer(t, l);
+    case LayerKind::hierarchical:
+      return hierarchical_layer(t, l);
+    case LayerKind::positions:
+      return positions_layer(t, l);
     case LayerKind::embedding:
       return embedding_layer(t, l);
     case LayerKind::layer_norm:

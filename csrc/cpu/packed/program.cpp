@@ -1,7 +1,9 @@
 #include "cpu/packed/program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <new>
 #include <stdexcept>
@@ -163,6 +165,11 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   } else if (name == "attention") {
     if (layer.skip == kNoSkip) throw std::invalid_argument("attention needs queries");
     layer.kind = LayerKind::attention;
+  } else if (name == "hierarchical") {
+    add_hierarchical(layer, from);
+  } else if (name == "positions") {
+    layer.kind = LayerKind::positions;
+    layer.weights = keep(w[0], layer.hidden * P);
   } else if (name == "embedding") {
     layer.kind = LayerKind::embedding;
     layer.weights = keep(w[0], I * P);
@@ -250,6 +257,52 @@ void SessionProgram::add_column(SessionLayer& layer, const SeqaccelSessionLayer&
   layer.weights = layer.bias + cell->inputs * layer.stride;
 }
 
+void SessionProgram::add_hierarchical(SessionLayer& layer, const SeqaccelSessionLayer& from) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  layer.kind = LayerKind::hierarchical;
+  const int64_t d = layer.outputs / layer.heads;
+  layer.key_heads = (layer.inputs - layer.outputs) / (2 * d);
+  layer.local_blocks = from.local_blocks;
+  layer.levels = from.levels;
+  layer.pool_rows = from.pool_rows;
+  const auto times = [](int64_t a, int64_t b) { return __builtin_mul_overflow(a, b, &a) ? kMost : a; };
+  std::vector<SessionLevel> levels;
+  int64_t place = 0, span = 1;
+  for (int64_t i = 0; i < from.levels; ++i) {
+    const int64_t children = i == 0 ? from.block_size : from.fanout;
+    const bool top = i + 1 == from.levels;
+    SessionLevel level{};
+    level.span = span;
+    span = times(span, children);
+    level.above = top && !from.limited ? 0 : span;
+    level.slots = top ? from.top_slots : times(from.local_blocks, children);
+    level.keys = place;
+    place += 2 * times(level.slots, d);
+    level.sums = place;
+    place += i == 0 ? 0 : 2 * d;
+    level.bias = from.mass_bias ? float(std::log(double(level.span))) : 0.0f;
+    levels.push_back(level);
+    if (place < 0 || place > kMost / 4) throw std::bad_alloc();
+  }
+  for (SessionLevel& level : levels) {
+    level.moments = place;
+    place += &level == &levels[0] ? 0 : 2;
+  }
+  if (layer.heads * d != layer.outputs || layer.key_heads < 1 ||
+      layer.outputs + 2 * layer.key_heads * d != layer.inputs || layer.heads % layer.key_heads || levels.empty() ||
+      layer.hidden != round_up(place, 16)) {
+    throw std::invalid_argument("hierarchical attention: sizes that do not fit each other");
+  }
+  layer.weights = keep(from.weights[0], layer.pool_rows * layer.key_heads * d);
+  weights_->levels.push_back(std::move(levels));
+  layer.level = weights_->levels.back().data();
+  if (from.parameter == 0.0) return;
+  std::vector<double> frequencies;
+  for (int64_t i = 0; i < d / 2; ++i) frequencies.push_back(std::pow(from.parameter, -2.0 * double(i) / double(d)));
+  weights_->frequencies.push_back(std::move(frequencies));
+  layer.frequencies = weights_->frequencies.back().data();
+}
+
 void SessionProgram::finish() {
   Layout panels;
   std::vector<size_t> at;
@@ -287,9 +340,12 @@ void SessionProgram::start() {
     const SessionMatrix& m = l.matrices[0];
     at.push_back(state.add({l.normalised ? m.blocks : 0, batch_, 2, m.vectors, kernels_.lanes}));
     const bool rings = l.kind == LayerKind::conv || l.kind == LayerKind::depthwise || l.kind == LayerKind::attention;
+    const bool hierarchical = l.kind == LayerKind::hierarchical;
     l.slots = rings ? (l.taps - 1) * l.dilation + longest_chunk() : 0;
-    at.push_back(state.add({batch_, l.slots, l.inputs}));
-    at.push_back(state.add({rings ? 2 : 0, batch_}));
+    l.kept = hierarchical ? l.key_heads * l.hidden : l.slots * l.inputs;
+    l.ages = rings || hierarchical || l.kind == LayerKind::positions;
+    at.push_back(state.add({batch_, hierarchical ? l.key_heads : l.slots, hierarchical ? l.hidden : l.inputs}));
+    at.push_back(state.add({l.ages ? 2 : 0, batch_}));
   }
   state_ = AlignedMemory(state.bytes());
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -297,16 +353,27 @@ void SessionProgram::start() {
     l.parity = 0;
     float** const pointers[] = {&l.h[0], &l.h[1], &l.c, &l.middle, &l.sums, &l.ring};
     for (size_t j = 0; j < 6; ++j) *pointers[j] = reinterpret_cast<float*>(state_.get() + at[7 * i + j]);
-    l.position = l.slots ? reinterpret_cast<int64_t*>(state_.get() + at[7 * i + 6]) : nullptr;
+    l.position = l.ages ? reinterpret_cast<int64_t*>(state_.get() + at[7 * i + 6]) : nullptr;
+    for (int64_t b = 0; b < batch_ && l.ages; ++b) start_stream(l, b);
   }
   run_.layers = layers_.data();
   run_.count = int64_t(layers_.size());
   run_.batch = batch_;
   for (const SessionLayer& l : layers_) {
     if (l.kind == LayerKind::attention) run_.work += 2.0 * double(l.taps) * double(l.outputs);
+    for (int64_t i = 0; i < l.levels; ++i) run_.work += 1.5 * double(l.level[i].slots) * double(l.outputs);
     for (const SessionMatrix& m : l.matrices) {
       run_.work += double(m.columns[0] + m.columns[1]) * double(m.units * (m.interleaved ? m.vectors : 1));
     }
+  }
+}
+
+void SessionProgram::start_stream(const SessionLayer& l, int64_t b) {
+  std::memset(l.ring + b * l.kept, 0, size_t(l.kept) * sizeof(float));
+  l.position[b] = 0;
+  for (int64_t g = 0; g < l.key_heads; ++g) {
+    float* const memory = l.ring + b * l.kept + g * l.hidden;
+    for (int64_t i = 1; i < l.levels; ++i) memory[l.level[i].moments] = -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -344,13 +411,14 @@ void SessionProgram::grow(int64_t chunk, int threads) {
       words_of_h = std::max({words_of_h, m.words[0], m.words[1]});
       projected = std::max(projected, m.blocks * m.vectors * kernels_.lanes);
     }
-    if (l.kind == LayerKind::conv) gathered = std::max(gathered, l.taps * l.inputs);
+    if (l.kind == LayerKind::conv) gathered = std::max(gathered, rows * l.taps * l.inputs);
+    if (l.kind == LayerKind::hierarchical) gathered = std::max(gathered, l.outputs + 4 * l.outputs / l.heads);
   }
   if (precision_ == Precision::float32) words_of_x = words_of_h = 0;
   run_.scratch_rows_at = round_up(rows * words_of_x, 16);
   run_.scales_at = run_.scratch_rows_at + round_up(batch_ * words_of_h, 16);
   run_.gathered_at = run_.scales_at + round_up(rows + batch_, 16) + 16;
-  run_.scratch_words = run_.gathered_at + round_up(rows * gathered, 16);
+  run_.scratch_words = run_.gathered_at + round_up(gathered, 16);
   Layout layout;
   const size_t projected_at = layout.add({chunk > 1 ? rows : 0, projected});
   const size_t scratch_at = layout.add({threads, run_.scratch_words});

@@ -52,6 +52,8 @@ class SessionProgram {
 
   const std::vector<SessionLayer>& layers() const { return layers_; }
   int64_t batch() const { return batch_; }
+  // Starts a stream of a layer anew: what it keeps in place of a ring.
+  static void start_stream(const SessionLayer& layer, int64_t b);
   // The state of a layer, [B, stride].
   float* h(int64_t layer) { return layers_[size_t(layer)].h[layers_[size_t(layer)].parity]; }
   float* c(int64_t layer) { return layers_[size_t(layer)].c; }
@@ -64,6 +66,7 @@ class SessionProgram {
                             bool bfloat16 = false);
   void add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* weights, bool bfloat16);
   void add_column(SessionLayer& layer, const SeqaccelSessionLayer& from);
+  void add_hierarchical(SessionLayer& layer, const SeqaccelSessionLayer& from);
   const float* keep(const float* values, int64_t count);
   // The number of the layer that lies `back` places before the next one. Throws if it has another number of features.
   int32_t reached(int64_t back, int64_t features) const;
@@ -82,6 +85,8 @@ class SessionProgram {
   // Programs share their weights and only read them.
   struct Weights {
     std::vector<std::vector<float>> kept;
+    std::vector<std::vector<SessionLevel>> levels;
+    std::vector<std::vector<double>> frequencies;
     AlignedMemory panels;
     size_t panel_bytes = 0;
   };

@@ -83,6 +83,15 @@ int extend(void* session, const void* x, int64_t steps, float* y, const bool* ad
         }
       }
     }
+    for (const SessionLayer& l : p->layers()) {
+      for (int64_t b = 0; b < p->batch() && l.kind == LayerKind::positions; ++b) {
+        if ((advance == nullptr || advance[b]) && l.position[b] > l.hidden - steps) {
+          throw std::out_of_range("x: a stream of " + std::to_string(l.position[b]) + " steps, and " +
+                                  std::to_string(steps) + " more, is longer than the embedding of " +
+                                  std::to_string(l.hidden) + " positions");
+        }
+      }
+    }
     p->run(x, steps, y, false, false, nullptr, advance);
     const int64_t width = p->layers().back().outputs;
     for (int64_t i = 0; advance && i < steps * p->batch(); ++i) {
@@ -106,6 +115,39 @@ void ring(const SessionLayer& l, int64_t batch, float* out, const float* from) {
   }
 }
 
+// The ages of streams, int64.
+void ages(const SessionLayer& l, int64_t batch, void* out, const void* from) {
+  if (out) {
+    std::memcpy(out, l.position, size_t(batch) * sizeof(int64_t));
+    return;
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    l.position[b] = std::clamp(static_cast<const int64_t*>(from)[b], int64_t(0), int64_t(1) << 62);
+  }
+}
+
+// A part of a level of the pyramids, [batch, key heads, width].
+void part_of_level(const SessionLayer& l, int64_t batch, char part, int64_t number, float* out, const float* from) {
+  if (number < 0 || number >= l.levels) throw std::invalid_argument("there is no such level");
+  const SessionLevel& level = l.level[number];
+  const int64_t d = l.outputs / l.heads, ring = level.slots * d;
+  const int64_t place = part == 'k'   ? level.keys
+                        : part == 'v' ? level.keys + ring
+                        : part == 's' ? level.sums
+                        : part == 't' ? level.sums + d
+                                      : level.moments + (part == 'w');
+  const int64_t width = part == 'k' || part == 'v' ? ring : part == 's' || part == 't' ? d : 1;
+  for (int64_t i = 0; i < batch * l.key_heads; ++i) {
+    float* const values = l.ring + i * l.hidden + place;
+    const size_t bytes = size_t(width) * sizeof(float);
+    if (out) {
+      std::memcpy(out + i * width, values, bytes);
+    } else {
+      std::memcpy(values, from + i * width, bytes);
+    }
+  }
+}
+
 int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
   return guarded([&] {
     const Program p(session);
@@ -113,10 +155,23 @@ int state(void* session, int64_t count, const SeqaccelSessionPart* parts) {
       if (!(parts[i].out || parts[i].from)) throw std::invalid_argument("state_dict: a tensor has no memory");
     }
     for (int64_t i = 0; i < count; ++i) {
-      const auto& [layer, part, out, from] = parts[i];
+      const auto& [layer, part, number, out, from] = parts[i];
       const SessionLayer& l = p->layers()[size_t(layer)];
       if (part == 'r' || part == 'm') {
         ring(l, p->batch(), out, from);
+        continue;
+      }
+      if (part == 'a') {
+        ages(l, p->batch(), out, from);
+        continue;
+      }
+      if (std::strchr("kvstgw", part)) {
+        part_of_level(l, p->batch(), part, number, out, from);
+        continue;
+      }
+      if (part == 'p') {
+        const size_t bytes = size_t(p->batch() * l.kept) * sizeof(float);
+        std::memcpy(out ? out : l.ring, out ? l.ring : from, bytes);
         continue;
       }
       if (part == 'n') {
@@ -153,15 +208,15 @@ int select(void* session, const int64_t* indices) {
       const SessionLayer& l = p->layers()[i];
       for (int64_t b = 0; b < p->batch() && l.position; ++b) {
         if (b == 0) {
-          kept.assign(l.ring, l.ring + p->batch() * l.slots * l.inputs);
+          kept.assign(l.ring, l.ring + p->batch() * l.kept);
           positions.assign(l.position, l.position + p->batch());
         }
-        const int64_t size = l.slots * l.inputs, from = indices[b];
-        l.position[b] = from < 0 ? 0 : positions[size_t(from)];
+        const int64_t from = indices[b];
         if (from < 0) {
-          std::memset(l.ring + b * size, 0, size_t(size) * sizeof(float));
+          SessionProgram::start_stream(l, b);
         } else {
-          std::memcpy(l.ring + b * size, kept.data() + from * size, size_t(size) * sizeof(float));
+          l.position[b] = positions[size_t(from)];
+          std::memcpy(l.ring + b * l.kept, kept.data() + from * l.kept, size_t(l.kept) * sizeof(float));
         }
       }
       if (l.stride == 0) continue;

@@ -24,6 +24,8 @@ enum class LayerKind : int32_t {
   conv,
   depthwise,
   attention,
+  hierarchical,
+  positions,
   embedding,
   layer_norm,
   rms_norm,
@@ -59,6 +61,18 @@ struct SessionPack {
   bool bfloat16;
 };
 
+// A level of the pyramid that hierarchical attention keeps for each stream and key head. In the memory of a key head,
+// `keys` is the place of the level's keys [slots, d], behind which are its values [slots, d]: node j lies in slot
+// j % slots. From level 1 on, `sums` is the place of the open node's sums of weighted keys [d] and values [d], and
+// `moments` that of its largest score and its sum of weights.
+struct SessionLevel {
+  int64_t span;   // steps that a node stands for
+  int64_t above;  // steps of a node of the next level; 0: a query sees all nodes of this one
+  int64_t slots;
+  int64_t keys, sums, moments;
+  float bias;  // added to the scores of nodes
+};
+
 struct SessionLayer {
   LayerKind kind;
   Activation activation;
@@ -84,9 +98,15 @@ struct SessionLayer {
   // conv, depthwise and attention: the ring [B, slots, inputs] holds the input of time t of stream b in slot t % slots.
   // It has room for every input that an output sees and for a chunk. `position` [B] is the time of the next input.
   int64_t taps, dilation, slots;
-  int64_t heads;  // attention
+  int64_t heads;  // attention, hierarchical
   float* ring;
   int64_t* position;
+  int64_t kept;  // values of a stream in the ring, or in what has its place: hierarchical: [B, key heads, hidden]
+  bool ages;     // has `position`
+  // hierarchical
+  int64_t key_heads, levels, local_blocks, pool_rows;
+  const SessionLevel* level;  // [levels]
+  const double* frequencies;  // [d / 2]: angles per step that turn queries and keys; or null
 };
 
 struct SessionRun {
@@ -105,7 +125,7 @@ struct SessionRun {
   int64_t scratch_words;    // per thread: rows of x and of h as words, and their scales
   int64_t scratch_rows_at;  // first word of the rows of h
   int64_t scales_at;        // first word of the scales
-  int64_t gathered_at;      // first word of the gathered taps
+  int64_t gathered_at;      // first word of the gathered taps, or of the vectors of hierarchical attention
   int threads;
 };
 

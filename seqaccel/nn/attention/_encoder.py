@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from seqaccel import _arguments, _common
 from seqaccel.nn._leaf import Leaf
 from seqaccel.nn.attention._hierarchical import HierarchicalAttention
-from seqaccel.nn.streaming import State, Streaming
+from seqaccel.nn.streaming import State, Streaming, step_at_once
 
 __all__ = ["HierarchicalAttentionEncoder"]
 
@@ -329,6 +329,9 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
         return (y if self.batch_first else y.transpose(0, 1)), after
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        done = step_at_once(self, x_t, state)
+        if done is not None:
+            return done
         self._check_state(state)
         self._layer(0).self_attn._check_stream("x_t", x_t, state[0])
         if x_t.dim() != 2:

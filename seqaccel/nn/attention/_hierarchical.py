@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqaccel import _arguments, _common, functional
 from seqaccel.nn.attention._base import MultiheadAttention
-from seqaccel.nn.streaming import State, Streaming
+from seqaccel.nn.streaming import State, Streaming, step_at_once
 
 __all__ = ["HierarchicalAttention"]
 
@@ -379,6 +379,9 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
         return (y if self.batch_first else y.transpose(0, 1)), state
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        done = step_at_once(self, x_t, state)
+        if done is not None:
+            return done
         self._check_stream("x_t", x_t, state)
         if x_t.dim() != 2:
             raise ValueError(f"x_t: expected shape (B, {self.embed_dim}), but got {tuple(x_t.shape)}")
