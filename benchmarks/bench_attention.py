@@ -101,28 +101,46 @@ def bench_hierarchical_attention_training(B, H, T, D, causal):
     return training_case(B, H, T, D, causal)
 
 
-@suite([dict(B=1, T=4096), dict(B=16, T=4096)], ["seqaccel[reference]", "torch"])
+def seen_at(t: int) -> int:
+    """Nodes that the query at position t sees."""
+    count, span = 0, 1
+    while (last := t + 1 if span == 1 else t // span - NEAR + 1) > 0:
+        count += last - max(0, (t // (span * BLOCK) - NEAR + 1) * BLOCK)
+        span *= BLOCK
+    return count
+
+
+STEPS = {"T=4096": dict(B=1, T=4096), "T=4096,B=16": dict(B=16, T=4096), "T=100000": dict(B=1, T=100000)}
+
+
+@suite(STEPS, ["seqaccel[cpp] session", "seqaccel[cpp] step", "torch"])
 def bench_hierarchical_attention_step(B, T):
-    """One step of a stream of age T, beside one query of dense attention over a cache of T tokens."""
-    attention = seqaccel.nn.HierarchicalAttention(256, 4, batch_first=True)
+    """One step of a stream of age T, in a session and by the module, beside one query of dense attention over a cache
+    of T tokens."""
+    attention = seqaccel.nn.HierarchicalAttention(256, 4, batch_first=True).eval()
+    session = seqaccel.Session(attention, B)
     with torch.no_grad():
-        _, state = attention.extend(torch.randn(1, T, 256), attention.init_state(1))
-        state = attention.select(state, torch.zeros(B, dtype=torch.int64))
+        prompt = torch.randn(1, T, 256)
+        _, state = attention.extend(prompt, attention.init_state(1))
+        states = [attention.select(state, torch.zeros(B, dtype=torch.int64))]
+    session.extend(prompt.expand(B, T, 256))
     x, keys, values = torch.randn(B, 256), torch.randn(B, 4, T, 64), torch.randn(B, 4, T, 64)
 
     def ours():
-        with torch.no_grad():
-            return attention.step(x, state)
+        with torch.no_grad(), seqaccel.backend("cpp"):
+            y, states[0] = attention.step(x, states[0])
+            return y
 
     def dense():
         with torch.no_grad():
             q = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)[:, :256].view(B, 4, 1, 64)
             return attention.out_proj(F.scaled_dot_product_attention(q, keys, values).view(B, 256))
 
+    nodes = seen_at(T)
     return Case(
-        {"seqaccel[reference]": ours, "torch": dense},
-        flops=2 * B * 4 * 256 * 256 + 4 * B * 4 * 64 * 254,
-        bytes=4 * (4 * 256 * 256 + 2 * B * 4 * 254 * 64),
+        {"seqaccel[cpp] session": lambda: session.step(x), "seqaccel[cpp] step": ours, "torch": dense},
+        flops=2 * B * 4 * 256 * 256 + 4 * B * 4 * 64 * nodes,
+        bytes=4 * (4 * 256 * 256 + 2 * B * 4 * nodes * 64),
     )
 
 
