@@ -24,7 +24,7 @@ _MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32
 
 
 class Session:
-    r"""Runs recurrent and convolutional layers on a batch of streams, step by step, with their weights packed once.
+    r"""Runs recurrent, convolutional and attention layers on a batch of streams, step by step, with packed weights.
 
     The weights are copied when the session is made: later changes of the module do not reach it. The module runs as in
     eval mode: no dropout, zoneout's expectation. Threads that share a session take turns.
