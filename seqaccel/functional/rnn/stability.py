@@ -232,7 +232,7 @@ def truncated(
 ) -> Tensor:
     r"""A recurrent net's outputs, each from few of the latest inputs, so that steps of a sequence run side by side.
 
-    Windows (``chunk=None``): :math:`y_t` from the inputs :math:`x_{t-k+1} \dots x_t` and a state of zero before them,
+    Windows (``chunk=None``): :math:`y_t` from the inputs :math:`x_{t-k+1} \ldots x_t` and a state of zero before them,
     T runs of k steps. Chunks: the sequence in chunks of ``chunk`` steps, each from the state that the k steps before it
     leave, T / chunk runs of k + chunk steps; an output there has seen k inputs or more. Outputs near the start
     that reach back to it are exact.
