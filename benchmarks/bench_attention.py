@@ -8,6 +8,7 @@ from harness import Case, suite
 
 import seqaccel
 from seqaccel.functional import additive_attention, block_sparse_attention, hierarchical_attention, novelty_gate
+from seqaccel.nn import AttentionLSTMDecoder
 
 SIZES = {
     "T=2048": dict(B=1, H=4, T=2048, D=64, causal=True),
@@ -310,6 +311,46 @@ def bench_novelty_memory_forward(B, T, E, kinds):
 @suite(MEMORY_SIZES, ["seqaccel[cpp]", "torch"])
 def bench_novelty_memory_training(B, T, E, kinds):
     return memory_case(B, T, E, kinds, training=True)
+
+
+DECODER_SIZES = {f"S={S}": dict(B=16, T=50, S=S, H=512) for S in (50, 400)}
+
+
+def loop_of_cells(decoder, x, memory):
+    """torch.nn.LSTMCell step by step, the attention by torch's operators on a tensor (B, 1, S, H)."""
+    attention, layer = decoder.attention, decoder.layers[0]
+    key, state, outputs = attention.key_proj(memory), None, []
+    h = x.new_zeros(x.shape[0], layer.hidden_size)
+    for x_t in x.unbind(1):
+        context = broadcast_form(attention.query_proj(h)[:, None], key, memory, attention.weight).squeeze(1)
+        weights = layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh
+        state = torch.lstm_cell(torch.cat([x_t, context], 1), state or (h, h), *weights)
+        h = state[0]
+        outputs.append(torch.cat([h, context], 1))
+    return torch.stack(outputs, 1)
+
+
+@suite(DECODER_SIZES, ["seqaccel[cpp]", "torch"])
+def bench_attention_lstm_decoder_training(B, T, S, H):
+    """Teacher-forced: forward and backward of a layer with input feeding and additive attention."""
+    torch.manual_seed(0)
+    decoder = AttentionLSTMDecoder(H, H, H)
+    x, memory = torch.randn(B, T, H), torch.randn(B, S, H)
+    grad = torch.randn(B, T, 2 * H)
+
+    torch.testing.assert_close(decoder(x, memory)[0], loop_of_cells(decoder, x, memory), rtol=1e-4, atol=1e-4)
+
+    def ours():
+        with seqaccel.backend("cpp"):
+            return torch.autograd.grad(decoder(x, memory)[0], list(decoder.parameters()), grad)
+
+    def theirs():
+        return torch.autograd.grad(loop_of_cells(decoder, x, memory), list(decoder.parameters()), grad)
+
+    products = 8 * H * 3 * H + 2 * H * H
+    flops = 3 * B * T * (products + 2 * S * H) + 16 * B * T * S * H + 6 * B * S * H * H
+    parameters = sum(p.numel() for p in decoder.parameters())
+    return Case({"seqaccel[cpp]": ours, "torch": theirs}, flops=flops, bytes=4 * (3 * parameters + 4 * B * (T + S) * H))
 
 
 GPU_SIZES = {name: size | dict(B=16) for name, size in SIZES.items()}

@@ -9,6 +9,7 @@ them ("3rd of May, 1987"). The models (``--model``):
     pervasive      one network over the grid of target and source positions (:class:`seqaccel.nn.PervasiveAttention`)
     convolutional  an encoder and a decoder of gated convolutions, with attention in every layer of the decoder (Gehring
                    et al., "Convolutional sequence to sequence learning", 2017); made here of the package's parts
+    gnmt           recurrent encoder and decoder with additive attention (:class:`seqaccel.nn.GNMT`)
 
 Training sees the whole target at once. Decoding runs token by token through the streaming protocol. Training of a task
 ends when enough unseen strings come out right to the last character.
@@ -203,9 +204,18 @@ def convolutional(options: argparse.Namespace) -> ConvolutionalTranslator:
     )
 
 
+def gnmt(options: argparse.Namespace) -> nn.GNMT:
+    layers = options.num_layers or 2
+    return nn.GNMT(VOCABULARY, VOCABULARY, 128, layers, embedding_dim=32, input_feeding=False, dropout=0.0)
+
+
 #: A model is called with source, target and the source's padding mask, and returns the logits of the tokens that
 #: follow. Its ``init_state`` takes source and mask, its ``step`` tokens.
-MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {"pervasive": pervasive, "convolutional": convolutional}
+MODELS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "pervasive": pervasive,
+    "convolutional": convolutional,
+    "gnmt": gnmt,
+}
 
 
 def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -280,7 +290,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1500, help="most training steps of a task (default: 1500)")
     parser.add_argument("--batch-size", type=int, default=64, help="strings a step (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at the peak of one cycle (default: 3e-3)")
-    parser.add_argument("--num-layers", type=int, help="layers of the model (default: pervasive 6, convolutional 3)")
+    parser.add_argument("--num-layers", type=int, help="layers (default: pervasive 6, convolutional 3, gnmt 2)")
     parser.add_argument("--growth-rate", type=int, default=24, help="pervasive: channels of a layer (default: 24)")
     parser.add_argument("--beam-size", type=int, default=1, help="hypotheses kept in the last decoding (default: 1)")
     parser.add_argument("--unseen", type=int, default=500, help="strings kept out of training (default: 500)")

@@ -35,7 +35,10 @@ from seqaccel.functional import _registration
 
 PROCESSES = 2
 #: Modules whose parameters are stacked, or arranged anew, by torch's operators.
-REARRANGED = ("TCN", "TemporalBlock", "CausalConvTranspose1d", "WaveNet", "WaveNetLayer", "MinGRU")
+REARRANGED = (
+    *("TCN", "TemporalBlock", "CausalConvTranspose1d", "WaveNet", "WaveNetLayer", "MinGRU", "AttentionLSTMDecoder"),
+    "GNMT",
+)
 #: Torch's linear layers, in these modules' projections, take no batch that the processes cannot share evenly.
 FLAT = (*nn.attention.__all__, "SRUpp", "PervasiveAttention", "GatedConvLM")
 BATCHES = {name: (4,) if name in FLAT else (4, 5) for name in CASES}

@@ -374,6 +374,45 @@ def additive_attention_backward(rng: random.Random) -> Arguments:
     return arguments | {"attention": attention, "grad_attention": torch.randn_like(attention)}
 
 
+def attention_lstm_forward(rng: random.Random) -> Arguments:
+    B, T, S, H, A, M = sizes(rng, 6, 7, 70, 40, 40, 40)
+    H, A, M, dtype = max(1, H), max(1, A), max(1, M), floating(rng)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype) * shape[-1] ** -0.5
+
+    query_weight = maybe(rng, lambda: draw(A, H))
+    A = H if query_weight is None else A
+    return {
+        "pre": draw(B, T, 4 * H),
+        "key": draw(B, S, A),
+        "value": draw(B, S, M),
+        "mask": maybe(rng, lambda: torch.rand(B, S) < rng.random()),
+        "lengths": maybe(rng, lambda: torch.randint(1, max(T, 1) + 1, (B,))),
+        "h_0": draw(B, H),
+        "c_0": draw(B, H),
+        "query_weight": query_weight,
+        "query_bias": None if query_weight is None else maybe(rng, lambda: draw(A)),
+        "score_weight": maybe(rng, lambda: draw(A)),
+        "context_weight": draw(4 * H, M),
+        "weight_hh": draw(4 * H, H),
+    }
+
+
+def attention_lstm_backward(rng: random.Random) -> Arguments:
+    arguments = attention_lstm_forward(rng)
+    output, h_n, c_n, context, attention, gates, cells = OPERATORS.attention_lstm_forward(**arguments)
+    h_0 = arguments["h_0"]
+    h = torch.cat([h_0.unsqueeze(1), output[:, :-1]], 1)[:, : output.shape[1]]
+    weight = arguments["query_weight"]
+    grads = {"output": output, "h_n": h_n, "c_n": c_n, "context": context, "attention": attention}
+    arguments |= {f"grad_{name}": maybe(rng, lambda t=t: torch.randn_like(t)) for name, t in grads.items()}
+    for name in ("pre", "mask", "h_0", "query_bias"):
+        del arguments[name]
+    query = h if weight is None else h @ weight.t()
+    return arguments | {"query": query, "attention": attention, "gates": gates, "cells": cells}
+
+
 def block_sparse_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, Tq, Tk, D, Dv = sizes(rng, 2, 3, 3, 300, 300, 70, 70)
     D, dtype = max(1, D), floating(rng)
@@ -461,6 +500,8 @@ def added_matrices(rng: random.Random) -> Arguments:
 #: Valid arguments of each operator.
 GENERATORS: dict[str, Generator] = {
     "add_fastest_mm_": added_matrices,
+    "attention_lstm_backward": attention_lstm_backward,
+    "attention_lstm_forward": attention_lstm_forward,
     "additive_attention_backward": additive_attention_backward,
     "additive_attention_forward": additive_attention_forward,
     "best_isa": lambda rng: {},
@@ -526,6 +567,8 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
     "GatedConvLM": (lambda: seqaccel.nn.GatedConvLM(4, 3, 4, 2, 2, bottleneck_channels=3, dropout=0.0), (2, 4)),
     "AdditiveAttention": (lambda: seqaccel.nn.AdditiveAttention(4, 4, 6), (2, 9, 4)),
+    "AttentionLSTMDecoder": (lambda: seqaccel.nn.AttentionLSTMDecoder(4, 5, 4, 2), (2, 9, 4)),
+    "GNMT": (lambda: seqaccel.nn.GNMT(4, 4, 5, 2, dropout=0.0), (2, 4)),
     "MultiplicativeAttention": (lambda: seqaccel.nn.MultiplicativeAttention(4), (2, 9, 4)),
     "BlockSparseAttention": (lambda: seqaccel.nn.BlockSparseAttention(4, 2, block_size=2), (9, 2, 4)),
     "NoveltyMemory": (lambda: seqaccel.nn.NoveltyMemory(4, 2), (9, 2, 4)),
@@ -549,11 +592,13 @@ def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
-    if name in seqaccel.nn.attention.__all__ and name != "HierarchicalAttentionEncoder":
-        return x, x, x
-    if name in ("PervasiveAttention", "GatedConvLM") and isinstance(x, Tensor):
+    if name in ("PervasiveAttention", "GNMT", "GatedConvLM") and isinstance(x, Tensor):
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()
-        return (tokens,) * (2 if name == "PervasiveAttention" else 1)
+        return (tokens,) * (1 if name == "GatedConvLM" else 2)
+    if name == "AttentionLSTMDecoder":
+        return x, x
+    if name in seqaccel.nn.attention.__all__ and name not in ("HierarchicalAttentionEncoder", "GNMT"):
+        return x, x, x
     return (x,)
 
 

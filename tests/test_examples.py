@@ -111,7 +111,7 @@ def test_the_convolutional_translator_streams():
         torch.testing.assert_close(model(source[1:2, :4], target[1:2], padding[1:2, :4]), logits[1:2])
 
 
-@pytest.mark.parametrize("model", ["pervasive", "convolutional"])
+@pytest.mark.parametrize("model", ["pervasive", "convolutional", "gnmt"])
 def test_sequence_to_sequence(tmp_path, model):
     script = DEMO.with_name("sequence_to_sequence.py")
     small = [

@@ -95,6 +95,33 @@ class Translation(nn.PervasiveAttention):
         return super().init_state((torch.arange(7) % 5).expand(batch_size, -1))
 
 
+class Decoder(nn.AttentionLSTMDecoder):
+    """Of the target itself; as a stream, of 7 states."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, x, need_weights=True)
+
+    def init_state(self, batch_size: int) -> Any:  # type: ignore[override]
+        memory = (torch.arange(7 * self.memory_size) % 3 - 1.0).view(7, -1)
+        mask = (torch.arange(7) > 4).expand(batch_size, -1)
+        return super().init_state(memory.expand(batch_size, -1, -1).contiguous(), mask)
+
+
+class Translator(nn.GNMT):
+    """Of the target itself; as a stream, of 7 tokens."""
+
+    def forward(self, target: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(target, target)
+
+    def init_state(self, batch_size: int) -> Any:  # type: ignore[override]
+        return super().init_state((torch.arange(7) % 5).expand(batch_size, -1))
+
+
+class PaddedTranslator(nn.GNMT):
+    def forward(self, source: Tensor, target: Tensor, padding: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(source, target, padding)
+
+
 class LinearScan(torch.nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return SF.linear_scan(a, b)
@@ -172,6 +199,8 @@ CASES = {
     "WaveNet": Case("conv", lambda: nn.WaveNet(4, 3, 6, 8, layers=2, stacks=2), ("B4T",)),
     "GatedConvLM": Case("conv", lambda: nn.GatedConvLM(9, 6, 8, 2, 3, bottleneck_channels=4), ("words:BT",)),
     "AdditiveAttention": Case("attention", lambda: nn.AdditiveAttention(5, 6, 4), ("BT5", "BT6")),
+    "AttentionLSTMDecoder": Case("attention", lambda: Decoder(5, 6, 5, 3, residual_from=2), ("BT5",)),
+    "GNMT": Case("attention", lambda: Translator(5, 5, 6, 3), ("tokens:BT",)),
     "MultiplicativeAttention": Case("attention", lambda: nn.MultiplicativeAttention(5, 6), ("BT5", "BT6")),
     "BlockSparseAttention": Case(
         "attention",
@@ -215,6 +244,7 @@ STREAMS = {
     "WaveNetLayer": Case("conv", lambda: OneOutput(4, 6), ("B4T",)),
     **{name: CASES[name] for name in ("GatedConv1d", "WaveNet", "GatedConvLM")},
     **{name: CASES[name] for name in ("HierarchicalAttention", "HierarchicalAttentionEncoder", "NoveltyMemory")},
+    **{name: CASES[name] for name in ("AttentionLSTMDecoder", "GNMT")},
 }
 
 
@@ -434,6 +464,12 @@ OPTIONAL = {
     "QRNN": Case("scan", lambda: Masked(5, 6, 2, window=2), ("TB5", "2B6", "padding:TB", "padding:TB")),
     "linear_scan": Case("scan", StartedScan, ("BT5", "BT5", "B5")),
     "CausalConv1d": Case("conv", lambda: Convolution(4, 6, 3, dilation=4), ("B4T", "B6T", "B48")),
+    "AttentionLSTMDecoder": Case(
+        "attention",
+        lambda: nn.AttentionLSTMDecoder(5, 6, 4, 2, attention="multiplicative", input_feeding=False),
+        ("BT5", "BT4", ("2B6", "2B6")),
+    ),
+    "GNMT": Case("attention", lambda: PaddedTranslator(5, 5, 6, 3), ("tokens:BT", "tokens:BT", "padding:BT")),
     "HierarchicalAttention": Case(
         "attention",
         lambda: Attention(8, 2, batch_first=True, block_size=4, pool_query=1),
@@ -609,6 +645,7 @@ def test_skip_init(name):
     sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2), "NoveltyMemory": (8, 2)}
     sizes |= {"CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     sizes |= {"PervasiveAttention": (5, 6, 4), "AdditiveAttention": (5, 6, 4)}
+    sizes |= {"AttentionLSTMDecoder": (5, 6, 4), "GNMT": (5, 6, 4, 2)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)
     assert all(p.dtype == torch.float64 and p.device.type == "cpu" for p in module.parameters())

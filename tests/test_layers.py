@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "cpu/attention": _BASE,
     "cpu/attention/additive": _BASE | {"cpu/attention"},
     "cpu/attention/block_sparse": _BASE | {"cpu/attention"},
+    "cpu/attention/decoder": _BASE | {"cpu/attention/additive", "cpu/rnn"},
     "cpu/attention/hierarchical": _BASE | {"cpu/attention"},
     "cpu/attention/memory": _BASE | {"cpu/attention"},
     "cpu/testing": _BASE,

@@ -409,6 +409,10 @@ def test_nothing_to_do_takes_no_time():
     weights = ops.additive_attention_forward(rows, rows, torch.ones(3), None)
     assert weights.shape == (many, 0, 0)
     assert ops.additive_attention_backward(weights, rows, rows, torch.ones(3), weights)[0].shape == rows.shape
+    weights, state = [torch.ones(4, 1)] * 2, [torch.empty(0, 1)] * 2
+    keys = [torch.empty(0, 0, 1)] * 2
+    found = ops.attention_lstm_forward(torch.empty(0, many, 4), *keys, None, None, *state, *[None] * 3, *weights)
+    assert found[0].shape == (0, many, 1)
     none = torch.empty(many, 0, 1)
     assert ops.novelty_gate(none, none, torch.zeros(1, dtype=torch.int64).expand(many), 0.9, 1, 1).shape == (many, 0)
     assert ops.causal_conv1d_forward(

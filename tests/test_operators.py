@@ -128,6 +128,19 @@ def additive_backward_arguments():
     return torch.randn_like(attention), query, key, weight, attention
 
 
+def decoder_arguments():
+    mask, lengths = torch.arange(8).view(2, 4) % 3 > 0, torch.tensor([3, 2])
+    tensors = double(2, 3, 20), double(2, 4, 6), double(2, 4, 7), mask, lengths, double(2, 5), double(2, 5)
+    return *tensors, double(6, 5), double(6), double(6), double(20, 7), double(20, 5)
+
+
+def decoder_backward_arguments():
+    _, key, value, _, lengths, _, c_0, weight, _, *weights = arguments = decoder_arguments()
+    *results, attention, gates, cells = torch.ops.seqaccel.attention_lstm_forward(*arguments)
+    grads = [torch.randn_like(t) for t in (*results, attention)]
+    return double(2, 3, 6), *grads, key, value, lengths, c_0, weight, *weights, attention, gates, cells
+
+
 def gate_arguments():
     vectors = double(2, 9, 3) + double(2, 1, 3)
     return vectors, vectors[:, :4] + 0.1, torch.tensor([2, 4]), 0.8, 3, 6
@@ -158,6 +171,8 @@ ARGUMENTS = {
     "block_sparse_attention_backward": block_sparse_backward_arguments,
     "additive_attention_forward": additive_arguments,
     "additive_attention_backward": additive_backward_arguments,
+    "attention_lstm_forward": decoder_arguments,
+    "attention_lstm_backward": decoder_backward_arguments,
     "novelty_gate": gate_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),
     "mm": lambda: (double(3, 4), double(4, 5)),

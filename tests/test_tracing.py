@@ -43,6 +43,8 @@ MODULES = {
     "WaveNet": (lambda: nn.WaveNet(I, 3, 6, 8, layers=2, stacks=2), (B, I, T), True),
     "GatedConvLM": (lambda: nn.GatedConvLM(40, 6, 8, 2, 3, bottleneck_channels=4), (B, T), True),
     "AdditiveAttention": (lambda: nn.AdditiveAttention(I, I, 6, normalize=True), (B, T, I), False),
+    "AttentionLSTMDecoder": (lambda: nn.AttentionLSTMDecoder(I, 6, I, 2), (B, T, I), False),
+    "GNMT": (lambda: nn.GNMT(40, 40, 6, 3), (B, I), False),
     "MultiplicativeAttention": (lambda: nn.MultiplicativeAttention(I), (B, T, I), False),
     "BlockSparseAttention": (lambda: nn.BlockSparseAttention(I, 2, block_size=2), (T, B, I), False),
     "NoveltyMemory": (lambda: nn.NoveltyMemory(I, 2, threshold=0.5), (T, B, I), False),
@@ -70,12 +72,15 @@ class Model(torch.nn.Module):
         super().__init__()
         self.inner = module
         self.attends = isinstance(module, ATTENTION)
-        self.pervasive = isinstance(module, nn.PervasiveAttention)
+        self.decodes = isinstance(module, nn.AttentionLSTMDecoder)
+        self.translates = isinstance(module, (nn.PervasiveAttention, nn.GNMT))
 
     def forward(self, x):
-        if self.pervasive:
+        if self.translates:
             x = (x * 2).abs().long()
             return self.inner(x, x)
+        if self.decodes:
+            return self.inner(x, x)[0].relu()
         x = (x.abs() * 2).long() if isinstance(self.inner, nn.GatedConvLM) else x * 2
         found = self.inner(x, x, x) if self.attends else self.inner(x)
         return found.relu() if isinstance(self.inner, ONE_OUTPUT) else found[0].relu()

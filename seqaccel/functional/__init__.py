@@ -4,6 +4,7 @@ from seqaccel.functional import _dispatch as _dispatch  # registers kernels
 from seqaccel.functional import _testing as _testing  # registers operators
 from seqaccel.functional.attention import (
     additive_attention,
+    attention_lstm,
     block_sparse_attention,
     hierarchical_attention,
     multiplicative_attention,
@@ -36,6 +37,7 @@ from seqaccel.functional.scan import (
 
 __all__ = [
     "additive_attention",
+    "attention_lstm",
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv2d",

@@ -13,6 +13,12 @@ from seqaccel.nn.streaming import State
 __all__ = ["beam_search"]
 
 
+def _coverage(attended: Tensor, valid: Tensor) -> Tensor:
+    """The sum of log min(1, attention) over the positions that count."""
+    least = torch.finfo(torch.float32).tiny  # of a position without any, instead of -infinity
+    return attended.float().clamp(least, 1.0).log().masked_fill(~valid, 0).sum(1)
+
+
 @torch.no_grad()
 def beam_search(
     module: Any,
@@ -23,10 +29,18 @@ def beam_search(
     max_length: int,
     beam_size: int = 1,
     length_penalty: float = 0.0,
+    length_offset: float = 0.0,
+    coverage_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     r"""The likeliest sequences that a decoder emits, found step by step.
 
-    A hypothesis y of n tokens has the score :math:`\sum_t \log p(y_t \mid y_{<t}) / n^\alpha`.
+    A hypothesis y of n tokens has the score
+
+    .. math::
+        \sum_t \log p(y_t \mid y_{<t}) \Big/ \Big(\frac{\gamma + n}{\gamma + 1}\Big)^\alpha
+        + \beta \sum_j \log \min\Big(1, \sum_t p_{tj}\Big)
+
+    where :math:`p_{tj}` is the attention that position j of the source has at step t.
 
     Args:
         module: a :class:`~seqaccel.nn.Streaming` module whose ``step(tokens, state)`` takes tokens (N,) and returns
@@ -37,12 +51,17 @@ def beam_search(
         max_length: most tokens of a sequence, ``end`` included.
         beam_size: hypotheses kept for a stream; 1 is greedy search. Default: 1
         length_penalty: :math:`\alpha`. Default: 0
+        length_offset: :math:`\gamma`, which GNMT has as 5. Default: 0
+        coverage_penalty: :math:`\beta`: prefers hypotheses that attend to every position. The module must have
+            ``coverage(state)``, as :class:`~seqaccel.nn.AttentionLSTMDecoder` has. Default: 0
 
     Returns:
         tokens (B, L) with L ≤ ``max_length``, filled up with ``end``, and scores (B,).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: the penalties: Wu et al., "Google's neural machine translation system", 2016.
 
     Example:
         >>> import torch, seqaccel.nn as snn
@@ -61,7 +80,16 @@ def beam_search(
         )
     for name, value, least in (("end", end, 0), ("max_length", max_length, 1), ("beam_size", beam_size, 1)):
         _arguments.integer(where, name, value, least)
-    _arguments.number(where, "length_penalty", length_penalty)
+    for name, number in {
+        "length_penalty": length_penalty, "length_offset": length_offset, "coverage_penalty": coverage_penalty,
+    }.items():  # fmt: skip
+        _arguments.number(where, name, number)
+    if length_offset < 0:
+        raise ValueError(f"{where}: expected length_offset to be at least 0, but got {length_offset}")
+    if coverage_penalty and not hasattr(module, "coverage"):
+        raise TypeError(
+            f"{where}: coverage_penalty needs a module with coverage(state), but {type(module).__name__} has none"
+        )
     batch, device = start.shape[0], start.device
     first = torch.arange(batch, device=device).unsqueeze(1) * beam_size  # (B, 1): a stream's first hypothesis
     state = module.select(state, torch.arange(batch, device=device).repeat_interleave(beam_size))
@@ -71,6 +99,14 @@ def beam_search(
     scores[:, 0] = 0
     finished = torch.zeros(batch * beam_size, dtype=torch.bool, device=device)
     lengths = torch.zeros(batch * beam_size, dtype=torch.int64, device=device)
+    penalties = torch.zeros(batch * beam_size, device=device)
+
+    def normalised(scores: Tensor) -> Tensor:
+        """Scores (batch, beam_size, ...) of the hypotheses as they are."""
+        scale = ((length_offset + lengths.clamp(min=1).double()) / (length_offset + 1)).pow(length_penalty)
+        shape = batch, beam_size, *[1] * (scores.dim() - 2)
+        return scores / scale.to(scores.dtype).view(shape) + penalties.to(scores.dtype).view(shape)
+
     for _ in range(max_length):
         logits, state = module.step(tokens[:, -1], state)
         if not 0 <= end < logits.shape[-1]:
@@ -81,8 +117,9 @@ def beam_search(
         vocabulary = gains.shape[-1]
         total = (scores.view(-1, 1) + gains).view(batch, beam_size * vocabulary)
         lengths += ~finished
-        scale = lengths.clamp(min=1).double().pow(length_penalty).view(batch, beam_size)
-        ranked = (total.view(batch, beam_size, vocabulary) / scale.unsqueeze(-1)).view(batch, -1)
+        if coverage_penalty:
+            penalties = torch.where(finished, penalties, coverage_penalty * _coverage(*module.coverage(state)))
+        ranked = normalised(total.view(batch, beam_size, vocabulary).double()).view(batch, -1)
         chosen = ranked.topk(beam_size, dim=-1).indices
         scores = total.gather(1, chosen)
         source = (first + chosen // vocabulary).flatten()
@@ -90,9 +127,9 @@ def beam_search(
         state = module.select(state, source)
         tokens = torch.cat([tokens[source], emitted.unsqueeze(1)], 1)
         finished = finished[source] | (emitted == end)
-        lengths = lengths[source]
+        lengths, penalties = lengths[source], penalties[source]
         if finished.all():
             break
-    scores = scores / lengths.clamp(min=1).to(scores.dtype).pow(length_penalty).view(batch, beam_size)
+    scores = normalised(scores)
     best = scores.argmax(1)
     return tokens[first.squeeze(1) + best, 1:], scores.gather(1, best.unsqueeze(1)).squeeze(1)

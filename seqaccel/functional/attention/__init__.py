@@ -3,12 +3,14 @@
 from seqaccel.functional.attention import layouts
 from seqaccel.functional.attention.additive import additive_attention, multiplicative_attention
 from seqaccel.functional.attention.block_sparse import block_sparse_attention
+from seqaccel.functional.attention.decoder import attention_lstm
 from seqaccel.functional.attention.hierarchical import hierarchical_attention
 from seqaccel.functional.attention.layouts import top_k_layout
 from seqaccel.functional.attention.memory import novelty_gate
 
 __all__ = [
     "additive_attention",
+    "attention_lstm",
     "block_sparse_attention",
     "hierarchical_attention",
     "layouts",

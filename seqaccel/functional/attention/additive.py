@@ -117,7 +117,7 @@ def _check(where: str, query: Tensor, key: Tensor, value: Tensor, weight: Tensor
         _arguments.tensor(where, name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{where}: expected {name} to be floating point, but got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
+        if tensor.dtype != query.dtype and not _common.autocast_on(query.device.type):
             raise TypeError(f"{where}: expected {name} to have query's dtype, {query.dtype}, but got {tensor.dtype}")
         if name != "weight" and tensor.dim() != 3:
             raise ValueError(f"{where}: expected {name} to have shape (B, T, size), but got {tuple(tensor.shape)}")

@@ -2,12 +2,15 @@
 
 from seqaccel.nn.attention._additive import AdditiveAttention, MultiplicativeAttention
 from seqaccel.nn.attention._block_sparse import BlockSparseAttention
+from seqaccel.nn.attention._decoder import GNMT, AttentionLSTMDecoder
 from seqaccel.nn.attention._encoder import HierarchicalAttentionEncoder
 from seqaccel.nn.attention._hierarchical import HierarchicalAttention
 from seqaccel.nn.attention._memory import NoveltyMemory
 
 __all__ = [
+    "GNMT",
     "AdditiveAttention",
+    "AttentionLSTMDecoder",
     "BlockSparseAttention",
     "HierarchicalAttention",
     "HierarchicalAttentionEncoder",
