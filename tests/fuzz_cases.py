@@ -435,6 +435,27 @@ def block_sparse_attention_backward(rng: random.Random) -> Arguments:
     return arguments | {"out": out, "lse": lse, "grad_out": torch.randn_like(out)}
 
 
+def attention_pool_forward(rng: random.Random) -> Arguments:
+    B, G, T, D, Dv = sizes(rng, 2, 3, 300, 70, 70)
+    D, Dv, dtype = max(1, D), max(1, Dv), rng.choice([torch.bfloat16, torch.float16, floating(rng)])
+    return {
+        "key": torch.randn(B, G, T, D, dtype=dtype),
+        "value": torch.randn(B, G, T, Dv, dtype=dtype),
+        "pool_query": maybe(rng, lambda: torch.randn(rng.randint(1, 3), G, D, dtype=dtype)),
+        "block_size": rng.choice([2, 3, 16, 64]),
+        "fanout": rng.choice([2, 3, 16]),
+        "levels": rng.choice([-1, 0, 1, 2]),
+        "scale": D**-0.5,
+    }
+
+
+def attention_pool_backward(rng: random.Random) -> Arguments:
+    arguments = attention_pool_forward(rng)
+    keys, values = OPERATORS.attention_pool_forward(**arguments)
+    grads = {"grad_pooled_key": torch.randn_like(keys), "grad_pooled_value": torch.randn_like(values)}
+    return arguments | grads | {"pooled_key": keys, "pooled_value": values}
+
+
 def novelty_gate(rng: random.Random) -> Arguments:
     B, T, N, E = sizes(rng, 3, 90, 9, 70)
     dtype = floating(rng)
@@ -476,7 +497,11 @@ def hierarchical_attention_backward(rng: random.Random) -> Arguments:
     arguments = hierarchical_attention_forward(rng)
     names = ("out", "lse", "pooled_key", "pooled_value")
     found = dict(zip(names, OPERATORS.hierarchical_attention_forward(**arguments), strict=True))
-    return arguments | found | {"grad_out": torch.randn_like(found["out"])}
+    grads = {
+        "grad_out": torch.randn_like(found["out"]),
+        "grad_lse": maybe(rng, lambda: torch.randn_like(found["lse"])),
+    }
+    return arguments | found | grads
 
 
 def elementwise(rng: random.Random) -> Arguments:
@@ -505,6 +530,8 @@ GENERATORS: dict[str, Generator] = {
     "additive_attention_backward": additive_attention_backward,
     "additive_attention_forward": additive_attention_forward,
     "best_isa": lambda rng: {},
+    "attention_pool_backward": attention_pool_backward,
+    "attention_pool_forward": attention_pool_forward,
     "block_sparse_attention_backward": block_sparse_attention_backward,
     "block_sparse_attention_forward": block_sparse_attention_forward,
     "causal_conv1d_backward": causal_conv1d_backward,

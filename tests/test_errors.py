@@ -355,6 +355,19 @@ CALLS = {
             "need_weights": NOT_FLAGS,
         },
     ),
+    "attention_pool": (
+        SF.attention_pool,
+        lambda: {"key": Q, "value": Q},
+        {
+            "key": TENSOR,
+            "value": TENSOR,
+            "pool_query": (*NOT_OPTIONAL_TENSORS, torch.randn(2, 3)),
+            "block_size": (*NOT_INTS, 1, True),
+            "fanout": (*[x for x in NOT_INTS if x is not None], 1, True),
+            "levels": (*[x for x in NOT_INTS if x is not None], -1, True),
+            "scale": NOT_NUMBERS,
+        },
+    ),
     "block_sparse_attention": (
         SF.block_sparse_attention,
         lambda: {"query": Q, "key": Q, "value": Q, "layout": torch.ones(3, 3, dtype=torch.bool), "block_size": 4},

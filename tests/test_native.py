@@ -373,6 +373,7 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.hierarchical_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, *[None] * 3, 2, 2, 1, 1, True, True, 1.0
         ),
+        lambda: ops.attention_pool_forward(*[torch.empty(size, 1, 0, 2**12)] * 2, None, 2, 2, 1, 1.0),
         lambda: ops.block_sparse_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, torch.empty(size, 1, 0, 0, dtype=torch.bool), 2, True, 1.0
         ),
@@ -401,6 +402,9 @@ def test_nothing_to_do_takes_no_time():
         heads, *[heads] * 3, *[None] * 3, out, lse, *pooled, 2, 2, 1, 1, True, True, 1.0
     )
     assert all(grad.shape == heads.shape for grad in grads[:3])
+    pooled = ops.attention_pool_forward(heads, heads, None, 2, 2, 1, 1.0)
+    grads = ops.attention_pool_backward(*pooled, heads, heads, None, *pooled, 2, 2, 1, 1.0)
+    assert all(grad.shape == heads.shape for grad in grads[:2])
     layout = torch.empty(1, many, 0, 0, dtype=torch.bool)
     out, lse = ops.block_sparse_attention_forward(*[heads] * 3, layout, 2, True, 1.0)
     grads = ops.block_sparse_attention_backward(heads, *[heads] * 3, layout, out, lse, 2, True, 1.0)

@@ -106,6 +106,16 @@ def attention_backward_arguments():
     return torch.randn_like(saved[0]), *arguments[:6], *saved, *OPTIONS
 
 
+def pool_arguments():
+    return double(2, 2, 9, 3), double(2, 2, 9, 5), double(1, 2, 3), 2, 2, -1, 0.5
+
+
+def pool_backward_arguments():
+    arguments = pool_arguments()
+    pooled = torch.ops.seqaccel.attention_pool_forward(*arguments)
+    return *map(torch.randn_like, pooled), *arguments[:3], *pooled, *arguments[3:]
+
+
 def block_sparse_arguments():
     layout = (torch.arange(3)[:, None] + torch.arange(4)) % 2 == torch.arange(4)[:, None, None] % 2
     tensors = double(2, 4, 9, 3), double(2, 2, 13, 3), double(2, 2, 13, 5)
@@ -167,6 +177,8 @@ ARGUMENTS = {
     "column_backward": column_backward_arguments,
     "hierarchical_attention_forward": attention_arguments,
     "hierarchical_attention_backward": attention_backward_arguments,
+    "attention_pool_forward": pool_arguments,
+    "attention_pool_backward": pool_backward_arguments,
     "block_sparse_attention_forward": block_sparse_arguments,
     "block_sparse_attention_backward": block_sparse_backward_arguments,
     "additive_attention_forward": additive_arguments,

@@ -55,6 +55,11 @@ BOUNDS["attention"] = Bound(
     backward={torch.float32: 4e-6, torch.float64: 8e-15, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9},
 )
 
+BOUNDS["attention_pool"] = dataclasses.replace(
+    BOUNDS["attention"],
+    reason="As attention; in half precision a node pools nodes that are rounded: another half ulp at most.",
+    forward=BOUNDS["attention"].forward | {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10},
+)
 
 BOUNDS["scan"] = Bound(
     reason=(

@@ -5,6 +5,7 @@ from seqaccel.functional import _testing as _testing  # registers operators
 from seqaccel.functional.attention import (
     additive_attention,
     attention_lstm,
+    attention_pool,
     block_sparse_attention,
     hierarchical_attention,
     multiplicative_attention,
@@ -38,6 +39,7 @@ from seqaccel.functional.scan import (
 __all__ = [
     "additive_attention",
     "attention_lstm",
+    "attention_pool",
     "block_sparse_attention",
     "causal_conv1d",
     "causal_conv2d",

@@ -38,7 +38,7 @@ def node_count(length: int, block_size: int, fanout: int, levels: int) -> int:
     return nodes
 
 
-def _empty_heads(t: Tensor, width: int) -> Tensor:
+def empty_heads(t: Tensor, width: int) -> Tensor:
     """An uninitialised tensor (B, heads, T, width), whose time steps lie outside its heads where ``t``'s do."""
     B, H, T, _ = t.shape
     if t.stride(1) < t.stride(2):
@@ -53,12 +53,12 @@ def _forward_fake(query, key, value, pool_query, cu_seqlens, lengths, block_size
     nodes = 0 if empty else torch.sym_max(node_count(T, block_size, fanout, levels), 2)
     pooled = [query.new_empty(B, G, nodes, width) for width in (key.shape[3], Dv)]
     lse = query.new_empty(query.shape[:3], dtype=_common.compute_dtype(query.dtype))
-    return _empty_heads(query, Dv), lse, *pooled
+    return empty_heads(query, Dv), lse, *pooled
 
 
 def _backward_fake(grad_out, query, key, value, pool_query, *_):
     pool = query.new_empty(0, key.shape[1], key.shape[3]) if pool_query is None else torch.empty_like(pool_query)
-    return *(_empty_heads(t, t.shape[3]) for t in (query, key, value)), pool.contiguous()
+    return *(empty_heads(t, t.shape[3]) for t in (query, key, value)), pool.contiguous()
 
 
 def _operators(backend: str):
@@ -71,39 +71,55 @@ def _operators(backend: str):
     return torch.ops.seqaccel.hierarchical_attention_forward, torch.ops.seqaccel.hierarchical_attention_backward
 
 
-def _definition(query, key, value, pool_query, cu_seqlens, lengths, *options) -> Tensor:
+def _definition(query, key, value, pool_query, cu_seqlens, lengths, *options) -> Any:
     keywords = _Options(*options)._asdict()
     keywords["levels"] = None if keywords["levels"] < 0 else keywords["levels"]
     return reference.hierarchical_attention(
-        query, key, value, pool_query, **keywords, cu_seqlens=cu_seqlens, lengths=lengths
+        query, key, value, pool_query, **keywords, cu_seqlens=cu_seqlens, lengths=lengths, return_logsumexp=True
     )
 
 
 class _HierarchicalAttention(torch.autograd.Function):
     """Saves the inputs, the output, one logsumexp a query, and the pooled keys and values (1 / (block_size - 1)).
-    A list ``kept`` takes what is not an argument or the output."""
+    Returns the output, and with a list ``kept`` the logsumexp; the list takes the pooled keys and values."""
 
     @staticmethod
     def forward(ctx, backend, options, query, key, value, pool_query, cu_seqlens, lengths, kept=None):
         inputs = (query, key, value, pool_query, cu_seqlens, lengths)
-        out, *rest = call(_operators(backend)[0], *inputs, *options)
-        if kept is not None:
-            kept.extend(rest)
-        ctx.save_for_backward(*inputs, out, *rest)
+        out, lse, *pooled = call(_operators(backend)[0], *inputs, *options)
+        ctx.save_for_backward(*inputs, out, lse, *pooled)
         ctx.backend, ctx.options = backend, options
-        return out
+        if kept is None:
+            return out
+        kept.extend(pooled)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out, grad_lse=None):
         inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         needs = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():
             grads = _common.differentiable_backward(
-                lambda *tensors: _definition(*tensors, *inputs[4:], *ctx.options), inputs[:4], (grad_out,), needs
+                lambda *tensors: _definition(*tensors, *inputs[4:], *ctx.options),
+                inputs[:4],
+                (grad_out, grad_lse),
+                needs,
             )
         else:
-            grads = call(_operators(ctx.backend)[1], grad_out, *inputs, *saved, *ctx.options)
+            grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
+            rest = () if grad_lse is None else (_logsumexp_gradient(ctx.backend, grad_lse),)
+            grads = call(_operators(ctx.backend)[1], grad_out, *inputs, *saved, *ctx.options, *rest)
         return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
+
+
+def _logsumexp_gradient(backend: str, grad: Tensor) -> Tensor:
+    if backend == "triton":
+        raise RuntimeError(
+            "hierarchical_attention: the backend triton has no gradient of the logsumexp; use "
+            'seqaccel.backend("reference")'
+        )
+    return grad
 
 
 # ---- the operators' facts ----
@@ -112,7 +128,7 @@ class _HierarchicalAttention(torch.autograd.Function):
 def _recorded(backend, query, key, value, pool_query, cu_seqlens, lengths, *options):
     kept: list[Tensor] = []
     inputs = (query, key, value, pool_query, cu_seqlens, lengths)
-    return _HierarchicalAttention.apply(backend, _Options(*options), *inputs, kept), *kept
+    return *_HierarchicalAttention.apply(backend, _Options(*options), *inputs, kept), *kept
 
 
 def _pairs(queries: int, length: int, options: _Options) -> int:
@@ -148,7 +164,7 @@ def _forward_flops(query, key, value, pool_query, cu_seqlens, lengths, *options)
 
 def _backward_flops(grad_out, query, key, value, pool_query, cu_seqlens, lengths, *rest) -> int:
     B, H, Tq, D = query
-    return 2 * B * H * (3 * D + 2 * value[3]) * _pairs(Tq, key[2], _Options(*rest[4:]))
+    return 2 * B * H * (3 * D + 2 * value[3]) * _pairs(Tq, key[2], _Options(*rest[4:11]))
 
 
 def _register(backend: str) -> None:
@@ -166,7 +182,7 @@ def _register(backend: str) -> None:
             autocast=autocast,
         )
     )
-    names = ("grad_out", *inputs, "out", "lse", "pooled_key", "pooled_value", 0, 1, 2)
+    names = ("grad_out", "grad_lse", *inputs, "out", "lse", "pooled_key", "pooled_value", 0, 1, 2)
     register(
         Operator(
             "hierarchical_attention_backward" + suffix,
@@ -275,6 +291,10 @@ def _check_sequences(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, leng
             raise ValueError(f"{where}: expected lengths between 0 and {T}, but got {lengths.tolist()!r:.60}")
 
 
+def _first(results: tuple[Tensor, ...], pair: bool) -> Tensor | tuple[Tensor, Tensor]:
+    return (results[0], results[1]) if pair else results[0]
+
+
 def _triton_takes(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> bool:
     if backends.why_missing("triton", "cuda"):
         return False
@@ -298,7 +318,8 @@ def hierarchical_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor:
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over a pyramid: near tokens one by one, farther ones through nodes that pool ever more of them.
 
     A node of level :math:`\ell` stands for :math:`S_\ell` tokens, :math:`S_0 = 1`, :math:`S_1` = ``block_size``,
@@ -325,11 +346,14 @@ def hierarchical_attention(
             another. Each has a pyramid of its own, and no query sees another sequence. Tq = T.
         lengths: (B,), int64, between 0 and T: what follows the first ``lengths[b]`` tokens of row b is padding. It may
             hold anything; its outputs and gradients are 0, and all else is as if it were not there. Tq = T.
+        return_logsumexp: returns the logarithm of each query's sum of e\ :sup:`logit` too, by which attention to other
+            keys can be joined to this one. Default: ``False``
 
     There are no other masks: use :func:`block_sparse_attention`.
 
     Returns:
-        (B, H, Tq, Dv), in query's dtype.
+        (B, H, Tq, Dv), in query's dtype; with ``return_logsumexp`` a pair of this and (B, H, Tq) in float32, or
+        float64 for float64; -infinity for padding. Both are differentiable.
 
     Raises:
         TypeError: an argument's type or dtype is not what is expected.
@@ -359,7 +383,7 @@ def hierarchical_attention(
     _arguments.integer("hierarchical_attention", "fanout", block_size if fanout is None else fanout, 2)
     _arguments.integer("hierarchical_attention", "levels", 0 if levels is None else levels, 0)
     _arguments.integer("hierarchical_attention", "local_blocks", local_blocks, 1)
-    _arguments.flags("hierarchical_attention", causal=causal, mass_bias=mass_bias)
+    _arguments.flags("hierarchical_attention", causal=causal, mass_bias=mass_bias, return_logsumexp=return_logsumexp)
     if scale is not None:
         _arguments.number("hierarchical_attention", "scale", scale)
     options = _Options(
@@ -374,17 +398,19 @@ def hierarchical_attention(
     tensors: tuple[Any, ...] = _common.autocast(query, key, value, pool_query)
     query, key, value, pool_query = tensors
     if _onnx.exporting():
+        if return_logsumexp:
+            raise RuntimeError("hierarchical_attention: return_logsumexp is not exported to ONNX")
         return _onnx.hierarchical_attention(query, key, value, pool_query, cu_seqlens, lengths, *options)
+    inputs = (query, key, value, pool_query, cu_seqlens, lengths)
     if _common.transforms_active():
-        return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
+        return _first(_definition(*inputs, *options), return_logsumexp)
     on_gpu = query.device.type == "cuda"
     prefer = "reference" if on_gpu and not _triton_takes(query, key, value, cu_seqlens) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
-        return _definition(query, key, value, pool_query, cu_seqlens, lengths, *options)
-    inputs = (query, key, value, pool_query, cu_seqlens, lengths)
+        return _first(_definition(*inputs, *options), return_logsumexp)
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        return _operators(backend)[0](*inputs, *options)[0]
+        return _first(_operators(backend)[0](*inputs, *options), return_logsumexp)
     if _common.needs_grad(query, key, value, pool_query):
-        return _HierarchicalAttention.apply(backend, options, *inputs)
-    return call(_operators(backend)[0], *inputs, *options)[0]
+        return _HierarchicalAttention.apply(backend, options, *inputs, [] if return_logsumexp else None)
+    return _first(call(_operators(backend)[0], *inputs, *options), return_logsumexp)

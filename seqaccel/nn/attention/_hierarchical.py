@@ -250,7 +250,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             cu_seqlens=cu_seqlens,
             lengths=lengths,
         )
-        return self._joined(out, batched), None
+        return self._joined(out, batched), None  # type: ignore[arg-type]
 
     @staticmethod
     def _positions(like: Tensor, T: int, cu_seqlens: Tensor | None) -> Tensor:

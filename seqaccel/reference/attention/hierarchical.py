@@ -1,12 +1,13 @@
 """Hierarchical attention in plain PyTorch: the definition."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["hierarchical_attention", "level_spans", "pool_level"]
+__all__ = ["attention_pool", "hierarchical_attention", "level_spans", "pool_level"]
 
 
 def level_spans(length: int, block_size: int, fanout: int, levels: int | None) -> list[int]:
@@ -35,6 +36,27 @@ def pool_level(
     return (weight * key).sum(3), (weight * value).sum(3)
 
 
+def attention_pool(
+    key: Tensor,
+    value: Tensor,
+    pool_query: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    fanout: int | None = None,
+    levels: int | None = None,
+    scale: float | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the nodes of each level, level 1 first. Level l pools with row min(l, P) - 1."""
+    scale = key.shape[3] ** -0.5 if scale is None else scale
+    spans = level_spans(key.shape[2], block_size, block_size if fanout is None else fanout, levels)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for level in range(1, len(spans)):
+        row = None if pool_query is None else pool_query[min(level, pool_query.shape[0]) - 1]
+        key, value = pool_level(key, value, row, spans[level] // spans[level - 1], scale)
+        pairs.append((key, value))
+    return pairs
+
+
 def hierarchical_attention(
     query: Tensor,
     key: Tensor,
@@ -50,7 +72,8 @@ def hierarchical_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor:
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Each query attends, in one softmax, to near tokens one by one and to farther ones through nodes that pool them.
 
     Node j of level l stands for the tokens [j S_l, (j + 1) S_l). With c_l = t // S_l the cell of the query at t, the
@@ -65,7 +88,8 @@ def hierarchical_attention(
     scale = D**-0.5 if scale is None else scale
     if cu_seqlens is not None or (lengths is not None and B > 0):
         options = (block_size, fanout, levels, local_blocks, causal, mass_bias, scale)
-        return _of_sequences(query, key, value, pool_query, cu_seqlens, lengths, options)
+        out, lse = _of_sequences(query, key, value, pool_query, cu_seqlens, lengths, options)
+        return (out, lse) if return_logsumexp else out
     spans = level_spans(T, block_size, fanout, levels)
     top = len(spans) - 1
     block = min(block_size, max(T, 1))
@@ -112,9 +136,14 @@ def hierarchical_attention(
             unbounded = until.gather(3, own[..., None].expand(B, G, blocks, block, Dv)).unsqueeze(2)
             chosen = chosen.masked_fill(~finite, 0.0)
         values.append(chosen)
-    weight = torch.softmax(torch.cat(logits, dim=-1), dim=-1)
+    scores = torch.cat(logits, dim=-1)
+    weight = torch.softmax(scores, dim=-1)
     out = torch.einsum("bghitj,bgijd->bghitd", weight, torch.cat(values, dim=3)) + unbounded
-    return out.reshape(B, H, blocks * block, Dv)[:, :, before : before + Tq]
+    out = out.reshape(B, H, blocks * block, Dv)[:, :, before : before + Tq]
+    if not return_logsumexp:
+        return out
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    return out, lse.reshape(B, H, blocks * block)[:, :, before : before + Tq]
 
 
 def _of_sequences(
@@ -125,30 +154,34 @@ def _of_sequences(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
     options: tuple,
-) -> Tensor:
-    """One call per sequence."""
+) -> tuple[Tensor, Tensor]:
+    """Outputs and logsumexps, by one call per sequence."""
     names = ("block_size", "fanout", "levels", "local_blocks", "causal", "mass_bias", "scale")
     keywords = dict(zip(names, options, strict=True))
     T = key.shape[2]
 
-    def attend(row: slice, time: slice) -> Tensor:
-        return hierarchical_attention(
-            query[row, :, time], key[row, :, time], value[row, :, time], pool_query, **keywords
-        )
+    def attend(row: slice, time: slice) -> Any:
+        q, k, v = (t[row, :, time] for t in (query, key, value))
+        return hierarchical_attention(q, k, v, pool_query, **keywords, return_logsumexp=True)
 
-    def zeros(steps: int) -> Tensor:
-        return value.new_zeros(1, query.shape[1], steps, value.shape[3])
+    def padding(steps: int) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        out = value.new_zeros(1, query.shape[1], steps, value.shape[3])
+        return out, value.new_full(out.shape[:3], -math.inf, dtype=dtype)
+
+    def join(parts: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, dim), torch.cat(lses, dim)
 
     if lengths is not None:
         ends = [min(max(end, 0), T) for end in lengths.tolist()]
-        rows = [torch.cat([attend(slice(b, b + 1), slice(end)), zeros(T - end)], 2) for b, end in enumerate(ends)]
-        return torch.cat(rows)
+        return join([join([attend(slice(b, b + 1), slice(end)), padding(T - end)], 2) for b, end in enumerate(ends)], 0)
     assert cu_seqlens is not None
     first, *ends = cu_seqlens.tolist()
     first = min(max(first, 0), T)
-    parts = [zeros(first)]
+    parts = [padding(first)]
     for end in ends:
         end = min(max(end, first), T)
         parts.append(attend(slice(None), slice(first, end)))
         first = end
-    return torch.cat([*parts, zeros(T - first)], 2)
+    return join([*parts, padding(T - first)], 2)

@@ -72,6 +72,9 @@ void segment_tile(const AttentionBackward<S>& p, const SegmentGrads<Sum<W>>& s, 
   const int vectors = int((count + L - 1) / L);
   fill_grad_tile(q, f.query.at(0, h) + row * f.query.time, f.query.time, p.grad_out.at(0, h) + row * p.grad_out.time,
                  p.grad_out.time, f.out.at(0, h) + row * f.out.time, f.out.time, f.lse + h * f.Tq + row, count, D, Dv);
+  if (p.grad_lse) {  // lse's derivative by a score is the score's weight
+    for (int64_t i = 0; i < count; ++i) q.delta[i] -= p.grad_lse[h * f.Tq + row + i];
+  }
   Run runs[kMaxRuns];
   const int n = cover_block(pyramid, block, runs);
   for (int r = 0; r < n; ++r) {
@@ -262,6 +265,24 @@ void unpool_chunk(const AttentionBackward<S>& p, int64_t g, int level, int64_t c
   }
 }
 
+// Passes the gradients of all nodes on, the highest level first, by the whole team.
+template <typename S>
+void unpool_levels(const AttentionBackward<S>& p, Current<AttentionBackward<S>>& current, Compute<S>* workspace) {
+  const Attention<S>& f = p.forward;
+  const Sequences& sequences = f.sequences;
+  for (int level = f.pyramid.levels; level >= 1; --level) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < f.G * sequences.tasks(kChunks + level); ++i) {
+      const Task task = task_at(sequences, kChunks + level, f.G, i);
+      unpool_chunk(current.at(task.sequence), task.head, level, task.item, workspace);
+    }
+  }
+  if (p.grad_pool) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < f.P * f.G; ++i) add_pool_gradients(p, i / f.G, i % f.G);
+  }
+}
+
 template <typename W, typename S>
 void attention_backward(const AttentionBackward<S>& p) {
   const Attention<S>& f = p.forward;
@@ -290,17 +311,7 @@ void attention_backward(const AttentionBackward<S>& p) {
         add_node(current.at(task.sequence), task.head, task.item);
       }
     }
-    for (int level = f.pyramid.levels; level >= 1; --level) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < f.G * sequences.tasks(kChunks + level); ++i) {
-        const Task task = task_at(sequences, kChunks + level, f.G, i);
-        unpool_chunk(current.at(task.sequence), task.head, level, task.item, workspace);
-      }
-    }
-    if (p.grad_pool) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < f.P * f.G; ++i) add_pool_gradients(p, i / f.G, i % f.G);
-    }
+    unpool_levels(p, current, workspace);
   }
 }
 

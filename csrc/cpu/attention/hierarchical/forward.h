@@ -77,6 +77,18 @@ void attend_tile(const Attention<S>& p, int64_t h, int64_t block, int64_t t, int
   end_tile(q, p.out.at(0, h) + row * p.out.time, p.out.time, p.lse + h * p.Tq + row, count, p.Dv);
 }
 
+// Pools the levels one after the other, by the whole team.
+template <typename S>
+void pool_levels(const Attention<S>& p, Current<Attention<S>>& current, Compute<S>* workspace) {
+  for (int level = 1; level <= p.pyramid.levels; ++level) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.G * p.sequences.tasks(level); ++i) {
+      const Task task = task_at(p.sequences, level, p.G, i);
+      pool_node(current.at(task.sequence), task.head, level, task.item, workspace);
+    }
+  }
+}
+
 template <typename W, typename S>
 int64_t forward_workspace(int64_t D, int64_t Dv, int64_t children) {
   return (max_of(query_tile_elements<W, S>(D, Dv), children) + 31) / 16 * 16;
@@ -92,13 +104,7 @@ void attention_forward(const Attention<S>& p) {
   {
     Sum<W>* const workspace = p.workspace + omp_get_thread_num() * share;
     Current<Attention<S>> current(p);
-    for (int level = 1; level <= p.pyramid.levels; ++level) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < p.G * sequences.tasks(level); ++i) {
-        const Task task = task_at(sequences, level, p.G, i);
-        pool_node(current.at(task.sequence), task.head, level, task.item, workspace);
-      }
-    }
+    pool_levels(p, current, workspace);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) {
       const Task task = task_at(sequences, kBlocks, p.H, i / tiles);

@@ -233,12 +233,13 @@ int64_t backward_segments(const Call& c, const Pyramid& p, int64_t all_blocks) {
   return std::max<int64_t>(1, std::min(wanted, blocks / least));
 }
 
-std::vector<int64_t> count_backward_tasks(const Call& c) {
+// `pool`: of the pyramid alone.
+std::vector<int64_t> count_backward_tasks(const Call& c, bool pool = false) {
   int64_t all_blocks = 0;
   for (const Sequence& s : c.sequences) all_blocks += query_blocks(pyramid_of(c, s.T));
   if (!c.ragged) all_blocks = c.B * query_blocks(c.pyramid);
   return count_tasks(c, kChunks + 1 + c.pyramid.levels, [&](const Pyramid& p, int64_t* each) {
-    const int64_t segments = backward_segments(c, p, all_blocks);
+    const int64_t segments = pool ? 1 : backward_segments(c, p, all_blocks);
     each[kSegments] = segments;
     each[kNodes] = p.nodes;
     each[kPartialRows] = 0;
@@ -254,13 +255,15 @@ std::vector<int64_t> count_backward_tasks(const Call& c) {
 }
 
 template <typename S>
-AttentionBackward<S> backward_arguments(const Attention<S>& forward, const Tensor& grad_out, const Tensor& grad_query,
+AttentionBackward<S> backward_arguments(const Attention<S>& forward, const Tensor& grad_out,
+                                        const OptionalTensor& grad_lse, const Tensor& grad_query,
                                         const Tensor& grad_key, const Tensor& grad_value, const Tensor& grad_pool,
                                         const Tensor& partial, const Tensor& partial_pool) {
   typedef Compute<S> T;
   AttentionBackward<S> p;
   p.forward = forward;
   p.grad_out = read<S>(grad_out);
+  p.grad_lse = data_of<T>(grad_lse);
   p.grad_query = write<S>(grad_query);
   p.grad_key = write<T>(grad_key);
   p.grad_value = write<T>(grad_value);
@@ -274,17 +277,20 @@ AttentionBackward<S> backward_arguments(const Attention<S>& forward, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, OptionalTensor cu_seqlens,
     OptionalTensor lengths, Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int64_t block_size,
-    int64_t fanout, int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale) {
+    int64_t fanout, int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale,
+    OptionalTensor grad_lse) {
   const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
                            causal, mass_bias, scale);
   const ScalarType dtype = query.scalar_type();
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.Tq, c.Dv}, dtype);
+  if (grad_lse) check_tensor(*grad_lse, "grad_lse", {c.B, c.H, c.Tq}, compute_dtype(dtype));
   check_tensor(out, "out", {c.B, c.H, c.Tq, c.Dv}, dtype);
   check_tensor(lse, "lse", {c.B, c.H, c.Tq}, compute_dtype(dtype));
   check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c), c.D}, dtype);
   check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c), c.Dv}, dtype);
   const Tensor grad_rows = rows_contiguous(grad_out), out_rows = rows_contiguous(out);
   const Tensor lse_rows = to_contiguous(lse);
+  const OptionalTensor grad_lse_rows = to_contiguous(grad_lse);
   const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
   Tensor grad_query = empty_heads(query), grad_key = empty_sums(key, c.D), grad_value = empty_sums(value, c.Dv);
   Tensor grad_pool = c.pool_query ? new_sums(query, {c.pool_query->size(0), c.G, c.D}) : new_sums(query, {0, c.G, c.D});
@@ -304,9 +310,84 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
     const int64_t share = kernel.workspace(c.D, c.Dv, pool_children(c.pyramid));
     Tensor workspace = new_sums(query, {share * omp_get_max_threads()});
     kernel.run(backward_arguments(arguments<decltype(zero)>(c, tasks, keys, values, out_rows, lse_rows, workspace),
-                                  grad_rows, grad_query, grad_key, grad_value, grad_pool, partial, partial_pool));
+                                  grad_rows, grad_lse_rows, grad_query, grad_key, grad_value, grad_pool, partial,
+                                  partial_pool));
   });
   return results();
+}
+
+// The pyramid alone is that of attention with keys in the place of queries, which play no part.
+
+const Pool<float>& pool_of(float) { return active_pool_kernels().of_float; }
+const Pool<double>& pool_of(double) { return active_pool_kernels().of_double; }
+const Pool<BFloat16>& pool_of(BFloat16) { return active_pool_kernels().of_bfloat16; }
+const Pool<Float16>& pool_of(Float16) { return active_pool_kernels().of_float16; }
+
+Call make_pool_call(const Tensor& key, const Tensor& value, const OptionalTensor& pool_query, int64_t block_size,
+                    int64_t fanout, int64_t levels, double scale) {
+  return make_call(key, key, value, pool_query, std::nullopt, std::nullopt, block_size, fanout, levels, 1, true, false,
+                   scale);
+}
+
+std::tuple<Tensor, Tensor> attention_pool_forward(Tensor key, Tensor value, OptionalTensor pool_query,
+                                                  int64_t block_size, int64_t fanout, int64_t levels, double scale) {
+  const Call c = make_pool_call(key, value, pool_query, block_size, fanout, levels, scale);
+  Tensor pooled_key = new_pooled(c, c.D), pooled_value = new_pooled(c, c.Dv);
+  if (c.B == 0 || c.G == 0 || c.pyramid.nodes == 0) return {pooled_key, pooled_value};
+  const std::vector<int64_t> tasks(c.pyramid.count, c.pyramid.count + 1 + c.pyramid.levels);
+  Tensor workspace = new_sums(key, {pool_children(c.pyramid) * int64_t(omp_get_max_threads())});
+  with_type(key.scalar_type(), [&](auto zero) {
+    typedef decltype(zero) S;
+    pool_of(zero).forward(arguments<S>(c, tasks, pooled_key, pooled_value, c.value, workspace, workspace));
+  });
+  return {pooled_key, pooled_value};
+}
+
+// The gradients of the nodes, for each head those of keys before those of values.
+Tensor node_gradients(const Call& c, const Tensor& grad_key, const Tensor& grad_value) {
+  const int64_t nodes = c.pyramid.nodes, heads = c.B * c.G;
+  Tensor all = new_sums(c.key, {heads * nodes * (c.D + c.Dv)});
+  const size_t size = size_t(all.element_size());
+  char* to = static_cast<char*>(all.mutable_data_ptr());
+  const Tensor grads[2] = {to_contiguous(to_dtype(grad_key, all.scalar_type())),
+                           to_contiguous(to_dtype(grad_value, all.scalar_type()))};
+  for (int64_t head = 0; head < heads; ++head) {
+    for (const Tensor& grad : grads) {
+      const size_t row = size_t(grad.size(3)) * size, bytes = size_t(nodes) * row;
+      std::memcpy(to, static_cast<const char*>(grad.const_data_ptr()) + size_t(head * grad.size(2)) * row, bytes);
+      to += bytes;
+    }
+  }
+  return all;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_pool_backward(Tensor grad_pooled_key, Tensor grad_pooled_value, Tensor key,
+                                                           Tensor value, OptionalTensor pool_query, Tensor pooled_key,
+                                                           Tensor pooled_value, int64_t block_size, int64_t fanout,
+                                                           int64_t levels, double scale) {
+  const Call c = make_pool_call(key, value, pool_query, block_size, fanout, levels, scale);
+  const ScalarType dtype = key.scalar_type();
+  check_tensor(grad_pooled_key, "grad_pooled_key", {c.B, c.G, pooled_rows(c), c.D}, dtype);
+  check_tensor(grad_pooled_value, "grad_pooled_value", {c.B, c.G, pooled_rows(c), c.Dv}, dtype);
+  check_tensor(pooled_key, "pooled_key", {c.B, c.G, pooled_rows(c), c.D}, dtype);
+  check_tensor(pooled_value, "pooled_value", {c.B, c.G, pooled_rows(c), c.Dv}, dtype);
+  Tensor grad_key = empty_sums(key, c.D), grad_value = empty_sums(value, c.Dv);
+  Tensor grad_pool = new_sums(key, {c.pool_query ? c.pool_query->size(0) : 0, c.G, c.D});
+  for (Tensor* grad : {&grad_key, &grad_value, &grad_pool}) torch::stable::zero_(*grad);
+  if (c.B > 0 && c.G > 0 && c.pyramid.nodes > 0) {
+    const std::vector<int64_t> tasks = count_backward_tasks(c, /*pool=*/true);
+    Tensor partial = node_gradients(c, grad_pooled_key, grad_pooled_value);
+    Tensor partial_pool = new_sums(key, {c.pool_query ? c.B * c.G * tasks[kPoolSums] * c.D : 0});
+    Tensor workspace = new_sums(key, {2 * pool_children(c.pyramid) * int64_t(omp_get_max_threads())});
+    const Tensor keys = to_contiguous(pooled_key), values = to_contiguous(pooled_value);
+    with_type(dtype, [&](auto zero) {
+      typedef decltype(zero) S;
+      const auto forward = arguments<S>(c, tasks, keys, values, c.value, workspace, workspace);
+      pool_of(zero).backward(backward_arguments(forward, c.value, std::nullopt, c.key, grad_key, grad_value, grad_pool,
+                                                partial, partial_pool));
+    });
+  }
+  return {to_dtype(grad_key, dtype), to_dtype(grad_value, dtype), to_dtype(grad_pool, dtype)};
 }
 
 }  // namespace
@@ -321,11 +402,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
       "hierarchical_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? pool_query, "
       "Tensor? cu_seqlens, Tensor? lengths, Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int "
       "block_size, int fanout, int levels, "
-      "int local_blocks, bool causal, bool mass_bias, float scale) -> (Tensor grad_query, Tensor grad_key, "
+      "int local_blocks, bool causal, bool mass_bias, float scale, Tensor? grad_lse=None) -> (Tensor grad_query, "
+      "Tensor grad_key, "
       "Tensor grad_value, Tensor grad_pool_query)");
+  m.def(
+      "attention_pool_forward(Tensor key, Tensor value, Tensor? pool_query, int block_size, int fanout, int levels, "
+      "float scale) -> (Tensor pooled_key, Tensor pooled_value)");
+  m.def(
+      "attention_pool_backward(Tensor grad_pooled_key, Tensor grad_pooled_value, Tensor key, Tensor value, "
+      "Tensor? pool_query, Tensor pooled_key, Tensor pooled_value, int block_size, int fanout, int levels, "
+      "float scale) -> (Tensor grad_key, Tensor grad_value, Tensor grad_pool_query)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {
+  m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward));
+  m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward));
   m.impl("hierarchical_attention_forward", TORCH_BOX(&hierarchical_attention_forward));
   m.impl("hierarchical_attention_backward", TORCH_BOX(&hierarchical_attention_backward));
 }

@@ -80,6 +80,7 @@ struct AttentionBackward {
   typedef Compute<S> T;
   Attention<S> forward;  // out, lse and the pooled arrays are read only; its sequences are those of this pass
   Heads<const S> grad_out;
+  const T* grad_lse;  // [B, H, Tq], or null
   Heads<S> grad_query;
   Heads<T> grad_key, grad_value;
   T* grad_pool;      // [P, G, D], or null
@@ -147,6 +148,21 @@ struct Backward {
   void (*run)(const AttentionBackward<S>&);
 };
 
+// The pyramid alone: G heads, and no queries. The backward pass has its nodes' gradients in partial [B, G, nodes * (D +
+// Dv)], keys before values, and adds those of level 1 to the tokens'.
+template <typename S>
+struct Pool {
+  void (*forward)(const Attention<S>&);
+  void (*backward)(const AttentionBackward<S>&);
+};
+
+struct PoolKernels {
+  Pool<float> of_float;
+  Pool<double> of_double;
+  Pool<BFloat16> of_bfloat16;
+  Pool<Float16> of_float16;
+};
+
 struct AttentionKernels {
   Forward<float> forward_float;
   Forward<double> forward_double;
@@ -171,4 +187,5 @@ struct AttentionNarrowKernels {
 
 SEQACCEL_DECLARE_KERNELS(attention::hierarchical, AttentionKernels, attention_kernels)
 SEQACCEL_DECLARE_KERNELS(attention::hierarchical, AttentionBackwardKernels, attention_backward_kernels)
+SEQACCEL_DECLARE_KERNELS(attention::hierarchical, PoolKernels, pool_kernels)
 SEQACCEL_DECLARE_KERNELS_BF16(attention::hierarchical, AttentionNarrowKernels, attention_narrow_kernels)

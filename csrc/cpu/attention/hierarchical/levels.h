@@ -43,6 +43,7 @@ void move_to(AttentionBackward<S>& part, const AttentionBackward<S>& p, int64_t 
   const Sequence s = sequence_at(f.sequences, n, f.pyramid.T);
   move_to(part.forward, f, s);
   part.grad_out = within(p.grad_out, s);
+  part.grad_lse = p.grad_lse ? p.grad_lse + s.row * f.H * f.Tq + s.first : nullptr;
   part.grad_query = within(p.grad_query, s);
   part.grad_key = within(p.grad_key, s);
   part.grad_value = within(p.grad_value, s);
