@@ -105,7 +105,7 @@ def stabilize_(module: Module, *, forget: float = 0.64, input_bound: float = 1.0
     RNN: singular values of :math:`W_{hh}` are clipped at 1. LSTM: rows are scaled until, in l1 norms of rows,
 
     .. math::
-        \|W_{hi}\|, \|W_{ho}\| < 1 - \bar f, \quad \|W_{hg}\| \le \tfrac14 (1 - \bar f), \quad
+        \|W_{hi}\|, \|W_{ho}\| < 1 - \bar f, \quad \|W_{hg}\| \le \frac14 (1 - \bar f), \quad
         \|W_{hf}\| < (1 - \bar f)^2, \quad
         \sigma(\|W_{hf}\| + X \|W_{if}\| + |b_{if}| + |b_{hf}|) \le \bar f.
 

@@ -225,7 +225,7 @@ def attention_lstm(
     .. math::
         q_t &= W_q h_{t-1} + b_q \\
         e_{tj} &= w^\top \tanh(q_t + k_j) \qquad \text{or} \quad q_t^\top k_j \\
-        c_t &= \textstyle\sum_j \mathrm{softmax}_j(e_{tj})\, v_j \\
+        c_t &= \sum_j \mathrm{softmax}_j(e_{tj})\, v_j \\
         h_t &= \mathrm{LSTM}([x_t, c_t], h_{t-1})
 
     Keys come projected. The values of tanh, A per pair of step and key, are never in memory together; backward

@@ -135,8 +135,8 @@ def contraction_factor(module: Any, *, input_bound: float = 1.0) -> float:
     h|)` is bounded,
 
     .. math::
-        M = \begin{pmatrix} \bar f & a \\ \bar f & a + \tfrac14 \|W_{ho}\| \end{pmatrix}, \qquad
-        a = \tfrac14 \frac{\|W_{hf}\|}{1 - \bar f} + \|W_{hg}\| + \tfrac14 \|W_{hi}\|,
+        M = \begin{pmatrix} \bar f & a \\ \bar f & a + \frac14 \|W_{ho}\| \end{pmatrix}, \qquad
+        a = \frac14 \frac{\|W_{hf}\|}{1 - \bar f} + \|W_{hg}\| + \frac14 \|W_{hi}\|,
 
     with :math:`\|W\|` the largest l1 norm of a row and :math:`\bar f` the largest value that the forget gate can take.
     GRU: a bound of the same kind on :math:`\max|\Delta h|`. The largest factor of all layers and directions counts.
