@@ -37,8 +37,8 @@ def beam_search(
     A hypothesis y of n tokens has the score
 
     .. math::
-        \sum_t \log p(y_t \mid y_{<t}) \Big/ \Big(\frac{\gamma + n}{\gamma + 1}\Big)^\alpha
-        + \beta \sum_j \log \min\Big(1, \sum_t p_{tj}\Big)
+        \sum_t \log p(y_t \mid y_{<t}) \;/\; \Bigl(\frac{\gamma + n}{\gamma + 1}\Bigr)^\alpha
+        + \beta \sum_j \log \min\Bigl(1, \sum_t p_{tj}\Bigr)
 
     where :math:`p_{tj}` is the attention that position j of the source has at step t.
 
