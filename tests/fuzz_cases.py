@@ -469,6 +469,19 @@ def novelty_gate(rng: random.Random) -> Arguments:
     }
 
 
+def echo_state(rng: random.Random) -> Arguments:
+    T, B, H, N = sizes(rng, 20, 40, 70, 600)
+    dtype, N = floating(rng), N if H else 0
+    return {
+        "drive": torch.randn(T, B, H, dtype=dtype),
+        "h_0": torch.randn(B, H, dtype=dtype),
+        "rows": torch.tensor([0, *sorted(rng.randint(0, N) for _ in range(H - 1)), N][: H + 1], dtype=torch.int32),
+        "columns": torch.randint(max(1, H), (N,), dtype=torch.int32),
+        "weight": torch.randn(N, dtype=dtype) * 0.3,
+        "leak_rate": rng.choice([1.0, rng.random()]),
+    }
+
+
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
@@ -540,6 +553,7 @@ GENERATORS: dict[str, Generator] = {
     "causal_conv2d_forward": causal_conv2d_forward,
     "column_backward": column_backward,
     "column_forward": column_forward,
+    "echo_state": echo_state,
     "elementwise": elementwise,
     "fastest_mm": matrices,
     "hierarchical_attention_backward": hierarchical_attention_backward,
@@ -574,6 +588,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "PeepholeLSTM": (lambda: seqaccel.nn.PeepholeLSTM(4, 5, proj_size=3), (3, 2, 4)),
     "MultiplicativeLSTM": (lambda: seqaccel.nn.MultiplicativeLSTM(4, 5), (3, 2, 4)),
     "SRU": (lambda: seqaccel.nn.SRU(4, 5), (3, 2, 4)),
+    "EchoStateNetwork": (lambda: seqaccel.nn.EchoStateNetwork(4, 5, 3, 2, connectivity=0.4), (3, 2, 4)),
     "RNNCell": (lambda: seqaccel.nn.RNNCell(4, 5), (2, 4)),
     "LSTMCell": (lambda: seqaccel.nn.LSTMCell(4, 5), (2, 4)),
     "GRUCell": (lambda: seqaccel.nn.GRUCell(4, 5), (2, 4)),

@@ -381,6 +381,24 @@ CALLS = {
             "scale": NOT_NUMBERS,
         },
     ),
+    "echo_state": (
+        SF.echo_state,
+        lambda: {
+            "drive": torch.randn(T, B, 2),
+            "rows": torch.tensor([0, 1, 2], dtype=torch.int32),
+            "columns": torch.tensor([1, 0], dtype=torch.int32),
+            "weight": torch.randn(2),
+            "h_0": torch.zeros(B, 2),
+        },
+        {
+            "drive": (*TENSOR, torch.randn(T, 2)),
+            "rows": (*TENSOR, torch.tensor([0, 1, 2]), torch.zeros(2, dtype=torch.int32)),
+            "columns": (*TENSOR, torch.tensor([1, 0]), torch.zeros(2, 1, dtype=torch.int32)),
+            "weight": (*TENSOR, torch.randn(3), torch.randn(2).double()),
+            "h_0": (*NOT_OPTIONAL_TENSORS, torch.zeros(B, 3), torch.zeros(B, 2).double()),
+            "leak_rate": (*NOT_NUMBERS, None, -0.1, 1.1),
+        },
+    ),
     "novelty_gate": (
         SF.novelty_gate,
         lambda: {
@@ -682,6 +700,17 @@ CALLS = {
             "causal": NOT_FLAGS,
         },
     ),
+    "EchoStateNetwork": (
+        nn.EchoStateNetwork,
+        lambda: {"input_size": I, "hidden_size": H, "output_size": 2},
+        {
+            **dict.fromkeys(("input_size", "hidden_size", "output_size", "num_layers"), (*NOT_INTS, 0)),
+            "batch_first": NOT_FLAGS,
+            **dict.fromkeys(("spectral_radius", "input_scaling", "bias_scaling"), (*NOT_NUMBERS, None, -1)),
+            **dict.fromkeys(("leak_rate", "connectivity"), (*NOT_NUMBERS, None, 0, 1.1)),
+            "generator": (3, "seed"),
+        },
+    ),
     "NoveltyMemory": (
         nn.NoveltyMemory,
         lambda: {"embed_dim": 8, "num_heads": 2},
@@ -827,6 +856,11 @@ FORWARDS = {
     "LayerNormGRU": (lambda: nn.LayerNormGRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
     "LSTM": (lambda: nn.LSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
     "PeepholeLSTM": (lambda: nn.PeepholeLSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
+    "EchoStateNetwork": (
+        lambda: nn.EchoStateNetwork(I, H, 2),
+        {"x": torch.randn(T, B, I)},
+        {"x": TENSOR, "state": ((), (torch.zeros(1, B, H),), (None,), (torch.zeros(B, H),) * 2, "h", 3)},
+    ),
     "RNNCell": (
         lambda: nn.RNNCell(I, H),
         {"input": torch.randn(B, I)},
@@ -1041,6 +1075,7 @@ STREAMS |= {"WaveNet": FORWARDS["WaveNet"][0], "WaveNetLayer": lambda: nn.WaveNe
 STREAMS["QRNN"] = lambda: nn.QRNN(I, H, window=2)
 STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
 STREAMS["HierarchicalAttentionEncoder"] = lambda: nn.HierarchicalAttentionEncoder(I, 2, 1, 6)
+STREAMS["EchoStateNetwork"] = lambda: nn.EchoStateNetwork(I, H, 2)
 STREAMS["NoveltyMemory"] = lambda: nn.NoveltyMemory(I, 2)
 
 

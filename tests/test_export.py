@@ -173,6 +173,7 @@ CASES = {
     "LayerNormLSTM": Case("rnn", lambda: nn.LayerNormLSTM(5, 6), ("TB5",)),
     "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6, bidirectional=True), ("TB5",)),
     "MultiplicativeLSTM": Case("rnn", lambda: nn.MultiplicativeLSTM(5, 6), ("TB5",)),
+    "EchoStateNetwork": Case("rnn", lambda: nn.EchoStateNetwork(5, 6, 3, 2, connectivity=0.5), ("TB5",)),
     "RNNCell": Case("rnn", lambda: nn.RNNCell(5, 6), ("B5",)),
     "GRUCell": Case("rnn", lambda: nn.GRUCell(5, 6), ("B5",)),
     "LSTMCell": Case("rnn", lambda: nn.LSTMCell(5, 6), ("B5",)),
@@ -237,6 +238,7 @@ STREAMS = {
     "GRU": Case("rnn", lambda: nn.GRU(5, 6, batch_first=True), ("BT5",)),
     **{name: CASES[name] for name in ("LSTM", "PeepholeLSTM", "LayerNormLSTM", "MultiplicativeLSTM", "SRU")},
     "LayerNormGRU": Case("rnn", lambda: nn.LayerNormGRU(5, 6), ("TB5",)),
+    "EchoStateNetwork": Case("rnn", lambda: nn.EchoStateNetwork(5, 6, 3, batch_first=True), ("BT5",)),
     **{name: CASES[name] for name in ("SRUpp", "QRNN", "MinLSTM", "IndRNN")},
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, batch_first=True), ("BT5",)),
     "CausalConvTranspose1d": Case("conv", lambda: OneByOne(4, 6, 5), ("B4T",)),
@@ -343,6 +345,7 @@ COLUMNS: dict[str, Callable[[Case], None]] = {
 #: What does not work: the error, and the beginning of the line of docs/support.md that says why and what to use.
 MISSING: dict[tuple[str, str], tuple[type[Exception], str]] = {
     ("NoveltyMemory", "ONNX"): (torch.onnx.OnnxExporterError, "ONNX has no operator for the gate of `NoveltyMemory`"),
+    ("EchoStateNetwork", "ONNX"): (torch.onnx.OnnxExporterError, "ONNX has no operator for the reservoir of"),
 }
 
 
@@ -643,7 +646,7 @@ def test_skip_init(name):
     sizes = {"CausalConv1d": (4, 6, 3), "TemporalBlock": (4, 6, 3, 2), "TCN": (4, [6]), "SRUpp": (5, 6, 4)}
     sizes |= {"BlockSparseAttention": (8, 2), "HierarchicalAttention": (8, 2)}
     sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2), "NoveltyMemory": (8, 2)}
-    sizes |= {"CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
+    sizes |= {"EchoStateNetwork": (5, 6, 3), "CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
     sizes |= {"PervasiveAttention": (5, 6, 4), "AdditiveAttention": (5, 6, 4)}
     sizes |= {"AttentionLSTMDecoder": (5, 6, 4), "GNMT": (5, 6, 4, 2)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}

@@ -363,7 +363,7 @@ def test_out_of_memory_says_so():
 @pytest.mark.parametrize("size", [2**41, 2**62 + 2**20])
 def test_sizes_whose_product_overflows(size):
     ops, x = torch.ops.seqaccel, torch.empty(size, 1, 0)
-    weights = [torch.empty(512, 0), torch.zeros(512, 512), None, None]
+    weights, indices = [torch.empty(512, 0), torch.zeros(512, 512), None, None], torch.zeros(2**12 + 1).int()
     conv = (torch.empty(size, 0, 1), torch.empty(2**20, 0, 1), *[None] * 6, 1, 1, "none", False, 0.0, False)
     for call in (
         lambda: ops.mm(torch.empty(size, 0), torch.empty(0, size)),
@@ -382,6 +382,9 @@ def test_sizes_whose_product_overflows(size):
         ),
         lambda: ops.novelty_gate(
             torch.empty(1, size, 0), torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.int64), 0.9, 1, 1
+        ),
+        lambda: ops.echo_state(
+            torch.empty(size, 0, 2**12), torch.empty(0, 2**12), indices, indices[:0], torch.empty(0), 1.0
         ),
         lambda: ops.column_forward(
             "fo_pool", torch.empty(size, 0, 3 * 2**12), *[None] * 3, torch.empty(0, 2**12), *[None] * 5, 1, True
@@ -418,6 +421,8 @@ def test_nothing_to_do_takes_no_time():
     found = ops.attention_lstm_forward(torch.empty(0, many, 4), *keys, None, None, *state, *[None] * 3, *weights)
     assert found[0].shape == (0, many, 1)
     none = torch.empty(many, 0, 1)
+    indices = torch.zeros(1, dtype=torch.int32)
+    assert ops.echo_state(none[:, :, :0], none[0, :, :0], indices, indices[1:], none[0, :, 0], 1.0).numel() == 0
     assert ops.novelty_gate(none, none, torch.zeros(1, dtype=torch.int64).expand(many), 0.9, 1, 1).shape == (many, 0)
     assert ops.causal_conv1d_forward(
         torch.empty(many, 1, 0), torch.ones(1, 1, 1), *[None] * 6, 1, 1, "none", False, 0.0, False

@@ -156,6 +156,11 @@ def gate_arguments():
     return vectors, vectors[:, :4] + 0.1, torch.tensor([2, 4]), 0.8, 3, 6
 
 
+def echo_arguments():
+    rows, columns = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([0, 2, 3, 1, 2])
+    return double(5, 2, 4), double(2, 4), rows.int(), columns.int(), double(5), 0.7
+
+
 ARGUMENTS = {
     "rnn_forward": rnn_arguments,
     "rnn_backward": rnn_backward_arguments,
@@ -186,6 +191,7 @@ ARGUMENTS = {
     "attention_lstm_forward": decoder_arguments,
     "attention_lstm_backward": decoder_backward_arguments,
     "novelty_gate": gate_arguments,
+    "echo_state": echo_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),
     "mm": lambda: (double(3, 4), double(4, 5)),
     "add_fastest_mm_": lambda: (double(3, 5), double(3, 4), double(4, 5)),
@@ -323,7 +329,9 @@ def test_vmap(name, everything):
         takes = everything or key in operator.batch
         for t in value if isinstance(value, list) else [value]:
             if isinstance(t, torch.Tensor) and takes:
-                mapped.append(torch.stack([t, t * 2 - 1, -t] if is_floating(t) else [t, ~t, t]))
+                mapped.append(
+                    torch.stack([t, t * 2 - 1, -t] if is_floating(t) else [t, t if t.dtype == torch.int32 else ~t, t])
+                )
             flat.append(t)
     structure = [value if isinstance(value, list) else None for value in arguments]
 

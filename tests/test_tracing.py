@@ -22,6 +22,7 @@ MODULES = {
     "LayerNormLSTM": (lambda: nn.LayerNormLSTM(I, 6), (T, B, I), False),
     "LayerNormGRU": (lambda: nn.LayerNormGRU(I, 6), (T, B, I), False),
     "MultiplicativeLSTM": (lambda: nn.MultiplicativeLSTM(I, 6), (T, B, I), False),
+    "EchoStateNetwork": (lambda: nn.EchoStateNetwork(I, 6, 4, 2, connectivity=0.5), (T, B, I), False),
     "RNNCell": (lambda: nn.RNNCell(I, 6), (B, I), True),
     "GRUCell": (lambda: nn.GRUCell(I, 6), (B, I), True),
     "LSTMCell": (lambda: nn.LSTMCell(I, 6), (B, I), True),
@@ -180,7 +181,7 @@ def test_to_empty_and_reset(name):
     emptied = copy.deepcopy(made).to("meta").to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*emptied.parameters(), *emptied.buffers()):
-            tensor.fill_(float("nan"))
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
     for module in reversed(list(emptied.modules())):
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset is not None:
@@ -188,6 +189,9 @@ def test_to_empty_and_reset(name):
     before = dict(made.named_parameters()) | dict(made.named_buffers())
     for key, tensor in (dict(emptied.named_parameters()) | dict(emptied.named_buffers())).items():
         assert not tensor.isnan().any(), key
+        if not tensor.is_floating_point():  # indices
+            assert (tensor >= 0).all(), key
+            continue
         if before[key].numel() > 1 and before[key].std() == 0:  # not drawn
             assert torch.equal(tensor, before[key]), key
         elif before[key].numel() > 20:

@@ -20,6 +20,7 @@ from seqaccel.functional.conv import (
     wavenet_layer,
 )
 from seqaccel.functional.rnn import _functions as _recurrent
+from seqaccel.functional.rnn._echo_state import echo_state
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.rnn.parallel_in_time import parallel_in_time
 from seqaccel.functional.rnn.stability import truncated
@@ -45,6 +46,7 @@ __all__ = [
     "causal_conv2d",
     "causal_conv_transpose1d",
     "column_layer",
+    "echo_state",
     "fo_pool",
     "hierarchical_attention",
     "indrnn",

@@ -202,3 +202,23 @@ def layer(
     if reverse:
         outputs.reverse()
     return (torch.stack(outputs) if outputs else h_0.new_zeros(0, *h_0.shape)), h, c
+
+
+def echo_state(
+    drive: Tensor,  # (T, B, H): W_in x + b
+    h_0: Tensor,  # (B, H)
+    rows: Tensor,  # (H + 1,), int32: where each row of W begins in columns and weight
+    columns: Tensor,  # (N,), int32
+    weight: Tensor,  # (N,)
+    leak_rate: float,
+) -> Tensor:
+    """States (T, B, H) of a reservoir: h = (1 - a) h' + a tanh(drive + W h')."""
+    H, N = drive.shape[2], weight.shape[0]
+    units, counts = torch.arange(H, device=drive.device), (rows[1:] - rows[:-1]).long()
+    place = torch.repeat_interleave(units, counts, output_size=N) * H + columns
+    dense = weight.new_zeros(H * H).index_add(0, place, weight).view(H, H).t()
+    h, outputs = h_0, []
+    for x in drive.unbind(0):
+        h = (1 - leak_rate) * h + leak_rate * torch.tanh(x + h @ dense)
+        outputs.append(h)
+    return torch.stack(outputs) if outputs else torch.zeros_like(drive)

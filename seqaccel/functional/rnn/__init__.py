@@ -3,9 +3,10 @@
 
 from seqaccel.functional.rnn import _functions
 from seqaccel.functional.rnn._cells import CELLS, CellSpec
+from seqaccel.functional.rnn._echo_state import echo_state
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.rnn._layers import layers, step
 from seqaccel.functional.rnn.stability import truncated
 
-__all__ = ["CELLS", "CellSpec", "layers", "step", "truncated"]
+__all__ = ["CELLS", "CellSpec", "echo_state", "layers", "step", "truncated"]
 __all__ += _functions.__all__

@@ -1,6 +1,7 @@
 """Recurrent layers: drop-ins for torch.nn's, and the cells that torch has not, that also run on a stream."""
 
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
+from seqaccel.nn.rnn._echo_state import EchoStateNetwork
 from seqaccel.nn.rnn._gru import GRU, RNN, LayerNormGRU
 from seqaccel.nn.rnn._lstm import LSTM, LayerNormLSTM, MultiplicativeLSTM, PeepholeLSTM
 
@@ -8,6 +9,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "EchoStateNetwork",
     "GRUCell",
     "LSTMCell",
     "LayerNormGRU",
