@@ -8,8 +8,10 @@ time, at the cache bandwidth over their footprint, whichever takes longer.
 
 import contextlib
 import functools
+import importlib.util
 import multiprocessing
 
+import numpy
 import torch
 from harness import Case, suite
 from rnn_peers import peers
@@ -312,3 +314,35 @@ def bench_lstm_stream(B, H):
                 _, state = stock(x[t : t + 1], state)
 
     return Case({"seqaccel[cpp]": run_ours, "torch": run_stock}, **cost(4, B, 16, H))
+
+
+@suite([dict(H=2000, T=500, connectivity=c) for c in (0.1, 0.01)], ["seqaccel[cpp]", "scipy", "reservoirpy"])
+def bench_echo_state(H, T, connectivity):
+    """The states of a reservoir of one stream, drive included, beside a loop of SciPy's sparse product and NumPy."""
+    module = seqaccel.nn.EchoStateNetwork(1, H, 1, connectivity=connectivity)
+    x = torch.randn(T, 1, 1)
+    inputs, bias = x[:, 0].numpy(), module.bias_l0.numpy()
+    contenders = {"seqaccel[cpp]": inference(lambda: module.reservoir(x)[0][:, 0])}
+    if importlib.util.find_spec("scipy"):
+        from scipy import sparse
+
+        w = (module.weight_hh_l0.numpy(), module.columns_l0.numpy(), module.rows_l0.numpy())
+        w, w_in = sparse.csr_matrix(w, shape=(H, H)), module.weight_ih_l0.numpy()
+
+        def loop():
+            drive, h, states = inputs @ w_in.T + bias, numpy.zeros(H, numpy.float32), []
+            for row in drive:
+                h = numpy.tanh(w @ h + row)
+                states.append(h)
+            return torch.from_numpy(numpy.stack(states))
+
+        contenders["scipy"] = loop
+        if importlib.util.find_spec("reservoirpy"):
+            from reservoirpy.nodes import Reservoir
+
+            node = Reservoir(W=w, Win=w_in, bias=bias, lr=1.0, activation="tanh")
+            contenders["reservoirpy"] = lambda: torch.from_numpy(node.run(inputs))
+    for contender in contenders.values():
+        torch.testing.assert_close(contender().float(), contenders["seqaccel[cpp]"](), rtol=0, atol=1e-4)
+    values = module.weight_hh_l0.numel()
+    return Case(contenders, flops=2.0 * T * values, bytes=8.0 * T * values, footprint=8.0 * values)
