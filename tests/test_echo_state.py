@@ -52,8 +52,9 @@ def test_by_hand(backend):
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("B", [1, 2, 7, 16, 17, 33, 70])
 def test_cpp_is_the_reference(isa, B, poison):
-    for H, most in ((1, 1), (37, 9), (300, 90)):
-        arguments = problem(5, B, H, most)
+    """Few steps and many, which pack W."""
+    for T, H, most in ((2, 1, 1), (9, 1, 1), (3, 37, 9), (10, 37, 9), (3, 300, 90), (9, 300, 90)):
+        arguments = problem(T, B, H, most)
         narrow = [t.float() if t.is_floating_point() else t for t in arguments]
         with seqaccel.backend("reference"):
             expected = SF.echo_state(*arguments, leak_rate=0.6)
@@ -61,6 +62,27 @@ def test_cpp_is_the_reference(isa, B, poison):
             torch.testing.assert_close(SF.echo_state(*arguments, leak_rate=0.6), expected, rtol=0, atol=1e-14)
             found = SF.echo_state(*narrow, leak_rate=0.6)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_many_units():
+    """Columns of more than 16 bits: many steps at once are each step of its own."""
+    drive, rows, columns, weight, h = problem(9, 1, 70_001, 3)
+    whole = SF.echo_state(drive, rows, columns, weight, h)
+    for t in range(9):
+        h = SF.echo_state(drive[t : t + 1], rows, columns, weight, h)[0]
+        torch.testing.assert_close(whole[t], h, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("B", [1, 3])
+def test_what_is_not_finite_reaches_only_what_it_feeds(T, B):
+    """Unit 0, which is NaN, feeds unit 4 alone, beside rows of other lengths."""
+    rows, columns = torch.tensor([0, 0, 3, 4, 4, 6, 7, 7]), torch.tensor([1, 2, 3, 3, 0, 4, 1])
+    h_0 = torch.zeros(B, 7)
+    h_0[0, 0] = float("nan")
+    found = SF.echo_state(torch.zeros(T, B, 7), rows.int(), columns.int(), torch.ones(7), h_0)
+    assert found.isnan().any(1).any(0).tolist() == [True, False, False, False, True, False, False]
+    assert not found[:, 1:].isnan().any()
 
 
 def test_threads_change_no_bit():
