@@ -133,6 +133,8 @@ def test_bfloat16_convolutions_that_auto_leaves_to_torch(amx, monkeypatch):
     pairs = torch.ops.seqaccel.isa() == "avx512_bf16"
     torch_where = {True: "torch", False: "cpp"}
     assert backend(4, 256, 256, 512) == torch_where[pairs]
+    assert backend(2, 384, 384, 384, taps=2) == torch_where[pairs]
+    assert backend(2, 384, 384, 384, taps=2, training=True) == torch_where[pairs]
     assert backend(1, 1024, 512, 64, training=True) == torch_where[pairs]
     for few in ((4, 256, 256, 256), (4, 128, 128, 512)):
         assert backend(*few) == torch_where[pairs and amx]
