@@ -144,3 +144,23 @@ def test_audio_effect(tmp_path, model):
         assert line in done.stdout
     refused = subprocess.run([sys.executable, str(script), "--block=0"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--block" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "models"), [("needle", ["hierarchical", "dense", "lstm", "sru", "tcn"]), ("copy", ["tcn"])]
+)
+def test_long_memory(tmp_path, task, models):
+    script = DEMO.with_name("long_memory.py")
+    small = ["--length=64", "--steps=2", "--tokens=64", "--hidden-size=32", "--check=2", "--unseen=4", "--out=out"]
+    command = [sys.executable, str(script), f"--task={task}", *small]
+    command.append(f"--model={'all' if len(models) > 1 else models[0]}")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert {record["model"] for record in records} == set(models)
+    for record in records:
+        assert record["steps"] == 2 and record["length"] == 64 and 0 <= record["accuracy"] <= 1
+        assert record["curve"][-1] == [record["seconds"], record["accuracy"]]
+    assert (tmp_path / "out" / f"{task}.png").stat().st_size > 1000
+    refused = subprocess.run([*command, "--hidden-size=33"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--hidden-size" in refused.stderr
