@@ -266,7 +266,7 @@ def main() -> int:
     add = parser.add_argument
     add("--task", choices=list(TASKS), default="needle")
     add("--model", choices=[*MODELS, "all"], default="all", help="which to train (default: all)")
-    add("--seconds", type=float, default=150.0, help="CPU time of a model's training (default: 150)")
+    add("--seconds", type=float, default=300.0, help="CPU time of a model's training (default: 300)")
     add("--steps", type=int, help="most training steps of a model (default: what the time allows)")
     add("--length", type=int, help="positions (default: 10,000 for the needle, 1,000 for copy)")
     add("--tokens", type=int, default=4096, help="tokens per step, at least 4 sequences (default: 4096)")
