@@ -31,6 +31,7 @@ class _Options(NamedTuple):
 
 def node_count(length: int, block_size: int, fanout: int, levels: int) -> int:
     """Nodes of all summary levels; free of branches on ``length``, which may be symbolic."""
+    torch._check(min(block_size, fanout) >= 2, lambda: "seqaccel: expected block_size and fanout to be at least 2")
     span, level, nodes = block_size, 1, 0
     while span < 1 << 40 and (levels < 0 or level <= levels):
         nodes = nodes + length // span
