@@ -93,3 +93,13 @@ def mask(where: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
     if value.dtype != torch.bool or tuple(value.shape) != tuple(shape):
         found = f"{value.dtype} of {tuple(value.shape)}"
         raise ValueError(f"{where}: expected {name} to be bool of shape {tuple(shape)}, but got {found}")
+
+
+def reset(where: str, value: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Where episodes begin: a tensor of bool of this shape, on the input's device."""
+    mask(where, "reset", value, shape)
+    if value.device != device:
+        raise RuntimeError(
+            f"{where}: expected all tensors to be on the same device, "
+            f"but input is on {device} and reset is on {value.device}"
+        )
