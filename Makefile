@@ -13,7 +13,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 TODAY := $(shell date -u +%Y-%m-%d)
 
-.PHONY: help setup build demo test test-all docs lint format bench gpu new-cell fuzz odr sanitize sanitize-memory sanitize-threads clean
+.PHONY: help setup build demo test test-all docs lint format bench record report gpu new-cell fuzz odr sanitize sanitize-memory sanitize-threads clean
 
 help:
 	@echo "make demo    train language models on real text with our kernels, beside torch's (ARGS='--model lstm --steps 500')"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all tests too what takes long: each Triton configuration for each architecture, each export"
 	@echo "make lint    ruff, mypy, clang-format; 'make format' mends what can be mended"
 	@echo "make bench   run the CPU benchmarks (ARGS='-k lstm') and print the table"
+	@echo "make record  keep the last run of make bench under benchmarks/results; 'make report' fills the docs' tables from it"
 	@echo "make gpu     run the GPU tests and benchmarks with the python3 and nvcc that are there, offline"
 	@echo "make fuzz    call every C++ operator with random arguments (ARGS='--calls 50000 --seed 7')"
 	@echo "make odr     check that no name of the C++ sources means two things (a minute)"
@@ -101,6 +102,14 @@ bench: build
 	@mkdir -p runs
 	$(BIN)/pytest benchmarks -m "not gpu" --benchmark-json=runs/benchmarks.json $(ARGS)
 	$(BIN)/python -m benchmarks.report runs/benchmarks.json --plots runs/plots
+
+# Keeps the last run of `make bench` as the record of this machine, and fills the pages' tables from all records.
+record:
+	@folder=benchmarks/results/$$($(BIN)/python -m benchmarks.records runs/benchmarks.json); mkdir -p $$folder; \
+	cp -v runs/benchmarks.json $$folder/$(TODAY)-$(COMMIT).json
+
+report: $(VENV)/.requirements
+	$(BIN)/python -m benchmarks.pages
 
 build: $(VENV)/.built
 

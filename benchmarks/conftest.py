@@ -48,9 +48,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    """A summary by case: the ratio of our speed to each peer's, and whether the run was void."""
+    """A summary by case: the ratio of our speed to each peer's, and whether the run was void; rounds are left out."""
     cases: dict[str, dict] = {}
     for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
         info = row["extra_info"]
         if "contender" in info:
             case = cases.setdefault(row["group"], {"ours": info["ours"], "void": info["void"], "ratios": {}})

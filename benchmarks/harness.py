@@ -279,6 +279,7 @@ class Measured:
         floor, bound = best.floor(self.case)
         seconds = self.figure(name)
         ours = next(iter(self.case.contenders))
+        speeds = [a / b for a, b in zip(self.times[name], self.times[ours], strict=False)]
         return {
             "contender": name,
             "backend": name.partition("[")[2].rstrip("]") or name,
@@ -289,6 +290,7 @@ class Measured:
             "percent_of_ceiling": 100 * floor / seconds,
             "bound": bound,
             "speed_of_ours_over_this": seconds / self.figure(ours),
+            "quartiles_of_speed": statistics.quantiles(speeds, n=4)[::2],
             "fastest_over_fastest": min(self.times[name]) / min(self.times[ours]),
             "ours": ours,
             "flops": self.case.flops,

@@ -2,52 +2,23 @@
 
 ``python -m benchmarks.report FILE.json [--markdown] [--plots FOLDER]``; with ``--bars`` the geometric means of the
 recurrent suites beside their bars. Several files are read as one. Ours is the median round, a peer's figure its
-fastest round. "speed of ours" is how many times as fast ours is as this contender (in brackets: fastest round over
-fastest round). "ceiling" is the share of what the machine could have done in that time, by operations or by bytes,
-whichever binds.
+fastest round. "speed of ours" is how many times as fast ours is as this contender (in brackets: the quartiles over the
+rounds). "ceiling" is the share of what the machine could have done in that time, by operations or by bytes, whichever
+binds.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import pathlib
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+
+from benchmarks import plots
+from benchmarks.records import cases, duration, machine, numbers, ours, read_all
 
 HEADER = ("case", "contender", "time", "GFLOP/s", "GB/s", "ceiling", "speed of ours")
-
-
-def read(path: pathlib.Path) -> dict:
-    """The JSON that ``pytest benchmarks --benchmark-json`` wrote; exits with one line where it is something else."""
-    try:
-        data = json.loads(path.read_text())
-        data["benchmarks"] = [row for row in data["benchmarks"] if "contender" in row["extra_info"]]
-    except OSError as error:
-        sys.exit(f"{path}: {error.strerror}")
-    except (ValueError, KeyError, TypeError):
-        sys.exit(f"{path} is not a result of pytest benchmarks --benchmark-json")
-    return data
-
-
-def read_all(paths: Iterable[pathlib.Path]) -> dict:
-    """Several results as one; of a case that was run again, the last that is not void."""
-    results = [read(path) for path in paths]
-    rows: dict[tuple[str, str], dict] = {}
-    for row in itertools.chain.from_iterable(data["benchmarks"] for data in results):
-        key = row["group"], row["extra_info"]["contender"]
-        if key not in rows or not row["extra_info"]["void"]:
-            rows[key] = row
-    return results[-1] | {"benchmarks": sorted(rows.values(), key=lambda row: row["group"])}
-
-
-def duration(seconds: float) -> str:
-    unit, scale = next(
-        pair for pair in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= pair[1] or pair[0] == "µs"
-    )
-    return f"{seconds / scale:.3g} {unit}"
 
 
 def rows(data: dict) -> list[tuple[str, ...]]:
@@ -55,7 +26,8 @@ def rows(data: dict) -> list[tuple[str, ...]]:
     table = []
     for group, members in itertools.groupby(data["benchmarks"], key=lambda row: row["group"]):
         for i, info in enumerate(row["extra_info"] for row in members):
-            speed = f"{info['speed_of_ours_over_this']:.2f} ({info['fastest_over_fastest']:.2f})"
+            low, high = info.get("quartiles_of_speed", [info["fastest_over_fastest"]] * 2)  # older records lack them
+            speed = f"{info['speed_of_ours_over_this']:.2f} ({low:.2f} to {high:.2f})"
             table.append(
                 (
                     group if i == 0 else "",
@@ -68,17 +40,6 @@ def rows(data: dict) -> list[tuple[str, ...]]:
                 )
             )
     return table
-
-
-def machine(data: dict) -> str:
-    """One line: processor or GPU, threads, versions, commit."""
-    info, ours = data["machine_info"], data["machine_info"].get("seqaccel", {})
-    processor = ours.get("gpu") or info.get("cpu", {}).get("brand_raw", "unknown processor")
-    commit = (data.get("commit_info") or {}).get("id", "unknown")[:12]
-    return (
-        f"{processor}, {ours.get('threads')} threads, {ours.get('isa')}; torch {ours.get('torch')}, "
-        f"seqaccel {ours.get('seqaccel')}; commit {commit}; {data.get('datetime', '')[:10]}"
-    )
 
 
 def print_table(data: dict) -> None:
@@ -104,40 +65,6 @@ def print_markdown(data: dict) -> None:
     print(f"\n{machine(data)}")
 
 
-def plot(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
-    """One bar chart a suite: the speed of ours over each peer's at each size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    infos = sorted((row["extra_info"] for row in data["benchmarks"]), key=lambda info: info["suite"])
-    for suite, group in itertools.groupby(infos, key=lambda info: info["suite"]):
-        members = [info for info in group if info["contender"] != info["ours"] and not info["void"]]
-        if not members:
-            continue
-        sizes, peers = (list(dict.fromkeys(info[key] for info in members)) for key in ("size", "contender"))
-        figure, axes = plt.subplots(figsize=(2 + 1.6 * len(sizes), 4), layout="constrained")
-        width = 0.8 / len(peers)
-        for i, peer in enumerate(peers):
-            speed = {info["size"]: info["speed_of_ours_over_this"] for info in members if info["contender"] == peer}
-            axes.bar(
-                [sizes.index(size) + i * width for size in speed], list(speed.values()), width, label=f"over {peer}"
-            )
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(
-            [i + 0.4 - width / 2 for i in range(len(sizes))], [s.replace(",", "\n") for s in sizes], fontsize=8
-        )
-        axes.set(title=suite, ylabel="speed of seqaccel (times)")
-        axes.legend()
-        written.append(folder / f"{suite}.png")
-        figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
-    return written
-
-
 def speed_over(peer: str) -> Callable[[dict[str, dict]], float | None]:
     return lambda case: case[peer]["speed_of_ours_over_this"] if peer in case else None
 
@@ -152,7 +79,7 @@ def speed_over_faster_peer(case: dict[str, dict]) -> float | None:
 
 
 def share_of_ceiling(case: dict[str, dict]) -> float | None:
-    return next(info["percent_of_ceiling"] / 100 for info in case.values() if info["contender"] == info["ours"])
+    return ours(case)["percent_of_ceiling"] / 100
 
 
 def batch(low: int, high: int) -> Callable[[dict[str, int]], bool]:
@@ -232,19 +159,13 @@ BARS = (
 
 def print_bars(data: dict) -> None:
     """One line a bar: the geometric mean of its cases and the worst of them."""
-    cases: dict[tuple[str, str], dict[str, dict]] = {}
-    for info in (row["extra_info"] for row in data["benchmarks"]):
-        cases.setdefault((info["suite"], info["size"]), {})[info["contender"]] = info
+    recorded = cases(data)
     print(f"{'':44} {'mean':>6} {'bar':>6} {'worst':>6} {'bar':>6}  cases")
     for name, suites, wanted, figure, mean_bar, worst_bar in BARS:
         found: dict[str, float] = {}
         void = 0
-        for (suite, size), case in cases.items():
-            numbers = {
-                key: int(value) if value.isdigit() else value
-                for key, value in (part.split("=") for part in size.split(","))
-            }
-            if suite not in suites or not wanted(numbers):
+        for (suite, size), case in recorded.items():
+            if suite not in suites or not wanted(numbers(size)):
                 continue
             if any(info["void"] for info in case.values()):
                 void += 1
@@ -273,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
         "files", type=pathlib.Path, nargs="+", metavar="FILE", help="what pytest benchmarks --benchmark-json=FILE wrote"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--plots", type=pathlib.Path, metavar="FOLDER", help="write one PNG a suite there")
+    parser.add_argument("--plots", type=pathlib.Path, metavar="FOLDER", help="write figures (PNG) there")
     parser.add_argument("--bars", action="store_true", help="print the recurrent suites' means beside their bars")
     options = parser.parse_args(arguments)
     data = read_all(options.files)
@@ -283,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
         print_markdown(data)
     else:
         print_table(data)
-    for path in plot(data, options.plots) if options.plots else []:
+    for path in plots.write(data, options.plots) if options.plots else []:
         print(path)
 
 

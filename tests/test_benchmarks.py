@@ -9,9 +9,11 @@ import pytest
 import torch
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
 
 import harness  # noqa: E402
+
+from benchmarks import compare, pages, plots, records  # noqa: E402
 
 SUITE = """
 import torch
@@ -70,16 +72,73 @@ def test_suite_writes_a_record_that_the_report_reads(tmp_path, monkeypatch):
     assert set(data["cases"]) == {"product[n=96]"}
     assert data["cases"]["product[n=96]"]["ratios"]["torch"] > 1.2
     assert data["machine_info"]["seqaccel"]["torch"] == torch.__version__
-    report = [sys.executable, str(BENCHMARKS / "report.py")]
-    done = subprocess.run(
-        [*report, "out.json", "--markdown", "--plots", "plots"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    assert all("data" not in row["stats"] for row in data["benchmarks"])
+
+    def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.report", *arguments]
+        return subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+
+    done = report(str(tmp_path / "out.json"), "--markdown", "--plots", str(tmp_path / "plots"))
     assert done.returncode == 0, done.stderr
     assert "| product[n=96] | seqaccel[cpp] |" in done.stdout
-    assert (tmp_path / "plots" / "product.png").exists() or "void" in done.stdout
-    done = subprocess.run([*report, "bench_it.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = report(str(tmp_path / "bench_it.py"))
     assert done.returncode != 0 and done.stderr.count("\n") == 1
+
+
+def record(ratios: dict[str, float], path: pathlib.Path, scale: float = 1.0, **more: object) -> pathlib.Path:
+    """A record whose cases took torch as many times as long; ``more`` goes into each row."""
+    rows = []
+    for case, ratio in ratios.items():
+        suite, _, size = case.rstrip("]").partition("[")
+        for contender, seconds in (("seqaccel[cpp]", 1e-3), ("torch", ratio * 1e-3)):
+            info = {
+                "contender": contender, "ours": "seqaccel[cpp]", "suite": suite, "size": size, "device": "cpu",
+                "seconds": scale * seconds, "speed_of_ours_over_this": seconds / 1e-3, "quartiles_of_speed": [1.0, 2.0],
+                "tflops": 0.1, "gbytes_per_s": 9.0, "percent_of_ceiling": 50.0, "bound": "compute", "void": False,
+                "flops": 1e8, "bytes": 1e6, "ceilings_before": dict(gemm=2e11, copy=2e10, cache=1e11),
+                "ceilings_after": dict(gemm=2e11, copy=2e10, cache=1e11),
+            }  # fmt: skip
+            rows.append({"group": case, "fullname": "benchmarks/bench_rnn.py::x", "extra_info": info | more})
+    cpu = {"brand_raw": "AMD EPYC", "family": 25, "model": 17}
+    machine = {"cpu": cpu, "seqaccel": {"threads": 2, "isa": "avx2", "gpu": None}}
+    path.write_text(json.dumps({"benchmarks": rows, "machine_info": machine, "datetime": "2026-01-01T00:00"}))
+    return path
+
+
+def test_compare_finds_what_fell_against_torch(tmp_path, capsys):
+    old = record({"a[n=1]": 2.0, "a[n=2]": 1.0, "b[n=1]": 4.0}, tmp_path / "old.json")
+    slower_machine = record({"a[n=1]": 2.1, "a[n=2]": 0.95, "c[n=1]": 9.0}, tmp_path / "new.json", scale=3.0)
+    assert compare.main([str(old), str(slower_machine)]) == 0
+    assert "2 cases in both, 2 in one only" in capsys.readouterr().out
+    assert compare.main([str(old), str(slower_machine), "--threshold", "0.04"]) == 1
+    assert "a[n=2] over torch: 1.00 -> 0.95 (-5%)" in capsys.readouterr().out
+    void = record({"a[n=1]": 1.0}, tmp_path / "void.json", void=True)
+    with pytest.raises(SystemExit, match="no sound case in common"):
+        compare.main([str(old), str(void)])
+
+
+def test_figures_are_drawn_from_a_record(tmp_path):
+    ratios = {f"{suite}[B={B},H={H},T=128]": 1.5 for suite in plots.HEAT for B in (1, 4) for H in (128, 256)}
+    ratios |= {f"sequence_length[T={T}]": 2.0 for T in (128, 512)} | {"session_step[cell=LSTM,B=1,H=128]": 3.0}
+    written = plots.write(records.read(record(ratios, tmp_path / "r.json")), tmp_path)
+    assert [path.name for path in written] == ["heat_map.png", "roofline.png", "sequence_length.png", "streaming.png"]
+
+
+def test_tables_of_pages_are_made_from_records(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    record({"a[B=2,H=16]": 2.0, "a[B=16,H=2]": 8.0}, tmp_path / "here" / "1.json")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    pages.record.cache_clear()
+    text = pages.filled(
+        "before\n<!-- table: here a -->\nold\n<!-- end -->\n<!-- means: here a -->\n<!-- end -->\nafter\n"
+    )
+    assert "| B=2, H=16 | 1 ms | 2 ms (2.00×) | 50% |\n| B=16, H=2 | 1 ms | 8 ms (8.00×) | 50% |" in text
+    assert "| a | 2 | 4.00 (2.00) | – | 50% (50%) |" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n") and pages.filled(text) == text
+    with pytest.raises(SystemExit, match="no sound case of b"):
+        pages.filled("<!-- table: here b -->\n<!-- end -->")
+    pages.record.cache_clear()
+
+
+def test_tables_in_the_documentation_are_those_of_the_records():
+    assert pages.main(["--check"]) == 0
