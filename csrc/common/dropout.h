@@ -12,6 +12,8 @@
 
 namespace seqaccel {
 
+constexpr uint32_t kDropoutStep = 0x9E3779B9u;  // the hash begins with kDropoutStep * t + key.first
+
 struct DropoutKey {
   uint32_t first, second;
 };
@@ -23,5 +25,13 @@ static inline SEQACCEL_HOST_DEVICE DropoutKey dropout_key(uint64_t seed, uint64_
   z ^= z >> 31;
   return {uint32_t(z), uint32_t(z >> 32)};
 }
+
+// The least hash that is kept, and what the kept elements are multiplied by.
+static inline uint32_t dropout_threshold(double p) {
+  const uint64_t threshold = uint64_t(p * 4294967296.0 + 0.5);
+  return threshold > 0xFFFFFFFFu ? 0xFFFFFFFFu : uint32_t(threshold);
+}
+
+static inline double dropout_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
 
 }  // namespace seqaccel

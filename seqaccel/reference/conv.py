@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqaccel.reference.dropout import dropped, kept
+
 
 def _gated(v: Tensor) -> Tensor:
     value, gate = v.chunk(2, 1)
@@ -31,42 +33,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATED = ("glu", "gated")
 
-_WORD = 0xFFFFFFFF
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _logical_shift(z: Tensor, n: int) -> Tensor:
-    return (z >> n) & ((1 << (64 - n)) - 1)
-
-
-def skip_rows(seed: Tensor, rows: int) -> Tensor:
-    """The seed whose masks are those of ``seed`` from this row on."""
-    return seed + _signed(rows * 0x9E3779B97F4A7C15 % (1 << 64))
-
 
 def dropout_mask(seed: Tensor, shape: tuple[int, int, int], p: float) -> Tensor:
-    """Which elements a dropout of probability ``p`` keeps: bool of ``shape`` (B, C, T).
-
-    A counter-based generator (``csrc/common/dropout.h``): element t of row r is kept when
-    hash(t; key(seed, r)) >= round(p * 2**32).
-    """
+    """Which elements a dropout of probability ``p`` keeps: bool of ``shape`` (B, C, T)."""
     batch, channels, length = shape
-    row = torch.arange(1, batch * channels + 1, device=seed.device)
-    z = seed + row * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _logical_shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _logical_shift(z, 27)) * _signed(0x94D049BB133111EB)
-    z = (z ^ _logical_shift(z, 31)).unsqueeze(-1)
-    first, second = z & _WORD, _logical_shift(z, 32)
-    h = (torch.arange(length, device=seed.device) * 0x9E3779B9 + first) & _WORD
-    h = h ^ (h >> 16)
-    h = (h * 0x21F0AAAD + second) & _WORD
-    h = h ^ (h >> 15)
-    h = (h * 0x735A2D97) & _WORD
-    h = h ^ (h >> 15)
-    return (h >= min(round(p * 2**32), _WORD)).view(shape)
+    row = torch.arange(batch * channels, device=seed.device).unsqueeze(-1)
+    return kept(seed, row, torch.arange(length, device=seed.device), p).view(shape)
 
 
 def _inner_offsets(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -293,8 +265,7 @@ def epilogue(
     y = v if activation is None else ACTIVATIONS[activation](v)
     if dropout > 0:
         assert seed is not None
-        scale = 1 / (1 - dropout) if dropout < 1 else 0.0
-        y = torch.where(dropout_mask(seed, (y.shape[0], y.shape[1], y.shape[2]), dropout), y * scale, 0.0)
+        y = dropped(y, dropout_mask(seed, (y.shape[0], y.shape[1], y.shape[2]), dropout), dropout)
     if residual is not None:
         y = y + residual
     return torch.relu(y) if relu else y

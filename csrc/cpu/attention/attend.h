@@ -2,6 +2,8 @@
 //
 //   m' = max(m, max s), p = e^(s - m'), l = l e^(m - m') + sum p, out = out e^(m - m') + p value; lse = m + log l
 //
+// With dropout, out is the sum over the p that are kept, divided by the keep rate; m, l and lse are those of all p.
+//
 // Keys pass in chunks of kKeys, so that the scores of a chunk (64 x 64 floats, 16 KB), the transposed queries and the
 // keys stay in the near caches. D is the size of queries and keys, Dv that of values.
 #pragma once
@@ -11,6 +13,7 @@
 
 #include "cpu/attention/heads.h"
 #include "cpu/attention/tile.h"
+#include "cpu/base/dropout.h"
 #include "cpu/base/integers.h"
 
 namespace seqaccel::SEQACCEL_ISA::attention {
@@ -73,6 +76,30 @@ SEQACCEL_INLINE Operands<W> read_chunk(const S* key, ptrdiff_t key_row, const S*
   }
 }
 
+// The dropout masks of a tile of queries. Query i is row `row` + i of the generator.
+template <typename T>
+struct TileDropout {
+  Bits<T> first[kTileVectors], second[kTileVectors];
+  uint32_t threshold;
+  T scale;
+
+  void begin(double p, uint64_t seed, int64_t row) {
+    for (int i = 0; i < kColumns<T>; ++i) {
+      const DropoutKey key = dropout_key(seed, uint64_t(row + i));
+      first[i / Lanes<T>][i % Lanes<T>] = key.first;
+      second[i / Lanes<T>][i % Lanes<T>] = key.second;
+    }
+    threshold = dropout_threshold(p);
+    scale = T(dropout_scale(p));
+  }
+
+  // Of the queries of vector v: whether `element` is kept.
+  SEQACCEL_INLINE Mask<T> keep(int v, uint32_t element) const {
+    typedef decltype(first[0][0] + first[0][0]) Word;
+    return dropout_keeps<T>(first[v] + Word(element * kDropoutStep), second[v], threshold);
+  }
+};
+
 // The state of a tile of queries while it runs through its keys.
 template <typename W>
 struct QueryTile {
@@ -84,6 +111,7 @@ struct QueryTile {
   T* sum;     // [kColumns]
   T* copy;    // of a chunk
   T scale;
+  const TileDropout<T>* dropout;  // or null
 };
 
 template <typename W, typename S>
@@ -105,6 +133,7 @@ QueryTile<W> begin_tile(Sum<W>* workspace, const S* query, ptrdiff_t query_row, 
   q.sum = q.most + kColumns<W>;
   q.copy = q.sum + kColumns<W>;
   q.scale = scale;
+  q.dropout = nullptr;
   transpose_in(q.query, query, query_row, count, D, width);
   memset(q.out, 0, size_t(Dv * kColumns<W>) * sizeof(T));
   for (ptrdiff_t i = 0; i < width; ++i) {
@@ -118,9 +147,10 @@ QueryTile<W> begin_tile(Sum<W>* workspace, const S* query, ptrdiff_t query_row, 
 template <typename W, typename S>
 void end_tile(const QueryTile<W>& q, S* out, ptrdiff_t out_row, Sum<W>* lse, ptrdiff_t count, ptrdiff_t Dv) {
   typedef Sum<W> T;
+  const T scale = q.dropout ? q.dropout->scale : T(1);
   for (ptrdiff_t i = 0; i < count; ++i) {
     lse[i] = q.most[i] + log_of(q.sum[i]);
-    q.sum[i] = T(1) / q.sum[i];
+    q.sum[i] = scale / q.sum[i];
   }
   transpose_out(out, out_row, q.out, count, Dv, q.sum);
 }
@@ -211,11 +241,28 @@ SEQACCEL_INLINE void scores_to_weights(Sum<W>* scores, ptrdiff_t keys, const Vec
   }
 }
 
+// Zeros the weights that are dropped, of the vectors [first, first + NV). Key n is element `element` + n.
+template <typename W, int NV>
+void drop_weights(const TileDropout<Sum<W>>& dropout, Sum<W>* weights, int first, ptrdiff_t keys, uint32_t element) {
+  typedef Sum<W> T;
+  for (ptrdiff_t n = 0; n < keys; n += kValues<W>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      T* const w = weights + n / kValues<W> * kColumns<W> + v * Lanes<T>;
+      Mask<T> keep = dropout.keep(first + v, element + uint32_t(n));
+      if constexpr (kValues<W> == 2) {
+        keep = (keep & 0xFFFF) | (dropout.keep(first + v, element + uint32_t(n) + 1) & int(0xFFFF0000u));
+      }
+      store(w, zero_unless<T>(keep, load(w)));
+    }
+  }
+}
+
 // Attends to the keys [0, keys) with the vectors [first, first + NV) of the tile. masked: key r is seen by lane r of
-// the first vector and all later lanes.
+// the first vector and all later lanes. Key r is element `element` + r of dropout.
 template <typename W, int NV>
 void attend(const QueryTile<W>& q, int first, const Operands<W>& rows, ptrdiff_t keys, ptrdiff_t D, ptrdiff_t Dv,
-            Sum<W> bias, bool masked) {
+            Sum<W> bias, uint32_t element, bool masked) {
   typedef Sum<W> T;
   const int shift = first * Lanes<T>;
   Vec<T> old[NV], most[NV], decay[NV];
@@ -231,6 +278,7 @@ void attend(const QueryTile<W>& q, int first, const Operands<W>& rows, ptrdiff_t
     sum[v] = load(q.sum + shift + v * Lanes<T>) * decay[v];
   }
   scores_to_weights<W, NV>(q.scores + shift, keys, most, sum);
+  if (q.dropout) drop_weights<W, NV>(*q.dropout, q.scores + shift, first, keys, element);
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     store(q.sum + shift + v * Lanes<T>, sum[v]);
@@ -243,24 +291,24 @@ void attend(const QueryTile<W>& q, int first, const Operands<W>& rows, ptrdiff_t
 
 template <typename W>
 void attend_vectors(int vectors, const QueryTile<W>& q, int first, const Operands<W>& rows, ptrdiff_t keys, ptrdiff_t D,
-                    ptrdiff_t Dv, Sum<W> bias, bool masked) {
+                    ptrdiff_t Dv, Sum<W> bias, uint32_t element, bool masked) {
   switch (vectors) {
     case 1:
-      return attend<W, 1>(q, first, rows, keys, D, Dv, bias, masked);
+      return attend<W, 1>(q, first, rows, keys, D, Dv, bias, element, masked);
     case 2:
-      return attend<W, 2>(q, first, rows, keys, D, Dv, bias, masked);
+      return attend<W, 2>(q, first, rows, keys, D, Dv, bias, element, masked);
     case 3:
-      return attend<W, (kTileVectors > 2 ? 3 : 1)>(q, first, rows, keys, D, Dv, bias, masked);
+      return attend<W, (kTileVectors > 2 ? 3 : 1)>(q, first, rows, keys, D, Dv, bias, element, masked);
     default:
-      return attend<W, kTileVectors>(q, first, rows, keys, D, Dv, bias, masked);
+      return attend<W, kTileVectors>(q, first, rows, keys, D, Dv, bias, element, masked);
   }
 }
 
 // The `count` queries of a tile, at positions from t on, attend to the keys [key, end). diagonal: a query sees the keys
-// up to its own position; `key` is at most t, and `end` at most t + count.
+// up to its own position; `key` is at most t, and `end` at most t + count. Key n is element `element` + n of dropout.
 template <typename W, typename S>
 void attend_run(const QueryTile<W>& q, ptrdiff_t count, const Rows<S>& rows, int64_t key, int64_t end, int64_t t,
-                bool diagonal, ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias) {
+                bool diagonal, ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, int64_t element = 0) {
   constexpr int L = Lanes<W>;
   const int vectors = int((count + L - 1) / L);
   while (key < end) {
@@ -271,7 +319,7 @@ void attend_run(const QueryTile<W>& q, ptrdiff_t count, const Rows<S>& rows, int
     const int64_t keys = min_of(kKeys, min_of(stop, end) - key);
     const Operands<W> chunk = read_chunk<W>(rows.key + key * rows.key_row, rows.key_row,
                                             rows.value + key * rows.value_row, rows.value_row, keys, D, Dv, q.copy);
-    attend_vectors(vectors - first, q, first, chunk, keys, D, Dv, bias, masked);
+    attend_vectors(vectors - first, q, first, chunk, keys, D, Dv, bias, uint32_t(element + key), masked);
     key += keys;
   }
 }

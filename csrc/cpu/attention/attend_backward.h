@@ -3,9 +3,14 @@
 //   p = e^(s - lse), delta = out . grad_out, ds = p (grad_out . value - delta)
 //   grad_value += p grad_out, grad_key += scale ds query, grad_query += scale ds key
 //
+// With dropout, z is 1 / (1 - rate) where p is kept and else 0, out = sum z p value, and
+//   ds = p (z grad_out . value - delta), grad_value += z p grad_out
+//
 // p is computed once and serves all three gradients: five products per pair of query and key. The gradients of keys
 // and values are sums over many queries: they are float where memory holds 16 bits.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/attention/attend.h"
 
@@ -29,6 +34,7 @@ struct GradTile {
   T *lse, *delta, *ones;
   T* copy;  // of a chunk
   T scale;
+  TileDropout<T>* dropout;  // or null
 };
 
 template <typename W, typename S>
@@ -61,6 +67,7 @@ GradTile<W> make_grad_tile(Sum<W>* workspace, int64_t D, int64_t Dv, Sum<W> scal
   q.ones = q.delta + kColumns<W>;
   q.copy = q.ones + kColumns<W>;
   q.scale = scale;
+  q.dropout = nullptr;
   return q;
 }
 
@@ -153,18 +160,22 @@ struct ProbabilityTile {
   }
 };
 
-// ds = scale p (value grad_out^T - delta), and 0 where masked, also if the value is not finite.
-template <typename W, int NV>
+// ds = scale p (value grad_out^T - delta), and 0 where masked, also if the value is not finite. With dropout p becomes
+// z p.
+template <typename W, int NV, bool drops>
 struct ScoreGradTile {
   typedef Sum<W> T;
   const W* grad;
   const FactorValue<W>* value;
   ptrdiff_t value_row, D;
-  const FactorValue<W>* p;
+  FactorValue<W>* p;
   const T* delta;
   T scale;
   FactorValue<W>* ds;
-  bool masked;  // lane i sees row r if r <= i
+  bool masked;                    // lane i sees row r if r <= i
+  const TileDropout<T>* dropout;  // where drops
+  int first;                      // vector 0 is the tile's vector `first`
+  uint32_t element;               // of row 0
 
   template <int MR>
   SEQACCEL_INLINE void run(ptrdiff_t row) const {
@@ -177,7 +188,13 @@ struct ScoreGradTile {
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const ptrdiff_t at = (row + m) * kColumns<W> + v * Lanes<T>;
-        Vec<T> score_grad = scale * load_wide(p + at) * (acc[m][v] - d);
+        const Vec<T> weight = load_wide(p + at);
+        if constexpr (drops) {
+          const Mask<T> keep = dropout->keep(first + v, element + uint32_t(row + m));
+          acc[m][v] = zero_unless<T>(keep, acc[m][v] * dropout->scale);
+          store_values(p + at, zero_unless<T>(keep, weight * dropout->scale));
+        }
+        Vec<T> score_grad = scale * weight * (acc[m][v] - d);
         if (masked && v == 0) {
           Int lane;
           for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
@@ -303,18 +320,26 @@ SEQACCEL_INLINE GradOperands<W> read_grad_chunk(const Chunk<S>& c, ptrdiff_t D, 
   }
 }
 
-// Runs the queries [first * Lanes, count) of a tile with one chunk.
+// Runs the queries [first * Lanes, count) of a tile with one chunk. Key n is element `element` + n of dropout.
 template <typename W, int NV, typename S>
 void chunk_backward(const GradTile<W>& q, int first, ptrdiff_t count, const Chunk<S>& c, const GradOperands<W>& rows,
-                    ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, bool masked) {
+                    ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, uint32_t element, bool masked) {
   typedef Sum<W> T;
   const ptrdiff_t shift = first * Lanes<T>, row = shift / kValues<W>;
   const ProbabilityTile<W, NV> probability = {q.query_columns + shift, rows.key, rows.key_row, D,     q.p + shift,
                                               q.lse + shift,           q.scale,  bias,         masked};
   for_row_tiles(c.keys, probability);
-  const ScoreGradTile<W, NV> score_grad = {q.grad_columns + shift, rows.value, rows.value_row, Dv,    q.p + shift,
-                                           q.delta + shift,        q.scale,    q.ds + shift,   masked};
-  for_row_tiles(c.keys, score_grad);
+  const auto score_gradients = [&](auto drops) {
+    const ScoreGradTile<W, NV, drops.value> score_grad = {
+        q.grad_columns + shift, rows.value, rows.value_row, Dv,    q.p + shift, q.delta + shift, q.scale,
+        q.ds + shift,           masked,     q.dropout,      first, element};
+    for_row_tiles(c.keys, score_grad);
+  };
+  if (q.dropout) {
+    score_gradients(std::true_type());
+  } else {
+    score_gradients(std::false_type());
+  }
   const ptrdiff_t queries = count - shift;
   add_key_gradient(c.grad_value, c.grad_value_row, q.p + shift, q.grad_rows + row * padded<T>(Dv), c.keys, queries, Dv,
                    masked);
@@ -338,17 +363,17 @@ void chunk_backward(const GradTile<W>& q, int first, ptrdiff_t count, const Chun
 
 template <typename W, typename S>
 void chunk_backward_vectors(int vectors, const GradTile<W>& q, int first, ptrdiff_t count, const Chunk<S>& c,
-                            ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, bool masked) {
+                            ptrdiff_t D, ptrdiff_t Dv, Sum<W> bias, uint32_t element, bool masked) {
   const GradOperands<W> rows = read_grad_chunk<W>(c, D, Dv, q.copy);
   switch (vectors) {
     case 1:
-      return chunk_backward<W, 1>(q, first, count, c, rows, D, Dv, bias, masked);
+      return chunk_backward<W, 1>(q, first, count, c, rows, D, Dv, bias, element, masked);
     case 2:
-      return chunk_backward<W, 2>(q, first, count, c, rows, D, Dv, bias, masked);
+      return chunk_backward<W, 2>(q, first, count, c, rows, D, Dv, bias, element, masked);
     case 3:
-      return chunk_backward<W, (kTileVectors > 2 ? 3 : 1)>(q, first, count, c, rows, D, Dv, bias, masked);
+      return chunk_backward<W, (kTileVectors > 2 ? 3 : 1)>(q, first, count, c, rows, D, Dv, bias, element, masked);
     default:
-      return chunk_backward<W, kTileVectors>(q, first, count, c, rows, D, Dv, bias, masked);
+      return chunk_backward<W, kTileVectors>(q, first, count, c, rows, D, Dv, bias, element, masked);
   }
 }
 

@@ -13,17 +13,12 @@
 // A dropout mask is recomputed from its seed.
 #pragma once
 
-#include "common/dropout.h"
 #include "cpu/base/activation.h"
+#include "cpu/base/dropout.h"
 #include "cpu/base/narrow.h"
 #include "cpu/conv/product.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
-
-template <typename T>
-using Mask = typename VecTypes<T>::Int;
-template <typename T>
-using Bits = typename VecTypes<T>::Bits;
 
 template <typename T>
 struct ByteVec {
@@ -43,42 +38,26 @@ SEQACCEL_INLINE Mask<T> load_bytes(const uint8_t* p, int n) {
   return __builtin_convertvector(bytes, Mask<T>) != 0;
 }
 
-template <typename T>
-SEQACCEL_INLINE Vec<T> zero_unless(Mask<T> mask, Vec<T> x) {
-  return (Vec<T>)((Mask<T>)x & mask);
-}
-
 // The dropout mask of one row.
 template <typename T>
 struct RowDropout {
   Bits<T> lane;
   DropoutKey key;
-  uint64_t threshold;
+  uint32_t threshold;
 
   SEQACCEL_INLINE RowDropout(const ConvEpilogue& epilogue, ptrdiff_t row) {
     if (epilogue.dropout == 0) return;
     for (int i = 0; i < Lanes<T>; ++i) lane[i] = i;
     key = dropout_key(epilogue.seed, uint64_t(row));
-    threshold = uint64_t(epilogue.dropout * 4294967296.0 + 0.5);
+    threshold = dropout_threshold(epilogue.dropout);
   }
 
   SEQACCEL_INLINE Mask<T> keep(ptrdiff_t t) const {
     typedef decltype(lane[0] + lane[0]) Word;
-    const Word word = Word(0xFFFFFFFFu);
-    Bits<T> h = (lane + Word(uint32_t(t))) * Word(0x9E3779B9u) + Word(key.first);
-    h &= word;
-    h ^= h >> 16;
-    h = (h * Word(0x21F0AAADu) + Word(key.second)) & word;
-    h ^= h >> 15;
-    h = (h * Word(0x735A2D97u)) & word;
-    h ^= h >> 15;
-    return (Mask<T>)(h >= Word(threshold > 0xFFFFFFFFu ? 0xFFFFFFFFu : threshold));
+    const Bits<T> counter = (lane + Word(uint32_t(t))) * Word(kDropoutStep) + Word(key.first);
+    return dropout_keeps<T>(counter, Bits<T>{} + Word(key.second), threshold);
   }
 };
-
-inline double dropout_scale(const ConvEpilogue& epilogue) {
-  return epilogue.dropout < 1 ? 1 / (1 - epilogue.dropout) : 0;
-}
 
 // Fetches the lines of row[0 ... n) into the cache, to be written or read.
 template <bool writes, typename T>
@@ -117,7 +96,7 @@ inline void finish_row_of(const ConvForward<S>& p, ptrdiff_t channel, ptrdiff_t 
   const T bias = value_or_zero(p.bias, channel), first_bias = kGated ? value_or_zero(p.bias, channel - half) : T(0);
   const bool drops = p.epilogue.dropout > 0;
   const RowDropout<T> dropout(p.epilogue, row);
-  const T scale = T(dropout_scale(p.epilogue));
+  const T scale = T(dropout_scale(p.epilogue.dropout));
   const auto part = [&](ptrdiff_t i, int m) __attribute__((always_inline)) {
     const Vec<T> v = load(acc + i) + bias;
     if (p.pre) store_some_narrow(p.pre + pre_offset + i, v, m);
@@ -207,7 +186,7 @@ inline Compute<S> differentiate_row_of(const ConvBackward<S>& p, ptrdiff_t row, 
   S* const grad_residual = residual && !gate ? p.grad_residual : nullptr;
   const bool drops = p.epilogue.dropout > 0;
   const RowDropout<T> dropout(p.epilogue, y_row);
-  const T scale = drops ? T(dropout_scale(p.epilogue)) : T(1);
+  const T scale = drops ? T(dropout_scale(p.epilogue.dropout)) : T(1);
   Vec<T> sum = {};
   const auto part = [&](ptrdiff_t t, int m) __attribute__((always_inline)) {
     const auto get = [&](const S* from) __attribute__((always_inline)) { return load_some_wide(from + offset + t, m); };

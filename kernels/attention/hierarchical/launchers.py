@@ -81,8 +81,12 @@ def _check(
         raise RuntimeError(f"hierarchical_attention (triton): {reason}")
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> str | None:
+def refusal(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None, dropout: float = 0.0
+) -> str | None:
     """Why the kernels do not support these inputs, or None."""
+    if dropout > 0:
+        return "expected no dropout; use the backend 'reference'"
     B, H, _, D = query.shape
     T, D = key.shape[2], max(D, value.shape[3])
     if cu_seqlens is not None:

@@ -11,6 +11,7 @@ from seqaccel.functional import _onnx
 from seqaccel.functional._offsets import check_offsets
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import attention as reference
+from seqaccel.reference.dropout import skip_rows
 
 __all__ = ["hierarchical_attention"]
 
@@ -27,6 +28,10 @@ class _Options(NamedTuple):
     causal: bool
     mass_bias: bool
     scale: float
+
+
+# After these come dropout and its seed, where weights are dropped.
+_COUNT = len(_Options._fields)
 
 
 def node_count(length: int, block_size: int, fanout: int, levels: int) -> int:
@@ -73,23 +78,25 @@ def _operators(backend: str):
 
 
 def _definition(query, key, value, pool_query, cu_seqlens, lengths, *options) -> Any:
-    keywords = _Options(*options)._asdict()
+    keywords = _Options(*options[:_COUNT])._asdict()
     keywords["levels"] = None if keywords["levels"] < 0 else keywords["levels"]
+    keywords |= dict(zip(("dropout", "seed"), options[_COUNT:], strict=False))
     return reference.hierarchical_attention(
         query, key, value, pool_query, **keywords, cu_seqlens=cu_seqlens, lengths=lengths, return_logsumexp=True
     )
 
 
 class _HierarchicalAttention(torch.autograd.Function):
-    """Saves the inputs, the output, one logsumexp a query, and the pooled keys and values (1 / (block_size - 1)).
+    """Saves the inputs, the output, one logsumexp a query, and the pooled keys and values (1 / (block_size - 1)); of
+    dropout the seed. ``drops`` is nothing, or dropout and its seed.
     Returns the output, and with a list ``kept`` the logsumexp; the list takes the pooled keys and values."""
 
     @staticmethod
-    def forward(ctx, backend, options, query, key, value, pool_query, cu_seqlens, lengths, kept=None):
+    def forward(ctx, backend, options, query, key, value, pool_query, cu_seqlens, lengths, kept=None, *drops):
         inputs = (query, key, value, pool_query, cu_seqlens, lengths)
-        out, lse, *pooled = call(_operators(backend)[0], *inputs, *options)
-        ctx.save_for_backward(*inputs, out, lse, *pooled)
-        ctx.backend, ctx.options = backend, options
+        out, lse, *pooled = call(_operators(backend)[0], *inputs, *options, *drops)
+        ctx.save_for_backward(*inputs, out, lse, *pooled, *drops[1:])
+        ctx.backend, ctx.options, ctx.dropout = backend, options, drops[:1]
         if kept is None:
             return out
         kept.extend(pooled)
@@ -98,11 +105,12 @@ class _HierarchicalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse=None):
-        inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        inputs, saved, seed = ctx.saved_tensors[:6], ctx.saved_tensors[6:10], ctx.saved_tensors[10:]
+        drops = (*ctx.dropout, *seed)
         needs = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():
             grads = _common.differentiable_backward(
-                lambda *tensors: _definition(*tensors, *inputs[4:], *ctx.options),
+                lambda *tensors: _definition(*tensors, *inputs[4:], *ctx.options, *drops),
                 inputs[:4],
                 (grad_out, grad_lse),
                 needs,
@@ -110,8 +118,10 @@ class _HierarchicalAttention(torch.autograd.Function):
         else:
             grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
             rest = () if grad_lse is None else (_logsumexp_gradient(ctx.backend, grad_lse),)
+            rest = (*(rest or (None,)), *drops) if drops else rest
             grads = call(_operators(ctx.backend)[1], grad_out, *inputs, *saved, *ctx.options, *rest)
-        return None, None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
+        grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return None, None, *grads, None, None, None, *(None for _ in drops)
 
 
 def _logsumexp_gradient(backend: str, grad: Tensor) -> Tensor:
@@ -129,7 +139,8 @@ def _logsumexp_gradient(backend: str, grad: Tensor) -> Tensor:
 def _recorded(backend, query, key, value, pool_query, cu_seqlens, lengths, *options):
     kept: list[Tensor] = []
     inputs = (query, key, value, pool_query, cu_seqlens, lengths)
-    return *_HierarchicalAttention.apply(backend, _Options(*options), *inputs, kept), *kept
+    drops = options[_COUNT:]
+    return *_HierarchicalAttention.apply(backend, _Options(*options[:_COUNT]), *inputs, kept, *drops), *kept
 
 
 def _pairs(queries: int, length: int, options: _Options) -> int:
@@ -160,12 +171,20 @@ def _pairs(queries: int, length: int, options: _Options) -> int:
 def _forward_flops(query, key, value, pool_query, cu_seqlens, lengths, *options) -> int:
     """Of whole rows: shapes do not say where sequences end."""
     B, H, Tq, D = query
-    return 2 * B * H * (D + value[3]) * _pairs(Tq, key[2], _Options(*options))
+    return 2 * B * H * (D + value[3]) * _pairs(Tq, key[2], _Options(*options[:_COUNT]))
 
 
 def _backward_flops(grad_out, query, key, value, pool_query, cu_seqlens, lengths, *rest) -> int:
     B, H, Tq, D = query
-    return 2 * B * H * (3 * D + 2 * value[3]) * _pairs(Tq, key[2], _Options(*rest[4:11]))
+    return 2 * B * H * (3 * D + 2 * value[3]) * _pairs(Tq, key[2], _Options(*rest[4 : 4 + _COUNT]))
+
+
+def _from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
+    """The arguments for a part of the batch: its dropout masks are those that it has in the whole."""
+    if named.get("seed") is None:
+        return named
+    _, H, Tq, _ = named["query"].shape
+    return named | {"seed": skip_rows(named["seed"], first * H * Tq)}
 
 
 def _register(backend: str) -> None:
@@ -180,6 +199,7 @@ def _register(backend: str) -> None:
             recorded=functools.partial(_recorded, backend),
             batch=dict.fromkeys((*inputs, 0, 1, 2, 3), 0),
             packs=("cu_seqlens", 1),
+            from_row=_from_row,
             autocast=autocast,
         )
     )
@@ -192,6 +212,7 @@ def _register(backend: str) -> None:
             batch=dict.fromkeys(names, 0),
             summed=(3,),
             packs=("cu_seqlens", 1),
+            from_row=_from_row,
             autocast=autocast,
         )
     )
@@ -296,12 +317,13 @@ def _first(results: tuple[Tensor, ...], pair: bool) -> Tensor | tuple[Tensor, Te
     return (results[0], results[1]) if pair else results[0]
 
 
-def _triton_takes(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None) -> bool:
-    if backends.why_missing("triton", "cuda"):
-        return False
+def _triton_refusal(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, dropout: float
+) -> str | None:
+    """Why Triton's kernels, which must be there, do not take these arguments, or None."""
     from seqaccel.kernels.attention.hierarchical.launchers import refusal
 
-    return refusal(query, key, value, cu_seqlens) is None
+    return refusal(query, key, value, cu_seqlens, dropout)
 
 
 def hierarchical_attention(
@@ -320,6 +342,7 @@ def hierarchical_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     return_logsumexp: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over a pyramid: near tokens one by one, farther ones through nodes that pool ever more of them.
 
@@ -349,6 +372,10 @@ def hierarchical_attention(
             hold anything; its outputs and gradients are 0, and all else is as if it were not there. Tq = T.
         return_logsumexp: returns the logarithm of each query's sum of e\ :sup:`logit` too, by which attention to other
             keys can be joined to this one. Default: ``False``
+        dropout_p: the probability with which a weight of the softmax is set to 0; the others are divided by
+            1 - dropout_p, also outside of training. The weight of a node is dropped as one: all tokens that it stands
+            for, at once. The masks are not stored but recomputed from a seed that torch's generator gives. The
+            logsumexp is that of all weights. Default: 0
 
     There are no other masks: use :func:`block_sparse_attention`.
 
@@ -387,6 +414,7 @@ def hierarchical_attention(
     _arguments.flags("hierarchical_attention", causal=causal, mass_bias=mass_bias, return_logsumexp=return_logsumexp)
     if scale is not None:
         _arguments.number("hierarchical_attention", "scale", scale)
+    _arguments.probability("hierarchical_attention", "dropout_p", dropout_p)
     options = _Options(
         block_size,
         block_size if fanout is None else fanout,
@@ -401,17 +429,29 @@ def hierarchical_attention(
     if _onnx.exporting():
         if return_logsumexp:
             raise RuntimeError("hierarchical_attention: return_logsumexp is not exported to ONNX")
+        if dropout_p > 0:
+            raise RuntimeError("hierarchical_attention: dropout is not exported to ONNX; export in eval mode")
         return _onnx.hierarchical_attention(query, key, value, pool_query, cu_seqlens, lengths, *options)
     inputs = (query, key, value, pool_query, cu_seqlens, lengths)
+    drops: tuple[Any, ...] = ()
+    if dropout_p > 0:
+        drops = (float(dropout_p), torch.randint(-(1 << 62), 1 << 62, (1,), device=query.device))
     if _common.transforms_active():
-        return _first(_definition(*inputs, *options), return_logsumexp)
-    on_gpu = query.device.type == "cuda"
-    prefer = "reference" if on_gpu and not _triton_takes(query, key, value, cu_seqlens) else None
+        return _first(_definition(*inputs, *options, *drops), return_logsumexp)
+    prefer = None
+    if query.device.type == "cuda" and (
+        backends.why_missing("triton", "cuda") or _triton_refusal(query, key, value, cu_seqlens, dropout_p)
+    ):
+        prefer = "reference"
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
-        return _first(_definition(*inputs, *options), return_logsumexp)
+        return _first(_definition(*inputs, *options, *drops), return_logsumexp)
+    if drops and backend == "triton":
+        reason = _triton_refusal(query, key, value, cu_seqlens, dropout_p)
+        raise RuntimeError(f"hierarchical_attention (triton): {reason}")
     if torch.compiler.is_compiling():  # autograd records the operator itself
-        return _first(_operators(backend)[0](*inputs, *options), return_logsumexp)
+        return _first(_operators(backend)[0](*inputs, *options, *drops), return_logsumexp)
     if _common.needs_grad(query, key, value, pool_query):
-        return _HierarchicalAttention.apply(backend, options, *inputs, [] if return_logsumexp else None)
-    return _first(call(_operators(backend)[0], *inputs, *options), return_logsumexp)
+        kept: list[Tensor] | None = [] if return_logsumexp else None
+        return _HierarchicalAttention.apply(backend, options, *inputs, kept, *drops)
+    return _first(call(_operators(backend)[0], *inputs, *options, *drops), return_logsumexp)

@@ -12,6 +12,7 @@ from torch import Tensor
 from seqaccel import _common
 from seqaccel.functional._registration import Operator, call, once, register
 from seqaccel.reference import conv as reference
+from seqaccel.reference.dropout import skip_rows
 
 __all__ = ["CausalConv1d", "from_row", "operators", "output_channels", "saved_kind"]
 
@@ -247,7 +248,7 @@ def from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
     if named["seed"] is None:
         return named
     rows = first * output_channels(named["weight"], named["activation"])
-    return named | {"seed": reference.skip_rows(named["seed"], rows)}
+    return named | {"seed": skip_rows(named["seed"], rows)}
 
 
 def _register(backend: str) -> None:

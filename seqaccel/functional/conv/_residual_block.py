@@ -14,6 +14,7 @@ from seqaccel.functional._registration import Operator, call, register
 from seqaccel.functional.conv._causal_conv1d import activate, causal_conv1d
 from seqaccel.functional.conv._operators import saved_kind
 from seqaccel.reference import conv as reference
+from seqaccel.reference.dropout import skip_rows
 
 __all__ = ["temporal_block"]
 
@@ -127,7 +128,7 @@ def _from_row(named: dict[str, Any], first: int) -> dict[str, Any]:
     """The arguments for a part of the batch: its dropout masks are those that it has in the whole."""
     if named["seed"] is None:
         return named
-    return named | {"seed": reference.skip_rows(named["seed"], first * named["weight_2"].shape[0])}
+    return named | {"seed": skip_rows(named["seed"], first * named["weight_2"].shape[0])}
 
 
 register(

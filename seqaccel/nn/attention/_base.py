@@ -17,6 +17,8 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
     _OTHER_MASKS = ""
     #: Whether padding is masked in a module that is not causal.
     _PADS_BOTH_WAYS = False
+    #: Whether weights of attention can be dropped.
+    _DROPS = False
     #: Heads of keys and values.
     num_kv_heads: int
 
@@ -45,7 +47,9 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
         for name, width in (("kdim", kdim), ("vdim", vdim)):
             if width is not None:
                 _arguments.integer(title, name, width, 1)
-        if dropout != 0:
+        if self._DROPS:
+            _arguments.probability(title, "dropout", dropout)
+        elif dropout != 0:
             raise ValueError(f"dropout: attention weights cannot be dropped here, expected 0, but got {dropout}")
         if add_bias_kv or add_zero_attn:
             raise ValueError(f"add_bias_kv, add_zero_attn: a key of no position has no place in {title}")
@@ -55,7 +59,7 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
                 f"but got embed_dim={embed_dim}, num_heads={num_heads}"
             )
         super().__init__(
-            embed_dim, num_heads, 0.0, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
+            embed_dim, num_heads, dropout, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
         )
         # What torch.nn.TransformerEncoderLayer's fast path asks for: dense attention on our weights must not run.
         self._qkv_same_embed_dim = False

@@ -35,7 +35,7 @@ class EncoderLayer(nn.Module):
         options: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.self_attn = HierarchicalAttention(d_model, nhead, bias=bias, batch_first=True, **where, **options)
+        self.self_attn = HierarchicalAttention(d_model, nhead, dropout, bias=bias, batch_first=True, **where, **options)
         self.linear1 = nn.Linear(d_model, dim_feedforward, bias=bias, **where)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias=bias, **where)
@@ -90,8 +90,8 @@ class HierarchicalAttentionEncoder(Streaming, Leaf, nn.Module):
         nhead: number of heads; E is a multiple of it.
         num_layers: number of layers.
         dim_feedforward: width between ``linear1`` and ``linear2``. Default: 2048
-        dropout: probability, in training: of what attention and feed-forward add, and inside the feed-forward. The
-            weights of attention are not dropped. Default: 0.1
+        dropout: probability, in training: of what attention and feed-forward add, inside the feed-forward, and of the
+            weights of attention. Default: 0.1
         activation: ``"relu"``, ``"gelu"`` or a function. Default: relu
         layer_norm_eps: of the layer norms. Default: 1e-5
         batch_first: (B, T, E) rather than (T, B, E). Default: ``False``

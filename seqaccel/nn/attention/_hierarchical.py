@@ -34,7 +34,8 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
     Args:
         embed_dim: width E of the model.
         num_heads: number of heads; E is a multiple of it.
-        dropout: 0; dropout of attention weights is not supported.
+        dropout: probability, in training, with which a weight of attention is dropped; that of a node is dropped as
+            one. Default: 0
         bias: biases of the projections. Default: ``True``
         add_bias_kv, add_zero_attn: ``False``; not supported.
         kdim, vdim: width of key and value. Default: E
@@ -71,6 +72,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
 
     _OTHER_MASKS = "; for other masks use seqaccel.nn.BlockSparseAttention"
     _PADS_BOTH_WAYS = True
+    _DROPS = True
     pool_query: Tensor | None
 
     def __init__(
@@ -157,6 +159,8 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
 
     def extra_repr(self) -> str:
         parts = [f"{self.embed_dim}, {self.num_heads}, block_size={self.block_size}, local_blocks={self.local_blocks}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
         if self.fanout != self.block_size:
             parts.append(f"fanout={self.fanout}")
         if self.levels is not None:
@@ -249,6 +253,7 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             mass_bias=self.mass_bias,
             cu_seqlens=cu_seqlens,
             lengths=lengths,
+            dropout_p=self.dropout if self.training else 0.0,
         )
         return self._joined(out, batched), None  # type: ignore[arg-type]
 
@@ -492,7 +497,10 @@ class HierarchicalAttention(Streaming, MultiheadAttention):
             q = q.unflatten(1, (self.num_kv_heads, -1))
             key, value, bias, hidden = key.unsqueeze(2), value.unsqueeze(2), bias.unsqueeze(1), hidden.unsqueeze(1)
         logits = self.head_dim**-0.5 * (q @ key.transpose(-2, -1)) + bias
-        out = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1) @ value
+        weight = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1)
+        if self.training and self.dropout > 0:
+            weight = F.dropout(weight, self.dropout)
+        out = weight @ value
         return (out.flatten(1, 2) if grouped else out), (age + C, *new_levels)
 
     def _complete(

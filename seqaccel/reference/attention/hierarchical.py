@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqaccel.reference.dropout import dropped, kept
+
 __all__ = ["attention_pool", "hierarchical_attention", "level_spans", "pool_level"]
 
 
@@ -73,6 +75,9 @@ def hierarchical_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     return_logsumexp: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Each query attends, in one softmax, to near tokens one by one and to farther ones through nodes that pool them.
 
@@ -80,7 +85,8 @@ def hierarchical_attention(
     query sees the node iff |c_l - j| >= local_blocks (always, on level 0), and its parent is not complete, or is too
     near to be seen itself: |c_{l+1} - parent| < local_blocks; where ``causal``, only nodes that end at t or before.
     Queries are those of the last positions of ``key``. Sequences that ``cu_seqlens`` or ``lengths`` give are attended
-    to one by one; what belongs to none is 0.
+    to one by one; what belongs to none is 0. Dropout draws by rows ``rows`` (B, H, Tq), which count the queries, and in
+    a row by the sequence's tokens, then its nodes of all levels.
     """
     B, H, Tq, D = query.shape
     G, T, Dv = key.shape[1], *value.shape[2:]
@@ -88,7 +94,9 @@ def hierarchical_attention(
     scale = D**-0.5 if scale is None else scale
     if cu_seqlens is not None or (lengths is not None and B > 0):
         options = (block_size, fanout, levels, local_blocks, causal, mass_bias, scale)
-        out, lse = _of_sequences(query, key, value, pool_query, cu_seqlens, lengths, options)
+        rows = torch.arange(B * H * Tq, device=query.device).view(B, H, Tq)
+        given = (query, key, value, pool_query, cu_seqlens, lengths, rows, options, dropout, seed)
+        out, lse = _of_sequences(*given)
         return (out, lse) if return_logsumexp else out
     spans = level_spans(T, block_size, fanout, levels)
     top = len(spans) - 1
@@ -100,7 +108,7 @@ def hierarchical_attention(
     before = T - Tq - start
     query = F.pad(query, (0, 0, before, start + blocks * block - T))
     query = query.reshape(B, G, H // max(G, 1), blocks, block, D)
-    logits, values = [], []
+    logits, values, elements, first = [], [], [], 0
     unbounded: Tensor | float = 0.0
     for level, span in enumerate(spans):
         if level > 0:
@@ -136,8 +144,15 @@ def hierarchical_attention(
             unbounded = until.gather(3, own[..., None].expand(B, G, blocks, block, Dv)).unsqueeze(2)
             chosen = chosen.masked_fill(~finite, 0.0)
         values.append(chosen)
+        elements.append(index + first)
+        first += count
     scores = torch.cat(logits, dim=-1)
     weight = torch.softmax(scores, dim=-1)
+    if dropout > 0:
+        assert seed is not None
+        rows = torch.arange(B * H * Tq, device=query.device).view(B, H, Tq) if rows is None else rows
+        rows = F.pad(rows, (before, start + blocks * block - T)).reshape(*weight.shape[:-1], 1)
+        weight = dropped(weight, kept(seed, rows, torch.cat(elements, dim=1).unsqueeze(1), dropout), dropout)
     out = torch.einsum("bghitj,bgijd->bghitd", weight, torch.cat(values, dim=3)) + unbounded
     out = out.reshape(B, H, blocks * block, Dv)[:, :, before : before + Tq]
     if not return_logsumexp:
@@ -153,7 +168,10 @@ def _of_sequences(
     pool_query: Tensor | None,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
+    rows: Tensor,
     options: tuple,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and logsumexps, by one call per sequence."""
     names = ("block_size", "fanout", "levels", "local_blocks", "causal", "mass_bias", "scale")
@@ -162,7 +180,8 @@ def _of_sequences(
 
     def attend(row: slice, time: slice) -> Any:
         q, k, v = (t[row, :, time] for t in (query, key, value))
-        return hierarchical_attention(q, k, v, pool_query, **keywords, return_logsumexp=True)
+        drops: dict[str, Any] = {"dropout": dropout, "seed": seed, "rows": rows[row, :, time]}
+        return hierarchical_attention(q, k, v, pool_query, **keywords, **drops, return_logsumexp=True)
 
     def padding(steps: int) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(value.dtype, torch.float32)

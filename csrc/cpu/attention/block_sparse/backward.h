@@ -93,7 +93,7 @@ void segment_tile(const AttentionBackward<S>& p, const SegmentGrads<Sum<W>>& s, 
       c.value_row = f.value.time;
       const int32_t at = place == kInPlace ? place : place + int32_t((key - begin) / size);
       point_at(c, s, at, key, size, f.D, f.Dv);
-      chunk_backward_vectors(vectors - skipped, q, skipped, count, c, f.D, f.Dv, T(0), masked);
+      chunk_backward_vectors(vectors - skipped, q, skipped, count, c, f.D, f.Dv, T(0), 0, masked);
       key += c.keys;
     }
   }

@@ -72,6 +72,7 @@ void segment_tile(const AttentionBackward<S>& p, const SegmentGrads<Sum<W>>& s, 
   const int vectors = int((count + L - 1) / L);
   fill_grad_tile(q, f.query.at(0, h) + row * f.query.time, f.query.time, p.grad_out.at(0, h) + row * p.grad_out.time,
                  p.grad_out.time, f.out.at(0, h) + row * f.out.time, f.out.time, f.lse + h * f.Tq + row, count, D, Dv);
+  if (q.dropout) q.dropout->begin(f.dropout, f.seed, f.dropout_row + h * f.Tq + row);
   if (p.grad_lse) {  // lse's derivative by a score is the score's weight
     for (int64_t i = 0; i < count; ++i) q.delta[i] -= p.grad_lse[h * f.Tq + row + i];
   }
@@ -114,7 +115,8 @@ void segment_tile(const AttentionBackward<S>& p, const SegmentGrads<Sum<W>>& s, 
       c.value = rows.value + key * rows.value_row;
       c.key_row = rows.key_row;
       c.value_row = rows.value_row;
-      chunk_backward_vectors(vectors - first, q, first, count, c, D, Dv, f.bias[level], masked);
+      chunk_backward_vectors(vectors - first, q, first, count, c, D, Dv, f.bias[level],
+                             uint32_t(first_element(pyramid, level) + key), masked);
       key += c.keys;
     }
   }
@@ -132,7 +134,9 @@ void segment_backward(const AttentionBackward<S>& p, int64_t g, int64_t segment,
     memset(s.key + n * s.key_row, 0, size_t(f.D) * sizeof(T));
     memset(s.value + n * s.value_row, 0, size_t(f.Dv) * sizeof(T));
   }
-  const GradTile<W> q = make_grad_tile<W>(workspace, f.D, f.Dv, f.scale);
+  TileDropout<T> dropout;
+  GradTile<W> q = make_grad_tile<W>(workspace, f.D, f.Dv, f.scale);
+  if (f.dropout > 0) q.dropout = &dropout;
   const int64_t group = f.H / f.G;
   int64_t block = max_of(first_block(pyramid), s.outside.first / pyramid.block_size);
   for (; block * pyramid.block_size < s.outside.last; ++block) {

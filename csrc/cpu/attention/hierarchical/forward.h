@@ -5,7 +5,8 @@
 //
 // Attention: one softmax over the nodes of the query's cover (cover.h), with the score
 //   s = scale * query . key + bias of the level
-// (attend.h). A task is one tile of kColumns queries of one aligned block; tasks need no barrier.
+// (attend.h). A weight of a node is dropped as one. A task is one tile of kColumns queries of one aligned block; tasks
+// need no barrier.
 #pragma once
 
 #include "cpu/attention/hierarchical/levels.h"
@@ -63,8 +64,13 @@ template <typename W, typename S>
 void attend_tile(const Attention<S>& p, int64_t h, int64_t block, int64_t t, int64_t count, Sum<W>* workspace) {
   const Pyramid& pyramid = p.pyramid;
   const int64_t row = t - pyramid.first_query;
-  const QueryTile<W> q =
+  QueryTile<W> q =
       begin_tile<W>(workspace, p.query.at(0, h) + row * p.query.time, p.query.time, count, p.D, p.Dv, p.scale);
+  TileDropout<Sum<W>> dropout;
+  if (p.dropout > 0) {
+    dropout.begin(p.dropout, p.seed, p.dropout_row + h * p.Tq + row);
+    q.dropout = &dropout;
+  }
   const int64_t g = h / (p.H / p.G);
   Run runs[kMaxRuns];
   const int n = cover_block(pyramid, block, runs);
@@ -72,7 +78,7 @@ void attend_tile(const Attention<S>& p, int64_t h, int64_t block, int64_t t, int
     const int level = runs[i].level;
     const bool diagonal = pyramid.causal && level == 0;
     attend_run(q, count, level_rows(p, g, level), runs[i].begin, diagonal ? t + count : runs[i].end, t, diagonal, p.D,
-               p.Dv, p.bias[level]);
+               p.Dv, p.bias[level], first_element(pyramid, level));
   }
   end_tile(q, p.out.at(0, h) + row * p.out.time, p.out.time, p.lse + h * p.Tq + row, count, p.Dv);
 }

@@ -24,6 +24,8 @@ struct Call {
   double scale;
   bool ragged = false;  // has cu_seqlens or lengths
   std::vector<Sequence> sequences = {};
+  double dropout = 0;
+  uint64_t seed = 0;
 };
 
 Pyramid pyramid_of(const Call& c, int64_t T) {
@@ -102,6 +104,16 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return c;
 }
 
+void set_dropout(Call& c, double dropout, const OptionalTensor& seed) {
+  STD_TORCH_CHECK(dropout >= 0 && dropout <= 1, "seqaccel: expected dropout between 0 and 1, but got ", dropout);
+  if (dropout == 0) return;
+  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
+                  "seqaccel: expected dropout to have a seed, an int64 tensor of one element on the CPU");
+  check_memory(*seed, "seed");
+  c.dropout = dropout;
+  c.seed = uint64_t(*seed->const_data_ptr<int64_t>());
+}
+
 // Whether there are tokens of no sequence, whose results are 0.
 bool has_padding(const Call& c) {
   int64_t tokens = 0;
@@ -169,6 +181,9 @@ Attention<S> arguments(const Call& c, const std::vector<int64_t>& tasks, const T
   for (int l = 0; l <= c.pyramid.levels; ++l) {
     p.bias[l] = c.mass_bias ? T(std::log(double(c.pyramid.span[l]))) : T(0);
   }
+  p.dropout = c.dropout;
+  p.seed = c.seed;
+  p.dropout_row = 0;
   p.query = read<S>(c.query);
   p.key = read<S>(c.key);
   p.value = read<S>(c.value);
@@ -196,9 +211,10 @@ Tensor new_pooled(const Call& c, int64_t width) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, OptionalTensor cu_seqlens,
     OptionalTensor lengths, int64_t block_size, int64_t fanout, int64_t levels, int64_t local_blocks, bool causal,
-    bool mass_bias, double scale) {
-  const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
-                           causal, mass_bias, scale);
+    bool mass_bias, double scale, double dropout, OptionalTensor seed) {
+  Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
+                     causal, mass_bias, scale);
+  set_dropout(c, dropout, seed);
   Tensor out = empty_heads(query, c.Dv);
   Tensor lse = new_sums(query, {c.B, c.H, c.Tq});
   Tensor pooled_key = new_pooled(c, c.D), pooled_value = new_pooled(c, c.Dv);
@@ -278,9 +294,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hierarchical_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, OptionalTensor pool_query, OptionalTensor cu_seqlens,
     OptionalTensor lengths, Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int64_t block_size,
     int64_t fanout, int64_t levels, int64_t local_blocks, bool causal, bool mass_bias, double scale,
-    OptionalTensor grad_lse) {
-  const Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
-                           causal, mass_bias, scale);
+    OptionalTensor grad_lse, double dropout, OptionalTensor seed) {
+  Call c = make_call(query, key, value, pool_query, cu_seqlens, lengths, block_size, fanout, levels, local_blocks,
+                     causal, mass_bias, scale);
+  set_dropout(c, dropout, seed);
   const ScalarType dtype = query.scalar_type();
   check_tensor(grad_out, "grad_out", {c.B, c.H, c.Tq, c.Dv}, dtype);
   if (grad_lse) check_tensor(*grad_lse, "grad_lse", {c.B, c.H, c.Tq}, compute_dtype(dtype));
@@ -396,15 +413,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "hierarchical_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? pool_query, Tensor? cu_seqlens, "
       "Tensor? lengths, int block_size, int fanout, int levels, int local_blocks, bool causal, bool mass_bias, float "
-      "scale) -> (Tensor out, Tensor lse, "
+      "scale, float dropout=0.0, Tensor? seed=None) -> (Tensor out, Tensor lse, "
       "Tensor pooled_key, Tensor pooled_value)");
   m.def(
       "hierarchical_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? pool_query, "
       "Tensor? cu_seqlens, Tensor? lengths, Tensor out, Tensor lse, Tensor pooled_key, Tensor pooled_value, int "
       "block_size, int fanout, int levels, "
-      "int local_blocks, bool causal, bool mass_bias, float scale, Tensor? grad_lse=None) -> (Tensor grad_query, "
-      "Tensor grad_key, "
-      "Tensor grad_value, Tensor grad_pool_query)");
+      "int local_blocks, bool causal, bool mass_bias, float scale, Tensor? grad_lse=None, float dropout=0.0, "
+      "Tensor? seed=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_pool_query)");
   m.def(
       "attention_pool_forward(Tensor key, Tensor value, Tensor? pool_query, int block_size, int fanout, int levels, "
       "float scale) -> (Tensor pooled_key, Tensor pooled_value)");

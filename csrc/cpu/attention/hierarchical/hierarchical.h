@@ -62,6 +62,9 @@ struct Attention {
   Sequences sequences;
   T scale;
   T bias[kMaxLevels + 1];  // log span with mass_bias, else 0
+  double dropout;          // the rate, or 0
+  uint64_t seed;
+  int64_t dropout_row;  // the generator's row for the first query of head 0; rows are those of lse
   Heads<const S> query, key, value;
   const S* pool_query;  // [P, G, D], or null: the mean
   int64_t P;

@@ -29,7 +29,8 @@ void move_to(Attention<S>& part, const Attention<S>& p, const Sequence& s) {
   part.out = within(p.out, s);
   part.pooled_key = p.pooled_key + (s.row * p.G * p.nodes + s.node) * p.D;
   part.pooled_value = p.pooled_value + (s.row * p.G * p.nodes + s.node) * p.Dv;
-  part.lse = p.lse + s.row * p.H * p.Tq + s.first;
+  part.dropout_row = s.row * p.H * p.Tq + s.first;
+  part.lse = p.lse + part.dropout_row;
 }
 
 template <typename S>
@@ -74,6 +75,9 @@ SEQACCEL_INLINE Rows<S> level_rows(const Attention<S>& p, int64_t g, int level) 
   const int64_t row = g * p.nodes + p.pyramid.offset[level];
   return {p.pooled_key + row * p.D, p.pooled_value + row * p.Dv, p.D, p.Dv};
 }
+
+// The element of dropout that a query draws for the first key of a level: tokens, then the nodes of all levels.
+SEQACCEL_INLINE int64_t first_element(const Pyramid& p, int level) { return level == 0 ? 0 : p.T + p.offset[level]; }
 
 template <typename S>
 SEQACCEL_INLINE const S* pool_row(const Attention<S>& p, int64_t g, int level) {
