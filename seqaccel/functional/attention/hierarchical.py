@@ -317,13 +317,14 @@ def _first(results: tuple[Tensor, ...], pair: bool) -> Tensor | tuple[Tensor, Te
     return (results[0], results[1]) if pair else results[0]
 
 
-def _triton_refusal(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, dropout: float
-) -> str | None:
-    """Why Triton's kernels, which must be there, do not take these arguments, or None."""
+def _triton_takes(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None = None, dropout: float = 0.0
+) -> bool:
+    if backends.why_missing("triton", "cuda"):
+        return False
     from seqaccel.kernels.attention.hierarchical.launchers import refusal
 
-    return refusal(query, key, value, cu_seqlens, dropout)
+    return refusal(query, key, value, cu_seqlens, dropout) is None
 
 
 def hierarchical_attention(
@@ -438,16 +439,15 @@ def hierarchical_attention(
         drops = (float(dropout_p), torch.randint(-(1 << 62), 1 << 62, (1,), device=query.device))
     if _common.transforms_active():
         return _first(_definition(*inputs, *options, *drops), return_logsumexp)
-    prefer = None
-    if query.device.type == "cuda" and (
-        backends.why_missing("triton", "cuda") or _triton_refusal(query, key, value, cu_seqlens, dropout_p)
-    ):
-        prefer = "reference"
+    on_gpu = query.device.type == "cuda"
+    prefer = "reference" if on_gpu and not _triton_takes(query, key, value, cu_seqlens, dropout_p) else None
     backend = backends.choose("hierarchical_attention", query, BACKENDS, prefer=prefer)
     if backend == "reference":
         return _first(_definition(*inputs, *options, *drops), return_logsumexp)
     if drops and backend == "triton":
-        reason = _triton_refusal(query, key, value, cu_seqlens, dropout_p)
+        from seqaccel.kernels.attention.hierarchical.launchers import refusal
+
+        reason = refusal(query, key, value, cu_seqlens, dropout_p)
         raise RuntimeError(f"hierarchical_attention (triton): {reason}")
     if torch.compiler.is_compiling():  # autograd records the operator itself
         return _first(_operators(backend)[0](*inputs, *options, *drops), return_logsumexp)

@@ -59,7 +59,15 @@ class MultiheadAttention(Leaf, nn.MultiheadAttention):
                 f"but got embed_dim={embed_dim}, num_heads={num_heads}"
             )
         super().__init__(
-            embed_dim, num_heads, dropout, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
         )
         # What torch.nn.TransformerEncoderLayer's fast path asks for: dense attention on our weights must not run.
         self._qkv_same_embed_dim = False
