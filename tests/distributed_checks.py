@@ -136,6 +136,14 @@ def dropout(mesh: DeviceMesh) -> None:
     expected = trained(module, x)
     torch.manual_seed(1)
     assert_close(whole(trained(copy, sharded(x, mesh, 0))), expected)
+    rows, found = torch.randn(5, 2, 20, 4), []
+    for given in (rows, sharded(rows, mesh, 0)):
+        torch.manual_seed(1)
+        leaf = given.detach().requires_grad_()
+        out = SF.hierarchical_attention(leaf, leaf, leaf, block_size=4, dropout_p=0.5)
+        out.square().sum().backward()
+        found.append([out, leaf.grad])
+    assert_close(whole(found[1]), found[0])
 
 
 def given_states(mesh: DeviceMesh) -> None:

@@ -490,6 +490,7 @@ def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B = 1 if kind == "packed" else B
     Tq = rng.randint(0, T) if kind == "last" else T
     offsets = torch.tensor([0, *sorted(rng.randint(0, T) for _ in range(rng.randint(0, 5))), T])
+    dropout = rng.choice([0.0, 0.0, 0.3, 1.0])
     return {
         "query": torch.randn(B, G * repeats, Tq, D, dtype=dtype),
         "key": torch.randn(B, G, T, D, dtype=dtype),
@@ -504,6 +505,8 @@ def hierarchical_attention_forward(rng: random.Random) -> Arguments:
         "causal": boolean(rng),
         "mass_bias": boolean(rng),
         "scale": D**-0.5,
+        "dropout": dropout,
+        "seed": torch.randint(-(1 << 62), 1 << 62, (1,)) if dropout > 0 else None,
     }
 
 

@@ -450,7 +450,7 @@ def test_gradients_flow_through_a_chunk():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dropout=0.1), "dropout: .* expected 0, but got 0.1"),
+        (dict(dropout=1.1), "dropout to be between 0 and 1, but got 1.1"),
         (dict(add_bias_kv=True), "add_bias_kv"),
         (dict(add_zero_attn=True), "add_zero_attn"),
         (dict(num_heads=3), "embed_dim must be a positive multiple of num_heads, but got embed_dim=8, num_heads=3"),

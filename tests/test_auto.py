@@ -115,6 +115,7 @@ def test_sizes_that_auto_keeps_from_triton():
         assert not hierarchical._triton_takes(query, query, query) and not block_sparse._triton_takes(query, query)
     packed, offsets = empty(1, 8, 4096, 64), torch.empty(3, dtype=torch.int64, device="meta")
     assert not hierarchical._triton_takes(packed, packed, packed, offsets)
+    assert not hierarchical._triton_takes(packed, packed, packed, None, 0.1)
 
 
 @pytest.mark.parametrize("amx", [False, True])

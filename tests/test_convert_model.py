@@ -255,7 +255,9 @@ def test_attention_is_replaced_only_by_name():
     torch.testing.assert_close(model.self_attn(x, x, x)[0], same(x, x, x)[0])
     torch.testing.assert_close(seqaccel.revert(model)(x), expected, rtol=0, atol=0)
     dropped = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2, dropout=0.1))
-    assert "dropout" in converted_rows(dropped, config={"MultiheadAttention": True})["0"].reason
+    assert converted_rows(dropped, config={"MultiheadAttention": True})["0"].target and dropped[0].dropout == 0.1
+    biased = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2, add_bias_kv=True))
+    assert "add_bias_kv" in converted_rows(biased, config={"MultiheadAttention": True})["0"].reason
 
 
 def test_patch_torch():

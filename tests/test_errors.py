@@ -444,6 +444,7 @@ CALLS = {
             "scale": NOT_NUMBERS,
             "cu_seqlens": OPTIONAL,
             "lengths": OPTIONAL,
+            "dropout_p": (*NOT_NUMBERS, None, 2, -1),
         },
     ),
     **{
@@ -731,7 +732,7 @@ CALLS = {
         {
             "embed_dim": (*NOT_INTS, 0, 7),
             "num_heads": (*NOT_INTS, 0, 3),
-            "dropout": (0.1, "0", None),
+            "dropout": (*NOT_NUMBERS, None, 2),
             "bias": NOT_FLAGS,
             "add_bias_kv": (True, "no"),
             "kdim": ("8", 0),
