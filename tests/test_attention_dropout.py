@@ -1,4 +1,4 @@
-"""Dropout of the weights of hierarchical attention: kernels against the definition with the same masks, and the masks."""
+"""Dropout of the weights of hierarchical attention: kernels, masks, modules."""
 
 import pytest
 import torch
