@@ -343,7 +343,7 @@ def hierarchical_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     return_logsumexp: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # of 0.0, dynamic=True makes a symbol, and compiles once more to specialise it
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over a pyramid: near tokens one by one, farther ones through nodes that pool ever more of them.
 
