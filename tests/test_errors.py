@@ -1078,18 +1078,21 @@ STREAMS["HierarchicalAttention"] = lambda: nn.HierarchicalAttention(I, 2)
 STREAMS["HierarchicalAttentionEncoder"] = lambda: nn.HierarchicalAttentionEncoder(I, 2, 1, 6)
 STREAMS["EchoStateNetwork"] = lambda: nn.EchoStateNetwork(I, H, 2)
 STREAMS["NoveltyMemory"] = lambda: nn.NoveltyMemory(I, 2)
+STREAMS["AttentionLSTMDecoder"] = lambda: nn.AttentionLSTMDecoder(I, H, 4)
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_bad_streams(name):
     module = STREAMS[name]()
-    state = module.init_state(B)
+    reads_memory = name == "AttentionLSTMDecoder"
+    state = module.init_state(torch.randn(B, 5, 4) if reads_memory else B)
     x_t = torch.randn(B, I)
     module.step(x_t, state)
     chunk = torch.randn(B, I, T) if name in ("CausalConv1d", "TCN", "WaveNet", "WaveNetLayer") else torch.randn(T, B, I)
+    chunk = chunk.transpose(0, 1) if reads_memory else chunk
     module.extend(chunk, state)
-    for bad in (2.5, "3", None, -1, True):
-        refused(lambda bad=bad: module.init_state(bad), "batch_size")
+    for bad in (*TENSOR, torch.randn(B, 5, 3)) if reads_memory else (2.5, "3", None, -1, True):
+        refused(lambda bad=bad: module.init_state(bad), "memory" if reads_memory else "batch_size")
     for bad in TENSOR:
         refused(lambda bad=bad: module.step(bad, state), "x_t|x")
         refused(lambda bad=bad: module.extend(bad, state), "x|input")
