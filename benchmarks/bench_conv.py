@@ -7,11 +7,11 @@ joins where it is installed.
 
 import functools
 import importlib.util
-import io
 
 import torch
 import torch.nn.functional as F
 from harness import Case, suite
+from step_peers import step_peers
 from torch import nn
 
 import seqaccel
@@ -270,67 +270,18 @@ def bench_wavenet_training(B, C, T, K, levels):
     return Case(contenders(modules, lambda m: train(m, x, grad)), flops=3 * flops, bytes=3 * moved)
 
 
-class OneStep(nn.Module):
-    """A step of a module, with its state as inputs and outputs."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x_t, *state):
-        if isinstance(self.module, nn.LSTM):
-            y, (h, c) = self.module(x_t.unsqueeze(0), state)
-            return y[0], h, c
-        if isinstance(self.module, snn.TCN):
-            y, levels = self.module.step(x_t, tuple(zip(state[::2], state[1::2], strict=True)))
-            return y, *(part for level in levels for part in level)
-        y, state = self.module.step(x_t, state)
-        return y, *state
-
-
-def onnx_step(module, x_t, state):
-    """One step in ONNX Runtime on one thread: it reads the states and writes the next ones."""
-    import onnxruntime
-
-    file = io.BytesIO()
-    names = [f"state_{i}" for i in range(len(state))]
-    torch.onnx.export(
-        OneStep(module).eval(),
-        (x_t, *state),
-        file,
-        input_names=["x", *names],
-        output_names=["y", *(f"next_{name}" for name in names)],
-        dynamo=False,
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {"x": x_t.numpy()} | {name: part.numpy() for name, part in zip(names, state, strict=True)}
-
-    def run():
-        y, *after = session.run(None, feed)
-        feed.update(zip(names, after, strict=True))
-        return y
-
-    return run
-
-
 @suite([{"net": "LSTM 16"}, {"net": "WaveNet 16x18"}], ["seqaccel[session]", "onnxruntime"])
 def bench_conv_session_step(net):
     """A sample of an audio network, batch 1, on one thread."""
     if net == "LSTM 16":
         module = nn.LSTM(1, 16)
-        state = (torch.zeros(1, 1, 16), torch.zeros(1, 1, 16))
         weights = 4 * 16 * (1 + 16)
     else:
         module = snn.WaveNet(1, 1, 16, 16, layers=9, stacks=2).eval()
-        state = module.init_state(1)
         weights = 18 * (2 * 16 * 16 * 2 + 2 * 16 * 16)
     x_t = torch.randn(1, 1)
     session = seqaccel.Session(module)
-    runs = {"seqaccel[session]": functools.partial(session.step, x_t)}
-    if importlib.util.find_spec("onnxruntime"):
-        runs["onnxruntime"] = onnx_step(module, x_t, state)
+    runs = {"seqaccel[session]": functools.partial(session.step, x_t)} | step_peers(module, x_t, ("onnxruntime",))
     return Case(runs, flops=2 * weights, bytes=4 * weights)
 
 
@@ -350,8 +301,7 @@ def bench_tcn_session_step(B, C, K, levels):
         return y
 
     runs = {"seqaccel[session]": functools.partial(session.step, x_t), "seqaccel[step]": step}
-    if importlib.util.find_spec("onnxruntime"):
-        runs["onnxruntime"] = onnx_step(module, x_t, [part for level in module.init_state(B) for part in level])
+    runs |= step_peers(module, x_t, ("onnxruntime",))
     if importlib.util.find_spec("pytorch_tcn"):
         from pytorch_tcn import TCN
 
