@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def examples() -> dict[str, doctest.DocTest]:
     found = {}
     for module in pkgutil.walk_packages(seqaccel.__path__, "seqaccel."):
-        if not module.name.startswith(("seqaccel.kernels", "seqaccel._")):
+        if not module.name.startswith(("seqaccel.kernels", "seqaccel._", "seqaccel.integrations.")):
             for test in doctest.DocTestFinder().find(importlib.import_module(module.name)):
                 if test.examples:
                     found[test.name] = test
