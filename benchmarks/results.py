@@ -1,0 +1,170 @@
+"""Writes docs/results.md from the records of training runs under benchmarks/results.
+
+``python -m benchmarks.results`` writes the page; with ``--check`` it only compares, and exits with 1 if it differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+TITLES = {
+    "rnn": "RNN",
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "tcn": "TCN",
+    "peephole-lstm": "LSTM with peepholes",
+    "layer-norm-lstm": "LSTM with layer norm",
+    "mlstm": "multiplicative LSTM",
+    "sru": "SRU",
+    "sru++": "SRU++",
+    "qrnn": "QRNN",
+    "mingru": "minGRU",
+    "minlstm": "minLSTM",
+    "indrnn": "IndRNN",
+    "wavenet": "WaveNet",
+    "hierarchical": "hierarchical attention",
+}
+SETS = {"jsb": "JSB Chorales, 300,000 parameters", "nottingham": "Nottingham, 1,000,000 parameters"}
+PUBLISHED = {  # Bai et al. 2018, table 1
+    "jsb": {"rnn": 8.91, "lstm": 8.45, "gru": 8.43, "tcn": 8.10},
+    "nottingham": {"rnn": 4.05, "lstm": 3.29, "gru": 3.46, "tcn": 3.07},
+}
+
+
+def read(folder: pathlib.Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown; all columns but the first are aligned to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the lowest and highest of several."""
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
+
+
+def origin(records: list[dict]) -> str:
+    """Machines and commits of records, in a sentence."""
+    machines = {f"{r['machine']['cpu']}, {r['machine']['threads']} thread" for r in records}
+    versions = {f"torch {r['versions']['torch'].partition('+')[0]}" for r in records}
+    commits = {f"commit `{r['commit']}`" for r in records}
+    return "; ".join(", ".join(sorted(part)) for part in (machines, versions, commits)) + "."
+
+
+def music(records: list[dict]) -> str:
+    sections = []
+    for data, title in SETS.items():
+        found = [r for r in records if r["set"] == data]
+        if not found:
+            continue
+        rows = []
+        for model, name in TITLES.items():
+            ours, torchs = ([r for r in found if r["model"] == model and r["use_torch"] == t] for t in (False, True))
+            if ours:
+                published = PUBLISHED[data].get(model)
+                rows.append(
+                    [
+                        name,
+                        str(ours[0]["hidden_size"]),
+                        f"{ours[0]['parameters']:,}",
+                        str(len(ours)),
+                        spread([r["test"] for r in ours]),
+                        spread([r["test"] for r in torchs]) if torchs else "–",
+                        f"{published:.2f}" if published else "–",
+                    ]
+                )
+        header = ["model", "hidden size", "parameters", "seeds", "test NLL", "with torch's modules", "published"]
+        sections += [f"### {title}", table(header, rows), origin(found)]
+    return "\n\n".join(sections)
+
+
+def music_time(records: list[dict]) -> str:
+    def seconds(data: str, model: str, use_torch: bool) -> float | None:
+        found = [r for r in records if (r["set"], r["model"], r["use_torch"]) == (data, model, use_torch)]
+        return statistics.median(r["seconds"] / r["epochs"] for r in found) if found else None
+
+    rows = []
+    for data in SETS:
+        for model, name in TITLES.items():
+            ours, torchs = (seconds(data, model, use_torch) for use_torch in (False, True))
+            if ours and torchs:
+                row = [name, SETS[data].partition(",")[0], f"{ours:.2f}", f"{torchs:.2f}", f"{torchs / ours:.2f}"]
+                rows.append(row)
+    return table(["model", "data", "seconds an epoch", "with torch's modules", "ratio"], rows)
+
+
+def stable(records: list[dict]) -> str:
+    """Perplexity of pairs, by the inputs that an output has seen."""
+    header = ["model", *records[0]["truncated_bits"][0], "the whole validation text"]
+    rows = []
+    for record in records:
+        for title, bits, whole in zip(
+            record["titles"], record["truncated_bits"], record["validation_bits"], strict=True
+        ):
+            rows.append([title, *(f"{2**value:.3f}" for value in bits.values()), f"{2**whole:.3f}"])
+    return table(header, rows)
+
+
+MUSIC = """\
+## Polyphonic music
+
+Negative log-likelihood (NLL) per frame; lower is better. `examples/polyphonic_music.py` trains every
+model on binary piano rolls, with the splits and the budgets of parameters of Bai et al. (2018). With
+several seeds, the mean comes first, then the lowest and the highest. "Published" is table 1 of that
+paper. Settings were chosen by the validation NLL of a few runs with seed 0. Each record holds the
+command that made it."""
+
+MUSIC_TIME = """\
+### Training time
+
+CPU time of one epoch of training on one thread, while the machine did nothing else: the same script
+with seqaccel's modules and with torch's (`--torch`)."""
+
+STABLE = """\
+## Stable recurrent nets
+
+Perplexity per byte of language models that are kept stable, beside the same models that are not
+(Miller and Hardt, 2019): `examples/train_language_model.py --stable`. Both have the same budget. The
+columns with numbers are a truncated evaluation: an output sees that many of the latest inputs.
+"all" is the full recurrence over the same bytes."""
+
+
+def page() -> str:
+    parts = ["# Results", "`python -m benchmarks.results` makes this page from the records in `benchmarks/results`."]
+    if records := read(RECORDS / "music"):
+        parts += [MUSIC, music(records)]
+    if records := read(RECORDS / "music-time"):
+        parts += [MUSIC_TIME, music_time(records), origin(records)]
+    if records := read(RECORDS / "stable"):
+        parts += [STABLE, stable(records), origin([record["run"] for record in records])]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page would change")
+    options = parser.parse_args()
+    text = page()
+    if options.check:
+        if PAGE.read_text() != text:
+            print(f"{PAGE} is not what the records give: run python -m benchmarks.results", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

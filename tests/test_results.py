@@ -1,0 +1,32 @@
+"""docs/results.md is what the records give."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from benchmarks import results
+
+
+def test_the_page_is_that_of_the_records():
+    assert results.PAGE.read_text() == results.page(), "run python -m benchmarks.results"
+
+
+def test_tables_of_records():
+    machine = {"cpu": "a CPU", "threads": 1}
+    run = {
+        "machine": machine,
+        "versions": {"torch": "2.13.0+cpu"},
+        "commit": "abc",
+        "hidden_size": 8,
+        "parameters": 1234,
+    }
+    base = {"set": "jsb", "model": "tcn", "epochs": 2, **run}
+    records = [
+        {**base, "use_torch": False, "test": 8.0, "seconds": 1.0},
+        {**base, "use_torch": False, "test": 8.5, "seconds": 1.2},
+        {**base, "use_torch": True, "test": 8.4, "seconds": 2.2},
+    ]
+    page = results.music(records)
+    assert "| TCN | 8 | 1,234 | 2 | 8.25 (8.00 to 8.50) | 8.40 | 8.10 |" in page
+    assert "a CPU, 1 thread; torch 2.13.0; commit `abc`." in page and "Nottingham" not in page
+    assert "| TCN | JSB Chorales | 0.55 | 1.10 | 2.00 |" in results.music_time(records)
