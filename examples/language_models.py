@@ -31,6 +31,23 @@ class Recurrent(nn.Module):
     def step(self, x_t: Tensor, state):
         return self.rnn.step(x_t, state)
 
+    def truncated(self, x: Tensor, k: int) -> Tensor:
+        """``forward``, but each output from its latest k inputs only."""
+        return seqaccel.functional.truncated(self.rnn, x.transpose(0, 1), k).transpose(0, 1)
+
+
+class Bounded(Recurrent):
+    """A recurrent module behind tanh: the proof of a stable LSTM needs inputs of at most 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.tanh())
+
+    def step(self, x_t: Tensor, state):
+        return super().step(x_t.tanh(), state)
+
+    def truncated(self, x: Tensor, k: int) -> Tensor:
+        return super().truncated(x.tanh(), k)
+
 
 class Convolutional(nn.Module):
     """A convolutional network (B, H, T) as the body of a model."""
@@ -164,6 +181,14 @@ def torch_lstm(size: int, layers: int) -> nn.Module:
     return Recurrent(nn.LSTM(size, size, layers))
 
 
+def bounded_rnn(size: int, layers: int) -> nn.Module:
+    return Bounded(seqaccel.nn.RNN(size, size, layers))
+
+
+def bounded_lstm(size: int, layers: int) -> nn.Module:
+    return Bounded(seqaccel.nn.LSTM(size, size, layers))
+
+
 def sru(size: int, layers: int) -> nn.Module:
     return Recurrent(seqaccel.nn.SRU(size, size, layers))
 
@@ -207,6 +232,11 @@ RECIPES = {
     "sru": Recipe("SRU", "torch.nn.LSTM", sru, torch_lstm, 256, 2, 16, 256, 220, 4e-3, paired=False),
     "tcn": Recipe("TCN", "F.conv1d", tcn, conv1d_tcn, 128, 5, 8, 512, 300, 3e-3),
     "attention": Recipe("hierarchical attention", "dense attention", hierarchical, dense, 256, 2, 1, 4096, 100, 2e-3),
+}
+# Pairs of the same model, whose first is kept stable.
+STABLE = {
+    "rnn": Recipe("stable RNN", "RNN", bounded_rnn, bounded_rnn, 256, 1, 16, 256, 600, 2e-3),
+    "lstm": Recipe("stable LSTM", "LSTM", bounded_lstm, bounded_lstm, 256, 1, 16, 256, 600, 3e-3),
 }
 
 

@@ -3,10 +3,14 @@
     python examples/train_language_model.py                           # four kinds of model on Python's own library
     python examples/train_language_model.py --data FILE --model lstm  # one's own text, one model
     python examples/train_language_model.py --model sru --steps 2000 --resume
+    python examples/train_language_model.py --stable         # an RNN and an LSTM, kept stable and not
 
 Each model is an embedding, a sequence module and a linear layer. Both contenders of a pair start from the same weights
 where their parameters are the same, and take their steps in turn on the same batches, so that both meet the same
 machine. The validation text is other files (of one file: its last tenth).
+
+``--stable`` asks what stability costs (Miller and Hardt 2019): both contenders are seqaccel's, and one is projected
+after each step. A stable model forgets, so its outputs from the latest k inputs are close to those from all.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from language_models import RECIPES, LanguageModel, Recipe, same_start
+from language_models import RECIPES, STABLE, LanguageModel, Recipe, same_start
+from provenance import provenance
 from torch import Tensor, nn
 
 import seqaccel
+import seqaccel.nn as snn
 
 
 class UserError(Exception):
@@ -114,6 +120,19 @@ class Contender:
             count += targets.numel()
         return total / count / math.log(2)
 
+    @torch.no_grad()
+    def validate_truncated(self, batches: Iterable[tuple[Tensor, Tensor]], k: int | None, skipped: int) -> float:
+        """Bits per byte, each output from its latest k inputs (None: from all), without the first of a sequence."""
+        self.model.eval()
+        total = count = 0.0
+        for inputs, targets in batches:
+            x = self.model.embedding(inputs)
+            y = self.model.body(x) if k is None else self.model.body.truncated(x, k)
+            logits, targets = self.model.head(y[:, skipped:]), targets[:, skipped:]
+            total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            count += targets.numel()
+        return total / count / math.log(2)
+
     def state_dict(self) -> dict:
         return {
             "model": self.model.state_dict(),
@@ -182,19 +201,22 @@ class Result:
 
     model: str
     titles: list[str]
+    names: list[str]
     tokens_per_step: int
     validation_bits: list[float]
     tokens_per_second: list[float]
     bits: list[list[float]]
     seconds: list[list[float]]
     text: str
+    truncated_bits: list[dict[str, float]]  # with --stable, by k
+    run: dict
 
 
 def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tensor) -> Result:
     """Trains one pair."""
     from tqdm import tqdm
 
-    recipe = RECIPES[key]
+    recipe = (STABLE if arguments.stable else RECIPES)[key]
     changes = {
         "hidden_size": arguments.hidden_size,
         "num_layers": arguments.num_layers,
@@ -220,19 +242,23 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
         model = LanguageModel(recipe.hidden_size, body(recipe.hidden_size, recipe.num_layers))
         return Contender(title, model.to(device, torch.float64 if dtype == torch.float64 else torch.float32), recipe)
 
-    contenders = [build(recipe.ours, "seqaccel")]
+    names = ("stable", "unstable") if arguments.stable else ("seqaccel", "torch")
+    contenders = [build(recipe.ours, names[0])]
     if arguments.compare:
-        contenders.append(build(recipe.stock, "torch"))
+        contenders.append(build(recipe.stock, names[1]))
         same_start(contenders[0].model, contenders[1].model, recipe.paired)
+    if arguments.stable:
+        snn.utils.stabilize_after(contenders[0].optimiser, contenders[0].model)
 
     options = {
         "model": key,
+        "stable": arguments.stable,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "text": hashlib.sha256(train.numpy().tobytes()).hexdigest(),
         **{name: getattr(recipe, name) for name in changes if name != "steps"},
     }
-    checkpoint = arguments.out / f"{key}.pt"
+    checkpoint = arguments.out / f"{'stable-' if arguments.stable else ''}{key}.pt"
     done = load(checkpoint, contenders, options) if arguments.resume and checkpoint.exists() else 0
 
     bar = tqdm(total=recipe.steps, initial=min(done, recipe.steps), desc=f"{recipe.title:<22}", unit="step")
@@ -259,10 +285,19 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
     count = min(max(1, (len(validation) - 1) // recipe.length), max(1, arguments.validation_bytes // recipe.length))
     starts = torch.linspace(0, len(validation) - 1 - recipe.length, count).long()
     batches = [windows(validation, part, recipe.length, device) for part in starts.split(recipe.batch_size)]
+    truncated_bits = []
+    if arguments.stable:
+        length = 4 * max(TRUNCATED)
+        starts = torch.linspace(0, max(0, len(validation) - 1 - length), 16).long()
+        longer = [windows(validation, part, min(length, len(validation) - 1), device) for part in starts.split(4)]
+        for contender in contenders:
+            bits = {k: contender.validate_truncated(longer, k, max(TRUNCATED)) for k in [*TRUNCATED, None]}
+            truncated_bits.append({"all" if k is None else str(k): value for k, value in bits.items()})
     tokens = recipe.batch_size * recipe.length
     return Result(
         model=key,
         titles=[recipe.title, recipe.stock_title][: len(contenders)],
+        names=[c.name for c in contenders],
         tokens_per_step=tokens,
         validation_bits=[c.validate(batches, context) for c in contenders],
         tokens_per_second=[tokens / statistics.median(c.seconds) if c.seconds else math.nan for c in contenders],
@@ -271,17 +306,26 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
         text=sample(
             contenders[0].model, arguments.prompt.encode(), arguments.sample, arguments.temperature, arguments.seed
         ).decode(errors="replace"),
+        truncated_bits=truncated_bits,
+        run=provenance(__file__, arguments.command, device),
     )
+
+
+TRUNCATED = (13, 25, 50, 100)  # steps
 
 
 def print_table(results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="byte-level language models: seqaccel beside torch")
-    table.add_column("seqaccel")
-    table.add_column("instead of")
-    for name in ("bits/byte", "torch's", "tokens/s", "torch's", "speed"):
+    stable = bool(results[0].truncated_bits)
+    table = Table(
+        title=f"byte-level language models: {'stable beside unstable' if stable else 'seqaccel beside torch'}"
+    )
+    table.add_column("stable" if stable else "seqaccel")
+    table.add_column("unstable" if stable else "instead of")
+    other = "unstable" if stable else "torch's"
+    for name in ("bits/byte", other, "tokens/s", other, "speed"):
         table.add_column(name, justify="right")
     for result in results:
         bits = [f"{value:.3f}" for value in result.validation_bits]
@@ -291,8 +335,16 @@ def print_table(results: list[Result]) -> None:
             table.add_row(*result.titles, *bits, *speed, ratio)
         else:
             table.add_row(result.titles[0], "", bits[0], "", speed[0], "", "")
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    if stable:
+        table = Table(title="perplexity by the inputs that an output has seen")
+        for name in ("", *results[0].truncated_bits[0]):
+            table.add_column(name, justify="right" if name else "left")
+        for result in results:
+            for title, bits in zip(result.titles, result.truncated_bits, strict=True):
+                table.add_row(title, *(f"{2**value:.3f}" for value in bits.values()))
+        console.print(table)
 
 
 def plot(results: list[Result], path: pathlib.Path) -> None:
@@ -306,7 +358,7 @@ def plot(results: list[Result], path: pathlib.Path) -> None:
     figure = plt.figure(figsize=(4.2 * columns + 4.6, 3 * rows + 0.4), layout="constrained")
     losses, throughput = figure.subfigures(1, 2, width_ratios=[4.2 * columns, 4.6])
     panels = losses.subplots(rows, columns, squeeze=False).flat
-    names, colours = ("seqaccel", "torch"), ("tab:blue", "tab:orange")
+    names, colours = max((result.names for result in results), key=len), ("tab:blue", "tab:orange")
     for panel, result in zip(panels, results, strict=False):
         for i, (bits, seconds) in enumerate(zip(result.bits, result.seconds, strict=True)):
             width = max(1, len(bits) // 40)
@@ -347,7 +399,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--model", choices=[*RECIPES, "all"], default="all", help="which pair to train (default: all four)")
+    add("--model", choices=list(dict.fromkeys([*RECIPES, *STABLE, "all"])), default="all", help="a pair (default: all)")
+    add("--stable", action="store_true", help=f"a model kept stable beside one that is not ({', '.join(STABLE)})")
     add("--data", type=pathlib.Path, metavar="FILE", help="text to learn (default: Python's standard library)")
     add("--steps", type=positive, help="training steps in all")
     add("--batch-size", type=positive)
@@ -374,6 +427,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.prompt:
         parser.error("argument --prompt: must not be empty")
+    if options.model not in ("all", *(STABLE if options.stable else RECIPES)):
+        parser.error(f"argument --model: {options.model} goes {'without' if options.stable else 'with'} --stable")
+    options.command = sys.argv[1:] if arguments is None else arguments
     if options.temperature <= 0:
         parser.error("argument --temperature: must be above 0")
     return options
@@ -402,7 +458,8 @@ def train_all(arguments: argparse.Namespace) -> None:
     )
 
     results = []
-    for key in RECIPES if arguments.model == "all" else [arguments.model]:
+    recipes = STABLE if arguments.stable else RECIPES
+    for key in recipes if arguments.model == "all" else [arguments.model]:
         results.append(run(key, arguments, train, validation))
         print(f"\n{results[-1].titles[0]} writes:\n{results[-1].text}\n", flush=True)
     print_table(results)

@@ -68,6 +68,20 @@ def test_every_model_trains_beside_torchs(tmp_path, text, model):
     assert len(results["titles"]) == 2 and len(results["bits"][0]) == 2
 
 
+def test_stable_beside_unstable(tmp_path, text):
+    common = ["--data", text, "--stable", *TINY, "--out=out"]
+    done = demo(*common, "--steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for results in json.loads((tmp_path / "out" / "results.json").read_text()):
+        assert results["names"] == ["stable", "unstable"] and len(results["bits"]) == 2
+        for bits in results["truncated_bits"]:
+            assert list(bits) == ["13", "25", "50", "100", "all"]
+        stable = results["truncated_bits"][0]
+        assert abs(stable["100"] - stable["all"]) < 1e-3
+    refused = demo(*common, "--model=sru", cwd=tmp_path)
+    assert refused.returncode == 2 and "sru goes without --stable" in refused.stderr
+
+
 def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
     common = ["--data", text, "--model=lstm", *TINY]
     assert demo(*common, "--steps=4", "--out=whole", cwd=tmp_path).returncode == 0
