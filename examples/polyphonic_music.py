@@ -404,6 +404,7 @@ def run(job: Job, rolls: dict[str, list[Tensor]], options: argparse.Namespace) -
             raise UserError(f"{record} was made with other settings: delete it or name another --out")
         return found
 
+    origin = provenance(__file__, options.command, options.device)
     torch.manual_seed(job.seed)
     size, network = build(job.model, job.use_torch, settings, SETS[job.set].budget)
     network.to(options.device)
@@ -443,7 +444,7 @@ def run(job: Job, rolls: dict[str, list[Tensor]], options: argparse.Namespace) -
         "valid": training.best_valid,
         "test": evaluate(network, test),
         "curve": [[round(value, 4) for value in pair] for pair in training.curve],
-        **provenance(__file__, options.command, options.device),
+        **origin,
     }
     record.write_text(json.dumps(found, indent=1) + "\n")
     checkpoint.unlink()
