@@ -250,7 +250,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
     "jsb": {
         "rnn": Settings(1, 0.1),
         "lstm": Settings(1, learning_rate=2e-3, batch_size=8),
-        "gru": Settings(1, 0.25),
+        "gru": Settings(1, 0.3, 0.1, 2e-3, batch_size=1),
         "peephole-lstm": Settings(1, learning_rate=2e-3, batch_size=8),
         "layer-norm-lstm": Settings(1),
         "mlstm": Settings(1, learning_rate=2e-3, batch_size=8),
