@@ -70,7 +70,7 @@ def inference(function, tensors):
 
 def training(function, tensors):
     tensors = [t.clone().requires_grad_() for t in tensors]
-    grad = torch.randn(tensors[0].shape[0], tensors[1].shape[0], tensors[0].shape[2])
+    grad = torch.randn_like(function(*tensors))
 
     def run():
         return torch.autograd.grad(function(*tensors), tensors, grad)
@@ -144,6 +144,30 @@ def bench_causal_conv2d_inference(B, C, T, S, K):
         {"seqaccel[cpp]": forced(inference(ours, tensors)), "torch": inference(stock, tensors)},
         flops=2 * B * C * C * T * S * rows * K,
         bytes=4 * (2 * B * C * T * S + C * C * rows * K),
+    )
+
+
+UNITS = [{"B": 32, "C": 24, "W": 4, "N": 17}, {"B": 32, "C": 24, "W": 4, "N": 41}, {"B": 8, "C": 128, "W": 4, "N": 64}]
+
+
+@suite(UNITS, ["seqaccel[cpp]", "torch"])
+def bench_convolutional_gru_training(B, C, W, N):
+    """A step with kernels of 3 x 3."""
+    x, weight, bias = torch.randn(B, C, W, N), torch.randn(3 * C, C, 3, 3) / (9 * C) ** 0.5, torch.randn(3 * C)
+
+    def ours(x, weight_gates, bias_gates, weight, bias):
+        return SF.convolutional_gru(x, weight_gates, bias_gates, weight, bias)
+
+    def stock(x, weight_gates, bias_gates, weight, bias):
+        gates = (1.2 * torch.sigmoid(F.conv2d(x, weight_gates, bias_gates, padding=1)) - 0.1).clamp(0, 1)
+        u, r = gates.chunk(2, 1)
+        return u * x + (1 - u) * torch.tanh(F.conv2d(r * x, weight, bias, padding=1))
+
+    tensors = [x, weight[: 2 * C].clone(), bias[: 2 * C].clone(), weight[2 * C :].clone(), bias[2 * C :].clone()]
+    return Case(
+        {"seqaccel[cpp]": forced(training(ours, tensors)), "torch": training(stock, tensors)},
+        flops=3 * 2 * B * W * N * 27 * C * C,
+        bytes=4 * (20 * B * C * W * N + 54 * C * C),
     )
 
 

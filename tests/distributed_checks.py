@@ -40,7 +40,7 @@ REARRANGED = (
     "GNMT",
 )
 #: Torch's linear layers, in these modules' projections, take no batch that the processes cannot share evenly.
-FLAT = (*nn.attention.__all__, "SRUpp", "PervasiveAttention", "GatedConvLM", "EchoStateNetwork")
+FLAT = (*nn.attention.__all__, "SRUpp", "PervasiveAttention", "NeuralGPU", "GatedConvLM", "EchoStateNetwork")
 BATCHES = {name: (4,) if name in FLAT else (4, 5) for name in CASES}
 Results = list[torch.Tensor]
 

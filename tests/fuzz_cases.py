@@ -356,6 +356,34 @@ def temporal_block_backward(rng: random.Random) -> Arguments:
     return arguments | found | {"grad_y": torch.randn_like(found["y"]), "wants": rng.randrange(512) & wants}
 
 
+def convolutional_gru_forward(rng: random.Random) -> Arguments:
+    B, C, rows, columns = sizes(rng, 3, 20, 9, 70)
+    dtype = floating(rng)
+
+    def weight(outputs: int) -> Tensor:
+        taps = rng.choice([1, 3, 3, 5]), rng.choice([1, 3, 3, 7])
+        return torch.randn(outputs, C, *taps, dtype=dtype) * max(1, C * taps[0] * taps[1]) ** -0.5
+
+    return {
+        "x": torch.randn(B, C, rows, columns, dtype=dtype),
+        "weight_gates": weight(2 * C),
+        "bias_gates": maybe(rng, lambda: torch.randn(2 * C, dtype=dtype)),
+        "weight_candidate": weight(C),
+        "bias_candidate": maybe(rng, lambda: torch.randn(C, dtype=dtype)),
+        "hard": boolean(rng),
+        "save": boolean(rng),
+    }
+
+
+def convolutional_gru_backward(rng: random.Random) -> Arguments:
+    arguments = convolutional_gru_forward(rng) | {"save": True}
+    y, gates, candidate = OPERATORS.convolutional_gru_forward(**arguments)
+    for name in ("bias_gates", "bias_candidate", "save"):
+        del arguments[name]
+    found = {"grad_y": torch.randn_like(y), "gates": gates, "candidate": candidate}
+    return arguments | found | {"wants": rng.randrange(32)}
+
+
 def additive_attention_forward(rng: random.Random) -> Arguments:
     B, Tq, Tk, H = sizes(rng, 3, 20, 150, 70)
     H, dtype = max(1, H), floating(rng)
@@ -557,6 +585,8 @@ GENERATORS: dict[str, Generator] = {
     "causal_conv2d_forward": causal_conv2d_forward,
     "column_backward": column_backward,
     "column_forward": column_forward,
+    "convolutional_gru_backward": convolutional_gru_backward,
+    "convolutional_gru_forward": convolutional_gru_forward,
     "echo_state": echo_state,
     "elementwise": elementwise,
     "fastest_mm": matrices,
@@ -608,6 +638,8 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "TemporalBlock": (lambda: seqaccel.nn.TemporalBlock(4, 5, 3, 2, dropout=0.0), (2, 4, 7)),
     "TCN": (lambda: seqaccel.nn.TCN(4, [4], dropout=0.0), (2, 4, 7)),
     "PervasiveAttention": (lambda: seqaccel.nn.PervasiveAttention(4, 4, 3, 2, 2, 3, dropout=0.0), (2, 4)),
+    "ConvolutionalGRU": (lambda: seqaccel.nn.ConvolutionalGRU(4), (2, 4, 3, 7)),
+    "NeuralGPU": (lambda: seqaccel.nn.NeuralGPU(4, 5), (2, 4)),
     "GatedConv1d": (lambda: seqaccel.nn.GatedConv1d(4, 5, 3), (2, 4, 7)),
     "WaveNetLayer": (lambda: seqaccel.nn.WaveNetLayer(4, 5), (2, 4, 7)),
     "WaveNet": (lambda: seqaccel.nn.WaveNet(4, 3, 6, 5, layers=2), (2, 4, 7)),
@@ -638,11 +670,11 @@ def module(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 def inputs_of(name: str, x: Tensor) -> tuple[Tensor, ...]:
     """What the module is called with, made of x."""
-    if name in ("PervasiveAttention", "GNMT", "GatedConvLM") and isinstance(x, Tensor):
+    if name in ("PervasiveAttention", "GNMT", "GatedConvLM", "NeuralGPU") and isinstance(x, Tensor):
         if x.device.type == "cpu" and x.numel() > 0 == x.untyped_storage().nbytes():
             raise ValueError("x is without memory: torch's own operators, here and in an embedding, would read it")
         tokens = x.detach().nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=3).long()
-        return (tokens,) * (1 if name == "GatedConvLM" else 2)
+        return (tokens,) * (1 if name in ("GatedConvLM", "NeuralGPU") else 2)
     if name == "AttentionLSTMDecoder":
         return x, x
     if name in seqaccel.nn.attention.__all__ and name not in ("HierarchicalAttentionEncoder", "GNMT"):

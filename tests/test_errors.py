@@ -254,6 +254,23 @@ CALLS = {
             "output_activation": ("tanh", 3),
         },
     ),
+    "convolutional_gru": (
+        SF.convolutional_gru,
+        lambda: {
+            "x": torch.randn(B, H, 4, T),
+            "weight_gates": torch.randn(2 * H, H, 3, 3),
+            "bias_gates": None,
+            "weight_candidate": torch.randn(H, H, 3, 3),
+        },
+        {
+            "x": TENSOR,
+            "weight_gates": TENSOR,
+            "bias_gates": OPTIONAL,
+            "weight_candidate": TENSOR,
+            "bias_candidate": OPTIONAL,
+            "gates": ("tanh", None, 3),
+        },
+    ),
     "wavenet_layer": (
         SF.wavenet_layer,
         lambda: {
@@ -586,6 +603,27 @@ CALLS = {
             "groups": (*NOT_INTS, 0, 3),
             "bias": NOT_FLAGS,
             "activation": ("elu", 3),
+        },
+    ),
+    "ConvolutionalGRU": (
+        nn.ConvolutionalGRU,
+        lambda: {"channels": H},
+        {
+            "channels": (*NOT_INTS, 0),
+            "kernel_size": (*NOT_INTS, 0, 2, (3, 3, 3), ("3", 3)),
+            "gates": ("tanh", None, 3),
+            "bias": NOT_FLAGS,
+        },
+    ),
+    "NeuralGPU": (
+        nn.NeuralGPU,
+        lambda: {"vocabulary": 4},
+        {
+            **dict.fromkeys(("vocabulary", "channels", "width", "num_layers"), (*NOT_INTS, 0)),
+            "kernel_size": (*NOT_INTS, 0, 2, (3, 3, 3)),
+            "output_vocabulary": ("4", 2.5, 0),
+            "gates": ("tanh", None, 3),
+            "dropout": (*NOT_NUMBERS, None, 2),
         },
     ),
     "GatedConv1d": (

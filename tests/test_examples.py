@@ -178,3 +178,16 @@ def test_long_memory(tmp_path, task, models):
     assert (tmp_path / "out" / f"{task}.png").stat().st_size > 1000
     refused = subprocess.run([*command, "--hidden-size=33"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--hidden-size" in refused.stderr
+
+
+def test_neural_gpu(tmp_path):
+    script = DEMO.with_name("neural_gpu.py")
+    small = ["--bits=4", "--test", "9", "--steps=2", "--channels=4", "--batch-size=2", "--out=out"]
+    command = [sys.executable, str(script), *small]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr  # it has learnt nothing yet
+    assert done.stdout.count("unseen sums are right") == 2
+    record = json.loads((tmp_path / "out" / "addition-0.json").read_text())
+    assert record["steps"] == 2 and set(record["unseen"]) == {"4", "9"} and record["command"].endswith("--out=out")
+    refused = subprocess.run([*command, "--bits=0"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--bits" in refused.stderr

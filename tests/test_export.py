@@ -195,6 +195,8 @@ CASES = {
         lambda: Translation(5, 5, 6, 2, 4, 3, max_positions=100),
         ("tokens:BT",),
     ),
+    "ConvolutionalGRU": Case("conv", lambda: nn.ConvolutionalGRU(4), ("B4T9",)),
+    "NeuralGPU": Case("conv", lambda: nn.NeuralGPU(5, 6), ("tokens:B3",)),
     "GatedConv1d": Case("conv", lambda: nn.GatedConv1d(4, 6, 3, dilation=2), ("B4T",)),
     "WaveNetLayer": Case("conv", lambda: nn.WaveNetLayer(4, 6, dilation=3), ("B4T",)),
     "WaveNet": Case("conv", lambda: nn.WaveNet(4, 3, 6, 8, layers=2, stacks=2), ("B4T",)),
@@ -647,7 +649,7 @@ def test_skip_init(name):
     sizes |= {"BlockSparseAttention": (8, 2), "HierarchicalAttention": (8, 2)}
     sizes |= {"HierarchicalAttentionEncoder": (8, 2, 2), "NoveltyMemory": (8, 2)}
     sizes |= {"EchoStateNetwork": (5, 6, 3), "CausalConv2d": (4, 6, 3), "CausalConvTranspose1d": (4, 6, 3)}
-    sizes |= {"PervasiveAttention": (5, 6, 4), "AdditiveAttention": (5, 6, 4)}
+    sizes |= {"ConvolutionalGRU": (6,), "PervasiveAttention": (5, 6, 4), "AdditiveAttention": (5, 6, 4)}
     sizes |= {"AttentionLSTMDecoder": (5, 6, 4), "GNMT": (5, 6, 4, 2)}
     sizes |= {"GatedConv1d": (4, 6, 3), "GatedConvLM": (9, 6, 8, 2, 3)}
     module = torch.nn.utils.skip_init(kind, *sizes.get(name, (5, 6)), dtype=torch.float64)

@@ -370,6 +370,9 @@ def test_sizes_whose_product_overflows(size):
         lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, None, None, False, False),
         lambda: ops.rnn_forward("rnn_tanh", x, torch.zeros(1, 512), None, weights, *[None] * 3, False, True),
         lambda: ops.causal_conv1d_forward(*conv),
+        lambda: ops.convolutional_gru_forward(
+            torch.empty(size, 0, 2**12, 1), torch.empty(0, 0, 1, 1), None, torch.empty(0, 0, 1, 1), None, True, False
+        ),
         lambda: ops.hierarchical_attention_forward(
             *[torch.empty(size, 1, 0, 2**12)] * 3, *[None] * 3, 2, 2, 1, 1, True, True, 1.0
         ),
@@ -408,6 +411,9 @@ def test_nothing_to_do_takes_no_time():
     pooled = ops.attention_pool_forward(heads, heads, None, 2, 2, 1, 1.0)
     grads = ops.attention_pool_backward(*pooled, heads, heads, None, *pooled, 2, 2, 1, 1.0)
     assert all(grad.shape == heads.shape for grad in grads[:2])
+    taps = torch.ones(2, 1, 3, 3), None, torch.ones(1, 1, 3, 3)
+    grid = torch.empty(many, 1, 0, 1)
+    assert ops.convolutional_gru_forward(grid, *taps, None, True, False)[0].shape == grid.shape
     layout = torch.empty(1, many, 0, 0, dtype=torch.bool)
     out, lse = ops.block_sparse_attention_forward(*[heads] * 3, layout, 2, True, 1.0)
     grads = ops.block_sparse_attention_backward(heads, *[heads] * 3, layout, out, lse, 2, True, 1.0)

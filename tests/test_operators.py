@@ -86,6 +86,16 @@ def block_backward_arguments():
     return torch.randn_like(y), y, *saved, x, weight_1, g_1, weight_2, g_2, downsample_weight, *rest, 511
 
 
+def gru_arguments(save=False):
+    return double(2, 3, 4, 5), double(6, 3, 3, 3), double(6), double(3, 3, 1, 5), double(3), True, save
+
+
+def gru_backward_arguments():
+    x, weight_gates, _, weight_candidate, *_ = arguments = gru_arguments(True)
+    y, *saved = torch.ops.seqaccel.convolutional_gru_forward(*arguments)
+    return torch.randn_like(y), *saved, x, weight_gates, weight_candidate, True, 31
+
+
 def column_arguments(save=False):
     return "fo_pool", double(3, 2, 15), None, None, double(15), double(2, 5), *[None] * 5, 1, save
 
@@ -173,6 +183,8 @@ ARGUMENTS = {
     "wavenet_layer_backward": wavenet_backward_arguments,
     "temporal_block_forward": block_arguments,
     "temporal_block_backward": block_backward_arguments,
+    "convolutional_gru_forward": gru_arguments,
+    "convolutional_gru_backward": gru_backward_arguments,
     "linear_scan_forward": lambda: (double(2, 4, 3), double(2, 4, 3), double(2, 3), None, False, True),
     "linear_scan_backward": lambda: (
         *(double(2, 4, 3), double(2, 3), double(2, 4, 3), double(2, 4, 3), double(2, 3)),

@@ -39,6 +39,8 @@ MODULES = {
     "TemporalBlock": (lambda: nn.TemporalBlock(I, 6, 3, 2), (B, I, T), True),
     "TCN": (lambda: nn.TCN(I, [6, 4]), (B, I, T), True),
     "PervasiveAttention": (lambda: nn.PervasiveAttention(9, 9, 6, 2, 4, 3), (B, I), True),
+    "ConvolutionalGRU": (lambda: nn.ConvolutionalGRU(I), (B, I, T, 9), True),
+    "NeuralGPU": (lambda: nn.NeuralGPU(9, 6), (B, I), False),
     "GatedConv1d": (lambda: nn.GatedConv1d(I, 6, 3), (B, I, T), True),
     "WaveNetLayer": (lambda: nn.WaveNetLayer(I, 6, dilation=2), (B, I, T), True),
     "WaveNet": (lambda: nn.WaveNet(I, 3, 6, 8, layers=2, stacks=2), (B, I, T), True),
@@ -82,7 +84,7 @@ class Model(torch.nn.Module):
             return self.inner(x, x)
         if self.decodes:
             return self.inner(x, x)[0].relu()
-        x = (x.abs() * 2).long() if isinstance(self.inner, nn.GatedConvLM) else x * 2
+        x = (x.abs() * 2).long() if isinstance(self.inner, (nn.GatedConvLM, nn.NeuralGPU)) else x * 2
         found = self.inner(x, x, x) if self.attends else self.inner(x)
         return found.relu() if isinstance(self.inner, ONE_OUTPUT) else found[0].relu()
 

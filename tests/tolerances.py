@@ -94,6 +94,11 @@ BOUNDS["conv_block"] = dataclasses.replace(
     backward={dtype: 2 * bound for dtype, bound in BOUNDS["conv"].backward.items()},
 )
 
+BOUNDS["conv_gru"] = dataclasses.replace(
+    BOUNDS["conv_block"],
+    reason="Two convolutions, one after the other, with gates between: as a block of two.",
+)
+
 _SESSION = (
     "A state stays within 1 and each step contracts what the step before was wrong by, so an error is about that of "
 )

@@ -16,6 +16,7 @@ from seqaccel.functional.conv import (
     causal_conv1d,
     causal_conv2d,
     causal_conv_transpose1d,
+    convolutional_gru,
     temporal_block,
     wavenet_layer,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "causal_conv2d",
     "causal_conv_transpose1d",
     "column_layer",
+    "convolutional_gru",
     "echo_state",
     "fo_pool",
     "hierarchical_attention",

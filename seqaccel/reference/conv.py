@@ -269,3 +269,29 @@ def epilogue(
     if residual is not None:
         y = y + residual
     return torch.relu(y) if relu else y
+
+
+def convolutional_gru(
+    x: Tensor,
+    weight_gates: Tensor,
+    bias_gates: Tensor | None,
+    weight_candidate: Tensor,
+    bias_candidate: Tensor | None = None,
+    *,
+    hard: bool = True,
+) -> Tensor:
+    """x (B, C, W, N), weight_gates (2 C, C, K, L), weight_candidate (C, C, K', L'), all of K odd: y (B, C, W, N).
+
+    ``u x + (1 - u) c`` with ``u, r = s(weight_gates * x + bias_gates)``, ``c = tanh(weight_candidate * (r x) + bias)``
+    and centred convolutions; s is the sigmoid, or with ``hard`` ``max(0, min(1, 1.2 sigmoid - 0.1))``.
+    """
+
+    def centred(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ahead = weight.shape[2] // 2
+        return causal_conv2d(F.pad(x, (0, 0, 0, ahead)), weight, bias)[:, :, ahead:]
+
+    gates = torch.sigmoid(centred(x, weight_gates, bias_gates))
+    if hard:
+        gates = (1.2 * gates - 0.1).clamp(0, 1)
+    u, r = gates.chunk(2, 1)
+    return u * x + (1 - u) * torch.tanh(centred(r * x, weight_candidate, bias_candidate))

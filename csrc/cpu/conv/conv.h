@@ -29,13 +29,16 @@ struct ConvShape {
   const Segment* segments = nullptr;
   const ptrdiff_t* first_segment = nullptr;
   ptrdiff_t history_rows = 0;  // with segments
+  // How many time steps the last tap lies ahead of the present: of a centred kernel half of its rows. Only without a
+  // history, without segments and with one group.
+  ptrdiff_t ahead = 0;
 
-  // Time steps before the first that an output sees.
+  // From the first tap to the last, in time steps: those before the first one that an output sees.
   ptrdiff_t context() const { return (kernel_size / column_taps - 1) * dilation * width; }
-  // Columns to either side that an output sees.
+  // Time steps to either side, beyond the context, that an output sees.
   ptrdiff_t beside() const {
     const ptrdiff_t columns = column_taps / 2 * column_dilation;
-    return columns < width ? columns : width - 1;
+    return ahead + (columns < width ? columns : width - 1);
   }
   ptrdiff_t group_in() const { return in_channels / groups; }
   ptrdiff_t group_out() const { return out_channels / groups; }
@@ -45,7 +48,7 @@ struct ConvShape {
   bool depthwise_grid() const { return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context(); }
   Tap tap(ptrdiff_t k) const {
     const ptrdiff_t columns = (k % column_taps - column_taps / 2) * column_dilation;
-    return {columns - (kernel_size / column_taps - 1 - k / column_taps) * dilation * width, columns};
+    return {ahead + columns - (kernel_size / column_taps - 1 - k / column_taps) * dilation * width, columns};
   }
 
   // The segment that time step t of row b lies in.

@@ -18,7 +18,7 @@ constexpr ptrdiff_t kShortWeight = 32 << 10, kShortColumns = 8 << 20;
 template <typename T>
 inline bool is_short(const ConvBackward<T>& p) {
   const ConvShape& s = p.shape;
-  if (s.segments || s.column_taps != 1 || p.grad_history || !(p.grad_x || p.grad_weight)) return false;
+  if (s.segments || s.column_taps != 1 || s.ahead || p.grad_history || !(p.grad_x || p.grad_weight)) return false;
   const ptrdiff_t columns = s.batch * s.length, depth = s.group_in() * s.kernel_size;
   return s.group_out() * depth >= kShortWeight && columns <= s.group_out() && depth <= kShortColumns / columns;
 }

@@ -137,11 +137,12 @@ inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history
             continue;
           } else {
             const auto add = [&](ptrdiff_t t, ptrdiff_t until) {
-              // x from `middle` on, the history before
+              // x from `middle` to `last`, the history before
               const ptrdiff_t middle = smaller(larger(t, segment.begin + tap.columns - tap.steps), until);
-              if (middle < until) {
+              const ptrdiff_t last = smaller(until, segment.end + tap.columns - tap.steps);
+              if (middle < last) {
                 multiply(xg + c * s.length + middle + tap.steps, s.length, panel + (middle - begin) * width,
-                         until - middle, to, width, true);
+                         last - middle, to, width, true);
               }
               if (hg && t < middle) {
                 multiply(hg + c * context + context + t - segment.begin + tap.steps, context,
