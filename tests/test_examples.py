@@ -1,6 +1,8 @@
 """The demo: bad input ends in one line and exit code 2; a resumed run is the run that was not interrupted."""
 
 import argparse
+import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -191,3 +193,52 @@ def test_neural_gpu(tmp_path):
     assert record["steps"] == 2 and set(record["unseen"]) == {"4", "9"} and record["command"].endswith("--out=out")
     refused = subprocess.run([*command, "--bits=0"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--bits" in refused.stderr
+
+
+@pytest.mark.parametrize("task", ["adding", "copy", "forget-bias", "counting"])
+def test_synthetic(tmp_path, task):
+    script = DEMO.with_name("synthetic.py")
+    small = ["--steps=3", "--check-every=2", "--length=6", "--batch-size=2", "--unseen=4", "--out=out", "--model=all"]
+    command = [sys.executable, str(script), f"--task={task}", *small]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert len(records) == done.stdout.count(f"{task}, ") == {"forget-bias": 3, "counting": 2}.get(task, 4)
+    for record in records:
+        assert record["steps"] == 3 and [step for step, *_ in record["curve"]] == [2, 3]
+        assert record["settings"]["length"] == 6 and record["test"]["loss"] > 0
+    assert (tmp_path / "out" / f"{task}.png").stat().st_size > 1000
+
+
+def test_synthetic_refuses(tmp_path):
+    script = DEMO.with_name("synthetic.py")
+    small = ["--task=counting", "--model=lstm", "--steps=1", "--unseen=1", "--out=out"]
+    command = [sys.executable, str(script), *small]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    for more, message in (("--length=3", "made with other settings"), ("--model=tcn", "counting has lstm")):
+        done = subprocess.run([*command, more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_resumed_synthetic_run_is_the_whole_run(monkeypatch):
+    monkeypatch.syspath_prepend(DEMO.parent)
+    example = importlib.import_module("synthetic")
+    task = example.TASKS["copy"]
+    settings = dataclasses.replace(task.settings, length=8, batch_size=2, check_every=2)
+    valid = example.unseen(task, settings, 2, example.VALID_SEED)
+
+    def training():
+        torch.manual_seed(0)
+        return example.Training(task, example.Convolutional(1, 4, 10, 0.2), settings)
+
+    whole, part, resumed = training(), training(), training()
+    for _ in range(2):
+        whole.advance(0, valid)
+    torch.manual_seed(0)
+    training()
+    part.advance(0, valid)
+    saved = part.state_dict()
+    torch.manual_seed(7)
+    resumed.load_state_dict(saved)
+    resumed.advance(0, valid)
+    assert resumed.curve == whole.curve and resumed.step == 4
