@@ -1,6 +1,7 @@
 """``convert`` on whole models: what is replaced, what stays and why, and that nothing else changes."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -234,6 +235,12 @@ def test_what_stays_is_reported(make, reason):
     assert type(model[0]) is kind and row.target == "" and row.reason.startswith(reason)
 
 
+def test_a_wrapper_of_torch_s_name_is_no_row_of_its_own():
+    wrapper = type("GRU", (torch.nn.Module,), {})()  # speechbrain's
+    wrapper.rnn = torch.nn.GRU(4, 5)
+    assert list(converted_rows(torch.nn.Sequential(wrapper))) == ["0.rnn"]
+
+
 def test_config_and_filter():
     model = torch.nn.Sequential(torch.nn.LSTM(4, 4), torch.nn.GRU(4, 4), torch.nn.LSTM(4, 4))
     rows = converted_rows(model, config={"GRU": False}, filter_fn=lambda module, path: path != "2")
@@ -441,7 +448,65 @@ def test_a_chomp_of_another_kind():
     assert assert_converts(model, torch.randn(2, 3, 11), {})[""].reason.startswith("its Chomp1d does not")
 
 
+class _Chop1d(torch.nn.Module):
+    """asteroid's: ConvTasNet has it behind a convolution per channel."""
+
+    def __init__(self, chop_size):
+        super().__init__()
+        self.chop_size = chop_size
+
+    def forward(self, x):
+        return x[..., : -self.chop_size].contiguous()
+
+
+def test_asteroid_s_causal_block():
+    causal = torch.nn.Sequential(torch.nn.Conv1d(5, 5, 3, padding=4, dilation=2, groups=5), _Chop1d(4))
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 5, 1), torch.nn.PReLU(), causal, torch.nn.PReLU())
+    rows = assert_converts(model, torch.randn(2, 3, 12), {"2": CONVOLUTION})
+    assert list(rows) == ["2"]
+
+
 # ---- packages: stand-ins with the attributes that the conversion reads ----
+
+
+class _ResidualBlock(torch.nn.Module):
+    """A level of darts' TCNModel."""
+
+    __module__ = "darts.models.forecasting.tcn_model"
+
+    def __init__(self, inputs, outputs, level, levels, norm=lambda conv: conv):
+        super().__init__()
+        self.dilation_base, self.kernel_size, self.nr_blocks_below, self.num_layers = 2, 3, level, levels
+        self.dropout1, self.dropout2 = torch.nn.Dropout(0.0), torch.nn.Dropout(0.0)
+        self.conv1 = norm(torch.nn.Conv1d(inputs, 4, 3, dilation=2**level))
+        self.conv2 = norm(torch.nn.Conv1d(4, outputs, 3, dilation=2**level))
+        if inputs != outputs:
+            self.conv3 = torch.nn.Conv1d(inputs, outputs, 1)
+
+    def forward(self, x):
+        pad = (2 * self.dilation_base**self.nr_blocks_below, 0)
+        y = self.dropout1(torch.relu(self.conv1(torch.nn.functional.pad(x, pad))))
+        y = self.conv2(torch.nn.functional.pad(y, pad))
+        y = self.dropout2(torch.relu(y) if self.nr_blocks_below < self.num_layers - 1 else y)
+        return y + (self.conv3(x) if self.conv1.in_channels != self.conv2.out_channels else x)
+
+
+@pytest.mark.parametrize("norm", [weight_norm, lambda conv: conv], ids=["weight norm", "none"])
+def test_darts(norm):
+    model = torch.nn.Sequential(
+        _ResidualBlock(3, 4, 0, 3, norm), _ResidualBlock(4, 4, 1, 3), _ResidualBlock(4, 2, 2, 3)
+    )
+    x = torch.randn(2, 3, 11)
+    rows = assert_converts(model, x, dict.fromkeys("012", CONVOLUTION))
+    assert list(rows) == list("012")  # the convolutions inside are not reported again
+    seqaccel.convert(model)
+    seen, expected = [], model(x)
+    model[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[2]))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [13]
+    other = _ResidualBlock(3, 4, 0, 2)
+    other.kernel_size = 2
+    assert converted_rows(torch.nn.Sequential(other))["0"].reason == "not the block that darts 0.48 has"
 
 
 class TemporalPad1d(torch.nn.Module):
@@ -478,6 +543,32 @@ def test_pytorch_tcn():
         for conv in (TemporalConv1d(pads[0], causal=False), TemporalConv1d(torch.nn.CircularPad1d((2, 0))))
     ]
     assert reasons == ["not causal", "padding by CircularPad1d"]
+
+
+class Sequential(torch.nn.Module):
+    """Keras's: a list of layers that torch does not see."""
+
+    __module__ = "keras.src.models.sequential"
+
+    def __init__(self, layers):
+        super().__init__()
+        vars(self)["layers"] = layers
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_keras():
+    wrapper = torch.nn.ModuleDict({"module": torch.nn.Sequential(torch.nn.Conv1d(3, 3, 1), torch.nn.GRU(11, 4))})
+    wrapper.forward = wrapper["module"].forward
+    model = torch.nn.Sequential(Sequential([torch.nn.ReLU(), wrapper]))
+    before = model(torch.ones(2, 3, 11))[0]
+    assert list(converted_rows(model)) == ["0.layers.1.module.1"]
+    assert isinstance(wrapper["module"][1], seqaccel.nn.GRU)
+    torch.testing.assert_close(model(torch.ones(2, 3, 11))[0], before)
+    assert type(seqaccel.revert(model) and wrapper["module"][1]) is torch.nn.GRU
 
 
 class SRUCell(torch.nn.Module):
@@ -551,6 +642,23 @@ def test_benchmark_changes_nothing(brief, converted):
     rows = list(seqaccel.benchmark(model.eval(), example(), config={"GRU": False}, progress=False))
     assert [row.path for row in rows] == ["lstm", "unused", "(model)"] and rows[0].training != rows[0].training
     assert [type(m) for m in model.modules()] == kinds
+
+
+@dataclasses.dataclass
+class Prediction:
+    value: torch.Tensor
+    state: object = None
+
+
+def test_a_model_that_returns_a_dataclass_is_timed_backward(brief):
+    class Forecast(torch.nn.LSTM):
+        def forward(self, x):
+            return Prediction(super().forward(x)[0])
+
+    seen, model = [], torch.nn.Sequential(Forecast(3, 4))
+    model[0].weight_hh_l0.register_hook(seen.append)
+    seqaccel.benchmark(model, torch.randn(5, 2, 3), progress=False)
+    assert seen
 
 
 @pytest.mark.parametrize("whole", [True, False])

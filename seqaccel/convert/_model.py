@@ -10,16 +10,17 @@ from typing import Any, Literal, overload
 import torch
 
 from seqaccel import _arguments
-from seqaccel.convert import causal_conv, haste, pytorch_tcn, sru
+from seqaccel.convert import causal_conv, darts, haste, pytorch_tcn, sru
 from seqaccel.convert import torch as torch_layers
 from seqaccel.convert._report import Report, Row
-from seqaccel.convert._swap import Asked, Swap, plain_class, restore, swap
+from seqaccel.convert._swap import Asked, Swap, modules, named_modules, plain_class, restore, swap
 
 #: A name of ``config`` and what answers for a module: what it becomes, why it stays, or None, it is something else.
 RULES: dict[str, Callable[[torch.nn.Module, Asked], Swap | str | None]] = {
     **dict.fromkeys(torch_layers.NAMES, torch_layers.recurrent),
     "Conv1d": causal_conv.sequential,
     "TemporalConv1d": pytorch_tcn.temporal_conv,
+    "darts": darts.residual_block,
     "SRUCell": sru.cell,
     "haste": haste.layer,
     "MultiheadAttention": torch_layers.attention,
@@ -93,9 +94,10 @@ def _left(module: torch.nn.Module) -> str | None:
         return None
     if kind is torch.nn.Conv1d and module.kernel_size != (1,):
         return "no causal padding or Chomp1d beside it in a Sequential"
-    if kind.__name__ in RULES.keys() - BY_NAME - {"Conv1d"} or isinstance(
-        module, (torch.nn.RNNBase, torch.nn.RNNCellBase)
-    ):
+    torch_s = (torch.nn.RNNBase, torch.nn.RNNCellBase)
+    named = kind.__name__ in RULES.keys() - BY_NAME - {"Conv1d"}
+    # A class of that name that holds torch's layer (speechbrain's LSTM) is none: the layer has its own row.
+    if isinstance(module, torch_s) or (named and not any(isinstance(child, torch_s) for child in module.children())):
         return "not derived from a class of torch.nn that computes it"
     return _loops(module)
 
@@ -106,7 +108,7 @@ def found(
     """Path, module and answer, for each module of which there is something to say."""
     answers: list[tuple[str, torch.nn.Module, Swap | str]] = []
     inside: set[torch.nn.Module] = set()
-    for path, module in list(model.named_modules()):
+    for path, module in list(named_modules(model)):
         scripted = isinstance(module, torch.jit.ScriptModule)
         known = [] if scripted else [(name, find(module, rules.get(name, Asked(name)))) for name, find in RULES.items()]
         name, answer = next(((name, answer) for name, answer in known if answer is not None), ("", _left(module)))
@@ -116,8 +118,8 @@ def found(
             answer = "left out by config"
         elif isinstance(answer, Swap) and filter_fn is not None and not filter_fn(module, path):
             answer = "left out by filter_fn"
-        if isinstance(answer, Swap) and isinstance(module, torch.nn.Sequential):
-            inside |= causal_conv.convolutions(module)
+        if isinstance(answer, Swap):
+            inside.update(answer.runs)
         if answer is not None:
             answers.append((path, module, answer))
     return [answer for answer in answers if answer[1] not in inside]
@@ -163,12 +165,16 @@ def convert(
     - ``RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell``, ``GRUCell`` of torch.nn, also with parametrized weights
       (weight norm), and classes derived from them that call ``super().forward``.
     - ``Conv1d`` of torch.nn in a Sequential, behind padding of (K-1)·dilation steps on the left (``ConstantPad1d``,
-      ``ZeroPad1d``, ``ReplicationPad1d``) or padded and before a ``Chomp1d`` (locuslab's TCN), with the ReLU, SiLU,
-      Sigmoid or Tanh and the Dropout that follow, by :func:`seqaccel.functional.causal_conv1d`.
+      ``ZeroPad1d``, ``ReplicationPad1d``) or padded and before a ``Chomp1d`` (locuslab's TCN) or ``_Chop1d``
+      (asteroid's ConvTasNet), with the ReLU, SiLU, Sigmoid or Tanh and the Dropout that follow, by
+      :func:`seqaccel.functional.causal_conv1d`.
     - ``TemporalConv1d`` of pytorch-tcn (its TCN) where it is causal, and ``SRUCell`` of the package sru (its SRU).
+    - ``darts``: the residual blocks of its TCNModel.
     - ``haste``: the layers of haste_pytorch, where no ``lengths`` and no ``return_state_sequence`` are given.
     - ``MultiheadAttention`` of torch.nn, only where ``config`` names it, by
       :class:`seqaccel.nn.HierarchicalAttention`: another function of the same parameters.
+
+    Layers of Keras's models (torch backend) are found in its ``layers``, as a ``TorchModuleWrapper`` holds them.
 
     A replaced LSTM is an instance of :class:`seqaccel.nn.LSTM` and of torch.nn.LSTM; the others likewise. torch.compile
     cannot trace instances of torch.nn.LSTM, GRU and RNN: it breaks the graph at such a layer. With ``fullgraph=True`` a
@@ -228,6 +234,6 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
         <class 'torch.nn.modules.rnn.LSTM'>
     """
     check_model("revert", model)
-    for module in model.modules():
+    for module in modules(model):
         restore(module)
     return model

@@ -1,7 +1,7 @@
 """Changing what a module of an existing model runs: its class changes, the object and all that it holds stay."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -24,6 +24,7 @@ class Swap(NamedTuple):
     title: str  #: for the report
     kind: type[torch.nn.Module]
     attributes: dict[str, Any] = {}  # noqa: RUF012  read only
+    runs: tuple[torch.nn.Module, ...] = ()  #: modules in it that it runs by itself from then on
 
 
 def _is_parametrized(kind: type) -> bool:
@@ -41,6 +42,26 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The class that a person wrote: below that of parametrize, and before ``convert``."""
     kind = vars(module)[_MARK][0] if _MARK in vars(module) else type(module)
     return kind.__bases__[0] if _is_parametrized(kind) else kind
+
+
+def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Path and module, as ``model.named_modules()``; and the layers of Keras's models, which torch does not see."""
+    seen = set()
+    waiting = [("", model)]
+    while waiting:
+        prefix, root = waiting.pop(0)
+        for path, module in root.named_modules(prefix=prefix):
+            if module in seen:
+                continue
+            seen.add(module)
+            yield path, module
+            if any(base.__module__.partition(".")[0] == "keras" for base in type(module).__mro__):
+                dot = f"{path}." if path else ""
+                waiting += [(f"{dot}layers.{i}", layer) for i, layer in enumerate(getattr(module, "layers", ()))]
+
+
+def modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for _, module in named_modules(model)]
 
 
 def _set_class(module: torch.nn.Module, kind: type) -> None:

@@ -1,4 +1,4 @@
-"""Causal convolutions of torch.nn: in a Sequential, a Conv1d behind padding on the left or before a Chomp1d."""
+"""Causal convolutions of torch.nn: in a Sequential, a Conv1d behind padding on the left or before a chomp."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ ACTIVATIONS: dict[type, str] = {
 }
 
 
+#: Classes that cut off the last steps (locuslab's, asteroid's), and their attribute for how many.
+CHOMPS = {"Chomp1d": "chomp_size", "_Chop1d": "chop_size"}
+
+
 class Block(NamedTuple):
     """Layers of a Sequential that are one call of the operator."""
 
@@ -47,6 +51,15 @@ def _is_conv(module: Any) -> bool:
     )
 
 
+def _is_chomp(module: Any) -> bool:
+    return type(module).__name__ in CHOMPS
+
+
+def _cut(chomp: Any) -> int:
+    """How many steps a chomp says that it cuts off."""
+    return getattr(chomp, CHOMPS[type(chomp).__name__])
+
+
 def block_at(layers: list[Any], i: int) -> Block | None:
     """The causal convolution that begins at layer ``i``, with the activation and the dropout behind it."""
     first, second = layers[i], layers[i + 1] if i + 1 < len(layers) else None
@@ -58,9 +71,9 @@ def block_at(layers: list[Any], i: int) -> Block | None:
         if (*first.padding, *second.padding) != (context, 0, 0) or getattr(first, "value", 0) != 0:
             return None
         conv = second
-    elif type(second).__name__ == "Chomp1d" and _is_conv(first):
+    elif _is_chomp(second) and _is_conv(first):
         context = (first.kernel_size[0] - 1) * first.dilation[0]
-        if first.padding != (context,) or second.chomp_size != context or context == 0 or first.stride != (1,):
+        if first.padding != (context,) or _cut(second) != context or context == 0 or first.stride != (1,):
             return None
         conv, mode = first, "zeros"
     else:
@@ -127,8 +140,8 @@ class CausalSequential(Unscriptable, torch.nn.Sequential):
 
 
 def _cuts_the_end(chomp: Any) -> bool:
-    """Whether a Chomp1d does what locuslab's does: it removes the last ``chomp_size`` steps."""
-    x = torch.arange(chomp.chomp_size + 2.0).view(1, 1, -1)
+    """Whether a chomp removes the last steps, as many as it says."""
+    x = torch.arange(_cut(chomp) + 2.0).view(1, 1, -1)
     y = chomp(x)
     return isinstance(y, Tensor) and torch.equal(y, x[..., :2])
 
@@ -144,15 +157,13 @@ def sequential(module: torch.nn.Module, asked: Asked) -> Swap | str | None:
         return None
     if kind.forward is not torch.nn.Sequential.forward:
         return "a Sequential with a forward of its own"
-    if not all(_cuts_the_end(layer) for block in found for layer in block.layers if type(layer).__name__ == "Chomp1d"):
-        return "its Chomp1d does not cut off the last chomp_size steps"
+    chomps = [layer for block in found for layer in block.layers if _is_chomp(layer)]
+    wrong = next((chomp for chomp in chomps if not _cuts_the_end(chomp)), None)
+    if wrong is not None:
+        name = type(wrong).__name__
+        return f"its {name} does not cut off the last {CHOMPS[name]} steps"
     return Swap(
         "seqaccel.functional.causal_conv1d",
         CausalSequential if kind is torch.nn.Sequential else combined(kind, CausalSequential),
+        runs=tuple(block.conv for block in found),
     )
-
-
-def convolutions(module: torch.nn.Module) -> set[torch.nn.Module]:
-    """Those that a Sequential runs by the operator."""
-    layers = list(module.children())
-    return {block.conv for i in range(len(layers)) if (block := block_at(layers, i)) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import time
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from seqaccel import _arguments
 from seqaccel.convert._model import Filter, asked, check_filter, check_model, found, title
 from seqaccel.convert._report import Report
-from seqaccel.convert._swap import Swap, plain_class, remembered, restore, swap
+from seqaccel.convert._swap import Swap, modules, plain_class, remembered, restore, swap
 
 #: Rounds in which both are timed, and the seconds of a round.
 ROUNDS, SECONDS = 7, 0.01
@@ -45,7 +46,14 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """The tensors of a nested value; pytree does not look into dataclasses."""
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found
 
 
 class _Call(NamedTuple):
@@ -69,7 +77,7 @@ def _calls(model: torch.nn.Module, layers: Iterable[torch.nn.Module], example_in
         if module not in seen:
             seen[module] = _Call(*_mapped((args, kwargs), lambda t: t.detach().clone()))
 
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules(model)]
     hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     args, kwargs = _arguments_of(example_inputs)
     try:
@@ -144,7 +152,7 @@ def _timing(path: str, module: torch.nn.Module, call: _Call | None, use_ours: Ca
 @contextlib.contextmanager
 def _as_it_is(model: torch.nn.Module) -> Iterator[None]:
     """Gives the model's buffers and layers, and torch's generators, their present state back at the end."""
-    layers = [remembered(module) for module in model.modules()]
+    layers = [remembered(module) for module in modules(model)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     try:
@@ -189,7 +197,7 @@ def _measured(
     _arguments.flag(where, "progress", progress)
     rules = asked(config, False)
     with _as_it_is(model):
-        for module in model.modules():
+        for module in modules(model):
             restore(module)
         answers = [(path, m, answer) for path, m, answer in found(model, rules, filter_fn) if isinstance(answer, Swap)]
         calls = _calls(model, [module for _, module, _ in answers], example_inputs)
@@ -268,7 +276,7 @@ def optimize(
         True
     """
     report, swaps = _measured("optimize", model, example_inputs, config, filter_fn, progress, True)
-    for module in model.modules():
+    for module in modules(model):
         restore(module)
     _use(swaps, True)
     return report
