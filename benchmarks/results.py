@@ -117,6 +117,39 @@ def stable(records: list[dict]) -> str:
     return table(header, rows)
 
 
+TASKS = {  # what a record reports, and how
+    "adding": ("adding problem", "loss", ".1e"),
+    "copy": ("copy memory", "loss", ".1e"),
+    "forget-bias": ("long lag, right answers", "right", ".1%"),
+    "counting": ("counting, right up to n", "longest", ".0f"),
+}
+
+
+def synthetic(records: list[dict]) -> str:
+    rows = []
+    for task, (title, key, form) in TASKS.items():
+        found = [r for r in records if r["task"] == task]
+        for model in dict.fromkeys(r["model"] for r in found):
+            runs = [r for r in found if r["model"] == model]
+            values = sorted(r["test"][key] for r in runs)
+            result = format(statistics.median(values), form)
+            if len(values) > 1:
+                result += f" ({values[0]:{form}} to {values[-1]:{form}})"
+            published = "–" if runs[0]["published"] is None else format(runs[0]["published"], ".1e")
+            name = TITLES.get(model, model.replace("bias-", "LSTM, forget bias "))
+            rows.append([title, name, f"{runs[0]['parameters']:,}", str(len(runs)), result, published])
+    return table(["task", "model", "parameters", "seeds", "test", "published"], rows)
+
+
+SYNTHETIC = """\
+## Synthetic tasks
+
+`examples/synthetic.py`. The adding problem (600 steps, mean squared error) and copy memory (1,000
+blanks, cross entropy) have the models and data of Bai et al. (2018), whose results are "published".
+Long lag: the first of 100 symbols is asked for at the end (Jozefowicz et al., 2015). Counting:
+strings a^n b^n, trained on n of up to 10 (Gers and Schmidhuber, 2001). With several seeds, the
+median comes first, then the lowest and the highest."""
+
 MUSIC = """\
 ## Polyphonic music
 
@@ -147,6 +180,8 @@ def page() -> str:
         parts += [MUSIC, music(records)]
     if records := read(RECORDS / "music-time"):
         parts += [MUSIC_TIME, music_time(records), origin(records)]
+    if records := read(RECORDS / "synthetic"):
+        parts += [SYNTHETIC, synthetic(records), origin(records)]
     if records := read(RECORDS / "stable"):
         parts += [STABLE, stable(records), origin([record["run"] for record in records])]
     return "\n\n".join(parts) + "\n"

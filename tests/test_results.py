@@ -30,3 +30,12 @@ def test_tables_of_records():
     assert "| TCN | 8 | 1,234 | 2 | 8.25 (8.00 to 8.50) | 8.40 | 8.10 |" in page
     assert "a CPU, 1 thread; torch 2.13.0; commit `abc`." in page and "Nottingham" not in page
     assert "| TCN | JSB Chorales | 0.55 | 1.10 | 2.00 |" in results.music_time(records)
+
+
+def test_table_of_synthetic_tasks():
+    adding = {"task": "adding", "model": "tcn", "parameters": 70_000, "test": {"loss": 3e-5}, "published": 5.8e-5}
+    bias = {"task": "forget-bias", "model": "bias-1", "parameters": 99, "published": None}
+    records = [adding, {**bias, "test": {"right": 0.5}}, {**bias, "test": {"right": 1.0}}]
+    page = results.synthetic(records)
+    assert "| adding problem | TCN | 70,000 | 1 | 3.0e-05 | 5.8e-05 |" in page
+    assert "| long lag, right answers | LSTM, forget bias 1 | 99 | 2 | 75.0% (50.0% to 100.0%) | – |" in page
