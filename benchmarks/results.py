@@ -107,13 +107,15 @@ def music_time(records: list[dict]) -> str:
 
 def stable(records: list[dict]) -> str:
     """Perplexity of pairs, by the inputs that an output has seen."""
-    header = ["model", *records[0]["truncated_bits"][0], "the whole validation text"]
+    header = ["model", "steps", *records[0]["truncated_bits"][0], "validation"]
     rows = []
     for record in records:
         for title, bits, whole in zip(
             record["titles"], record["truncated_bits"], record["validation_bits"], strict=True
         ):
-            rows.append([title, *(f"{2**value:.3f}" for value in bits.values()), f"{2**whole:.3f}"])
+            rows.append(
+                [title, str(record["steps"]), *(f"{2**value:.3f}" for value in bits.values()), f"{2**whole:.3f}"]
+            )
     return table(header, rows)
 
 
@@ -171,7 +173,8 @@ STABLE = """\
 Perplexity per byte of language models that are kept stable, beside the same models that are not
 (Miller and Hardt, 2019): `examples/train_language_model.py --stable`. Both have the same budget. The
 columns with numbers are a truncated evaluation: an output sees that many of the latest inputs.
-"all" is the full recurrence over the same bytes."""
+"all" is the full recurrence over the same bytes. "validation" is the full recurrence over more
+text, in sequences of the length of training."""
 
 
 def page() -> str:
