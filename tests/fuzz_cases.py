@@ -125,6 +125,7 @@ def linear_scan_forward(rng: random.Random) -> Arguments:
         "b": torch.randn(B, T, W).to(dtype),
         "h_0": maybe(rng, lambda: torch.randn(sequences, W).to(dtype)),
         "cu_seqlens": offsets,
+        "reset": None if offsets is not None else maybe(rng, lambda: torch.rand(B, T) < rng.random()),
         "reverse": boolean(rng),
         "return_last": boolean(rng),
     }
@@ -262,6 +263,7 @@ def causal_conv2d_forward(rng: random.Random) -> Arguments:
         "residual": maybe(rng, lambda: torch.randn(B, outputs, T, S, dtype=dtype)),
         "history": maybe(rng, lambda: torch.randn(B, channels, (K - 1) * row_dilation, S, dtype=dtype)),
         "seed": torch.randint(-(1 << 62), 1 << 62, (1,)) if dropout > 0 else None,
+        "reset": maybe(rng, lambda: torch.rand(B, T) < rng.random()),
         "row_dilation": row_dilation,
         "column_dilation": column_dilation,
         "groups": groups,
@@ -296,6 +298,7 @@ def wavenet_layer_forward(rng: random.Random) -> Arguments:
         "condition": maybe(rng, lambda: torch.randn(B, 2 * G, T, dtype=dtype)),
         "global_condition": maybe(rng, lambda: torch.randn(B, 2 * G, dtype=dtype)),
         "history": maybe(rng, lambda: torch.randn(B, C, (K - 1) * dilation, dtype=dtype)),
+        "reset": maybe(rng, lambda: torch.rand(B, T) < rng.random()),
         "dilation": dilation,
         "residual": boolean(rng),
         "save": boolean(rng),
@@ -305,7 +308,7 @@ def wavenet_layer_forward(rng: random.Random) -> Arguments:
 def wavenet_layer_backward(rng: random.Random) -> Arguments:
     forward = wavenet_layer_forward(rng) | {"save": True, "residual": True}
     y, skip, saved = OPERATORS.wavenet_layer_forward(**forward)
-    arguments = {name: forward[name] for name in ("x", "weight", "output_weight", "history", "dilation")}
+    arguments = {name: forward[name] for name in ("x", "weight", "output_weight", "history", "reset", "dilation")}
     return {
         "grad_y": maybe(rng, lambda: torch.randn_like(y)),
         "grad_skip": maybe(rng, lambda: torch.randn_like(skip)),
@@ -337,6 +340,7 @@ def temporal_block_forward(rng: random.Random) -> Arguments:
         "downsample_weight": down,
         "downsample_bias": None if down is None else maybe(rng, lambda: tensor(O)),
         "seed": torch.randint(-(1 << 62), 1 << 62, (2,)) if dropout > 0 else None,
+        "reset": maybe(rng, lambda: torch.rand(B, T) < rng.random()),
         "dilation": dilation,
         "activation_1": first,
         "activation_2": rng.choice(["none", *(name for name in ACTIVATIONS if name not in GATED)]),

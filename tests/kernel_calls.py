@@ -32,11 +32,11 @@ def _linear_scan(T=3, B=2, packed=False):
     a, b, offsets = torch.rand(B, T, 3), torch.randn(B, T, 3), None
     if packed:
         a, b, offsets = a.view(1, -1, 3), b.view(1, -1, 3), torch.arange(B + 1) * T
-    h_0 = torch.randn(B, 3)
-    yield "linear_scan_forward", scan.linear_scan_forward, (a, b, h_0, offsets, False, True)
-    h, h_last = scan.linear_scan_forward(a, b, h_0, offsets, False, True)
+    h_0, reset = torch.randn(B, 3), None if packed else torch.arange(B * T).view(B, T) % 2 == 0
+    yield "linear_scan_forward", scan.linear_scan_forward, (a, b, h_0, offsets, reset, False, True)
+    h, h_last = scan.linear_scan_forward(a, b, h_0, offsets, reset, False, True)
     grads = torch.randn_like(h), torch.randn_like(h_last)
-    yield "linear_scan_backward", scan.linear_scan_backward, (*grads, a, h, h_0, offsets, False)
+    yield "linear_scan_backward", scan.linear_scan_backward, (*grads, a, h, h_0, offsets, reset, False)
 
 
 def _columns(cell, T=3, B=2, packed=False):
@@ -78,27 +78,30 @@ def _conv(channels, groups, T=9, B=2, activation="silu", sequences=None):
     yield "causal_conv1d_backward", conv.causal_conv1d_backward, given
 
 
-def _conv2d(channels, groups, T=4, B=2):
+def _conv2d(channels, groups, T=4, B=2, resets=False):
     x, weight, bias = torch.randn(B, channels, T, 5), torch.randn(4, channels // groups, 2, 3), torch.randn(4)
     residual, history, seed = torch.randn(B, 4, T, 5), torch.randn(B, channels, 2, 5), torch.tensor([7])
     options = (2, 1, groups, "silu", True, 0.25)
-    given = (x, weight, bias, residual, history, seed, *options)
+    reset = torch.arange(T).expand(B, T) % 4 == 1 if resets else None
+    given = (x, weight, bias, residual, history, seed, reset, *options)
     yield "causal_conv2d_forward", conv.causal_conv2d_forward, (*given, True)
     y, saved = conv.causal_conv2d_forward(*given, True)
-    given = (torch.randn_like(y), y, saved, x, weight, history, seed, *options, True, 31)
+    given = (torch.randn_like(y), y, saved, x, weight, history, seed, reset, *options, True, 31)
     yield "causal_conv2d_backward", conv.causal_conv2d_backward, given
 
 
-def _wavenet_layer(T=9, B=2):
+def _wavenet_layer(T=9, B=2, resets=False):
     C, G, S = 5, 6, 3
     x, weight, bias = torch.randn(B, C, T), torch.randn(2 * G, C, 2), torch.randn(2 * G)
     output_weight, output_bias, skip = torch.randn(C + S, G, 1), torch.randn(C + S), torch.randn(B, S, T)
     condition, global_condition, history = torch.randn(B, 2 * G, T), torch.randn(B, 2 * G), torch.randn(B, C, 3)
-    given = (x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, 3, True, True)
+    reset = torch.arange(T).expand(B, T) % 4 == 1 if resets else None
+    conditions = condition, global_condition, history, reset
+    given = (x, weight, bias, output_weight, output_bias, skip, *conditions, 3, True, True)
     yield "wavenet_layer_forward", conv.wavenet_layer_forward, given
     y, next_skip, saved = conv.wavenet_layer_forward(*given)
     grads = torch.randn_like(y), torch.randn_like(next_skip)
-    given = (*grads, saved, x, weight, output_weight, history, 3, 255)
+    given = (*grads, saved, x, weight, output_weight, history, reset, 3, 255)
     yield "wavenet_layer_backward", conv.wavenet_layer_backward, given
 
 
@@ -150,7 +153,9 @@ TABLE = {
         for sequences in ("reset", "cu_seqlens")
     },
     "wavenet layer": _wavenet_layer,
+    "wavenet layer reset": functools.partial(_wavenet_layer, resets=True),
     "conv2d": functools.partial(_conv2d, 6, 1),
+    "conv2d reset": functools.partial(_conv2d, 6, 1, resets=True),
     "conv2d depthwise": functools.partial(_conv2d, 4, 4),
     "attention": _attention,
     "attention padded": functools.partial(_attention, padded=True),

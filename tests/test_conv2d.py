@@ -147,7 +147,7 @@ def test_dropout_draws_the_mask_of_the_reference(backend):
 def test_operators_refuse_what_would_read_out_of_bounds():
     forward = torch.ops.seqaccel.causal_conv2d_forward
     x, w = torch.randn(2, 4, 5, 9), torch.randn(6, 4, 2, 3)
-    good = dict(x=x, weight=w, bias=None, residual=None, history=None, seed=None)
+    good = dict(x=x, weight=w, bias=None, residual=None, history=None, seed=None, reset=None)
     options = (1, 1, 1, "none", False, 0.0, True)
     forward(*good.values(), *options)
     for name, value in [
@@ -158,6 +158,8 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         ("residual", x),
         ("history", x),
         ("history", torch.randn(2, 4, 9)),
+        ("reset", torch.zeros(2, 45, dtype=torch.bool)),
+        ("reset", torch.zeros(2, 5)),
     ]:
         with pytest.raises(RuntimeError, match=name):
             forward(*{**good, name: value}.values(), *options)

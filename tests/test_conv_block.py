@@ -128,7 +128,7 @@ def test_dropout_keeps_its_share_and_scales_it():
     for p in (0.25, 0.5, 1.0):
         seed = torch.tensor([3, 4])
         none = [None] * 2
-        operands = (x, weight, *none, weight, *none, *none, seed, 1, "none", "none", False, p, True)
+        operands = (x, weight, *none, weight, *none, *none, seed, None, 1, "none", "none", False, p, True)
         y, z, *_ = torch.ops.seqaccel.temporal_block_forward(*operands)
         kept = (z != 0).double().mean().item()
         assert abs(kept - (1 - p)) < 0.01
@@ -306,12 +306,13 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         torch.ones(6),
     )
     good = dict(x=x, weight_1=v1, g_1=g, bias_1=b, weight_2=v2, g_2=g, bias_2=b)
-    good |= dict(downsample_weight=torch.randn(6, 4, 1), downsample_bias=b, seed=None)
+    good |= dict(downsample_weight=torch.randn(6, 4, 1), downsample_bias=b, seed=None, reset=None)
     options = (1, "relu", "relu", True, 0.0)
     y, z, saved_1, saved_2 = forward(*good.values(), *options, True)
     bad = [("x", x[0]), ("x", x[:, :3]), ("weight_2", v2[:5]), ("weight_1", v1[..., 0]), ("weight_2", v2[:, :5]),
            ("g_1", b), ("g_2", g[:3]), ("bias_1", b[:1]), ("bias_2", b.double()), ("downsample_weight", v1),
-           ("downsample_weight", None), ("downsample_bias", g)]  # fmt: skip
+           ("downsample_weight", None), ("downsample_bias", g), ("reset", torch.zeros(2, 8, dtype=torch.bool)),
+           ("reset", torch.zeros(2, 9))]  # fmt: skip
     for name, value in bad:
         with pytest.raises(RuntimeError, match=name):
             forward(*{**good, name: value}.values(), *options, True)

@@ -45,12 +45,13 @@ def one_by_one(x, weight, reset=None, cu_seqlens=None, residual=None, initial_st
         parts = []
         for n in range(len(ends) - 1):
             state, part = b if reset is not None else n, slice(ends[n], ends[n + 1])
+            goes_on = reset is None or (n == 0 and not reset[b, 0])
             with seqaccel.backend("torch"):
                 y = SF.causal_conv1d(
                     x[b : b + 1, :, part],
                     weight,
                     residual=None if residual is None else residual[b : b + 1, :, part],
-                    initial_state=None if initial_state is None else initial_state[state : state + 1],
+                    initial_state=initial_state[state : state + 1] if initial_state is not None and goes_on else None,
                     **options,
                 )
             parts.append(y)
@@ -183,6 +184,7 @@ def test_strides_and_final_states(kind, backend):
     for n in range(len(state)):
         if kind == "reset":
             begin, row, end = max([0, *options["reset"][n].nonzero().flatten().tolist()]), n, 23
+            first = torch.where(options["reset"].any(1)[:, None, None], 0.0, tensors["initial_state"])
         else:
             (begin, end), row = options["cu_seqlens"][n : n + 2].tolist(), 0
         whole = torch.cat([first[n], x[row, :, begin:end]], -1)
@@ -262,8 +264,8 @@ def test_errors_name_the_argument():
     x, w = torch.randn(2, 4, 9), torch.randn(6, 4, 3)
     reset, ends = torch.zeros(2, 9, dtype=torch.bool), torch.tensor([0, 9])
     for given, options, message in [
-        (x, {"reset": reset.long()}, "expected reset to be torch.bool"),
-        (x, {"reset": reset[:, :8]}, "expected reset to be torch.bool of shape"),
+        (x, {"reset": reset.long()}, "expected reset to be bool"),
+        (x, {"reset": reset[:, :8]}, "expected reset to be bool of shape"),
         (x, {"reset": reset, "padding_mode": "replicate"}, "padding_mode='zeros' with reset"),
         (x, {"cu_seqlens": ends}, "expected a batch of 1 with cu_seqlens"),
         (x[:1], {"cu_seqlens": ends, "reset": reset[:1]}, "no reset with cu_seqlens"),

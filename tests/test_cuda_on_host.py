@@ -237,7 +237,14 @@ def test_linear_scan(dtype, reverse, linear, poison):
         ((1, 0, 2), [0, 0]),
         ((1, 1030, 2), [0, 1, 1030]),
         ((1, 300, 9), None),
+        ((2, 5, 3), "reset"),
+        ((1, 1030, 2), "reset"),
+        ((1, 300, 9), "reset"),
     ]:
+        reset = torch.rand(sizes[:2]) < 0.1 if offsets == "reset" else None
+        if reset is not None:
+            offsets = None
+            reset[0, 0] = True
         sequences = sizes[0] if offsets is None else len(offsets) - 1
         inputs = linear_inputs(*sizes, sequences=sequences, is_complex=dtype.is_complex)
         a, b, h_0 = (t.to(dtype) for t in inputs.values())
@@ -245,12 +252,12 @@ def test_linear_scan(dtype, reverse, linear, poison):
         cu_seqlens = None if offsets is None else torch.tensor(offsets)
         for start, grad_end in ((h_0, grad_h_last), (None, None)):
             results = []
-            h = definition[0](a, b, start, cu_seqlens, reverse, False)[0]
+            h = definition[0](a, b, start, cu_seqlens, reset, reverse, False)[0]
             for forward, backward in (linear, definition):
                 results.append(
                     (
-                        *forward(a, b, start, cu_seqlens, reverse, True),
-                        *backward(grad_h, grad_end, a, h, start, cu_seqlens, reverse),
+                        *forward(a, b, start, cu_seqlens, reset, reverse, True),
+                        *backward(grad_h, grad_end, a, h, start, cu_seqlens, reset, reverse),
                     )
                 )
             for found, wanted in zip(*results, strict=True):

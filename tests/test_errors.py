@@ -35,6 +35,8 @@ def pair():
 
 
 TENSOR, OPTIONAL = (*NOT_TENSORS, *WRONG), (*NOT_OPTIONAL_TENSORS, *WRONG)
+#: A mask of steps, which is bool.
+EPISODES = (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.zeros(B, T), torch.ones(2, dtype=torch.bool))
 #: A tensor of another dtype, where it must be that of the others.
 LONG = torch.zeros(1, dtype=torch.int64)
 STATES = (
@@ -109,6 +111,7 @@ CALLS = {
             "reverse": NOT_FLAGS,
             "dim": ("1", 2.5, 7),
             "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.tensor([0.0, T]), torch.tensor([0, T]), torch.tensor(0)),
+            "reset": EPISODES,
             "return_last": NOT_FLAGS,
         },
     ),
@@ -175,7 +178,7 @@ CALLS = {
                 "bias": OPTIONAL,
                 "c_0" if name == "fo_pool" else "h_0": OPTIONAL,
                 "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.zeros(2, dtype=torch.bool)),
-                "reset": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.zeros(2, dtype=torch.bool)),
+                "reset": EPISODES,
                 "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.zeros(2), torch.tensor([0, T])),
                 "directions": (0, 3, "1", None),
                 **own,
@@ -212,7 +215,7 @@ CALLS = {
             "initial_state": OPTIONAL,
             "return_final_state": NOT_FLAGS,
             "channels_last": NOT_FLAGS,
-            "reset": (*NOT_OPTIONAL_TENSORS, torch.zeros(B, T), torch.ones(2, dtype=torch.bool)),
+            "reset": EPISODES,
             "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.zeros(2), torch.tensor([0, T])),
             "padding_mode": ("reflect", 3),
             "stride": (*NOT_INTS, 0, True),
@@ -236,6 +239,7 @@ CALLS = {
             "dilation": (*NOT_INTS, 0, True),
             "groups": (*NOT_INTS, 0),
             "activation": ("elu", 3),
+            "reset": EPISODES,
         },
     ),
     "causal_conv2d": (
@@ -252,6 +256,7 @@ CALLS = {
             "activation": ("elu", 3),
             "dropout": (*NOT_NUMBERS, None, -1, 2),
             "output_activation": ("tanh", 3),
+            "reset": EPISODES,
         },
     ),
     "convolutional_gru": (
@@ -291,6 +296,7 @@ CALLS = {
             "global_condition": OPTIONAL,
             "residual": NOT_FLAGS,
             "initial_state": OPTIONAL,
+            "reset": EPISODES,
         },
     ),
     "temporal_block": (
@@ -316,6 +322,7 @@ CALLS = {
             "activation": ("elu", "glu", 3),
             "use_gate": NOT_FLAGS,
             "dropout": (*NOT_NUMBERS, None, -1, 2),
+            "reset": EPISODES,
         },
     ),
     "additive_attention": (
@@ -886,6 +893,7 @@ SRU_INPUT = {
     "input": TENSOR,
     "c0": OPTIONAL,
     "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.ones(2, dtype=torch.bool)),
+    "reset": EPISODES,
 }
 HIDDEN = (torch.zeros(1), [torch.zeros(1, B, H)], 3, "h")
 HIDDENS = ((), (torch.zeros(1, B, H),), (torch.zeros(1, B, H),) * 3, (None, None), "ab", 3, (torch.zeros(1),) * 2)
@@ -931,7 +939,7 @@ FORWARDS = {
                 "input": TENSOR,
                 "hx": HIDDEN,
                 "mask_pad": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.ones(2, dtype=torch.bool)),
-                "reset": (*NOT_OPTIONAL_TENSORS, torch.zeros(T, B), torch.ones(2, dtype=torch.bool)),
+                "reset": EPISODES,
                 "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.zeros(2), torch.tensor([0, T])),
             },
         )
@@ -940,7 +948,7 @@ FORWARDS = {
     "CausalConvTranspose1d": (
         lambda: nn.CausalConvTranspose1d(I, H, 3, stride=2),
         {"x": torch.randn(B, I, T)},
-        {"x": TENSOR, "initial_state": OPTIONAL, "return_final_state": NOT_FLAGS},
+        {"x": TENSOR, "initial_state": OPTIONAL, "return_final_state": NOT_FLAGS, "reset": EPISODES},
     ),
     "CausalConv1d": (
         lambda: nn.CausalConv1d(I, H, 3),
@@ -950,13 +958,13 @@ FORWARDS = {
             "residual": OPTIONAL,
             "initial_state": OPTIONAL,
             "return_final_state": NOT_FLAGS,
-            "reset": (*NOT_OPTIONAL_TENSORS, torch.zeros(B, T), torch.ones(2, dtype=torch.bool)),
+            "reset": EPISODES,
             "cu_seqlens": (*NOT_OPTIONAL_TENSORS, torch.zeros(2), torch.tensor([0, T])),
             "dropout": NOT_NUMBERS,
             "output_activation": ("tanh",),
         },
     ),
-    "TCN": (lambda: nn.TCN(I, [H]), {"x": torch.randn(B, I, T)}, {"x": TENSOR}),
+    "TCN": (lambda: nn.TCN(I, [H]), {"x": torch.randn(B, I, T)}, {"x": TENSOR, "reset": EPISODES}),
     "WaveNetLayer": (
         lambda: nn.WaveNetLayer(I, H, condition_channels=2, global_channels=3),
         {"x": torch.randn(B, I, T), "condition": torch.randn(B, 2, T), "global_condition": torch.randn(B, 3)},
@@ -964,17 +972,18 @@ FORWARDS = {
             "x": TENSOR,
             "condition": (*TENSOR, torch.randn(B, 3, T)),
             "global_condition": (*TENSOR, torch.randn(B, 2)),
+            "reset": EPISODES,
         },
     ),
     "WaveNet": (
         lambda: nn.WaveNet(I, layers=2),
         {"x": torch.randn(B, I, T)},
-        {"x": (*TENSOR, torch.randn(B, T)), "condition": (3, torch.randn(B, 2, T))},
+        {"x": (*TENSOR, torch.randn(B, T)), "condition": (3, torch.randn(B, 2, T)), "reset": EPISODES},
     ),
     "GatedConvLM": (
         lambda: nn.GatedConvLM(9, I, H, 1, 2),
         {"x": torch.zeros(B, T, dtype=torch.int64)},
-        {"x": (*TENSOR, torch.zeros(T, dtype=torch.int64))},
+        {"x": (*TENSOR, torch.zeros(T, dtype=torch.int64)), "reset": EPISODES},
     ),
     "AdditiveAttention": (
         lambda: nn.AdditiveAttention(I, I, 6),

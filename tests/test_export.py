@@ -443,8 +443,17 @@ class Masked(nn.QRNN):
 
 
 class StartedScan(torch.nn.Module):
-    def forward(self, a: Tensor, b: Tensor, h_0: Tensor) -> Tensor:
-        return SF.linear_scan(a, b, h_0, reverse=True)
+    def forward(self, a: Tensor, b: Tensor, h_0: Tensor, reset: Tensor) -> Tensor:
+        return SF.linear_scan(a, b, h_0, reverse=True, reset=reset)
+
+
+class Episodes(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, reset: Tensor) -> Tensor:
+        return self.module(x, reset=reset)
 
 
 OPTIONAL = {
@@ -467,7 +476,10 @@ OPTIONAL = {
     "SRUpp": Case("scan", lambda: nn.SRUpp(5, 4, 4, bidirectional=True), ("TB5", "2B8", "padding:TB")),
     "MinGRU": Case("scan", lambda: nn.MinGRU(5, 6, num_layers=2), ("TB5", "2B6")),
     "QRNN": Case("scan", lambda: Masked(5, 6, 2, window=2), ("TB5", "2B6", "padding:TB", "padding:TB")),
-    "linear_scan": Case("scan", StartedScan, ("BT5", "BT5", "B5")),
+    "linear_scan": Case("scan", StartedScan, ("BT5", "BT5", "B5", "padding:BT")),
+    "SRU in episodes": Case("scan", lambda: Episodes(nn.SRU(5, 6)), ("TB5", "padding:TB")),
+    "TCN in episodes": Case("conv", lambda: Episodes(nn.TCN(4, [6, 6], 3, 0.0)), ("B4T", "padding:BT")),
+    "WaveNet in episodes": Case("conv", lambda: Episodes(nn.WaveNet(4, 5, 6, 6, layers=2)), ("B4T", "padding:BT")),
     "CausalConv1d": Case("conv", lambda: Convolution(4, 6, 3, dilation=4), ("B4T", "B6T", "B48")),
     "AttentionLSTMDecoder": Case(
         "attention",

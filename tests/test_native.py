@@ -293,12 +293,12 @@ def calls_with_text():
     yield "causal_conv1d_backward", lambda: ops.causal_conv1d_backward(*arguments)
     grid = torch.ones(1, 2, 3, 3), torch.ones(4, 2, 2, 3)
     rest = (1, 1, 1, "tanh", False, 0.0)
-    yield "causal_conv2d_forward", lambda: ops.causal_conv2d_forward(*grid, *[None] * 4, *rest, True)
-    y, pre = ops.causal_conv2d_forward(*grid, *[None] * 4, *rest, True)
-    conv2d = (y, y, pre, *grid, None, None, *rest, False, 7)
+    yield "causal_conv2d_forward", lambda: ops.causal_conv2d_forward(*grid, *[None] * 5, *rest, True)
+    y, pre = ops.causal_conv2d_forward(*grid, *[None] * 5, *rest, True)
+    conv2d = (y, y, pre, *grid, *[None] * 3, *rest, False, 7)
     yield "causal_conv2d_backward", lambda: ops.causal_conv2d_backward(*conv2d)
     block = torch.ones(1, 2, 5), torch.ones(2, 2, 3), None, torch.ones(2, 2, 3), None
-    how = (None, None, 1, "tanh", "tanh", False, 0.0)
+    how = (*[None] * 3, 1, "tanh", "tanh", False, 0.0)
     in_block = (*block[:3], None, *block[3:], None, None, *how, True)
     yield "temporal_block_forward", lambda: ops.temporal_block_forward(*in_block)
     of_block, *kept_of_block = ops.temporal_block_forward(*in_block)
@@ -367,7 +367,7 @@ def test_sizes_whose_product_overflows(size):
     conv = (torch.empty(size, 0, 1), torch.empty(2**20, 0, 1), *[None] * 6, 1, 1, "none", False, 0.0, False)
     for call in (
         lambda: ops.mm(torch.empty(size, 0), torch.empty(0, size)),
-        lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, None, None, False, False),
+        lambda: ops.linear_scan_forward(*[torch.empty(size, 0, 2**21)] * 2, *[None] * 3, False, False),
         lambda: ops.rnn_forward("rnn_tanh", x, torch.zeros(1, 512), None, weights, *[None] * 3, False, True),
         lambda: ops.causal_conv1d_forward(*conv),
         lambda: ops.convolutional_gru_forward(
@@ -400,8 +400,16 @@ def test_sizes_whose_product_overflows(size):
 def test_nothing_to_do_takes_no_time():
     """Shapes without elements, of which one dimension is 2**40."""
     ops, many = torch.ops.seqaccel, 2**40
-    assert ops.linear_scan_forward(*[torch.empty(many, 0, 1)] * 2, None, None, False, False)[0].shape == (many, 0, 1)
-    assert ops.linear_scan_forward(*[torch.empty(many, 0, 7)] * 2, None, None, True, False)[0].shape == (many, 0, 7)
+    assert ops.linear_scan_forward(*[torch.empty(many, 0, 1)] * 2, None, None, None, False, False)[0].shape == (
+        many,
+        0,
+        1,
+    )
+    assert ops.linear_scan_forward(*[torch.empty(many, 0, 7)] * 2, None, None, None, True, False)[0].shape == (
+        many,
+        0,
+        7,
+    )
     heads = torch.empty(1, many, 0, 4)
     out, lse, *pooled = ops.hierarchical_attention_forward(*[heads] * 3, *[None] * 3, 2, 2, 1, 1, True, True, 1.0)
     grads = ops.hierarchical_attention_backward(
@@ -464,7 +472,7 @@ def test_tensors_without_memory_are_refused():
     with pytest.raises(RuntimeError, match="input has no memory"):
         torch.ops.seqaccel.mm(x, torch.randn(4, 2))
     with pytest.raises(RuntimeError, match="a has no memory"):
-        torch.ops.seqaccel.linear_scan_forward(x.view(1, 3, 4), torch.randn(1, 3, 4), None, None, False, False)
+        torch.ops.seqaccel.linear_scan_forward(x.view(1, 3, 4), torch.randn(1, 3, 4), *[None] * 3, False, False)
 
 
 def test_no_more_threads_than_cores():

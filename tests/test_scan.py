@@ -233,7 +233,7 @@ def test_offsets_of_any_value_stay_in_range():
     a, b, h_0 = torch.rand(1, 9, 5), torch.randn(1, 9, 5), torch.randn(3, 5)
     for offsets in ([-7, 2**40, -(2**40), 3], [9, 9, 9, 9], [5, 4, 3, 2], [0, 3, 6, 9]):
         for reverse in (False, True):
-            arguments = h_0, torch.tensor(offsets), reverse
+            arguments = h_0, torch.tensor(offsets), None, reverse
             h, last = torch.ops.seqaccel.linear_scan_forward(a, b, *arguments, True)
             assert h.isfinite().all() and last.isfinite().all()
             for grad in torch.ops.seqaccel.linear_scan_backward(h, last, a, h, *arguments):
@@ -311,8 +311,8 @@ def test_linear_scan_keeps_a_spoilt_step_apart(isa, width, reverse, bad):
     }
 
     def outputs_and_gradients(a, b, grad):
-        h, _ = torch.ops.seqaccel.linear_scan_forward(a, b, None, None, reverse, False)
-        grads = torch.ops.seqaccel.linear_scan_backward(grad, None, a, h, None, None, reverse)
+        h, _ = torch.ops.seqaccel.linear_scan_forward(a, b, None, None, None, reverse, False)
+        grads = torch.ops.seqaccel.linear_scan_backward(grad, None, a, h, None, None, None, reverse)
         return dict(zip("hab", (h, *grads[:2]), strict=True))
 
     with backends.isa(isa):

@@ -8,7 +8,7 @@ import torch
 from column_cases import FLOATS, KINDS, LEAVES, call, each_cell, offsets, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_cases import CPP, EVERY_BACKEND, TRITON, needs_cpp, needs_triton, rounded
+from scan_cases import CPP, DOUBLE, EVERY_BACKEND, TRITON, needs_cpp, needs_triton, rounded
 
 import seqaccel
 import seqaccel.functional as SF
@@ -44,7 +44,7 @@ def test_whole_is_streamed_is_reset_is_packed(data):
     starts = rounded(len(lengths), 3 * directions)
     mask = operands["mask"]
     with seqaccel.backend(backend):
-        # Sequences of their own, against the same packed and, where they begin alike, against resets.
+        # Sequences of their own, against the same packed and, where all but the first begin with zeros, against resets.
         alone = [
             call(cell, part(operands, slice(*ends[n : n + 2])) | {"c_0": starts[n : n + 1]})
             for n in range(len(lengths))
@@ -57,9 +57,15 @@ def test_whole_is_streamed_is_reset_is_packed(data):
         torch.testing.assert_close(c_n, torch.cat([c for _, c in alone]))
 
         reset = torch.zeros(T, 1, dtype=torch.bool)
-        reset[[end for end in ends[1:] if end < T]] = True
+        reset[[end for end in ends[1:] if 0 < end < T]] = True
         found, _ = call(cell, operands | {"reset": reset})
-        h, _ = call(cell, operands | packed | {"c_0": operands["c_0"].expand(len(lengths), -1)})
+        first = next((n for n, length in enumerate(lengths) if length), 0)
+        last = len(lengths) - 1 - next((n for n, length in enumerate(reversed(lengths)) if length), 0)
+        states = torch.zeros(len(lengths), directions, 3, dtype=DOUBLE)
+        states[first, 0] = operands["c_0"][0, :3]
+        if directions == 2:  # against time
+            states[last, 1] = operands["c_0"][0, 3:]
+        h, _ = call(cell, operands | packed | {"c_0": states.flatten(1)})
         torch.testing.assert_close(found, h)
         if directions == 1:
             whole, c_n = call(cell, operands)
@@ -247,7 +253,7 @@ def test_vmap_folds_the_batch(cell):
         (lambda u: SF.min_gru(u, h_0=torch.ones(2, 3)), ValueError, r"min_gru: expected h_0 to have shape \(3, 3\)"),
         (lambda u: SF.min_gru(u, candidate="h"), ValueError, "min_gru: expected candidate to be 'linear' or 'g'"),
         (lambda u: SF.min_lstm(u, h_0=torch.ones(3, 2).double()), TypeError, "h_0 to have the dtype of u"),
-        (lambda u: SF.min_lstm(u, reset=torch.ones(4, 3)), TypeError, "min_lstm: expected reset to be torch.bool"),
+        (lambda u: SF.min_lstm(u, reset=torch.ones(4, 3)), ValueError, "min_lstm: expected reset to be bool"),
         (lambda u: SF.min_lstm(u.int()), TypeError, "min_lstm: expected u to be floating point"),
         (lambda u: SF.indrnn(u, torch.ones(5)), ValueError, r"indrnn: expected weight to have shape \(6,\)"),
         (lambda u: SF.indrnn(u, torch.ones(6), nonlinearity="sin"), ValueError, "indrnn: expected nonlinearity"),

@@ -96,7 +96,7 @@ def loop(cell, u, x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens
         begun = False  # against time: whether a sequence began at the step before
         for t in range(*ranges[n]) if d == 0 else reversed(range(*ranges[n])):
             if reset is not None and (reset[t, b] if d == 0 else begun):
-                c = c_0[n, channel]
+                c = 0.0
             begun = reset is not None and reset[t, b]
             if mask_pad is not None and mask_pad[t, b]:
                 continue

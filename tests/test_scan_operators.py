@@ -34,13 +34,14 @@ def test_operators_pass_opcheck(suffix):
     options = {"test_utils": ("test_schema", "test_autograd_registration")} if suffix else {}
     x = to(linear_inputs(2, 6, 3), torch.float32, grad=False)
     for h_0, packed in itertools.product((None, x["h_0"]), (False, True)):
-        a, b, offsets = x["a"], x["b"], None
+        a, b, offsets, reset = x["a"], x["b"], None, torch.arange(12).view(2, 6) % 4 == 0
         if packed:
+            reset = None
             a, b, offsets = a.reshape(1, 12, 3), b.reshape(1, 12, 3), torch.tensor([0, 5, 12])
         forward = getattr(operators, "linear_scan_forward" + suffix)
-        torch.library.opcheck(forward, (a, b, h_0, offsets, packed, not packed), **options)
+        torch.library.opcheck(forward, (a, b, h_0, offsets, reset, packed, not packed), **options)
         backward = getattr(operators, "linear_scan_backward" + suffix)
-        torch.library.opcheck(backward, (b, h_0, a, b, h_0, offsets, packed), **options)
+        torch.library.opcheck(backward, (b, h_0, a, b, h_0, offsets, reset, packed), **options)
 
 
 @needs_cpp
@@ -59,9 +60,14 @@ def test_operators_refuse_what_does_not_fit():
         (a[:1], a[:1], torch.ones(1, 4), torch.tensor([0, 2, 3])),
     ]:
         with pytest.raises(RuntimeError, match="seqaccel: "):
-            operators.linear_scan_forward(*arguments, False, True)
+            operators.linear_scan_forward(*arguments, None, False, True)
+    for reset, message in [(torch.zeros(2, 4, dtype=torch.bool), "shape"), (torch.zeros(2, 3), "dtype")]:
+        with pytest.raises(RuntimeError, match=f"seqaccel: .*reset.*{message}"):
+            operators.linear_scan_forward(a, a, None, None, reset, False, True)
+    with pytest.raises(RuntimeError, match="reset or cu_seqlens"):
+        operators.linear_scan_forward(a[:1], a[:1], None, torch.tensor([0, 3]), a[:1, :, 0] > 2, False, True)
     with pytest.raises(RuntimeError, match="expected h to have shape"):
-        operators.linear_scan_backward(a, None, a, a[:, :2], None, None, False)
+        operators.linear_scan_backward(a, None, a, a[:, :2], None, None, None, False)
 
 
 @needs_cpp
@@ -134,7 +140,7 @@ def test_packed_linear_scan_under_transforms_and_compilation(backend):
         torch.testing.assert_close(program.module()(a, b, h_0, cu_seqlens), both(a, b, h_0))
     if backend == "cpp":
         forward = torch.ops.seqaccel.linear_scan_forward
-        mapped = torch.vmap(lambda *t: forward(*t, cu_seqlens, False, True))(*stacked)
+        mapped = torch.vmap(lambda *t: forward(*t, cu_seqlens, None, False, True))(*stacked)
         torch.testing.assert_close([t[1] for t in mapped], list(both(2 * a, 2 * b, 2 * h_0)))
 
 

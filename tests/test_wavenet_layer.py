@@ -223,17 +223,17 @@ def test_no_step_sees_a_later_one():
 def test_operators_refuse_what_would_read_out_of_bounds():
     ops, tensors = torch.ops.seqaccel, inputs((2, 3, 4, 5, 9, 2, 3))
     tensors["history"] = tensors.pop("initial_state")
-    rest = {"dilation": 3, "residual": True, "save": True}
+    rest = {"reset": None, "dilation": 3, "residual": True, "save": True}
     _, skip, saved = ops.wavenet_layer_forward(**tensors, **rest)
     for name, t in tensors.items():
         for bad in (t[..., :-1], t[0], t.float()):
             with pytest.raises(RuntimeError):
                 ops.wavenet_layer_forward(**tensors | {name: bad}, **rest)
-    for dilation in (0, 2, 1 << 60):
+    for wrong in [*({"dilation": d} for d in (0, 2, 1 << 60)), {"reset": torch.zeros(2, 8, dtype=torch.bool)}]:
         with pytest.raises(RuntimeError):
-            ops.wavenet_layer_forward(**tensors, **rest | {"dilation": dilation})
+            ops.wavenet_layer_forward(**tensors, **rest | wrong)
     good = {name: tensors[name] for name in ("x", "weight", "output_weight", "history")}
-    good |= {"grad_y": tensors["x"], "grad_skip": skip, "saved": saved}
+    good |= {"grad_y": tensors["x"], "grad_skip": skip, "saved": saved, "reset": None}
     ops.wavenet_layer_backward(**good, dilation=3, wants=255)
     for name in ("grad_y", "grad_skip", "saved"):
         with pytest.raises(RuntimeError, match=name):

@@ -47,14 +47,23 @@ def check(tensors, dilation, bound, residual=True):
     """Outputs and gradients, all in one call and each alone, are those of float64."""
     exact = {name: t.double().requires_grad_() for name, t in tensors.items()}
     expected = plain(**exact, dilation=dilation)
-    y, skip, saved = conv.wavenet_layer_forward(*map(tensors.get, NAMES), dilation, residual, True)
+    y, skip, saved = conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, dilation, residual, True)
     assert error(skip, expected[1]) < bound and (y.numel() == 0 if not residual else error(y, expected[0]) < bound)
     grads = torch.randn_like(tensors["x"]) if residual else None, torch.randn_like(skip)
     first = 0 if residual else 1
     doubles = [g.double() for g in grads[first:]]
     wanted = torch.autograd.grad(expected[first:], list(exact.values()), doubles, allow_unused=True)
     wanted = dict(zip(exact, wanted, strict=True))
-    given = (*grads, saved, tensors["x"], tensors["weight"], tensors["output_weight"], tensors.get("history"), dilation)
+    given = (
+        *grads,
+        saved,
+        tensors["x"],
+        tensors["weight"],
+        tensors["output_weight"],
+        tensors.get("history"),
+        None,
+        dilation,
+    )
     found = dict(zip(RESULTS, conv.wavenet_layer_backward(*given, 255), strict=True))
     for i, name in enumerate(RESULTS):
         if name in tensors:
@@ -104,24 +113,24 @@ def test_public_function(shape):
 def test_nothing_of_the_future():
     """Not even a NaN."""
     tensors, t = operands(SHAPES[0]), 20
-    expected = conv.wavenet_layer_forward(*map(tensors.get, NAMES), 4, True, False)
+    expected = conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, 4, True, False)
     tensors["x"][..., t:] = float("nan")
-    found = conv.wavenet_layer_forward(*map(tensors.get, NAMES), 4, True, False)
+    found = conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, 4, True, False)
     for ours, wanted in zip(found[:2], expected[:2], strict=True):
         assert torch.equal(ours[..., :t], wanted[..., :t])
 
 
 def test_empty_and_refused():
     tensors = operands((2, 5, 7, 9, 0, 3, 4))
-    y, skip, saved = conv.wavenet_layer_forward(*map(tensors.get, NAMES), 4, True, True)
+    y, skip, saved = conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, 4, True, True)
     grads = conv.wavenet_layer_backward(
         y, skip, saved, tensors["x"], tensors["weight"], tensors["output_weight"], tensors["history"], 4, 255
     )
     assert y.shape == (2, 5, 0) and skip.shape == (2, 9, 0) and not any(grad.any() for grad in grads)
     tensors = operands((1, 3, 129, 4, 5, 2, 1))
     with pytest.raises(RuntimeError, match="up to 128 gates"):
-        conv.wavenet_layer_forward(*map(tensors.get, NAMES), 1, True, True)
+        conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, 1, True, True)
     tensors = operands(SHAPES[0])
     tensors["skip"] = tensors["skip"][..., 1:]
     with pytest.raises(ValueError, match="expected skip to be torch.float32 of shape"):
-        conv.wavenet_layer_forward(*map(tensors.get, NAMES), 4, True, True)
+        conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, 4, True, True)

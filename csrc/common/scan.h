@@ -28,18 +28,20 @@ struct Sequences {
   }
 };
 
-// h_t = a_t * h_{t-1} + b_t on rows of `width` channels; reverse: h_t = a_t * h_{t+1} + b_t.
-// T: float, double, BFloat16, Float16, Complex<float>, Complex<double>.
+// h_t = a_t * h_{t-1} + b_t on rows of `width` channels; reverse: h_t = a_t * h_{t+1} + b_t. Where an episode begins at
+// t the state before it is zero: the steps t - 1 and t (reverse: t and t - 1) do not see each other. T: float, double,
+// BFloat16, Float16, Complex<float>, Complex<double>.
 template <typename T>
 struct LinearScanForward {
   Sequences sequences;
   int64_t width;
   bool reverse;
-  const T* a;    // [rows, width]
-  const T* b;    // [rows, width]
-  const T* h_0;  // [count, width] or null (zero)
-  T* h;          // [rows, width]
-  T* h_last;     // [count, width]: the state after the last step
+  const bool* reset;  // [rows] or null; true: an episode begins
+  const T* a;         // [rows, width]
+  const T* b;         // [rows, width]
+  const T* h_0;       // [count, width] or null (zero)
+  T* h;               // [rows, width]
+  T* h_last;          // [count, width]: the state after the last step
 };
 
 // grad_b_t = grad_h_t + conj(a_{t+1}) grad_b_{t+1}, with grad_h_last added to the last one; grad_a_t = grad_b_t
@@ -49,6 +51,7 @@ struct LinearScanBackward {
   Sequences sequences;
   int64_t width;
   bool reverse;
+  const bool* reset;     // as above
   const T* grad_h;       // [rows, width]
   const T* grad_h_last;  // [count, width] or null (zero)
   const T* a;            // [rows, width]
@@ -78,7 +81,7 @@ struct ColumnOperands {
   const void* mask;      // [batch, directions, hidden], or with steps in front, or null: one
   const void* scale;     // [1] or null: one
   const bool* mask_pad;  // [steps, batch] or null; true is padding
-  const bool* reset;     // [steps, batch] or null; true: a new sequence begins
+  const bool* reset;     // [steps, batch] or null; true: an episode begins, from a zero state
 };
 
 struct ColumnForward {

@@ -51,7 +51,8 @@ void for_linear_scan_type(ScalarType dtype, Function function) {
 }
 
 // What `offsets` points to must outlive the result. States, one of each sequence, have the shape [count, width].
-inline Sequences check_linear_scan(const Tensor& a, const OptionalTensor& h_0, const OptionalTensor& cu_seqlens) {
+inline Sequences check_linear_scan(const Tensor& a, const OptionalTensor& h_0, const OptionalTensor& cu_seqlens,
+                                   const OptionalTensor& reset) {
   for_linear_scan_type(a.scalar_type(), [](auto) {});
   STD_TORCH_CHECK(a.dim() == 3, "seqaccel: expected a to have shape [batch, steps, width], but got ", shape_string(a));
   check_memory(a, "a");
@@ -65,8 +66,10 @@ inline Sequences check_linear_scan(const Tensor& a, const OptionalTensor& h_0, c
                     shape_string(a));
     STD_TORCH_CHECK(sequences.count > 0 || sequences.rows == 0, "seqaccel: expected cu_seqlens to have at least 2 ",
                     "offsets for a of shape ", shape_string(a));
+    STD_TORCH_CHECK(!reset, "seqaccel: expected reset or cu_seqlens, but got both");
   }
   check_operand(h_0, "h_0", {sequences.count, a.size(2)}, a, a.scalar_type());
+  check_operand(reset, "reset", {a.size(0), a.size(1)}, a, ScalarType::Bool);
   return sequences;
 }
 

@@ -95,7 +95,9 @@ def conv_depthwise_kernel(
             at, there = tap_at(k, o_t, 0, K, down, across, side, width, -1, GRID)
             x = tl.load(p_x + at, mask=there & (at >= lower) & (at < T), other=0.0).to(tl.float32)
             if p_history is not None:
-                x += tl.load(p_before + at, mask=there & (at < lower) & (o_t < T), other=0.0).to(tl.float32)
+                x += tl.load(p_before + at, mask=there & (at < lower) & (o_t < T) & (row >= 0), other=0.0).to(
+                    tl.float32
+                )
             acc += tl.load(p_weight + k).to(tl.float32) * x
     finish(
         acc, acc, i_b, o, o_t, o < outputs, o_t < T, p_bias, p_residual, p_seed, p_y, p_pre, p_active, outputs, T,

@@ -55,7 +55,11 @@ class _Call:
         self.histories = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.kind = saved_kind(epilogue.activation, epilogue.relu, epilogue.dropout, has_residual)
         self._check(name, x, weight, tensors)
-        self.sequences = sequences_of(x, reset, cu_seqlens)
+        if reset is not None and (
+            reset.dtype != torch.bool or reset.shape != (x.shape[0], x.shape[2] // max(1, taps.width))
+        ):
+            raise ValueError(f"{name}: expected reset to be torch.bool with a value for each step of x")
+        self.sequences = sequences_of(x, reset, cu_seqlens, taps.width)
         self.depthwise = _is_depthwise(weight.shape, groups)
 
     def _check(self, name: str, x: Tensor, weight: Tensor, tensors: dict[str, Tensor | None]) -> None:
@@ -241,6 +245,7 @@ def causal_conv2d_forward(
     residual: Tensor | None,
     history: Tensor | None,
     seed: Tensor | None,
+    reset: Tensor | None,
     row_dilation: int,
     column_dilation: int,
     groups: int,
@@ -254,7 +259,7 @@ def causal_conv2d_forward(
     x, weight, residual, history = (_flat(t) for t in (x, weight, residual, history))
     call = _Call(
         "causal_conv2d", x, weight, taps, groups, Epilogue(activation, relu, dropout, seed), residual is not None,
-        bias=bias, residual=residual, history=history,
+        reset, bias=bias, residual=residual, history=history,
     )  # fmt: skip
     y, saved = _forward(call, x, weight, bias, residual, history, save)
     return y.unflatten(2, grid), saved
@@ -269,6 +274,7 @@ def causal_conv2d_backward(
     weight: Tensor,
     history: Tensor | None,
     seed: Tensor | None,
+    reset: Tensor | None,
     row_dilation: int,
     column_dilation: int,
     groups: int,
@@ -283,7 +289,7 @@ def causal_conv2d_backward(
     grad_y, y, x, weight, history = (_flat(t) for t in (grad_y, y, x, weight, history))
     call = _Call(
         "causal_conv2d", x, weight, taps, groups, Epilogue(activation, relu, dropout, seed), has_residual,
-        grad_y=grad_y, y=y, saved=saved, history=history,
+        reset, grad_y=grad_y, y=y, saved=saved, history=history,
     )  # fmt: skip
     grad_x, grad_weight, grad_bias, residual, history = _backward(
         call, grad_y, y, saved, x, weight, history, None, wants

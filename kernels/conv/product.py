@@ -132,7 +132,7 @@ def conv_product_kernel(
         if p_history is not None:
             b_x += tl.load(
                 p_before[None, :] + at[None, :] * (G * C) + c[:, None],
-                mask=(c[:, None] < C) & ((at < lower) & (o_t < L))[None, :],
+                mask=(c[:, None] < C) & (there & (at < lower) & (o_t < L) & (i_n >= 0))[None, :],
                 other=0.0,
             )
         p_w = p_weight + k * (G * O * (2 if GATED else 1)) * C + o_o[:, None] * C + c[None, :]

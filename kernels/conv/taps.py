@@ -50,24 +50,27 @@ class Sequences(NamedTuple):
 
     begin: Tensor | None  # [B, T] int32: where the sequence of each step begins,
     end: Tensor | None  # and ends
-    row: Tensor | None  # [B, T] int32: of the history
+    row: Tensor | None  # [B, T] int32: of the history; -1: zeros are before the sequence
     bounds: Tensor | None  # [N + 1] int64: offsets of packed sequences
 
 
 WHOLE = Sequences(None, None, None, None)
 
 
-def sequences_of(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> Sequences:
-    """Offsets of any value stay within x: the first sequence begins at 0 and the last one ends with x."""
+def sequences_of(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None, width: int = 1) -> Sequences:
+    """Of x (B, C, T * width). Offsets of any value stay within x: the first sequence begins at 0 and the last one ends
+    with x."""
     batch, _, length = x.shape
     if (reset is None and cu_seqlens is None) or length == 0:
         return WHOLE
     t = torch.arange(length, device=x.device)
     if reset is not None:
+        reset = torch.nn.functional.pad(reset.unsqueeze(2), (0, width - 1)).flatten(1)  # the first column of a row
         begin = torch.where(reset, t, 0).cummax(1).values
+        begun = reset.to(torch.int32).cummax(1).values
         follows = torch.where(reset, t, length).flip(1).cummin(1).values.flip(1)  # the first reset from t on
         end = torch.cat([follows[:, 1:], follows.new_full((batch, 1), length)], 1)
-        row = torch.arange(batch, device=x.device)[:, None].expand(batch, length)
+        row = torch.arange(batch, device=x.device)[:, None] * (1 - begun) - begun
         return Sequences(*(s.to(torch.int32).contiguous() for s in (begin, end, row)), None)
     assert cu_seqlens is not None
     inner = cu_seqlens[1:-1].clamp(0, length).cummax(0).values
@@ -79,12 +82,12 @@ def sequences_of(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> 
 
 @triton.jit(do_not_specialize=["L", "context"])
 def conv_fold_kernel(
-    p_grad_y, p_y, p_pre, p_active, p_seed, p_end, p_bounds,
+    p_grad_y, p_y, p_pre, p_active, p_seed, p_end, p_row, p_bounds,
     p_folded,  # [N, rows, context]
     rows, outputs, L, context, threshold, scale,
     ACTIVATION: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """folded[n, o, u]: the sum of v's gradients u steps after the beginning, over the sequences with history n."""
+    """folded[n, o, u]: v's gradient u steps after the beginning of the sequence with history n."""
     scale = tl.cast(scale, tl.float32)  # Inductor passes float64
     program = tl.program_id(0).to(tl.int64)
     n, row = program // rows, program % rows
@@ -96,19 +99,15 @@ def conv_fold_kernel(
         i_b = n * 0
         start = tl.load(p_bounds + n)
         stop = tl.load(p_bounds + n + 1)
-    acc = tl.zeros([BT], dtype=tl.float32)
-    while start < stop:
-        end = stop
-        if p_end is not None:
-            end = tl.load(p_end + i_b * L + start).to(tl.int64)
-        t = start + u
-        _, g = gradient_at(
-            p_grad_y, p_y, p_pre, p_active, p_seed, i_b, row, t, t < end, outputs, L, threshold, scale,
-            ACTIVATION, RELU, DROPOUT,
-        )  # fmt: skip
-        acc += tl.where(t < end, g, 0.0)
-        start = end
-    tl.store(p_folded + (n * rows + row) * context + u, acc.to(p_folded.dtype.element_ty), mask=u < context)
+    elif p_end is not None:
+        stop = tl.where(tl.load(p_row + n * L) < 0, 0, tl.load(p_end + n * L)).to(tl.int64)
+    t = start + u
+    _, g = gradient_at(
+        p_grad_y, p_y, p_pre, p_active, p_seed, i_b, row, t, t < stop, outputs, L, threshold, scale,
+        ACTIVATION, RELU, DROPOUT,
+    )  # fmt: skip
+    b_folded = tl.where(t < stop, g, 0.0)
+    tl.store(p_folded + (n * rows + row) * context + u, b_folded.to(p_folded.dtype.element_ty), mask=u < context)
 
 
 def fold(
@@ -124,7 +123,8 @@ def fold(
     folded = grad_y.new_zeros((count, rows, context))
     if folded.numel() and grad_y.numel():
         wrap_triton(conv_fold_kernel)[(count * rows, triton.cdiv(context, FOLD))](
-            grad_y, y, pre, active, epilogue.seed, sequences.end if bounds is None else None, bounds, folded,
+            grad_y, y, pre, active, epilogue.seed, sequences.end if bounds is None else None,
+            sequences.row if bounds is None else None, bounds, folded,
             rows, outputs, length, context, *epilogue.numbers, **epilogue.options, BT=FOLD, num_warps=4,
         )  # fmt: skip
     return folded

@@ -32,7 +32,7 @@ from seqaccel.kernels.conv.product import (
     sum_parts,
     weight_parts,
 )
-from seqaccel.kernels.conv.taps import WHOLE, Taps
+from seqaccel.kernels.conv.taps import WHOLE, Sequences, Taps, sequences_of
 
 #: Gates of a program -> (time steps, channels and rows of x' and s' per multiplication, warps, stages). The largest
 #: that spill no registers and fit 99 KiB of shared memory; no GPU has run them.
@@ -46,6 +46,7 @@ TILES = {
 @triton.jit(do_not_specialize=["lead"])
 def wavenet_forward_kernel(
     p_x,  # [B, lead + T, PC], staged after its history
+    p_first,  # [B, T] int32 or None: the first of the lead + T steps that a step sees
     p_weight,  # [K, 2 * G, PC]
     p_bias,  # [2 * G]
     p_condition,  # [B, 2 * G, T]
@@ -65,11 +66,14 @@ def wavenet_forward_kernel(
     value = tl.zeros([BG, BT], dtype=tl.float32)
     gate = value
     p_x += i_b * (lead + T) * PC
+    lower = o_t * 0
+    if p_first is not None:
+        lower = tl.load(p_first + i_b * T + o_t, mask=o_t < T, other=0)
     for i in range(K * tl.cdiv(PC, BC)):
         k, c = i % K, i // K * BC + o_c
         at = lead + o_t - (K - 1 - k) * dilation
         b_x = tl.load(  # [BC, BT]
-            p_x + at * PC + c[:, None], mask=(c[:, None] < PC) & (at >= 0) & (at < lead + T), other=0.0
+            p_x + at * PC + c[:, None], mask=(c[:, None] < PC) & (at >= lower) & (at < lead + T), other=0.0
         )
         p_w = p_weight + (k * 2 * G + o_g) * PC + c[None, :]
         within = (o_g < G) & (c[None, :] < PC)
@@ -184,7 +188,16 @@ def layer_fits(x: Any, weight: Any, output_weight: Any) -> bool:
     return rows // 2 <= max(TILES["half"]) and widest * x[2] < 1 << 31 and max(x[0], taps) <= 65535
 
 
-def _check(x: Tensor, weight: Tensor, output_weight: Tensor, taps: Taps, **tensors: Tensor | None) -> None:
+def _first(sequences: Sequences, lead: int) -> Tensor | None:
+    """The first step that each step may see [B, T], of ``lead`` steps of the history and x: of its episode, or 0."""
+    if sequences.begin is None or sequences.row is None:
+        return None
+    return torch.where(sequences.row < 0, sequences.begin + lead, 0)
+
+
+def _check(
+    x: Tensor, weight: Tensor, output_weight: Tensor, taps: Taps, reset: Tensor | None, **tensors: Tensor | None
+) -> None:
     """``tensors`` are checked by their names."""
     name = "wavenet_layer"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -202,6 +215,8 @@ def _check(x: Tensor, weight: Tensor, output_weight: Tensor, taps: Taps, **tenso
                 f"{name}: expected {argument} to be {x.dtype} of shape {shapes[argument]}, "
                 f"but got {t.dtype} of {tuple(t.shape)}"
             )
+    if reset is not None and (reset.shape != (batch, length) or reset.dtype != torch.bool):
+        raise ValueError(f"{name}: expected reset to be torch.bool of shape {(batch, length)}")
     extended = (batch, channels, length + taps.context)
     if rows % 2 or outputs < channels or not layer_fits(extended, weight.shape, output_weight.shape):
         raise RuntimeError(
@@ -231,6 +246,7 @@ def wavenet_layer_forward(
     condition: Tensor | None,
     global_condition: Tensor | None,
     history: Tensor | None,
+    reset: Tensor | None,
     dilation: int,
     residual: bool,
     save: bool,
@@ -238,7 +254,7 @@ def wavenet_layer_forward(
     """Like ``seqaccel::wavenet_layer_forward``: x' or nothing, s', and tanh and sigmoid of the gates or nothing."""
     taps = Taps(weight.shape[2], dilation)
     _check(
-        x, weight, output_weight, taps, bias=bias, output_bias=output_bias, skip=skip, condition=condition,
+        x, weight, output_weight, taps, reset, bias=bias, output_bias=output_bias, skip=skip, condition=condition,
         global_condition=global_condition, history=history,
     )  # fmt: skip
     (batch, channels, length), gates = x.shape, weight.shape[0] // 2
@@ -252,11 +268,12 @@ def wavenet_layer_forward(
         bias, output_bias, skip, condition, global_condition
     )
     staged, lead = stage(x, 1, history), 0 if history is None else taps.context
+    first = _first(sequences_of(x, reset, None), lead)
     inner, outer = stage_weight(weight, 1), stage_weight(output_weight, 1)
     side, (steps, depth, height, warps, stages) = _tile(x, gates)
     wrap_triton(wavenet_forward_kernel)[(triton.cdiv(length, steps), batch)](
-        staged, inner, bias, condition, global_condition, outer, output_bias, x.contiguous() if residual else None,
-        skip, y if residual else None, next_skip, saved if save else None,
+        staged, first, inner, bias, condition, global_condition, outer, output_bias,
+        x.contiguous() if residual else None, skip, y if residual else None, next_skip, saved if save else None,
         length, lead, channels, staged.shape[3], gates, outer.shape[2], skips, taps.count, dilation,
         PRECISION=precision_of(x.dtype), BG=side, BT=steps, BC=depth, BR=height, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -272,6 +289,7 @@ def wavenet_layer_backward(
     weight: Tensor,
     output_weight: Tensor,
     history: Tensor | None,
+    reset: Tensor | None,
     dilation: int,
     wants: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -281,7 +299,7 @@ def wavenet_layer_backward(
     """
     taps = Taps(weight.shape[2], dilation)
     _check(
-        x, weight, output_weight, taps, grad_y=grad_y, grad_skip=grad_skip, saved=saved, history=history
+        x, weight, output_weight, taps, reset, grad_y=grad_y, grad_skip=grad_skip, saved=saved, history=history
     )  # fmt: skip
     grad_y, grad_skip, saved = _contiguous(grad_y, grad_skip, saved)
     (batch, channels, length), rows, outputs = x.shape, weight.shape[0], output_weight.shape[0]
@@ -314,12 +332,17 @@ def wavenet_layer_backward(
     )  # fmt: skip
     if wants_x or wants_history:
         transposed = stage_weight(weight, 1, transposed=True)
+    sequences = sequences_of(x, reset, None)
     if wants_x:
-        product(g, transposed, grads[0], 0, 1, taps, WHOLE, residual=grad_y)
+        product(g, transposed, grads[0], 0, 1, taps, sequences, residual=grad_y)
     if wants_history:
-        product(g, transposed, grads[7], -taps.context, 1, taps, WHOLE)
+        near = g
+        if sequences.row is not None:  # what the episode that goes on from the history has
+            near = torch.where((sequences.row >= 0)[:, :, None, None], g, 0.0)
+        product(near, transposed, grads[7], -taps.context, 1, taps, WHOLE)
     if wants_weight:
-        parts = weight_parts(g, stage(x, 1, history), rows, channels, history is not None, taps, None)
+        begin = _first(sequences, 0 if history is None else taps.context)
+        parts = weight_parts(g, stage(x, 1, history), rows, channels, history is not None, taps, begin)
         grads[1] = sum_parts(parts, weight)
     if wants_bias and sums is not None:
         grads[2] = sum_parts(sums, grads[2])

@@ -77,7 +77,7 @@ def _load_step(
     U: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """What the step at time t reads: tiles of u, x and mask as they are stored, whether it is padding, and
-    whether the state before it is c_0. What the call does not have may be anything."""
+    whether an episode begins: the state before it is zero. What the call does not have may be anything."""
     o_row = t * B + row
     o = o_row * C + channel
     b_u = ()
@@ -92,7 +92,7 @@ def _load_step(
     if p_mask_pad is not None:
         padding = tl.load(p_mask_pad + o_row, mask=inside, other=1) != 0
     if p_reset is not None:
-        # A sequence begins at t. Against time begins the one that ends there.
+        # An episode begins at t. Against time begins the one that ends there.
         begin = tl.where(backwards, t + 1, t)
         start = tl.load(p_reset + begin * B + row, mask=inside & (begin < T), other=0) != 0
     return b_u, b_x, b_mask, padding, start
@@ -200,7 +200,7 @@ def column_forward_kernel(
                 s + AHEAD < length, T, B, C, U, MASK,
             ),)  # fmt: skip
             if p_reset is not None:
-                b_c = tl.where(b_steps[i][4], b_c_0, b_c)
+                b_c = tl.where(b_steps[i][4], 0.0, b_c)
             v, m, skip = _operands(b_steps[i], b_c, b_bias, b_weight, b_drop, scale, p_x, p_mask, U, K, FIRST, MASK)
             b_state, b_h = cell_forward(v, b_c, m, skip, CELL)
             b_c = tl.where(inside, b_state, b_c) if p_mask_pad is None else tl.where(b_steps[i][3], b_c, b_state)
@@ -263,7 +263,6 @@ def column_backward_kernel(
     b_dc = tl.zeros_like(b_c_0)  # of the state after a step
     if p_grad_c_n is not None:
         b_dc += _widen(tl.load(p_grad_c_n + column, mask=m_c, other=0))
-    b_dc_0 = tl.zeros_like(b_c_0)
     b_dweight, b_dbias = (), ()
     for _ in tl.static_range(len(b_weight)):
         b_dweight += (tl.zeros_like(b_c_0),)
@@ -288,7 +287,7 @@ def column_backward_kernel(
             b_step, b_dh, b_earlier = b_steps[i]
             b_c = tl.where(s + 1 < length, _widen(b_earlier), b_c_0)  # before the step
             if p_reset is not None:
-                b_c = tl.where(b_step[4], b_c_0, b_c)
+                b_c = tl.where(b_step[4], 0.0, b_c)
             v, m, skip = _operands(b_step, b_c, b_bias, b_weight, b_drop, scale, p_x, p_mask, U, K, FIRST, MASK)
             dv, b_through, b_dskip = cell_backward(v, b_c, _widen(b_state), m, skip, _widen(b_dh), b_dc, CELL)
             o_row = (first + dt * s) * B + row
@@ -313,7 +312,6 @@ def column_backward_kernel(
                 tl.store(p_grad_u + o_row * C * U + o_u + k * stride, b_du[k], mask=inside)
             b_dc = tl.where(held, b_dc, b_through)
             if p_reset is not None:
-                b_dc_0 += tl.where(b_step[4], b_dc, 0.0)
                 b_dc = tl.where(b_step[4], 0.0, b_dc)
             b_state = b_earlier
         b_steps = b_ahead
@@ -321,7 +319,7 @@ def column_backward_kernel(
         tl.store(p_grad_weight + k * tl.cast(N, tl.int64) * C + column, b_dweight[k], mask=m_c)
     for k in tl.static_range(len(b_dbias)):
         tl.store(p_grad_bias + k * tl.cast(N, tl.int64) * C + column, b_dbias[k], mask=m_c)
-    tl.store(p_grad_c_0 + column, b_dc_0 + b_dc, mask=m_c)
+    tl.store(p_grad_c_0 + column, b_dc, mask=m_c)
 
 
 def _constants(cell: str, values: int, double: bool) -> dict[str, Any]:

@@ -10,7 +10,8 @@ composes each chunk's map (COMPOSE), a small kernel finds the state before each 
 there (APPLY). Narrow types are calculated in float32, which also carries the state.
 
 Sequences lie one after the other: T rows each, or with offsets (PACKED) within T rows in all. N sequences, D channels,
-C chunks of time.
+C chunks of time. Where an episode begins within a sequence (p_reset) the coefficient is zero, and a map whose
+coefficient is zero ignores what is before it, even if that is not finite.
 """
 
 import torch
@@ -29,6 +30,33 @@ WHOLE, COMPOSE, APPLY = 0, 1, 2  # PASS
 @triton.jit
 def _compose(a_1, b_1, a_2, b_2):
     return a_2 * a_1, a_2 * b_1 + b_2
+
+
+@triton.jit
+def _compose_episodes(a_1, b_1, a_2, b_2):
+    return tl.where((a_1 == 0) | (a_2 == 0), 0, a_2 * a_1), tl.where(a_2 == 0, b_2, a_2 * b_1 + b_2)
+
+
+@triton.jit
+def _maps_and_states(b_a, b_b, b_h, p_reset):
+    """The composed coefficients of a tile [BT, BD], and its states from the state b_h [BD] before it."""
+    if p_reset is not None:
+        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose_episodes)
+        b_hs = tl.where(b_a == 0, b_b, b_a * b_h[None, :] + b_b)
+    else:
+        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
+        b_hs = b_a * b_h[None, :] + b_b
+    return b_a, b_hs
+
+
+@triton.jit
+def _joined(b_p, b_a, o_i, p_reset, BT: tl.constexpr):
+    """The product of the coefficients so far and of a tile."""
+    b_last = tl.sum(tl.where((o_i == BT - 1)[:, None], b_a, 0), 0)
+    b_joined = b_p * b_last
+    if p_reset is not None:
+        b_joined = tl.where((b_p == 0) | (b_last == 0), 0, b_joined)
+    return b_joined
 
 
 @triton.jit
@@ -58,6 +86,7 @@ def linear_scan_forward_kernel(
     p_b,  # [rows, D]
     p_h_0,  # [N, D]
     p_offsets,  # [N + 1]
+    p_reset,  # [rows] or None
     p_h,  # [rows, D]
     p_h_last,  # [N, D]
     p_map_a,  # [N, C, D]
@@ -96,10 +125,15 @@ def linear_scan_forward_kernel(
         offset = (first + o_t)[:, None] * D + o_d[None, :]  # [BT, BD]
         b_a = tl.load(p_a + offset, mask=mask, other=1).to(dtype)
         b_b = tl.load(p_b + offset, mask=mask, other=0).to(dtype)
-        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
-        b_hs = b_a * b_h[None, :] + b_b
+        if p_reset is not None:
+            if REVERSE:  # steps t and t + 1 are apart
+                b_cut = tl.load(p_reset + first + o_t + 1, mask=(o_s < stop) & (o_s > 0), other=0)
+            else:
+                b_cut = tl.load(p_reset + first + o_t, mask=o_s < stop, other=0)
+            b_a = tl.where((b_cut != 0)[:, None], 0, b_a)
+        b_a, b_hs = _maps_and_states(b_a, b_b, b_h, p_reset)
         if PASS == 1:
-            b_p *= tl.sum(tl.where((o_i == BT - 1)[:, None], b_a, 0), 0)
+            b_p = _joined(b_p, b_a, o_i, p_reset, BT)
         else:
             tl.store(p_h + offset, b_hs, mask=mask)
         b_h = tl.sum(tl.where((o_i == BT - 1)[:, None], b_hs, 0), 0)
@@ -118,6 +152,7 @@ def linear_scan_backward_kernel(
     p_h,  # [rows, D]
     p_h_0,  # [N, D]
     p_offsets,  # [N + 1]
+    p_reset,  # [rows] or None
     p_grad_a,  # [rows, D]
     p_grad_b,  # [rows, D]
     p_grad_h_0,  # [N, D]
@@ -163,16 +198,26 @@ def linear_scan_backward_kernel(
         offset = (first + o_t)[:, None] * D + o_d[None, :]  # [BT, BD]
         b_a = tl.load(p_a + offset + step * D, mask=mask & (o_s > 0)[:, None], other=1).to(dtype)
         b_b = tl.load(p_grad_h + offset, mask=mask, other=0).to(dtype)
-        b_a, b_b = tl.associative_scan((b_a, b_b), 0, _compose)
-        b_gs = b_a * b_g[None, :] + b_b
+        b_apart = o_s < 0  # from the state before
+        if p_reset is not None:
+            b_here = tl.load(p_reset + first + o_t, mask=o_s < stop, other=0) != 0
+            b_after = tl.load(p_reset + first + o_t + 1, mask=(o_s < stop) & (o_t < length - 1), other=0) != 0
+            if REVERSE:  # the state before is that of t + 1
+                b_cut, b_apart = b_here & (o_s > 0), b_after
+            else:
+                b_cut, b_apart = b_after, b_here
+            b_a = tl.where(b_cut[:, None], 0, b_a)
+        b_a, b_gs = _maps_and_states(b_a, b_b, b_g, p_reset)
         if PASS == 1:
-            b_p *= tl.sum(tl.where((o_i == BT - 1)[:, None], b_a, 0), 0)
+            b_p = _joined(b_p, b_a, o_i, p_reset, BT)
         else:
             b_h = tl.load(p_h + offset - step * D, mask=mask & (o_s < length - 1)[:, None], other=0).to(dtype)
             if HAS_H_0:
                 edge = (o_s == length - 1)[:, None] & m_d[None, :]
                 p_edge = p_h_0 + i_n * D + o_d[None, :] + tl.zeros([BT, 1], dtype=tl.int32)
                 b_h += tl.load(p_edge, mask=edge, other=0).to(dtype)
+            if p_reset is not None:
+                b_h = tl.where(b_apart[:, None], 0, b_h)
             tl.store(p_grad_b + offset, b_gs, mask=mask)
             tl.store(p_grad_a + offset, b_gs * b_h, mask=mask)
         b_g = tl.sum(tl.where((o_i == BT - 1)[:, None], b_gs, 0), 0)
@@ -183,6 +228,8 @@ def linear_scan_backward_kernel(
         if length > 0:
             p_edge_a = p_a + (first + (length - 1 if REVERSE else 0)) * D
             b_g *= tl.load(p_edge_a + o_d, mask=m_d, other=1).to(dtype)
+            if not REVERSE and p_reset is not None:
+                b_g = tl.where(tl.load(p_reset + first) != 0, 0, b_g)
         tl.store(p_grad_h_0 + i_n * D + o_d, b_g, mask=m_d)
 
 
@@ -194,6 +241,7 @@ def chunk_states_kernel(
     C,
     D,
     HAS_FIRST: tl.constexpr,
+    RESETS: tl.constexpr,
     BD: tl.constexpr,
 ):
     i_n = tl.program_id(1).to(tl.int64)
@@ -208,7 +256,10 @@ def chunk_states_kernel(
         b_b = tl.load(p_map_b + offset, mask=m_d, other=0)
         tl.store(p_map_b + offset, b_h, mask=m_d)
         # A product of coefficients that overflowed does not spoil a state that is zero.
-        b_h = tl.where(b_h == 0, b_b, b_a * b_h + b_b)
+        b_drop = b_h == 0
+        if RESETS:
+            b_drop = b_drop | (b_a == 0)
+        b_h = tl.where(b_drop, b_b, b_a * b_h + b_b)
 
 
 # Channels of a tile -> (steps of a tile, warps).
@@ -236,7 +287,12 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check(
-    name: str, a: Tensor, cu_seqlens: Tensor | None, whole: dict[str, Tensor], states: dict[str, Tensor | None]
+    name: str,
+    a: Tensor,
+    cu_seqlens: Tensor | None,
+    reset: Tensor | None,
+    whole: dict[str, Tensor],
+    states: dict[str, Tensor | None],
 ) -> int:
     """Number of sequences. ``whole`` have a's shape, ``states`` one row for each sequence."""
     if a.dtype not in _TYPES:
@@ -253,6 +309,11 @@ def _check(
                 f"{name}: expected a batch of 1 with the offsets of at least one sequence, but got a of shape "
                 f"{tuple(a.shape)} and {sequences} sequences"
             )
+    if reset is not None:
+        if cu_seqlens is not None:
+            raise ValueError(f"{name}: expected reset or cu_seqlens, but got both")
+        if reset.shape != a.shape[:2] or reset.dtype != torch.bool or reset.device != a.device:
+            raise ValueError(f"{name}: expected reset to be bool of shape {tuple(a.shape[:2])} on the device of a")
     if sequences > 65535:
         raise ValueError(f"{name}: expected at most 65535 sequences, but got {sequences}; the CUDA kernels take more")
     row = (sequences, a.shape[2])
@@ -277,18 +338,29 @@ def _maps(a: Tensor, sequences: int) -> tuple[tuple[int, int, int], int, Tensor]
     return (BT, BD, warps), chunks, a.new_empty(2, sequences, chunks if chunks > 1 else 0, width, dtype=wide)
 
 
-def _states(first: Tensor | None, maps: Tensor) -> None:
+def _states(first: Tensor | None, maps: Tensor, resets: bool) -> None:
     _, sequences, chunks, width = maps.shape
     wrap_triton(chunk_states_kernel)[(triton.cdiv(width, _BD), sequences)](
-        maps if first is None else first, maps[0], maps[1], chunks, width, HAS_FIRST=first is not None, BD=_BD
-    )
+        maps if first is None else first, maps[0], maps[1], chunks, width, HAS_FIRST=first is not None,
+        RESETS=resets, BD=_BD,
+    )  # fmt: skip
+
+
+def _bytes(reset: Tensor | None) -> Tensor | None:
+    return None if reset is None else reset.contiguous().view(torch.uint8)
 
 
 @operator(torch.library.triton_op, "seqaccel::linear_scan_forward_triton", mutates_args={})
 def linear_scan_forward(
-    a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, return_last: bool
+    a: Tensor,
+    b: Tensor,
+    h_0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    return_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    sequences = _check("linear_scan_forward_triton", a, cu_seqlens, {"b": b}, {"h_0": h_0})
+    sequences = _check("linear_scan_forward_triton", a, cu_seqlens, reset, {"b": b}, {"h_0": h_0})
     a, b = a.contiguous(), b.contiguous()
     h_0 = None if h_0 is None else h_0.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -303,6 +375,7 @@ def linear_scan_forward(
             b,
             a if h_0 is None else h_0,
             a if cu_seqlens is None else cu_seqlens,
+            _bytes(reset),
             h,
             h_last if return_last else h,
             maps[0],
@@ -321,7 +394,7 @@ def linear_scan_forward(
             num_warps=warps,
         )
         if PASS == COMPOSE:
-            _states(h_0, maps)
+            _states(h_0, maps, reset is not None)
     return h, h_last
 
 
@@ -333,10 +406,11 @@ def linear_scan_backward(
     h: Tensor,
     h_0: Tensor | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     name, states = "linear_scan_backward_triton", {"h_0": h_0, "grad_h_last": grad_h_last}
-    sequences = _check(name, a, cu_seqlens, {"grad_h": grad_h, "h": h}, states)
+    sequences = _check(name, a, cu_seqlens, reset, {"grad_h": grad_h, "h": h}, states)
     grad_h, a, h = grad_h.contiguous(), a.contiguous(), h.contiguous()
     h_0 = None if h_0 is None else h_0.contiguous()
     grad_h_last = None if grad_h_last is None else grad_h_last.contiguous()
@@ -354,6 +428,7 @@ def linear_scan_backward(
             h,
             a if h_0 is None else h_0,
             a if cu_seqlens is None else cu_seqlens,
+            _bytes(reset),
             grad_a,
             grad_b,
             grad_h_0,
@@ -373,7 +448,7 @@ def linear_scan_backward(
             num_warps=warps,
         )
         if PASS == COMPOSE:
-            _states(grad_h_last, maps)
+            _states(grad_h_last, maps, reset is not None)
     return grad_a, grad_b, grad_h_0
 
 
@@ -392,8 +467,11 @@ CONFIGURATIONS = [
     *(
         Configuration(
             kernel,
-            _typed(names, "*bf16" if channels == 32 or PASS == APPLY else "*fp32") | _SIZES,
-            {
+            _typed(names, "*bf16" if channels == 32 or PASS == APPLY else "*fp32")
+            | ({} if packed else {"p_reset": "*u8"})
+            | _SIZES,
+            ({"p_reset": None} if packed else {})
+            | {
                 "HAS_H_0": True,
                 "PACKED": packed,
                 "REVERSE": reverse,
@@ -420,6 +498,6 @@ CONFIGURATIONS = [
     Configuration(
         chunk_states_kernel,
         pointers("first map_a map_b") | {"C": "i32", "D": "i32"},
-        {"HAS_FIRST": True, "BD": _BD},
+        {"HAS_FIRST": True, "RESETS": True, "BD": _BD},
     ),
 ]

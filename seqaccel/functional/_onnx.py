@@ -46,7 +46,13 @@ def loop(
 
 
 def linear_scan(
-    a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, return_last: bool
+    a: Tensor,
+    b: Tensor,
+    h_0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    return_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """``seqaccel.reference.scan.linear_scan``."""
     a, b, h_0 = detached(a, b, h_0)
@@ -57,6 +63,8 @@ def linear_scan(
         start = b.new_zeros(1, b.shape[2])
         flags, b = reference.restarted(a, b, h_0, cu_seqlens, reverse)
         starts = [flags]
+    elif reset is not None:
+        starts = [reference.begins(reset, reverse).t().unsqueeze(2)]
 
     def step(state: list[Tensor], inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         h = inputs[0] * state[0] + inputs[1]
@@ -113,7 +121,7 @@ def columns(
             "fresh": fresh[:, half] if packed else None,
         }
         of_steps = {name: t for name, t in optional.items() if t is not None}
-        of_all = {"weight": own_weight, "mask": own_mask, "fresh": c_0[:, half]}
+        of_all = {"weight": own_weight, "mask": own_mask, "fresh": torch.zeros_like(c_0[:, half])}
 
         def step(
             state: list[Tensor], inputs: list[Tensor], of_steps=of_steps, of_all=of_all, own_bias=own_bias

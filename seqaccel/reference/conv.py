@@ -6,6 +6,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def _inner_offsets(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def origins(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of each time step of x (B, C, T): where its sequence begins, and which row of the history is before that; (B, T).
+    """Of each time step of x (B, C, T): where its sequence begins, and which row of the history is before that, -1 for
+    zeros; (B, T).
 
     Offsets of any value stay within x: the first sequence begins at 0 and the last one ends with x.
     """
@@ -58,7 +60,7 @@ def origins(x: Tensor, reset: Tensor | None, cu_seqlens: Tensor | None) -> tuple
         number = reset.long().cumsum(1)  # of the sequence; 0: the one that goes on from the history
         first = number.new_zeros(batch, length + 1)
         first = first.scatter(1, torch.where(reset, number, 0), torch.where(reset, t, 0))
-        return first.gather(1, number), torch.arange(batch, device=x.device)[:, None].expand(batch, length)
+        return first.gather(1, number), torch.where(number > 0, -1, torch.arange(batch, device=x.device)[:, None])
     assert cu_seqlens is not None
     inner = _inner_offsets(cu_seqlens, length)
     row = (inner[:, None] <= t).sum(0)
@@ -83,15 +85,16 @@ def taps(
             found.append(torch.where(inside, shifted, 0.0))
         else:
             at = (context + t - shift - begins).clamp(0, context - 1)  # of the history
-            before = history[row[:, None], torch.arange(channels, device=x.device)[:, None], at[:, None]]
-            found.append(torch.where(inside, shifted, before))
+            before = history[row.clamp(min=0)[:, None], torch.arange(channels, device=x.device)[:, None], at[:, None]]
+            found.append(torch.where(inside, shifted, torch.where(row[:, None] < 0, 0.0, before)))
     return found
 
 
 def final_state(
     x: Tensor, history: Tensor | None, context: int, reset: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """The last steps of each sequence, as many as ``context``, those before its start being the history's."""
+    """The last steps of each row or sequence, as many as ``context``: before a start there is the history, before an
+    episode that ``reset`` begins there are zeros."""
     _, channels, length = x.shape
     count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n, channel = torch.arange(count, device=x.device), torch.arange(channels, device=x.device)[:, None]
@@ -103,6 +106,7 @@ def final_state(
         assert reset is not None
         begin = torch.where(reset, torch.arange(length, device=x.device), 0).amax(1)
         end, of = begin.new_full((count,), length), n
+        history = torch.where(reset.any(1)[:, None, None], 0.0, history)
     else:
         ends = _inner_offsets(cu_seqlens, length)
         begin = torch.cat([ends.new_zeros(1), ends])
@@ -134,8 +138,8 @@ def causal_conv1d(
 ) -> Tensor:
     """x (B, C, T), weight (O, C/groups, K), bias (O,), residual (B, Y, U), history (B, C, (K-1) d): y (B, Y, U).
 
-    U is T / stride rounded up; Y is O, or half of it with a gated activation. Where ``reset`` (B, T) is true a
-    sequence begins, with the history of its row before it. ``cu_seqlens`` (N + 1) divides an x of one row into N
+    U is T / stride rounded up; Y is O, or half of it with a gated activation. Where ``reset`` (B, T) is true an
+    episode begins, with zeros before it. ``cu_seqlens`` (N + 1) divides an x of one row into N
     sequences; then history is (N, C, (K-1) d).
     """
     batch, channels, length = x.shape
@@ -173,6 +177,7 @@ def temporal_block(
     downsample_weight: Tensor | None,
     downsample_bias: Tensor | None,
     seed: Tensor | None,
+    reset: Tensor | None = None,
     *,
     dilation: int,
     activation_1: str | None,
@@ -187,11 +192,25 @@ def temporal_block(
     """
     weight_1, weight_2 = weight_norm(weight_1, g_1), weight_norm(weight_2, g_2)
     first, second = (None, None) if seed is None else (seed[:1], seed[1:])
-    z = causal_conv1d(x, weight_1, bias_1, seed=first, dilation=dilation, activation=activation_1, dropout=dropout)
+    options: dict[str, Any] = {"reset": reset, "dilation": dilation, "dropout": dropout}
+    z = causal_conv1d(x, weight_1, bias_1, seed=first, activation=activation_1, **options)
     r = x if downsample_weight is None else causal_conv1d(x, downsample_weight, downsample_bias)
-    return causal_conv1d(
-        z, weight_2, bias_2, r, seed=second, dilation=dilation, activation=activation_2, relu=relu, dropout=dropout
-    )
+    return causal_conv1d(z, weight_2, bias_2, r, seed=second, activation=activation_2, relu=relu, **options)
+
+
+def row_taps_of(
+    x: Tensor, history: Tensor | None, count: int, dilation: int, reset: Tensor | None = None
+) -> list[Tensor]:
+    """What each row of taps meets (B, C, T, S): x some rows before, zeros before an episode that ``reset`` begins."""
+    length, above = x.shape[2], (count - 1) * dilation
+    rows = F.pad(x, (0, 0, above, 0)) if history is None else torch.cat([history, x], 2)
+    met = [rows[:, :, k * dilation : k * dilation + length] for k in range(count)]
+    if reset is None:
+        return met
+    begins, row = origins(x[..., 0] if x.shape[3] else x.sum(3), reset, None)
+    t = torch.arange(length, device=x.device)
+    seen = [(t - above + k * dilation >= begins) | (row >= 0) for k in range(count)]
+    return [torch.where(there[:, None, :, None], part, 0.0) for there, part in zip(seen, met, strict=True)]
 
 
 def causal_conv2d(
@@ -201,6 +220,7 @@ def causal_conv2d(
     residual: Tensor | None = None,
     history: Tensor | None = None,
     seed: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
@@ -211,17 +231,17 @@ def causal_conv2d(
     """x (B, C, T, S), weight (O, C/groups, K, L), residual (B, Y, T, S), history (B, C, (K-1) dilation[0], S): y.
 
     ``v[b,o,t,s] = bias[o] + sum_{c,k,l} weight[o,c,k,l] * x[b,c,t - (K-1-k) d, s + (l - L//2) e]`` with d and e the
-    dilations and zeros beside the rows.
+    dilations and zeros beside the rows. Where ``reset`` (B, T) is true an episode begins, with zeros above it.
     """
     batch, channels, length, width = x.shape
     outputs, group_channels, row_taps, column_taps = weight.shape
     d, e = dilation
-    above, side = (row_taps - 1) * d, column_taps // 2 * e
-    rows = F.pad(x, (0, 0, above, 0)) if history is None else torch.cat([history, x], 2)
-    grid = F.pad(rows, (side, side)).unflatten(1, (groups, channels // groups))
+    side = column_taps // 2 * e
+    met = row_taps_of(x, history, row_taps, d, reset)
+    grids = [F.pad(rows, (side, side)).unflatten(1, (groups, channels // groups)) for rows in met]
     w = weight.view(groups, outputs // groups, group_channels, row_taps, column_taps)
     products = [
-        torch.einsum("goc,bgcts->bgots", w[..., k, j], grid[..., k * d : k * d + length, j * e : j * e + width])
+        torch.einsum("goc,bgcts->bgots", w[..., k, j], grids[k][..., j * e : j * e + width])
         for k in range(row_taps)
         for j in range(column_taps)
     ]
@@ -242,6 +262,7 @@ def wavenet_layer(
     condition: Tensor | None = None,
     global_condition: Tensor | None = None,
     history: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     dilation: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -250,7 +271,7 @@ def wavenet_layer(
     ``z = tanh(v_f) * sigmoid(v_g)`` of ``v = conv(x) + condition + global_condition``; ``y, skip = x, skip`` plus the
     rows of ``output_weight * z``.
     """
-    v = causal_conv1d(x, weight, bias, condition, history, dilation=dilation)
+    v = causal_conv1d(x, weight, bias, condition, history, None, reset, dilation=dilation)
     if global_condition is not None:
         v = v + global_condition.unsqueeze(-1)
     out = causal_conv1d(_gated(v), output_weight, output_bias)

@@ -28,6 +28,13 @@ def restarted(a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor, reve
     return starts, b if h_0 is None else torch.where(starts, a * h_0.index_select(0, sequence) + b, b)
 
 
+def begins(reset: Tensor, reverse: bool) -> Tensor:
+    """The steps [B, T] whose state before, in the order of the run, is zero."""
+    if not reverse:
+        return reset
+    return torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], 1)
+
+
 def _at(h: Tensor, index: Tensor, otherwise: Tensor, empty: Tensor) -> Tensor:
     """Rows of h [1, T, D] by index [N]; ``otherwise`` [N, D] where a sequence is empty."""
     if h.shape[1] == 0:
@@ -48,6 +55,7 @@ def linear_scan(
     b: Tensor,
     h_0: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
     reverse: bool = False,
     return_last: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +66,8 @@ def linear_scan(
         h_0: [B, D]; zero by default.
         cu_seqlens: [N + 1] int64, where B = 1: sequence n is the steps [cu_seqlens[n], cu_seqlens[n + 1]), and h_0 is
             [N, D].
+        reset: [B, T] bool, true where an episode begins: the state before its first step (reversed: after its last) is
+            zero.
         reverse: run from the last step to the first.
         return_last: whether the last states are wanted.
 
@@ -67,7 +77,7 @@ def linear_scan(
     """
     if a.dtype in _NARROW:
         wide = None if h_0 is None else h_0.float()
-        h, h_last = linear_scan(a.float(), b.float(), wide, cu_seqlens, reverse, return_last)
+        h, h_last = linear_scan(a.float(), b.float(), wide, cu_seqlens, reset, reverse, return_last)
         return h.to(a.dtype), h_last.to(a.dtype)
     steps, width = a.shape[1:]
     starts: Sequence[Tensor | None] = [None] * steps
@@ -75,6 +85,8 @@ def linear_scan(
     if cu_seqlens is not None:
         flags, b = restarted(a, b, h_0, cu_seqlens, reverse)
         state, starts = None, flags.unbind(0)
+    elif reset is not None:
+        starts = begins(reset, reverse).unsqueeze(-1).unbind(1)
     rows: list[Tensor] = []
     for t in reversed(range(steps)) if reverse else range(steps):
         row = b[:, t] if state is None else a[:, t] * state + b[:, t]
@@ -96,6 +108,7 @@ def linear_scan_gradients(
     h: Tensor,
     h_0: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and h_0 from those of ``linear_scan``'s results: a scan against time.
@@ -107,7 +120,7 @@ def linear_scan_gradients(
     """
     if a.dtype in _NARROW:
         first, last = (None if t is None else t.float() for t in (h_0, grad_h_last))
-        grads = linear_scan_gradients(grad_h.float(), last, a.float(), h.float(), first, cu_seqlens, reverse)
+        grads = linear_scan_gradients(grad_h.float(), last, a.float(), h.float(), first, cu_seqlens, reset, reverse)
         return grads[0].to(a.dtype), grads[1].to(a.dtype), grads[2].to(a.dtype)
     steps, width = a.shape[1:]
     sequences = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -129,10 +142,13 @@ def linear_scan_gradients(
     flat = flat.index_add(0, index, grad_last.masked_fill(empty.unsqueeze(1), 0))
     back = 1 if reverse else -1
     coefficient = a.reshape(-1, width).roll(back, 0).conj().reshape(a.shape)
-    grad_b = linear_scan(coefficient, flat.reshape(a.shape), None, cu_seqlens, not reverse, False)[0]
+    grad_b = linear_scan(coefficient, flat.reshape(a.shape), None, cu_seqlens, reset, not reverse, False)[0]
     starts = (time == at_first.index_select(0, sequence)).unsqueeze(1)
     previous = torch.where(starts, first.index_select(0, sequence), h.reshape(-1, width).roll(-back, 0))
     through = (a.conj() * grad_b).reshape(1, -1, width)
+    if reset is not None:
+        apart = begins(reset, reverse).reshape(-1, 1)
+        previous, through = torch.where(apart, 0.0, previous), torch.where(apart, 0.0, through)
     grad_h_0 = _at(through, at_first, grad_last, empty)
     return grad_b * previous.conj().reshape(a.shape), grad_b, grad_h_0
 
@@ -281,7 +297,7 @@ def columns(
         mask: SRU: [B, C] ([N, C] with cu_seqlens); the pools: [T, B, C].
         scale: [1].
         mask_pad: [T, B] bool, true at padding, where the state is carried over and h is 0.
-        reset: [T, B] bool, true where a sequence begins: the state before that step is c_0's row.
+        reset: [T, B] bool, true where an episode begins: the state before that step is zero.
         cu_seqlens: [N + 1], offsets of N sequences in T steps of B = 1; h is 0 outside of them.
         directions: 2 runs the second half of the channels against time.
 
@@ -298,7 +314,7 @@ def columns(
         parts = u.reshape(steps, batch, directions, hidden, features // channels).unbind(-1)
     else:
         parts = u.reshape(steps, batch, directions, features // channels, hidden).unbind(3)
-    packed, fresh = cu_seqlens is not None, c_0
+    packed, fresh = cu_seqlens is not None, torch.zeros_like(c_0)
     if cu_seqlens is not None:
         fresh, mask, mask_pad, reset = packed_steps(cu_seqlens, c_0, mask, steps)
 
@@ -312,11 +328,11 @@ def columns(
         weights = _rows_of_steps(weight, weight_rows, d, directions, hidden, steps)
         biases = _rows_of_steps(bias, bias_rows, d, directions, hidden, steps)
         order = list(range(steps) if d == 0 else reversed(range(steps)))
-        state = of(fresh[order[:1]] if packed else fresh, d)
+        state = of(fresh[order[:1]] if packed else c_0, d)
         found: list[Tensor] = [state] * steps
         after: list[Tensor] = [state] * steps
         for t in order:
-            if reset is not None and 0 < t + d < steps:  # against time a sequence begins before the one it meets
+            if reset is not None and t + d < steps:  # against time a sequence begins before the one it meets
                 state = torch.where(reset[t + d, :, None], of(fresh[t : t + 1] if packed else fresh, d), state)
             h, new = step(
                 [part[t, :, d] for part in parts],

@@ -138,9 +138,6 @@ bool backward(const ConvBackward<S>& p) {
   workspace.reserve(taps, K);
   if (!workspace.allocate()) return false;
   for (ptrdiff_t k = 0; k < K; ++k) taps[k] = {-s.tap(k).steps, -s.tap(k).columns};
-  // Segments of a row that share a row of the history add to its gradient one after another: in one thread.
-  const ptrdiff_t unit = p.grad_history && s.segments && s.history_rows == s.batch ? items.cuts : 1;
-  const ptrdiff_t units = items.count() / unit;
 
 #pragma omp parallel num_threads(p.threads)
   {
@@ -168,7 +165,7 @@ bool backward(const ConvBackward<S>& p) {
     }
     memset(partial, 0, sizes.partial * sizeof(T));
     memset(bias_sums, 0, sizes.bias * sizeof(T));
-    for (ptrdiff_t item = units * me / team * unit; item < units * (me + 1) / team * unit; ++item) {
+    for (ptrdiff_t item = items.count() * me / team; item < items.count() * (me + 1) / team; ++item) {
       const ptrdiff_t first = items.first(item), last = items.last(item);
       const ptrdiff_t begin = items.begin(item), end = items.end(item);
       const ptrdiff_t before = larger(0, begin - beside), after = smaller(s.length, end + context + beside);
@@ -223,7 +220,7 @@ bool backward(const ConvBackward<S>& p) {
         run_all(product, prepare, emit);
         for (ptrdiff_t b = first; p.grad_history && s.segments && b < last; ++b) {
           s.for_segments(b, begin, end, [&](const Segment& segment) {
-            if (segment.begin < begin) return;
+            if (segment.begin < begin || segment.history == kZeros) return;
             Product<W, G> head = product;
             head.signal.values += (b - first) * s.out_channels * g.stride;
             head.batch = 1;
@@ -233,9 +230,8 @@ bool backward(const ConvBackward<S>& p) {
             run_all(
                 head, [](ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t) {},
                 [&](ptrdiff_t channel, ptrdiff_t, ptrdiff_t t, ptrdiff_t n, const T* acc) {
-                  S* to =
-                      p.grad_history + (segment.history * s.in_channels + channel + 1) * context + t - segment.begin;
-                  put_values(acc, n, to, to);
+                  const ptrdiff_t row = segment.history * s.in_channels + channel;
+                  put_values(acc, n, p.grad_history + (row + 1) * context + t - segment.begin);
                 });
           });
         }

@@ -7,6 +7,7 @@
 // Backward: the second convolution leaves the gradient of r in the place of x's, and the first adds its own.
 #include "cpu/base/pool.h"
 #include "cpu/conv/checks.h"
+#include "cpu/conv/segments.h"
 #include "cpu/conv/weight_norm.h"
 
 namespace seqaccel::conv {
@@ -150,10 +151,13 @@ void run_forward(const Block& a, Tensor& y, Tensor& z, Tensor& saved_1, Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight_1, OptionalTensor g_1, OptionalTensor bias_1,
                                                    Tensor weight_2, OptionalTensor g_2, OptionalTensor bias_2,
                                                    OptionalTensor down_weight, OptionalTensor down_bias,
-                                                   OptionalTensor seed, int64_t dilation, Text activation_1,
-                                                   Text activation_2, bool relu, double dropout, bool save) {
-  const Block a = make_block(x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, down_weight, down_bias, seed, dilation,
-                             activation_1.value, activation_2.value, relu, dropout);
+                                                   OptionalTensor seed, OptionalTensor reset, int64_t dilation,
+                                                   Text activation_1, Text activation_2, bool relu, double dropout,
+                                                   bool save) {
+  Block a = make_block(x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, down_weight, down_bias, seed, dilation,
+                       activation_1.value, activation_2.value, relu, dropout);
+  const Sequences episodes(a.first, reset, OptionalTensor());  // (the one of one tap sees one step only)
+  a.second.divide_as(a.first);
   const int64_t B = a.batch(), O = a.channels(), T = a.length();
   const auto make_saved = [&](Saved kind, int64_t channels) {
     const int64_t none[] = {0}, full[] = {B, channels, T};
@@ -252,9 +256,12 @@ void run_backward(const Block& a, const Tensor& grad_y, const OptionalTensor& y,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_y, OptionalTensor y, Tensor z, Tensor saved_1, Tensor saved_2, Tensor x, Tensor weight_1,
     OptionalTensor g_1, Tensor weight_2, OptionalTensor g_2, OptionalTensor down_weight, OptionalTensor seed,
-    int64_t dilation, Text activation_1, Text activation_2, bool relu, double dropout, int64_t wants) {
-  const Block a = make_block(x, weight_1, g_1, {}, weight_2, g_2, {}, down_weight, {}, seed, dilation,
-                             activation_1.value, activation_2.value, relu, dropout);
+    OptionalTensor reset, int64_t dilation, Text activation_1, Text activation_2, bool relu, double dropout,
+    int64_t wants) {
+  Block a = make_block(x, weight_1, g_1, {}, weight_2, g_2, {}, down_weight, {}, seed, dilation, activation_1.value,
+                       activation_2.value, relu, dropout);
+  const Sequences episodes(a.first, reset, OptionalTensor());  // (the one of one tap sees one step only)
+  a.second.divide_as(a.first);
   const int64_t B = a.batch(), O = a.channels(), T = a.length(), rows = a.first.out_channels;
   check_tensor(grad_y, "grad_y", {B, O, T}, a.dtype);
   check_tensor(z, "z", {B, O, T}, a.dtype);
@@ -307,12 +314,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "temporal_block_forward(Tensor x, Tensor weight_1, Tensor? g_1, Tensor? bias_1, Tensor weight_2, Tensor? g_2, "
-      "Tensor? bias_2, Tensor? downsample_weight, Tensor? downsample_bias, Tensor? seed, int dilation, "
+      "Tensor? bias_2, Tensor? downsample_weight, Tensor? downsample_bias, Tensor? seed, Tensor? reset, int dilation, "
       "str activation_1, str activation_2, bool relu, float dropout, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "temporal_block_backward(Tensor grad_y, Tensor? y, Tensor z, Tensor saved_1, Tensor saved_2, Tensor x, "
       "Tensor weight_1, Tensor? g_1, Tensor weight_2, Tensor? g_2, Tensor? downsample_weight, Tensor? seed, "
-      "int dilation, str activation_1, str activation_2, bool relu, float dropout, int wants) -> "
+      "Tensor? reset, int dilation, str activation_1, str activation_2, bool relu, float dropout, int wants) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

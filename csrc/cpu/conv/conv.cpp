@@ -1,75 +1,13 @@
 #include "cpu/conv/conv.h"
 
-#include <cstring>
-#include <vector>
-
 #include "common/tensor.h"
 #include "cpu/conv/checks.h"
+#include "cpu/conv/segments.h"
 
 namespace seqaccel::conv {
 namespace {
 
 constexpr int64_t kWantsX = 1, kWantsWeight = 2, kWantsBias = 4, kWantsResidual = 8, kWantsHistory = 16;
-
-// The sequences that rows of the batch consist of; a shape points to them.
-class Sequences {
- public:
-  Sequences(ConvShape& shape, OptionalTensor reset, OptionalTensor cu_seqlens) {
-    if (!reset && !cu_seqlens) return;
-    segments_.reserve(1);  // not null, even where there is no step
-    STD_TORCH_CHECK(!reset || !cu_seqlens, "seqaccel: expected reset or cu_seqlens, but got both");
-    if (reset) {
-      check_tensor(*reset, "reset", {shape.batch, shape.length}, ScalarType::Bool);
-      shape.history_rows = shape.batch;
-      add_resets(shape, to_contiguous(*reset));
-    } else {
-      STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0,
-                      "seqaccel: expected cu_seqlens to have shape [sequences + 1], but got ",
-                      shape_string(*cu_seqlens));
-      check_tensor(*cu_seqlens, "cu_seqlens", {cu_seqlens->size(0)}, ScalarType::Long);
-      STD_TORCH_CHECK(shape.batch == 1, "seqaccel: expected a batch of 1 with cu_seqlens, but got ", shape.batch);
-      shape.history_rows = cu_seqlens->size(0) - 1;
-      STD_TORCH_CHECK(shape.history_rows > 0 || shape.length == 0,
-                      "seqaccel: expected cu_seqlens to have at least 2 offsets");
-      add_offsets(shape, to_contiguous(*cu_seqlens));
-    }
-    shape.segments = segments_.data();
-    shape.first_segment = first_.data();
-  }
-  Sequences(const Sequences&) = delete;
-
- private:
-  void add_resets(const ConvShape& shape, const Tensor& reset) {
-    const bool* const begins = reset.const_data_ptr<bool>();
-    for (ptrdiff_t b = 0; b < shape.batch; ++b) {
-      first_.push_back(segments_.size());
-      const bool* const row = begins + b * shape.length;
-      for (ptrdiff_t t = 0; t < shape.length;) {
-        const void* const next = t + 1 < shape.length ? memchr(row + t + 1, 1, shape.length - t - 1) : nullptr;
-        const ptrdiff_t end = next ? static_cast<const bool*>(next) - row : shape.length;
-        segments_.push_back({t, end, b});
-        t = end;
-      }
-    }
-    first_.push_back(segments_.size());
-  }
-
-  // Offsets of any value stay within the row; the first sequence begins at 0 and the last one ends with the row.
-  void add_offsets(const ConvShape& shape, const Tensor& cu_seqlens) {
-    const int64_t* const offsets = cu_seqlens.const_data_ptr<int64_t>();
-    first_.push_back(0);
-    for (ptrdiff_t n = 0, begin = 0; n < shape.history_rows; ++n) {
-      const ptrdiff_t most = shape.length, offset = offsets[n + 1];
-      const ptrdiff_t end = n + 1 == shape.history_rows || offset > most ? most : offset < begin ? begin : offset;
-      if (begin < end) segments_.push_back({begin, end, n});
-      begin = end;
-    }
-    first_.push_back(segments_.size());
-  }
-
-  std::vector<Segment> segments_;
-  std::vector<ptrdiff_t> first_;
-};
 
 ConvShape grid_shape(const Tensor& x, const Tensor& weight, int64_t row_dilation, int64_t column_dilation,
                      int64_t groups) {
@@ -201,10 +139,11 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
 }
 
 std::tuple<Tensor, Tensor> forward_grid(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
-                                        OptionalTensor history, OptionalTensor seed, int64_t row_dilation,
-                                        int64_t column_dilation, int64_t groups, Text activation, bool relu,
-                                        double dropout, bool save) {
-  const ConvShape shape = grid_shape(x, weight, row_dilation, column_dilation, groups);
+                                        OptionalTensor history, OptionalTensor seed, OptionalTensor reset,
+                                        int64_t row_dilation, int64_t column_dilation, int64_t groups, Text activation,
+                                        bool relu, double dropout, bool save) {
+  ConvShape shape = grid_shape(x, weight, row_dilation, column_dilation, groups);
+  const Sequences sequences(shape, reset, OptionalTensor(), x.size(3));
   const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const auto [y, saved] = forward_of(shape, epilogue, flat(x, "x", x), flat(weight, "weight", x), bias,
                                      flat(residual, "residual", x), flat(history, "history", x), save);
@@ -261,10 +200,9 @@ Gradients backward_of(ConvShape shape, const ConvEpilogue& epilogue, Tensor grad
                       Tensor x, Tensor weight, OptionalTensor history, OptionalTensor addend, bool has_residual,
                       int64_t wants) {
   const ScalarType dtype = x.scalar_type();
-  const bool shares_history = (wants & kWantsHistory) && shape.segments;
   const bool is_short = 2 * shape.batch * shape.length <= shape.group_out();
   // As float32. If columns are few, short_backward.h then takes less time than pairs of bfloat16.
-  if (is_narrow(dtype) && (shape.depthwise() || shares_history || is_short)) {
+  if (is_narrow(dtype) && (shape.depthwise() || is_short)) {
     const auto wide = [](const auto& t) { return to_dtype(t, ScalarType::Float); };
     const Tensor kept = saved.scalar_type() == ScalarType::Byte ? saved : wide(saved);
     const Gradients grads = backward_of(shape, epilogue, wide(grad_y), wide(y), kept, wide(x), wide(weight),
@@ -333,11 +271,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Optio
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_grid(Tensor grad_y, OptionalTensor y, Tensor saved,
                                                                  Tensor x, Tensor weight, OptionalTensor history,
-                                                                 OptionalTensor seed, int64_t row_dilation,
-                                                                 int64_t column_dilation, int64_t groups,
-                                                                 Text activation, bool relu, double dropout,
-                                                                 bool has_residual, int64_t wants) {
-  const ConvShape shape = grid_shape(x, weight, row_dilation, column_dilation, groups);
+                                                                 OptionalTensor seed, OptionalTensor reset,
+                                                                 int64_t row_dilation, int64_t column_dilation,
+                                                                 int64_t groups, Text activation, bool relu,
+                                                                 double dropout, bool has_residual, int64_t wants) {
+  ConvShape shape = grid_shape(x, weight, row_dilation, column_dilation, groups);
+  const Sequences sequences(shape, reset, OptionalTensor(), x.size(3));
   const ConvEpilogue epilogue = make_epilogue(activation.value, relu, dropout, seed);
   const Gradients grads =
       backward_of(shape, epilogue, flat(grad_y, "grad_y", x), flat(y, "y", x), saved, flat(x, "x", x),
@@ -360,11 +299,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
       "bool relu, float dropout, bool has_residual, int wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "causal_conv2d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? history, Tensor? seed, "
-      "int row_dilation, int column_dilation, int groups, str activation, bool relu, float dropout, bool save) -> "
+      "Tensor? reset, int row_dilation, int column_dilation, int groups, str activation, bool relu, float dropout, "
+      "bool save) -> "
       "(Tensor, Tensor)");
   m.def(
       "causal_conv2d_backward(Tensor grad_y, Tensor? y, Tensor saved, Tensor x, Tensor weight, Tensor? history, "
-      "Tensor? seed, int row_dilation, int column_dilation, int groups, str activation, bool relu, float dropout, "
+      "Tensor? seed, Tensor? reset, int row_dilation, int column_dilation, int groups, str activation, bool relu, "
+      "float dropout, "
       "bool has_residual, int wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -9,7 +9,10 @@
 
 namespace seqaccel::conv {
 
-// Time steps [begin, end) of a row of the batch, with row `history` of the history before them.
+constexpr ptrdiff_t kZeros = -1;
+
+// Time steps [begin, end) of a row of the batch, with row `history` of the history before them, or zeros (kZeros). A
+// row of the history lies before one segment at most.
 struct Segment {
   ptrdiff_t begin, end, history;
 };
@@ -45,10 +48,19 @@ struct ConvShape {
   // The depthwise kernels copy the context. The others take one of any length.
   bool has_short_context() const { return context() / 4 <= length || context() <= ptrdiff_t(1) << 18; }
   bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1 && has_short_context(); }
-  bool depthwise_grid() const { return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context(); }
+  bool depthwise_grid() const {
+    return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context() && !segments;
+  }
   Tap tap(ptrdiff_t k) const {
     const ptrdiff_t columns = (k % column_taps - column_taps / 2) * column_dilation;
     return {ahead + columns - (kernel_size / column_taps - 1 - k / column_taps) * dilation * width, columns};
+  }
+
+  // Takes the segments of a shape with as many rows and time steps.
+  void divide_as(const ConvShape& other) {
+    segments = other.segments;
+    first_segment = other.first_segment;
+    history_rows = other.history_rows;
   }
 
   // The segment that time step t of row b lies in.
@@ -132,7 +144,7 @@ struct ConvNarrowKernels {
   bool (*forward_float16)(const ConvForward<Float16>& p);
   // Products of pairs; null without AVX-512 BF16.
   bool (*forward_pairs)(const ConvForward<BFloat16>& p);
-  // Not depthwise, and without a gradient of a history that several segments share.
+  // Not depthwise.
   bool (*backward_bfloat16)(const ConvBackward<BFloat16>& p);
   bool (*backward_float16)(const ConvBackward<Float16>& p);
   bool (*backward_pairs)(const ConvBackward<BFloat16>& p);

@@ -110,7 +110,12 @@ inline bool depthwise_forward(const ConvForward<T>& p) {
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();
       s.for_segments(b, 0, s.length, [&](const Segment& at) {
-        const T* before = p.history ? p.history + (at.history * s.in_channels + c + 1) * context : nullptr;
+        const T* before = nullptr;
+        if (p.history && at.history != kZeros) {
+          before = p.history + (at.history * s.in_channels + c + 1) * context;
+        } else if (p.history) {
+          memset(mine, 0, context * sizeof(T));
+        }
         const T* x = p.x + (b * s.in_channels + c) * s.length + at.begin;
         const T* w = p.weight + o * s.kernel_size;
         if (plain) {
@@ -176,17 +181,15 @@ inline void depthwise_backward(const ConvBackward<T>& p, const T* g) {
         }
       };
       if (p.grad_x) gather(0, length, p.grad_x + row, p.addend ? p.addend + row : nullptr);
-      if (p.grad_history) {
-        T* const to = p.grad_history + history_row * context;
-        gather(-context, 0, to, s.segments ? to : nullptr);
-      }
+      const bool begins = segment.history == kZeros;
+      if (p.grad_history && !begins) gather(-context, 0, p.grad_history + history_row * context, nullptr);
       if (!p.grad_weight) return;
       for (ptrdiff_t j = 0; j < multiplier; ++j) {
         const T* gr = first_g + j * s.length;
         for (ptrdiff_t k = 0; k < K; ++k) {
           const ptrdiff_t shift = (K - 1 - k) * s.dilation, head = shift < length ? shift : length;
           T sum = dot(gr + head, p.x + row + head - shift, length - head);
-          if (p.history) sum += dot(gr, p.history + (history_row + 1) * context - shift, head);
+          if (p.history && !begins) sum += dot(gr, p.history + (history_row + 1) * context - shift, head);
           T& total = p.grad_weight[(c * multiplier + j) * K + k];
           total = empty ? sum : total + sum;
         }

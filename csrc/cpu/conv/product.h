@@ -150,7 +150,8 @@ struct Signal {
     const S* row = values + (b * channels + c) * stride;
     if (t >= segment.begin && t + n <= segment.end) return copy_values(row + t, n, out);
     const ptrdiff_t before = larger(0, smaller(n, segment.begin - t));  // values that the history has
-    const ptrdiff_t zeros = history ? larger(0, smaller(before, segment.begin - context - t)) : before;
+    const bool zero = !history || segment.history == kZeros;
+    const ptrdiff_t zeros = zero ? before : larger(0, smaller(before, segment.begin - context - t));
     const ptrdiff_t end = larger(before, smaller(n, segment.end - t));
     clear(out, zeros);
     if (zeros < before) {

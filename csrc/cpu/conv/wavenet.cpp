@@ -3,6 +3,7 @@
 #include "common/tensor.h"
 #include "cpu/base/pool.h"
 #include "cpu/conv/checks.h"
+#include "cpu/conv/segments.h"
 
 namespace seqaccel::conv {
 namespace {
@@ -53,9 +54,10 @@ void with_type(const Tensor& x, const F& f) {
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias, Tensor output_weight,
                                            OptionalTensor output_bias, OptionalTensor skip, OptionalTensor condition,
-                                           OptionalTensor global_condition, OptionalTensor history, int64_t dilation,
-                                           bool residual, bool save) {
-  const ConvShape shape = layer_shape(x, weight, output_weight, history, dilation);
+                                           OptionalTensor global_condition, OptionalTensor history,
+                                           OptionalTensor reset, int64_t dilation, bool residual, bool save) {
+  ConvShape shape = layer_shape(x, weight, output_weight, history, dilation);
+  const Sequences sequences(shape, reset, OptionalTensor());
   const ScalarType dtype = x.scalar_type();
   const int64_t B = x.size(0), C = x.size(1), T = x.size(2), rows = weight.size(0), S = output_weight.size(0) - C;
   if (bias) check_tensor(*bias, "bias", {rows}, dtype);
@@ -99,8 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor grad_y, OptionalTensor grad_skip, Tensor saved, Tensor x, Tensor weight, Tensor output_weight,
-    OptionalTensor history, int64_t dilation, int64_t wants) {
-  const ConvShape shape = layer_shape(x, weight, output_weight, history, dilation);
+    OptionalTensor history, OptionalTensor reset, int64_t dilation, int64_t wants) {
+  ConvShape shape = layer_shape(x, weight, output_weight, history, dilation);
+  const Sequences sequences(shape, reset, OptionalTensor());
   const ScalarType dtype = x.scalar_type();
   const int64_t B = x.size(0), C = x.size(1), T = x.size(2), rows = weight.size(0), S = output_weight.size(0) - C;
   if (grad_y) check_tensor(*grad_y, "grad_y", {B, C, T}, dtype);
@@ -161,11 +164,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "wavenet_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor output_weight, Tensor? output_bias, "
-      "Tensor? skip, Tensor? condition, Tensor? global_condition, Tensor? history, int dilation, bool residual, "
-      "bool save) -> (Tensor, Tensor, Tensor)");
+      "Tensor? skip, Tensor? condition, Tensor? global_condition, Tensor? history, Tensor? reset, int dilation, "
+      "bool residual, bool save) -> (Tensor, Tensor, Tensor)");
   m.def(
       "wavenet_layer_backward(Tensor? grad_y, Tensor? grad_skip, Tensor saved, Tensor x, Tensor weight, "
-      "Tensor output_weight, Tensor? history, int dilation, int wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor output_weight, Tensor? history, Tensor? reset, int dilation, int wants) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
 }
 

@@ -337,6 +337,10 @@ struct BackwardTile {
     }
     if (!p.grad_history || begin % length != 0) return;
     for (ptrdiff_t b = begin / length; b * length < begin + count; ++b) {
+      if (s.segment(b, 0).history == kZeros) {
+        clear(p.grad_history + b * C * context, C * context);
+        continue;
+      }
       Product<T> head = data;
       head.signal.values += b * s.out_channels * p.gate_stride;
       head.first_row = b;
@@ -356,8 +360,8 @@ struct BackwardTile {
 
   void weights(ptrdiff_t begin, ptrdiff_t count) const {
     for (const Run& run : Runs<T>(data, begin, count)) {
-      add_weight_gradient(p.conv, p.x, p.history, GradientTile<T>{p.gate, p.gate_stride}, run.b, run.b,
-                          Segment{0, p.conv.length, run.b}, run.t, run.t + run.n, scratch, partial);
+      add_weight_gradient(p.conv, p.x, p.history, GradientTile<T>{p.gate, p.gate_stride}, run.b, run.b, run.segment,
+                          run.t, run.t + run.n, scratch, partial);
     }
   }
 };

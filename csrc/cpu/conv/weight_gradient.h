@@ -109,7 +109,9 @@ inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history
   const RowBlocks blocks(C);
   for (ptrdiff_t group = 0; group < s.groups; ++group) {
     const S* xg = x + (b * s.in_channels + group * C) * s.length;
-    const S* hg = history ? history + (segment.history * s.in_channels + group * C) * context : nullptr;
+    const S* hg = history && segment.history != kZeros
+                      ? history + (segment.history * s.in_channels + group * C) * context
+                      : nullptr;
     for (ptrdiff_t j = 0; j < panels.count; ++j) {
       const ptrdiff_t width = panels.width(j), first = j * kColumns<W>;
       transpose_panel(g.values + (own * s.out_channels + group * O + first) * g.stride + begin, g.stride, O - first,

@@ -249,9 +249,9 @@ struct ColumnLoop {
   bool padded(const Timeline& line, const Run& run, int64_t time) const {
     return p.mask_pad && p.mask_pad[line.at(run, time)];
   }
-  // Whether the run's state before this step, not the first, is the initial one.
+  // Whether an episode begins at this step of the run: the state before it is zero.
   bool begins(const Timeline& line, const Run& run, int64_t time) const {
-    return p.reset && p.reset[line.at(run, time + run.direction)];
+    return p.reset && time + run.direction < line.steps && p.reset[line.at(run, time + run.direction)];
   }
 
   void forward(const ColumnForward& out, int64_t first, int64_t last) const {
@@ -263,7 +263,7 @@ struct ColumnLoop {
       for (Run run(shape, first, last); run; run.next()) {
         const int64_t time = line.time(run, step), at = line.at(run, time), to = value(run, at);
         C* const state = carry + run.local;
-        if (step && begins(line, run, time)) widen_row(state, c_0 + run.column, run.length);
+        if (begins(line, run, time)) memset(state, 0, size_t(run.length) * sizeof(C));
         if (padded(line, run, time)) {
           memset(h + to, 0, size_t(run.length) * sizeof(T));
           if (c) narrow_row(c + to, state, run.length);
@@ -281,11 +281,10 @@ struct ColumnLoop {
     T *const grad_u = static_cast<T*>(out.grad_u), *const grad_x = static_cast<T*>(out.grad_x);
     const int64_t n = last - first;
     const Timeline line(shape, first / channels);
-    alignas(64) C carry[kBlockColumns], prev[kBlockColumns], initial[kBlockColumns], grad_c_0[kBlockColumns];
+    alignas(64) C carry[kBlockColumns], prev[kBlockColumns], initial[kBlockColumns];
     alignas(64) C sums[(kParameters ? kParameters : 1) * kBlockColumns];
     widen_row(initial, c_0 + first, n);
     memset(carry, 0, size_t(n) * sizeof(C));
-    memset(grad_c_0, 0, size_t(n) * sizeof(C));
     if (out.grad_c_n) widen_row(carry, static_cast<const T*>(out.grad_c_n) + first, n);
     for (int k = 0; k < kParameters; ++k) {
       memset(sums + k * kBlockColumns, 0, size_t(n) * sizeof(C));
@@ -294,21 +293,23 @@ struct ColumnLoop {
     for (int64_t step = line.steps - 1; step >= 0; --step) {
       for (Run run(shape, first, last); run; run.next()) {
         const int64_t time = line.time(run, step), at = line.at(run, time), to = value(run, at);
-        const bool starts = step == 0 || begins(line, run, time);
+        const bool starts = begins(line, run, time);
         C* const grad = carry + run.local;
         if (padded(line, run, time)) {
           zero(grad_u + input(run, at), run.length);
           if constexpr (Cell::kReadsX) memset(grad_x + to, 0, size_t(run.length) * sizeof(T));
         } else {
           const C* before = initial + run.local;
-          if (!starts) before = state_before(c + value(run, line.at(run, time + (run.direction ? 1 : -1))), prev, run);
+          if (starts) {
+            memset(prev, 0, size_t(run.length) * sizeof(C));
+            before = prev;
+          } else if (step) {
+            before = state_before(c + value(run, line.at(run, time + (run.direction ? 1 : -1))), prev, run);
+          }
           backward_strip<Cell>(strip(run, at, before), {grad_h + to, c + to, grad_u + input(run, at),
                                                         grad_x ? grad_x + to : nullptr, grad, sums + run.local});
         }
-        if (starts && step) {
-          add_row(grad_c_0 + run.local, grad, run.length);
-          memset(grad, 0, size_t(run.length) * sizeof(C));
-        }
+        if (starts) memset(grad, 0, size_t(run.length) * sizeof(C));
       }
       if (step % kFlushSteps == 0) {
         for (int k = 0; k < kParameters; ++k) {
@@ -317,8 +318,7 @@ struct ColumnLoop {
         }
       }
     }
-    add_row(grad_c_0, carry, n);
-    narrow_row(static_cast<T*>(out.grad_c_0) + first, grad_c_0, n);
+    narrow_row(static_cast<T*>(out.grad_c_0) + first, carry, n);
   }
 
  private:

@@ -21,27 +21,29 @@ const LinearScanKernels<Complex<double>>& kernels_of(Complex<double>) {
 Tensor pooled_like(const Tensor& t) { return new_pooled(t, sizes_of(t)); }
 
 std::tuple<Tensor, Tensor> linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, OptionalTensor cu_seqlens,
-                                               bool reverse, bool return_last) {
+                                               OptionalTensor reset, bool reverse, bool return_last) {
   cu_seqlens = to_contiguous(cu_seqlens);
-  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens, reset);
   const int64_t width = a.size(2);
   check_operand(b, "b", {a.size(0), a.size(1), width}, a, a.scalar_type());
   a = to_contiguous(a);
   b = to_contiguous(b);
   h_0 = to_contiguous(h_0);
+  reset = to_contiguous(reset);
   Tensor h = pooled_like(a), h_last = new_tensor(a, {return_last ? sequences.count : 0, width});
   for_linear_scan_type(a.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    kernels_of(zero).forward({sequences, width, reverse, read<T>(a), read<T>(b), read<T>(h_0), write<T>(h),
-                              return_last ? write<T>(h_last) : nullptr});
+    kernels_of(zero).forward({sequences, width, reverse, read<bool>(reset), read<T>(a), read<T>(b), read<T>(h_0),
+                              write<T>(h), return_last ? write<T>(h_last) : nullptr});
   });
   return {h, h_last};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalTensor grad_h_last, Tensor a, Tensor h,
-                                                        OptionalTensor h_0, OptionalTensor cu_seqlens, bool reverse) {
+                                                        OptionalTensor h_0, OptionalTensor cu_seqlens,
+                                                        OptionalTensor reset, bool reverse) {
   cu_seqlens = to_contiguous(cu_seqlens);
-  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens, reset);
   const int64_t width = a.size(2);
   const ScalarType dtype = a.scalar_type();
   check_operand(grad_h, "grad_h", {a.size(0), a.size(1), width}, a, dtype);
@@ -52,11 +54,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalT
   a = to_contiguous(a);
   h = to_contiguous(h);
   h_0 = to_contiguous(h_0);
+  reset = to_contiguous(reset);
   Tensor grad_a = pooled_like(a), grad_b = pooled_like(a), grad_h_0 = new_tensor(a, {sequences.count, width});
   for_linear_scan_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    kernels_of(zero).backward({sequences, width, reverse, read<T>(grad_h), read<T>(grad_h_last), read<T>(a), read<T>(h),
-                               read<T>(h_0), write<T>(grad_a), write<T>(grad_b), write<T>(grad_h_0)});
+    kernels_of(zero).backward({sequences, width, reverse, read<bool>(reset), read<T>(grad_h), read<T>(grad_h_last),
+                               read<T>(a), read<T>(h), read<T>(h_0), write<T>(grad_a), write<T>(grad_b),
+                               write<T>(grad_h_0)});
   });
   return {grad_a, grad_b, grad_h_0};
 }
@@ -65,11 +69,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalT
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
-      "linear_scan_forward(Tensor a, Tensor b, Tensor? h_0, Tensor? cu_seqlens, bool reverse, bool return_last) "
+      "linear_scan_forward(Tensor a, Tensor b, Tensor? h_0, Tensor? cu_seqlens, Tensor? reset, bool reverse, bool "
+      "return_last) "
       "-> (Tensor, Tensor)");
   m.def(
       "linear_scan_backward(Tensor grad_h, Tensor? grad_h_last, Tensor a, Tensor h, Tensor? h_0, Tensor? cu_seqlens, "
-      "bool reverse) -> (Tensor, Tensor, Tensor)");
+      "Tensor? reset, bool reverse) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {

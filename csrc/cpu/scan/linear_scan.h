@@ -10,6 +10,8 @@
 // P + 1 chunks. At first one thread runs the first chunk while the others compose the maps of the next ones; then the
 // state before each chunk is known, and all run a chunk. If a composed state is not finite, as when a product of
 // coefficients overflows, the chunks run one after the other instead: the results are the loop's.
+//
+// An episode that begins in the middle of a sequence begins as the sequence does, without the row before it.
 #pragma once
 
 #include "cpu/base/narrow.h"
@@ -102,12 +104,31 @@ struct Row {
   }
 };
 
+// Which steps s - 1 and s of a scan do not see each other, as an episode begins between them.
+struct Cuts {
+  const bool* reset;  // of s = 0; null: there are none
+  int64_t stride;
+
+  SEQACCEL_INLINE bool at(int64_t s) const { return reset && reset[s * stride]; }
+  // The first of [s, end), or end.
+  int64_t next(int64_t s, int64_t end) const {
+    for (; s + 8 <= end; s += 8) {
+      int64_t eight;
+      memcpy(&eight, reset + (stride > 0 ? s : -s - 7), sizeof(eight));
+      if (eight) break;
+    }
+    while (s < end && !at(s)) ++s;
+    return s;
+  }
+};
+
 // The steps of one sequence and one block of columns in the order of the scan; pointers are to step 0.
 template <typename S>
 struct Steps {
   int64_t length, stride;
   Row<S> first;
   const S* last_other;  // h_0 or null
+  Cuts cuts;
 
   SEQACCEL_INLINE Row<S> row(int64_t s) const {
     Row<S> row = first.moved(s * stride);
@@ -191,6 +212,8 @@ struct Loop {
         const Vec<C> a = coefficient(r.coefficient + i, count);
         c = times(a, load(carried.b + i)) + c;
         if constexpr (kCompose) store(carried.a_next + i, times(a, load(carried.a + i)));
+      } else if constexpr (kCompose) {
+        store(carried.a_next + i, Vec<C>{});  // (`added` is never composed)
       }
       store(carried.b_next + i, c);
       write(r, i, c, count, streamed);
@@ -237,7 +260,22 @@ struct Loop {
     return s;
   }
 
+  // Steps [s, end), one episode after another.
   static void run(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n, bool streamed) {
+    if (!p.cuts.reset) return episode(p, s, end, carried, n, streamed);
+    while (s < end) {
+      const bool begins = s > 0 && p.cuts.at(s);
+      if (begins) carried.exists = false;
+      const int64_t stop = p.cuts.next(s + 1, end), base = begins || s == 0 ? s : s - 1;
+      const bool ends = stop < p.length && p.cuts.at(stop);
+      const Steps<S> part = {
+          (ends ? stop : p.length) - base, p.stride, p.first.moved(base * p.stride), ends ? nullptr : p.last_other, {}};
+      episode(part, s - base, stop - base, carried, n, streamed);
+      s = stop;
+    }
+  }
+
+  static void episode(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n, bool streamed) {
     if (s == end) return;
     if (s == 0 && !carried.exists) {
       row<Before::nothing>(p.row(s++), carried, n, streamed);
@@ -263,6 +301,7 @@ struct LinearScan {
   Sequences sequences;
   int64_t width;
   bool up;                        // the scan runs from low rows to high ones
+  const bool* reset;              // [rows] or null
   const S *a, *input, *other;     // [rows, width]; other (backward): h
   const S *initial, *last_other;  // [count, width] or null; initial: h_0 or grad_h_last, last_other (backward): h_0
   S *output, *product, *final;    // final [count, width]: h_last or null, or grad_h_0
@@ -288,17 +327,23 @@ struct Call {
   Steps<S> steps(int64_t n, int64_t column) const {
     const int64_t length = p.sequences.length(n), stride = p.up ? p.width : -p.width;
     const int64_t at = (p.sequences.begin(n) + (p.up ? 0 : length - 1)) * p.width + column;
-    const int64_t edge = n * p.width + column;
+    const int64_t edge = n * p.width + column, row = p.sequences.begin(n);
+    const Cuts cuts = {p.reset ? p.reset + (p.up ? row : row + length) : nullptr, p.up ? 1 : -1};
     if constexpr (kBackward) {
       const Row<S> first = {p.a + at - stride, p.input + at, p.other + at + stride, p.output + at, p.product + at};
-      return {length, stride, first, p.last_other ? p.last_other + edge : nullptr};
+      return {length, stride, first, p.last_other && !drops(n) ? p.last_other + edge : nullptr, cuts};
     } else {
-      return {length, stride, {p.a + at, p.input + at, p.input, p.output + at, p.output}, nullptr};
+      return {length, stride, {p.a + at, p.input + at, p.input, p.output + at, p.output}, nullptr, cuts};
     }
   }
 
+  // Whether an episode begins at the first step of sequence n, which its state h_0 does not reach then.
+  bool drops(int64_t n) const {
+    return p.reset && p.up != kBackward && p.sequences.length(n) > 0 && p.reset[p.sequences.begin(n)];
+  }
+
   void begin(int64_t n, int64_t column, int64_t count, Carried<C>& carried) const {
-    carried.exists = p.initial != nullptr;
+    carried.exists = p.initial != nullptr && (kBackward || !drops(n));
     if (!carried.exists) return;
     const S* const initial = p.initial + n * p.width + column;
     for_vectors<C>(count, [&](int64_t i, int some) { store(carried.b + i, get(initial + i, some)); });
@@ -310,7 +355,7 @@ struct Call {
     const S* const a = kBackward && s.length > 0 ? s.first.coefficient + s.length * s.stride : nullptr;
     for_vectors<C>(count, [&](int64_t i, int some) {
       Vec<C> c = carried.exists ? load(carried.b + i) : Vec<C>{};
-      if (a) c = Run::times(Run::coefficient(a + i, some), c);
+      if (a) c = drops(n) ? Vec<C>{} : Run::times(Run::coefficient(a + i, some), c);
       put(final + i, c, some);
     });
   }
@@ -430,7 +475,7 @@ void linear_scan(LinearScan<typename Memory<T>::Part> p) {
 template <typename T>
 void linear_scan_forward(const LinearScanForward<T>& p) {
   using S = typename Memory<T>::Part;
-  linear_scan<T, false>({p.sequences, p.width * Memory<T>::kParts, !p.reverse, reinterpret_cast<const S*>(p.a),
+  linear_scan<T, false>({p.sequences, p.width * Memory<T>::kParts, !p.reverse, p.reset, reinterpret_cast<const S*>(p.a),
                          reinterpret_cast<const S*>(p.b), nullptr, reinterpret_cast<const S*>(p.h_0), nullptr,
                          reinterpret_cast<S*>(p.h), nullptr, reinterpret_cast<S*>(p.h_last), false});
 }
@@ -438,7 +483,7 @@ void linear_scan_forward(const LinearScanForward<T>& p) {
 template <typename T>
 void linear_scan_backward(const LinearScanBackward<T>& p) {
   using S = typename Memory<T>::Part;
-  linear_scan<T, true>({p.sequences, p.width * Memory<T>::kParts, p.reverse, reinterpret_cast<const S*>(p.a),
+  linear_scan<T, true>({p.sequences, p.width * Memory<T>::kParts, p.reverse, p.reset, reinterpret_cast<const S*>(p.a),
                         reinterpret_cast<const S*>(p.grad_h), reinterpret_cast<const S*>(p.h),
                         reinterpret_cast<const S*>(p.grad_h_last), reinterpret_cast<const S*>(p.h_0),
                         reinterpret_cast<S*>(p.grad_b), reinterpret_cast<S*>(p.grad_a),

@@ -66,8 +66,10 @@ struct Place {
   __device__ int64_t time(int64_t step) const { return reverse ? first - step : first + step; }
   // A step's place in [steps, rows].
   __device__ int64_t at(int64_t step) const { return time(step) * rows + row; }
-  // The place that says whether the state before a step is the initial one.
-  __device__ int64_t reset_at(int64_t step) const { return (time(step) + (reverse ? 1 : 0)) * rows + row; }
+  // Whether an episode begins at a step: the state before it is zero.
+  __device__ bool begins(const bool* reset, int64_t step) const {
+    return reset && (!reverse || step > 0) && reset[(time(step) + (reverse ? 1 : 0)) * rows + row];
+  }
 };
 
 // What a step reads, as memory holds it.
@@ -118,7 +120,7 @@ __device__ __forceinline__ void load_step(const ColumnOperands& p, const Place& 
     if (p.mask) to.mask = static_cast<const T*>(p.mask)[value];
   }
   to.padding = p.mask_pad && p.mask_pad[at];
-  to.begins = p.reset && step > 0 && p.reset[place.reset_at(step)];
+  to.begins = place.begins(p.reset, step);
 }
 
 // The cell's operands but for the state.
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kColumns, kBlocks) column_forward_kernel(const
       if (step < place.steps) {
         Operands<Cell, T> next;
         if (step + kAhead<T> < place.steps) load_step(p.in, place, step + kAhead<T>, next);
-        u.prev = loaded[i].begins ? constants.c_0 : u.state;
+        u.prev = loaded[i].begins ? C(0) : u.state;
         C out = C(0);
         if (loaded[i].padding) {
           u.state = u.prev;
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kColumns, kBlocks) column_backward_kernel(cons
   };
   ColumnOf<Cell, T> u;
   u.grad_state = p.grad_c_n ? widen(static_cast<const T*>(p.grad_c_n)[place.index]) : C(0);
-  C grad_c_0 = C(0), grad_weight[Cell::kWeights + 1] = {}, grad_bias[Cell::kBiases + 1] = {};
+  C grad_weight[Cell::kWeights + 1] = {}, grad_bias[Cell::kBiases + 1] = {};
   T state = T{};  // after the step at hand
   if (place.steps) state = c[place.at(place.steps - 1) * place.channels + place.channel];
   Loaded loaded[kAhead<T>];
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kColumns, kBlocks) column_backward_kernel(cons
         u.grad_x = C(0);
         if (!loaded[i].in.padding) {
           prepare(p.in, constants, loaded[i].in, u);
-          u.prev = step == 0 || loaded[i].in.begins ? constants.c_0 : widen(loaded[i].prev);
+          u.prev = loaded[i].in.begins ? C(0) : step == 0 ? constants.c_0 : widen(loaded[i].prev);
           u.state = widen(state);
           u.grad_h = widen(loaded[i].grad_h);
           if constexpr (Cell::kOutputIsState) u.grad_state += u.grad_h;
@@ -228,10 +230,7 @@ __global__ void __launch_bounds__(kColumns, kBlocks) column_backward_kernel(cons
 #pragma unroll
           for (int k = 0; k < Cell::kBiases; ++k) grad_bias[k] += u.grad_in[Cell::kFirstBias + k];
         }
-        if (loaded[i].in.begins) {
-          grad_c_0 += u.grad_state;
-          u.grad_state = C(0);
-        }
+        if (loaded[i].in.begins) u.grad_state = C(0);
         T* const grad_u = static_cast<T*>(p.grad_u) + input_at<Cell>(place, step);
 #pragma unroll
         for (int k = 0; k < Cell::kInputs; ++k) grad_u[k * input_stride<Cell>(p.in.shape)] = narrow<T>(u.grad_in[k]);
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(kColumns, kBlocks) column_backward_kernel(cons
   for (int k = 0; k < Cell::kWeights; ++k) sums[k * place.columns + place.index] = grad_weight[k];
 #pragma unroll
   for (int k = 0; k < Cell::kBiases; ++k) sums[(Cell::kWeights + k) * place.columns + place.index] = grad_bias[k];
-  static_cast<T*>(p.grad_c_0)[place.index] = narrow<T>(grad_c_0 + u.grad_state);
+  static_cast<T*>(p.grad_c_0)[place.index] = narrow<T>(u.grad_state);
 }
 
 // out[k, channel] = sum over the batch of sums[k, batch, channel]: the gradient of the weight, then of the bias.

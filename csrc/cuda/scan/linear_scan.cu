@@ -9,7 +9,8 @@
 // the chunks, a last one is as above from the state that reaches a chunk. The inputs are read twice, by all of the GPU.
 //
 // One kernel serves forward and backward (the same scan against time, its coefficients one step off), and all types:
-// narrow ones are float in registers.
+// narrow ones are float in registers. Where an episode begins in the middle of a sequence the map before it is dropped:
+// with `resets` a map whose coefficient is zero ignores what is before it, even if that is not finite.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -77,14 +78,20 @@ struct Held<Float16> {
 
 // a * x + b; a product of coefficients that overflowed does not spoil a state that is zero.
 template <typename N>
-__device__ N apply_map(N a, N x, N b) {
-  return x.is_zero() ? b : a * x + b;
+__device__ N apply_map(N a, N x, N b, bool resets) {
+  return x.is_zero() || (resets && a.is_zero()) ? b : a * x + b;
+}
+
+// The coefficient of two maps.
+template <typename N>
+__device__ N join(N a, N b, bool resets) {
+  return resets && (a.is_zero() || b.is_zero()) ? N::of(0) : a * b;
 }
 
 // The composition of the maps of all lanes before this one, (a, b), and of all lanes, (total_a, total_b). A lane is a
 // row of kChannels threads. Every thread of the block must call it.
 template <typename N, int kChannels>
-__device__ void compose_lanes(N& a, N& b, N& total_a, N& total_b) {
+__device__ void compose_lanes(N& a, N& b, N& total_a, N& total_b, bool resets) {
   constexpr int kLanes = kThreads / kChannels;
   __shared__ N shared_a[kThreads], shared_b[kThreads];
   const int thread = threadIdx.x, lane = thread / kChannels, channel = thread % kChannels;
@@ -94,8 +101,8 @@ __device__ void compose_lanes(N& a, N& b, N& total_a, N& total_b) {
     shared_b[thread] = b;
     __syncthreads();
     if (lane >= distance) {
-      b = apply_map(a, shared_b[thread - distance * kChannels], b);
-      a = a * shared_a[thread - distance * kChannels];
+      b = apply_map(a, shared_b[thread - distance * kChannels], b, resets);
+      a = join(a, shared_a[thread - distance * kChannels], resets);
     }
     __syncthreads();
   }
@@ -118,6 +125,7 @@ struct LinearScan {
   Sequences sequences;
   int64_t width;
   bool up;                        // the scan runs from low rows to high ones
+  const bool* reset;              // [rows] or null: an episode begins
   const T *a, *input, *other;     // [rows, width]; other (backward): h
   const T *initial, *last_other;  // [count, width] or null; initial: h_0 or grad_h_last, last_other (backward): h_0
   T *output, *product, *final;    // final [count, width]: h_last or null, or grad_h_0
@@ -155,6 +163,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const N a = H::load(p.a[at]);
     return kBackward ? a.conjugate() : a;
   };
+  const bool resets = p.reset != nullptr;
+  // Whether the scan's steps s - 1 and s do not see each other; of 0 and `length`, whether the state h_0 is dropped.
+  const auto cut = [&](int64_t s) {
+    if (!resets || (s == 0 && (kBackward || !p.up)) || (s == length && p.up)) return false;
+    return p.reset[first_row + (p.up ? s : 1 - s)];
+  };
   N state = N::of(0), product = N::of(1);
   if (kPass == Pass::whole && valid && p.initial) state = H::load(p.initial[edge]);
   if (kPass == Pass::apply && valid) state = chunks.b[map];
@@ -164,45 +178,52 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t at = column + first * stride;
     N a[kSteps], b[kSteps];  // all loads before the first store: the compiler may not move them past it
     N other[kBackward ? kSteps : 1];
+    bool begins[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int64_t row = at + i * stride;
       a[i] = N::of(1);
+      begins[i] = i < here && cut(first + i);
       if (i < here && (!kBackward || first + i > 0)) a[i] = coefficient(kBackward ? row - stride : row);
       b[i] = i < here ? H::load(p.input[row]) : N::of(0);
       if constexpr (kBackward && kPass != Pass::reduce) {
         other[i] = N::of(0);
-        if (i < here && first + i < length - 1) other[i] = H::load(p.other[row + stride]).conjugate();
-        if (i < here && first + i == length - 1 && p.last_other) other[i] = H::load(p.last_other[edge]).conjugate();
+        if (i < here && first + i < length - 1 && !cut(first + i + 1))
+          other[i] = H::load(p.other[row + stride]).conjugate();
+        if (i < here && first + i == length - 1 && p.last_other && !cut(length)) {
+          other[i] = H::load(p.last_other[edge]).conjugate();
+        }
       }
     }
     N map_a = N::of(1), map_b = N::of(0), total_a, total_b;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      map_b = a[i] * map_b + b[i];
-      map_a = a[i] * map_a;
+      map_b = begins[i] ? b[i] : a[i] * map_b + b[i];
+      map_a = begins[i] ? N::of(0) : join(a[i], map_a, resets);
     }
-    compose_lanes<N, kChannels>(map_a, map_b, total_a, total_b);
+    compose_lanes<N, kChannels>(map_a, map_b, total_a, total_b, resets);
     if (kPass != Pass::reduce) {
-      N c = apply_map(map_a, state, map_b);
+      N c = apply_map(map_a, state, map_b, resets);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        c = a[i] * c + b[i];
+        c = begins[i] ? b[i] : a[i] * c + b[i];
         if (i < here) {
           p.output[at + i * stride] = H::store(c);
           if constexpr (kBackward) p.product[at + i * stride] = H::store(c * other[i]);
         }
       }
     }
-    state = apply_map(total_a, state, total_b);
-    product = product * total_a;
+    state = apply_map(total_a, state, total_b, resets);
+    product = join(product, total_a, resets);
   }
   if (!valid || threadIdx.x >= kChannels) return;
   if (kPass == Pass::reduce) {
     chunks.a[map] = product;
     chunks.b[map] = state;
   } else if (p.final && end == length && (begin < length || chunk == 0)) {
-    if (kBackward && length > 0) state = coefficient(column + (length - 1) * stride) * state;
+    if (kBackward && length > 0) {
+      state = cut(length) ? N::of(0) : coefficient(column + (length - 1) * stride) * state;
+    }
     p.final[edge] = H::store(state);
   }
 }
@@ -210,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // The state before each chunk, in place of the chunks' b.
 template <typename T, typename N>
 __global__ void __launch_bounds__(kThreads)
-    chunk_states_kernel(const Chunks<N> chunks, const T* first, int64_t sequences, int64_t width) {
+    chunk_states_kernel(const Chunks<N> chunks, const T* first, int64_t sequences, int64_t width, bool resets) {
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= sequences * width) return;
   const N* const a = chunks.a + index / width * chunks.count * width + index % width;
@@ -227,7 +248,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       if (start + i < chunks.count) b[(start + i) * width] = state;
-      state = apply_map(map_a[i], state, map_b[i]);
+      state = apply_map(map_a[i], state, map_b[i], resets);
     }
   }
 }
@@ -254,7 +275,8 @@ void run(const LinearScan<T>& p, const Tensor& like, cudaStream_t stream) {
       <<<grid_size(blocks * count), kThreads, 0, stream>>>(p, chunks);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const unsigned columns = grid_size((sequences * p.width + kThreads - 1) / kThreads);
-  chunk_states_kernel<T, N><<<columns, kThreads, 0, stream>>>(chunks, p.initial, sequences, p.width);
+  chunk_states_kernel<T, N>
+      <<<columns, kThreads, 0, stream>>>(chunks, p.initial, sequences, p.width, p.reset != nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   linear_scan_kernel<T, kChannels, kBackward, Pass::apply>
       <<<grid_size(blocks * count), kThreads, 0, stream>>>(p, chunks);
@@ -274,29 +296,31 @@ void run(const LinearScan<T>& p, const Tensor& like, cudaStream_t stream) {
 }
 
 std::tuple<Tensor, Tensor> linear_scan_forward(Tensor a, Tensor b, OptionalTensor h_0, OptionalTensor cu_seqlens,
-                                               bool reverse, bool return_last) {
+                                               OptionalTensor reset, bool reverse, bool return_last) {
   cu_seqlens = to_contiguous(cu_seqlens);
-  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens, reset);
   const int64_t width = a.size(2);
   check_operand(b, "b", {a.size(0), a.size(1), width}, a, a.scalar_type());
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   a = to_contiguous(a);
   b = to_contiguous(b);
   h_0 = to_contiguous(h_0);
+  reset = to_contiguous(reset);
   Tensor h = fresh_like(a), h_last = fresh(a, {return_last ? sequences.count : 0, width});
   for_linear_scan_type(a.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    run<false>(LinearScan<T>{sequences, width, !reverse, read<T>(a), read<T>(b), nullptr, read<T>(h_0), nullptr,
-                             write<T>(h), nullptr, return_last ? write<T>(h_last) : nullptr},
+    run<false>(LinearScan<T>{sequences, width, !reverse, read<bool>(reset), read<T>(a), read<T>(b), nullptr,
+                             read<T>(h_0), nullptr, write<T>(h), nullptr, return_last ? write<T>(h_last) : nullptr},
                a, current_stream(a));
   });
   return {h, h_last};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalTensor grad_h_last, Tensor a, Tensor h,
-                                                        OptionalTensor h_0, OptionalTensor cu_seqlens, bool reverse) {
+                                                        OptionalTensor h_0, OptionalTensor cu_seqlens,
+                                                        OptionalTensor reset, bool reverse) {
   cu_seqlens = to_contiguous(cu_seqlens);
-  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens);
+  const Sequences sequences = check_linear_scan(a, h_0, cu_seqlens, reset);
   const int64_t width = a.size(2);
   const ScalarType dtype = a.scalar_type();
   check_operand(grad_h, "grad_h", {a.size(0), a.size(1), width}, a, dtype);
@@ -308,11 +332,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward(Tensor grad_h, OptionalT
   a = to_contiguous(a);
   h = to_contiguous(h);
   h_0 = to_contiguous(h_0);
+  reset = to_contiguous(reset);
   Tensor grad_a = fresh_like(a), grad_b = fresh_like(a), grad_h_0 = fresh(a, {sequences.count, width});
   for_linear_scan_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    run<true>(LinearScan<T>{sequences, width, reverse, read<T>(a), read<T>(grad_h), read<T>(h), read<T>(grad_h_last),
-                            read<T>(h_0), write<T>(grad_b), write<T>(grad_a), write<T>(grad_h_0)},
+    run<true>(LinearScan<T>{sequences, width, reverse, read<bool>(reset), read<T>(a), read<T>(grad_h), read<T>(h),
+                            read<T>(grad_h_last), read<T>(h_0), write<T>(grad_b), write<T>(grad_a), write<T>(grad_h_0)},
               a, current_stream(a));
   });
   return {grad_a, grad_b, grad_h_0};

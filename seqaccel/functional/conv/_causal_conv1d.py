@@ -32,9 +32,12 @@ def activate(v: Tensor, activation: str | None) -> Tensor:
     return v if activation is None else reference.ACTIVATIONS[activation](v)
 
 
-def last_steps(history: Tensor, x: Tensor) -> Tensor:
-    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has; shares no memory with them."""
+def last_steps(history: Tensor, x: Tensor, reset: Tensor | None = None) -> Tensor:
+    """The last time steps of ``history`` followed by ``x``, as many as ``history`` has; shares no memory with them.
+    Those before an episode that ``reset`` (B, T) begins are zero."""
     context, length = history.shape[-1], x.shape[-1]
+    if reset is not None:
+        return reference.final_state(x, history, context, reset, None)
     if torch.compiler.is_compiling():  # for any length, and with strides that do not depend on it
         last = torch.cat([history, x], -1).narrow(-1, length, context)
     elif length >= context:
@@ -149,8 +152,8 @@ def causal_conv1d(
         initial_state: the (K-1)d inputs before x (B, C, (K-1)d), as a stream carries them. Default: none, and
             ``padding_mode`` says what there is.
         return_final_state: whether to return the last (K-1)d inputs too. Default: False
-        reset: (B, T) bool: a sequence begins at the steps where it is true. What a tap would meet before that step is
-            ``initial_state`` again, or zero. Default: none.
+        reset: (B, T) bool: an episode begins at the steps where it is true. What a tap would meet before that step is
+            zero. Default: none.
         cu_seqlens: offsets (N + 1,), int64, ascending from 0 to T: an x of one row holds N sequences one after
             another. The states are (N, C, (K-1)d) then. Default: none.
         channels_last: x and residual are (B, T, channels), and so is y. The states stay (B, C, (K-1)d). Default: False

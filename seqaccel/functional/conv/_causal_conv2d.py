@@ -29,6 +29,7 @@ def _definition(
     residual,
     history,
     seed,
+    reset,
     row_dilation,
     column_dilation,
     groups,
@@ -38,7 +39,7 @@ def _definition(
     save=False,
 ) -> Tensor:
     return reference.causal_conv2d(
-        x, weight, bias, residual, history, seed, dilation=(row_dilation, column_dilation), groups=groups,
+        x, weight, bias, residual, history, seed, reset, dilation=(row_dilation, column_dilation), groups=groups,
         activation=None if activation == "none" else activation, relu=relu, dropout=dropout,
     )  # fmt: skip
 
@@ -47,46 +48,47 @@ class _CausalConv2d(torch.autograd.Function):
     """Saves what the convolution of sequences does; a list ``kept`` takes what the operator saved."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, history, seed, backend, options, kept=None):
-        y, saved = call(_operators(backend)[0], x, weight, bias, residual, history, seed, *options, True)
+    def forward(ctx, x, weight, bias, residual, history, seed, reset, backend, options, kept=None):
+        y, saved = call(_operators(backend)[0], x, weight, bias, residual, history, seed, reset, *options, True)
         if kept is not None:
             kept.append(saved)
         *_, activation, relu, dropout = options
         nothing = saved_kind(activation, relu, dropout, residual is not None) == "nothing"
         needs_y = relu or (activation != "none" and nothing)
-        ctx.save_for_backward(x, weight, bias, residual, history, seed, y if needs_y else None, saved)
+        ctx.save_for_backward(x, weight, bias, residual, history, seed, reset, y if needs_y else None, saved)
         ctx.options, ctx.backend = options, backend
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, weight, bias, residual, history, seed, y, saved = ctx.saved_tensors
+        x, weight, bias, residual, history, seed, reset, y, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, residual, history)
             grads = _common.differentiable_backward(
-                lambda *tensors: _definition(*tensors, seed, *ctx.options), inputs, (grad_y,), needs
+                lambda *tensors: _definition(*tensors, seed, reset, *ctx.options), inputs, (grad_y,), needs
             )
-            return (*grads, None, None, None, None)
+            return (*grads, *[None] * 5)
         # Without a relu around it the residual's gradient is that of y.
         relu = ctx.options[-2]
         wants = sum(1 << i for i, need in enumerate(needs) if need and (i != 3 or relu))
         grads = call(
             _operators(ctx.backend)[1],
-            grad_y, y, saved, x, weight, history, seed, *ctx.options, residual is not None, wants,
+            grad_y, y, saved, x, weight, history, seed, reset, *ctx.options, residual is not None, wants,
         )  # fmt: skip
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if needs[3] and not relu:
             grads[3] = grad_y
-        return (*grads, None, None, None, None)
+        return (*grads, *[None] * 5)
 
 
 # ---- the operators' facts ----
 
 
 def _forward_fake(
-    x, weight, bias, residual, history, seed, row_dilation, column_dilation, groups, activation, relu, dropout, save
-):
+    x, weight, bias, residual, history, seed, reset, row_dilation, column_dilation, groups, activation, relu, dropout,
+    save,
+):  # fmt: skip
     batch, _, rows, width = x.shape
     kind = saved_kind(activation, relu, dropout, residual is not None) if save else "nothing"
     saved = x.new_empty(
@@ -97,8 +99,8 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_y, y, saved, x, weight, history, seed, row_dilation, column_dilation, groups, activation, relu, dropout,
-    has_residual, wants,
+    grad_y, y, saved, x, weight, history, seed, reset, row_dilation, column_dilation, groups, activation, relu,
+    dropout, has_residual, wants,
 ):  # fmt: skip
     state = (*x.shape[:2], (weight.shape[2] - 1) * row_dilation, x.shape[3])
     shapes = (x.shape, weight.shape, weight.shape[:1], grad_y.shape, state)
@@ -108,7 +110,7 @@ def _backward_fake(
 def _recorded(backend, *arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
-    y = _CausalConv2d.apply(*operands[:6], backend, tuple(operands[6:]), kept)
+    y = _CausalConv2d.apply(*operands[:7], backend, tuple(operands[7:]), kept)
     return y, kept[0] if save else y.new_empty(0)
 
 
@@ -129,7 +131,7 @@ def _register(backend: str) -> None:
             _forward_flops,
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
-            batch={"x": 0, "residual": 0, "history": 0, 0: 0, 1: 0},
+            batch={"x": 0, "residual": 0, "history": 0, "reset": 0, 0: 0, 1: 0},
             from_row=from_row,
             autocast=autocast,
         )
@@ -139,7 +141,7 @@ def _register(backend: str) -> None:
             "causal_conv2d_backward" + suffix,
             _backward_fake,
             _backward_flops,
-            batch={"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, 0: 0, 3: 0, 4: 0},
+            batch={"grad_y": 0, "y": 0, "saved": 0, "x": 0, "history": 0, "reset": 0, 0: 0, 3: 0, 4: 0},
             summed=(1, 2),
             from_row=from_row,
             autocast=autocast,
@@ -229,12 +231,16 @@ def _check(
     _arguments.probability(NAME, "dropout", dropout)
 
 
-def _torch_conv(x, weight, bias, residual, history, *, dilation, groups, activation, relu, dropout) -> Tensor:
+def _torch_conv(x, weight, bias, residual, history, reset, *, dilation, groups, activation, relu, dropout) -> Tensor:
     """The same from torch's own operators (``F.conv2d``); dropout draws its mask as torch does."""
     (row_taps, column_taps), (row_dilation, column_dilation) = weight.shape[2:], dilation
     side = column_taps // 2 * column_dilation
     if not torch.jit.is_tracing() and (x.numel() == 0 or weight.numel() == 0):  # F.conv2d refuses these
         y = reference.causal_conv2d(x, weight, bias, dilation=dilation, groups=groups)
+    elif reset is not None:  # what each row of taps meets becomes a channel
+        met = reference.row_taps_of(x, history, row_taps, row_dilation, reset)
+        rows, flat = torch.stack(met, 2).flatten(1, 2), weight.flatten(1, 2).unsqueeze(2)
+        y = F.conv2d(rows, flat, bias, padding=(0, side), dilation=dilation, groups=groups)
     else:
         above = (row_taps - 1) * row_dilation
         rows = F.pad(x, (0, 0, above, 0)) if history is None else torch.cat([history, x], 2)
@@ -259,6 +265,7 @@ def causal_conv2d(
     residual: Tensor | None = None,
     output_activation: str | None = None,
     initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Tensor:
     r"""Convolution of a grid (T, S), causal along T and centred along S, with its epilogue fused.
 
@@ -282,6 +289,8 @@ def causal_conv2d(
         residual: r, of the shape of y, added after the dropout. Default: none.
         output_activation: :math:`\psi`: ``"relu"`` or None. Default: None
         initial_state: the (K_t-1)d_t rows before x (B, C, (K_t-1)d_t, S), as a stream carries them. Default: zeros.
+        reset: (B, T) bool: an episode begins at the rows where it is true. What a tap would meet above that row is
+            zero. Default: none.
 
     Returns:
         y (B, O, T, S), with ``"glu"`` or ``"gated"`` O / 2 channels.
@@ -301,10 +310,12 @@ def causal_conv2d(
                   [4., 6., 6., 4.]]]])
     """
     _arguments.tensors(NAME, x=x, weight=weight)
-    _arguments.optional_tensors(NAME, bias=bias, residual=residual, initial_state=initial_state)
+    _arguments.optional_tensors(NAME, bias=bias, residual=residual, initial_state=initial_state, reset=reset)
     dilations = _pair(dilation)
     x, weight, bias, residual, history = _common.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
     _check(x, weight, bias, residual, history, dilations, groups, activation, output_activation, dropout)
+    if reset is not None:
+        _arguments.reset(NAME, reset, (x.shape[0], x.shape[2]), x.device)
     options: dict[str, Any] = {
         "dilation": dilations,
         "groups": groups,
@@ -314,10 +325,10 @@ def causal_conv2d(
     }
     backend = backends.choose(NAME, x, BACKENDS)
     if backend == "torch" or _onnx.exporting():
-        return _torch_conv(x, weight, bias, residual, history, **options)
+        return _torch_conv(x, weight, bias, residual, history, reset, **options)
     seed = torch.randint(-(1 << 62), 1 << 62, (1,), device=x.device) if dropout > 0 else None
     if backend == "reference" or _common.transforms_active():
-        return reference.causal_conv2d(x, weight, bias, residual, history, seed, **options)
+        return reference.causal_conv2d(x, weight, bias, residual, history, seed, reset, **options)
     dtype = x.dtype
     if backend == "cpp":
         to = _common.compute_dtype(dtype)
@@ -326,11 +337,11 @@ def causal_conv2d(
         )
     if activation in reference.GATED and groups > 1:  # no kernel sees both halves at once
         with backends.backend(backend):
-            v = causal_conv2d(x, weight, bias, dilation=dilations, groups=groups, initial_state=history)
+            v = causal_conv2d(x, weight, bias, dilation=dilations, groups=groups, initial_state=history, reset=reset)
         flat = None if residual is None else residual.flatten(2)
         y = reference.epilogue(v.flatten(2), flat, seed, activation, options["relu"], dropout)
         return y.unflatten(2, v.shape[2:]).to(dtype)
-    operands = (x, weight, bias, residual, history, seed)
+    operands = (x, weight, bias, residual, history, seed, reset)
     arguments = (*dilations, groups, activation or "none", options["relu"], float(dropout))
     if torch.compiler.is_compiling():  # autograd records the operator itself
         y, _ = _operators(backend)[0](*operands, *arguments, False)

@@ -87,6 +87,7 @@ def causal_conv_transpose1d(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    reset: Tensor | None = None,
 ) -> Any:
     r"""Causal transposed convolution, which makes a sequence ``stride`` times as long, as decoders of codecs do.
 
@@ -106,6 +107,8 @@ def causal_conv_transpose1d(
         activation: :math:`\varphi`: one of :func:`~seqaccel.functional.causal_conv1d`'s, or None. Default: None
         initial_state: the P = (K-1)d // s inputs before x (B, C, P). Default: zeros.
         return_final_state: whether to return the last P inputs too. Default: False
+        reset: (B, T) bool: an episode begins at the steps of x where it is true: its outputs see no step before.
+            Default: none.
 
     Returns:
         y (B, O, T s); with ``"glu"`` or ``"gated"`` (B, O / 2, T s). With ``return_final_state`` a tuple
@@ -128,9 +131,11 @@ def causal_conv_transpose1d(
         tensor([[[  1.,  10., 102.,  20.]]])
     """
     _arguments.tensors(NAME, x=x, weight=weight)
-    _arguments.optional_tensors(NAME, bias=bias, initial_state=initial_state)
+    _arguments.optional_tensors(NAME, bias=bias, initial_state=initial_state, reset=reset)
     a, w, b, state = _common.autocast(x, weight, bias, initial_state)  # as causal_conv1d does it
     _check(a, w, b, state, stride, dilation, groups, activation, return_final_state)
+    if reset is not None:
+        _arguments.reset(NAME, reset, (x.shape[0], x.shape[2]), x.device)
     phases, bias, step = conv_of_phases(weight, bias, stride, dilation, groups)
     found = causal_conv1d(
         x,
@@ -141,6 +146,7 @@ def causal_conv_transpose1d(
         activation=activation,
         initial_state=initial_state,
         return_final_state=return_final_state,
+        reset=reset,
     )
     y = found[0] if return_final_state else found
     if stride > 1:

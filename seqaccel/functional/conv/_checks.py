@@ -97,11 +97,7 @@ def check(
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"{name}: expected padding_mode to be one of {PADDING_MODES}, but got {padding_mode!r}")
     if reset is not None:
-        if reset.dtype != torch.bool or reset.shape != (batch, length):
-            raise ValueError(
-                f"{name}: expected reset to be torch.bool of shape {(batch, length)}, "
-                f"but got {reset.dtype} of {tuple(reset.shape)}"
-            )
+        _arguments.reset(name, reset, (batch, length), x.device)
         if cu_seqlens is not None:
             raise ValueError(f"{name}: expected no reset with cu_seqlens, which says where sequences begin")
         if padding_mode != "zeros" and initial_state is None:
@@ -110,10 +106,9 @@ def check(
     if cu_seqlens is not None:
         check_offsets(name, cu_seqlens, length, batch)
         sequences = cu_seqlens.shape[0] - 1
-    for argument, t in (("reset", reset), ("cu_seqlens", cu_seqlens)):
-        if t is not None and t.device != x.device:
+        if cu_seqlens.device != x.device:
             raise RuntimeError(
-                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} "
+                f"{name}: Expected all tensors to be on the same device, but cu_seqlens is on {cu_seqlens.device} "
                 f"and x on {x.device}"
             )
     steps, width = -(-length // stride), output_channels(weight, activation)

@@ -28,12 +28,12 @@ _X, _WEIGHT_1, _G_1, _WEIGHT_2, _G_2, _DOWNSAMPLE = 1, 2, 4, 16, 32, 128
 
 
 def _definition(
-    x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias, seed, dilation, activation_1,
-    activation_2, relu, dropout, save=False,
+    x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias, seed, reset, dilation,
+    activation_1, activation_2, relu, dropout, save=False,
 ) -> Tensor:  # fmt: skip
     return reference.temporal_block(
-        x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias, seed, dilation=dilation,
-        activation_1=None if activation_1 == "none" else activation_1,
+        x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias, seed, reset,
+        dilation=dilation, activation_1=None if activation_1 == "none" else activation_1,
         activation_2=None if activation_2 == "none" else activation_2, relu=relu, dropout=dropout,
     )  # fmt: skip
 
@@ -44,39 +44,40 @@ class _TemporalBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, seed, options, kept = arguments
-        y, z, saved_1, saved_2 = call(torch.ops.seqaccel.temporal_block_forward, *inputs, seed, *options, True)
+        *inputs, seed, reset, options, kept = arguments
+        y, z, saved_1, saved_2 = call(torch.ops.seqaccel.temporal_block_forward, *inputs, seed, reset, *options, True)
         if kept is not None:
             kept += [z, saved_1, saved_2]
         relu = options[3]
-        ctx.save_for_backward(*inputs, seed, y if relu else None, z, saved_1, saved_2)
+        ctx.save_for_backward(*inputs, seed, reset, y if relu else None, z, saved_1, saved_2)
         ctx.options = options
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        *inputs, seed, y, z, saved_1, saved_2 = ctx.saved_tensors
+        *inputs, seed, reset, y, z, saved_1, saved_2 = ctx.saved_tensors
         needs = ctx.needs_input_grad[: len(_INPUTS)]
         if torch.is_grad_enabled():
             grads = _common.differentiable_backward(
-                lambda *tensors: _definition(*tensors, seed, *ctx.options), inputs, (grad_y,), needs
+                lambda *tensors: _definition(*tensors, seed, reset, *ctx.options), inputs, (grad_y,), needs
             )
-            return (*grads, None, None, None)
+            return (*grads, None, None, None, None)
         x, weight_1, g_1, _, weight_2, g_2, _, downsample_weight, _ = inputs
         grads = call(
             torch.ops.seqaccel.temporal_block_backward,
-            grad_y, y, z, saved_1, saved_2, x, weight_1, g_1, weight_2, g_2, downsample_weight, seed, *ctx.options,
+            grad_y, y, z, saved_1, saved_2, x, weight_1, g_1, weight_2, g_2, downsample_weight, seed, reset,
+            *ctx.options,
             sum(1 << i for i, need in enumerate(needs) if need),
         )  # fmt: skip
-        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4)
 
 
 # ---- the operators' facts ----
 
 
 def _forward_fake(
-    x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias, seed, dilation, activation_1,
-    activation_2, relu, dropout, save,
+    x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias, seed, reset, dilation,
+    activation_1, activation_2, relu, dropout, save,
 ):  # fmt: skip
     batch, _, length = x.shape
     shape = (batch, weight_2.shape[0], length)
@@ -91,8 +92,8 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_y, y, z, saved_1, saved_2, x, weight_1, g_1, weight_2, g_2, downsample_weight, seed, dilation, activation_1,
-    activation_2, relu, dropout, wants,
+    grad_y, y, z, saved_1, saved_2, x, weight_1, g_1, weight_2, g_2, downsample_weight, seed, reset, dilation,
+    activation_1, activation_2, relu, dropout, wants,
 ):  # fmt: skip
     wants |= wants >> 1 & (_WEIGHT_1 | _WEIGHT_2)  # a gradient of g takes that of its weight, and the other way round
     wants |= (wants << 1 & _G_1 if g_1 is not None else 0) | (wants << 1 & _G_2 if g_2 is not None else 0)
@@ -107,7 +108,7 @@ def _backward_fake(
 def _recorded(*arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
-    y = _TemporalBlock.apply(*operands[:10], tuple(operands[10:]), kept)
+    y = _TemporalBlock.apply(*operands[:11], tuple(operands[11:]), kept)
     return (y, *kept) if save else (y, *(y.new_empty(0) for _ in kept))
 
 
@@ -138,7 +139,7 @@ register(
         _forward_flops,
         definition=_definition,
         recorded=_recorded,
-        batch={"x": 0, 0: 0, 1: 0, 2: 0, 3: 0},
+        batch={"x": 0, "reset": 0, 0: 0, 1: 0, 2: 0, 3: 0},
         from_row=_from_row,
     )
 )
@@ -147,7 +148,7 @@ register(
         "temporal_block_backward",
         _backward_fake,
         _backward_flops,
-        batch={"grad_y": 0, "y": 0, "z": 0, "saved_1": 0, "saved_2": 0, "x": 0, 0: 0},
+        batch={"grad_y": 0, "y": 0, "z": 0, "saved_1": 0, "saved_2": 0, "x": 0, "reset": 0, 0: 0},
         summed=(1, 2, 3, 4, 5, 6, 7, 8),
         from_row=_from_row,
     )
@@ -204,12 +205,14 @@ def _check(tensors: dict[str, Tensor | None], dilation: int, activation: str | N
         )
 
 
-def _composed(inputs, dilation: int, activation: str | None, use_gate: bool, dropout: float) -> Tensor:
+def _composed(
+    inputs, reset: Tensor | None, dilation: int, activation: str | None, use_gate: bool, dropout: float
+) -> Tensor:
     """The same by one operator for each convolution."""
     x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias = inputs
     weight_1 = weight_1 if g_1 is None else torch._weight_norm(weight_1, g_1, 0)
     weight_2 = weight_2 if g_2 is None else torch._weight_norm(weight_2, g_2, 0)
-    options: dict[str, Any] = {"dilation": dilation, "dropout": dropout}
+    options: dict[str, Any] = {"dilation": dilation, "dropout": dropout, "reset": reset}
     z = causal_conv1d(x, weight_1, bias_1, activation="glu" if use_gate else activation, **options)
     r = x if downsample_weight is None else causal_conv1d(x, downsample_weight, downsample_bias)
     relu = "relu" if activation == "relu" else None
@@ -232,6 +235,7 @@ def temporal_block(
     activation: str | None = "relu",
     use_gate: bool = False,
     dropout: float = 0.0,
+    reset: Tensor | None = None,
 ) -> Tensor:
     r"""Residual block of a temporal convolutional network: two causal dilated convolutions, fused with all around them.
 
@@ -256,6 +260,8 @@ def temporal_block(
         use_gate: weight_1, g_1 and bias_1 have 2 O rows, and a gated linear unit (``"glu"``) takes the place of the
             first φ. Default: False
         dropout: probability that an activation is zeroed, the others being scaled by 1/(1-p). Default: 0
+        reset: (B, T) bool: an episode begins at the steps where it is true, whose taps meet zeros before that step.
+            Default: none.
 
     Returns:
         y (B, O, T).
@@ -279,14 +285,16 @@ def temporal_block(
     _arguments.tensors(NAME, x=x, weight_1=weight_1, weight_2=weight_2)
     optional = {"g_1": g_1, "bias_1": bias_1, "g_2": g_2, "bias_2": bias_2}
     optional |= {"downsample_weight": downsample_weight, "downsample_bias": downsample_bias}
-    _arguments.optional_tensors(NAME, **optional)
+    _arguments.optional_tensors(NAME, **optional, reset=reset)
     inputs = (x, weight_1, g_1, bias_1, weight_2, g_2, bias_2, downsample_weight, downsample_bias)
-    composed = (inputs, dilation, activation, use_gate, dropout)
-    _check(dict(zip(_INPUTS, inputs, strict=True)), *composed[1:])
+    options_given = (dilation, activation, use_gate, dropout)
+    _check(dict(zip(_INPUTS, inputs, strict=True)), *options_given)
+    if reset is not None:
+        _arguments.reset(NAME, reset, (x.shape[0], x.shape[2]), x.device)
     backend = backends.choose(NAME, x, BACKENDS)
     wide = x.dtype in (torch.float32, torch.float64)
     if backend in ("triton", "torch") or not wide or _onnx.exporting() or _common.autocast_on(x.device.type):
-        return _composed(*composed)
+        return _composed(inputs, reset, *options_given)
     relu, inner = activation == "relu", activation or "none"
     options = (dilation, "glu" if use_gate else inner, inner, relu, float(dropout))
     seed = torch.randint(-(1 << 62), 1 << 62, (2,), device=x.device) if dropout > 0 else None
@@ -295,11 +303,11 @@ def temporal_block(
 
         seed = replicated(seed, x)
     if backend == "reference" or _common.transforms_active():
-        y = _definition(*inputs, seed, *options)
+        y = _definition(*inputs, seed, reset, *options)
     elif torch.compiler.is_compiling():  # autograd records the operator itself
-        y = torch.ops.seqaccel.temporal_block_forward(*inputs, seed, *options, False)[0]
+        y = torch.ops.seqaccel.temporal_block_forward(*inputs, seed, reset, *options, False)[0]
     elif _common.needs_grad(*inputs):
-        y = _TemporalBlock.apply(*inputs, seed, options, None)
+        y = _TemporalBlock.apply(*inputs, seed, reset, options, None)
     else:
-        y = call(torch.ops.seqaccel.temporal_block_forward, *inputs, seed, *options, False)[0]
+        y = call(torch.ops.seqaccel.temporal_block_forward, *inputs, seed, reset, *options, False)[0]
     return y if relu else activate(y, activation)

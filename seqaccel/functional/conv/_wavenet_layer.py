@@ -27,12 +27,13 @@ _SKIP = 5
 
 
 def _definition(
-    x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, dilation, residual,
+    x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, reset, dilation, residual,
     save=False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, next_skip = reference.wavenet_layer(
-        x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, dilation=dilation
-    )
+        x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, reset,
+        dilation=dilation,
+    )  # fmt: skip
     return y if residual else y.new_empty(0), next_skip
 
 
@@ -41,21 +42,21 @@ class _WaveNetLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, backend,
+        ctx, x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, reset, backend,
         dilation, residual, kept=None,
     ):  # fmt: skip
         operands = (x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history)
-        y, next_skip, saved = call(_operators(backend)[0], *operands, dilation, residual, True)
+        y, next_skip, saved = call(_operators(backend)[0], *operands, reset, dilation, residual, True)
         if kept is not None:
             kept.append(saved)
-        ctx.save_for_backward(*(t for i, t in enumerate(operands) if i != _SKIP), saved)
+        ctx.save_for_backward(*(t for i, t in enumerate(operands) if i != _SKIP), reset, saved)
         ctx.options, ctx.backend = (dilation, residual), backend
         ctx.set_materialize_grads(False)
         return y, next_skip
 
     @staticmethod
     def backward(ctx, grad_y, grad_skip):
-        *operands, saved = ctx.saved_tensors
+        *operands, reset, saved = ctx.saved_tensors
         needs, needs_skip = list(ctx.needs_input_grad[:9]), ctx.needs_input_grad[_SKIP]
         del needs[_SKIP]
         dilation, residual = ctx.options
@@ -64,7 +65,7 @@ class _WaveNetLayer(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def definition(*tensors):
-                return _definition(*tensors[:_SKIP], None, *tensors[_SKIP:], *ctx.options)
+                return _definition(*tensors[:_SKIP], None, *tensors[_SKIP:], reset, *ctx.options)
 
             grads = _common.differentiable_backward(definition, operands, (grad_y, grad_skip), needs)
         elif grad_y is None and grad_skip is None:
@@ -73,19 +74,20 @@ class _WaveNetLayer(torch.autograd.Function):
             x, weight, _, output_weight, *_, history = operands
             found = call(
                 _operators(ctx.backend)[1],
-                grad_y, grad_skip, saved, x, weight, output_weight, history, dilation,
+                grad_y, grad_skip, saved, x, weight, output_weight, history, reset, dilation,
                 sum(1 << i for i, need in enumerate(needs) if need),
             )  # fmt: skip
             grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-        return (*grads[:_SKIP], grad_skip if needs_skip else None, *grads[_SKIP:], None, None, None, None)
+        return (*grads[:_SKIP], grad_skip if needs_skip else None, *grads[_SKIP:], *[None] * 5)
 
 
 # ---- the operators' facts ----
 
 
 def _forward_fake(
-    x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, dilation, residual, save
-):
+    x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, reset, dilation, residual,
+    save,
+):  # fmt: skip
     batch, channels, length = x.shape
     skips = output_weight.shape[0] - channels
     return (
@@ -95,7 +97,7 @@ def _forward_fake(
     )
 
 
-def _backward_fake(grad_y, grad_skip, saved, x, weight, output_weight, history, dilation, wants):
+def _backward_fake(grad_y, grad_skip, saved, x, weight, output_weight, history, reset, dilation, wants):
     batch, channels, length = x.shape
     rows = weight.shape[0]
     shapes = (
@@ -108,7 +110,7 @@ def _backward_fake(grad_y, grad_skip, saved, x, weight, output_weight, history, 
 def _recorded(backend, *arguments):
     *operands, save = arguments
     kept: list[Tensor] = []
-    y, next_skip = _WaveNetLayer.apply(*operands[:9], backend, *operands[9:], kept)
+    y, next_skip = _WaveNetLayer.apply(*operands[:10], backend, *operands[10:], kept)
     return y, next_skip, kept[0] if save else next_skip.new_empty(0)
 
 
@@ -116,7 +118,7 @@ def _forward_flops(x, weight, bias, output_weight, *_) -> int:
     return 2 * x[0] * x[2] * (math.prod(weight) + math.prod(output_weight))
 
 
-def _backward_flops(grad_y, grad_skip, saved, x, weight, output_weight, history, dilation, wants) -> int:
+def _backward_flops(grad_y, grad_skip, saved, x, weight, output_weight, history, reset, dilation, wants) -> int:
     data, conv = (bool(wants & bits) for bits in (1 << 0 | 1 << 7, 1 << 1))
     gate, output = (bool(wants & bits) for bits in (0b11100111, 1 << 3))
     return 2 * x[0] * x[2] * (math.prod(weight) * (data + conv) + math.prod(output_weight) * (gate + output))
@@ -131,7 +133,17 @@ def _register(backend: str) -> None:
             _forward_flops,
             definition=_definition,
             recorded=functools.partial(_recorded, backend),
-            batch={"x": 0, "skip": 0, "condition": 0, "global_condition": 0, "history": 0, 0: 0, 1: 0, 2: 0},
+            batch={
+                "x": 0,
+                "skip": 0,
+                "condition": 0,
+                "global_condition": 0,
+                "history": 0,
+                "reset": 0,
+                0: 0,
+                1: 0,
+                2: 0,
+            },
             autocast=autocast,
         )
     )
@@ -140,7 +152,7 @@ def _register(backend: str) -> None:
             "wavenet_layer_backward" + suffix,
             _backward_fake,
             _backward_flops,
-            batch={"x": 0, "grad_y": 0, "grad_skip": 0, "saved": 0, "history": 0, 0: 0, 5: 0, 6: 0, 7: 0},
+            batch={"x": 0, "grad_y": 0, "grad_skip": 0, "saved": 0, "history": 0, "reset": 0, 0: 0, 5: 0, 6: 0, 7: 0},
             summed=(1, 2, 3, 4),
             autocast=autocast,
         )
@@ -213,17 +225,17 @@ def _check(
 
 
 def _composed(
-    x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, dilation, residual
+    x, weight, bias, output_weight, output_bias, skip, condition, global_condition, history, reset, dilation, residual
 ) -> tuple[Tensor | None, Tensor]:
     """The same from causal convolutions, whose backend is chosen by each."""
     if condition is None and global_condition is None:
-        z = causal_conv1d(x, weight, bias, dilation=dilation, activation="gated", initial_state=history)
+        z = causal_conv1d(x, weight, bias, dilation=dilation, activation="gated", initial_state=history, reset=reset)
     else:
         added = condition
         if global_condition is not None:
             constant = global_condition.unsqueeze(-1)
             added = constant.expand(-1, -1, x.shape[-1]) if added is None else added + constant
-        v = causal_conv1d(x, weight, bias, dilation=dilation, residual=added, initial_state=history)
+        v = causal_conv1d(x, weight, bias, dilation=dilation, residual=added, initial_state=history, reset=reset)
         value, gate = v.chunk(2, 1)
         z = torch.tanh(value) * torch.sigmoid(gate)
     rows = x.shape[1]
@@ -262,6 +274,7 @@ def wavenet_layer(
     global_condition: Tensor | None = None,
     residual: bool = True,
     initial_state: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     r"""A WaveNet layer in one pass: gated dilated causal convolution, residual and skip connection.
 
@@ -284,6 +297,8 @@ def wavenet_layer(
         residual: whether x' is wanted: the last layer of a WaveNet has only a skip connection. Default: True
         initial_state: the (K-1) · dilation inputs before x (B, C, (K-1) · dilation), as a stream carries them.
             Default: none.
+        reset: (B, T) bool: an episode begins at the steps where it is true. What a tap would meet before that step is
+            zero. Default: none.
 
     Returns:
         (x', s'): (B, C, T), or None without ``residual``, and (B, S, T).
@@ -308,7 +323,7 @@ def wavenet_layer(
     _arguments.tensors(NAME, x=x, weight=weight, output_weight=output_weight)
     _arguments.optional_tensors(
         NAME, bias=bias, output_bias=output_bias, skip=skip, condition=condition, global_condition=global_condition,
-        initial_state=initial_state,
+        initial_state=initial_state, reset=reset,
     )  # fmt: skip
     _arguments.flags(NAME, residual=residual)
     given = (x, weight, bias, output_weight, output_bias, skip, condition, global_condition, initial_state)
@@ -317,7 +332,9 @@ def wavenet_layer(
     _check(
         x, weight, bias, output_weight, output_bias, dilation, skip, condition, global_condition, history
     )  # fmt: skip
-    arguments = [*operands, dilation, residual]
+    if reset is not None:
+        _arguments.reset(NAME, reset, (x.shape[0], x.shape[2]), x.device)
+    arguments = [*operands, reset, dilation, residual]
     backend = backends.choose(NAME, x, BACKENDS)
     context = (weight.shape[2] - 1) * dilation
     refused = backend == "triton" and not _triton_takes(x, weight, output_weight, context)
@@ -334,9 +351,9 @@ def wavenet_layer(
         to = _common.compute_dtype(dtype)
         operands = tuple(None if t is None else t.to(to) for t in operands)
     if traced:  # autograd records the operator itself
-        y, next_skip, _ = _operators(backend)[0](*operands, dilation, residual, False)
+        y, next_skip, _ = _operators(backend)[0](*operands, reset, dilation, residual, False)
     elif recorded:
-        y, next_skip = _WaveNetLayer.apply(*operands, backend, dilation, residual)
+        y, next_skip = _WaveNetLayer.apply(*operands, reset, backend, dilation, residual)
     else:
-        y, next_skip, _ = call(_operators(backend)[0], *operands, dilation, residual, False)
+        y, next_skip, _ = call(_operators(backend)[0], *operands, reset, dilation, residual, False)
     return y.to(dtype) if residual else None, next_skip.to(dtype)

@@ -277,10 +277,10 @@ def check(
             _refuse(caller, key, tensor, wanted, dtype, first_name, first)
             if tensor.requires_grad:
                 raise RuntimeError(f"{name}: {caller.called(key)} is not differentiated: it must not require grad")
-    if mask_pad is not None or reset is not None:
-        for key, tensor in (("mask_pad", mask_pad), ("reset", reset)):
-            if tensor is not None:
-                _refuse(caller, key, tensor, (steps, batch), torch.bool, first_name, first)
+    if mask_pad is not None:
+        _refuse(caller, "mask_pad", mask_pad, (steps, batch), torch.bool, first_name, first)
+    if reset is not None:
+        _arguments.reset(name, reset, (steps, batch), device)
     return Operands(x, weight, bias, c_0, mask, scale, mask_pad, reset, cu_seqlens, directions)
 
 

@@ -23,32 +23,38 @@ class _LinearScan(torch.autograd.Function):
     """Saves a and h: 2 * D values a step. Backward is one scan against time."""
 
     @staticmethod
-    def forward(ctx, a, b, h_0, cu_seqlens, reverse, return_last, backend):
-        h, h_last = call(_operator("linear_scan_forward", backend), a, b, h_0, cu_seqlens, reverse, return_last)
-        ctx.save_for_backward(a, h_0, cu_seqlens, h)
+    def forward(ctx, a, b, h_0, cu_seqlens, reset, reverse, return_last, backend):
+        h, h_last = call(_operator("linear_scan_forward", backend), a, b, h_0, cu_seqlens, reset, reverse, return_last)
+        ctx.save_for_backward(a, h_0, cu_seqlens, reset, h)
         ctx.reverse, ctx.backend, ctx.return_last = reverse, backend, return_last
         ctx.set_materialize_grads(False)
         return h, h_last
 
     @staticmethod
     def backward(ctx, grad_h, grad_h_last):
-        a, h_0, cu_seqlens, h = ctx.saved_tensors
+        a, h_0, cu_seqlens, reset, h = ctx.saved_tensors
         if grad_h is None and grad_h_last is None:
-            return (None,) * 7
+            return (None,) * 8
         grad_h = torch.zeros_like(h) if grad_h is None else grad_h
-        arguments = grad_h, grad_h_last if ctx.return_last else None, a, h, h_0, cu_seqlens, ctx.reverse
+        arguments = grad_h, grad_h_last if ctx.return_last else None, a, h, h_0, cu_seqlens, reset, ctx.reverse
         if torch.is_grad_enabled():
             grad_a, grad_b, grad_h_0 = reference.linear_scan_gradients(*arguments)
         else:
             grad_a, grad_b, grad_h_0 = call(_operator("linear_scan_backward", ctx.backend), *arguments)
-        return grad_a, grad_b, None if h_0 is None else grad_h_0, None, None, None, None
+        return grad_a, grad_b, None if h_0 is None else grad_h_0, None, None, None, None, None
 
 
 def _run(
-    a: Tensor, b: Tensor, h_0: Tensor | None, cu_seqlens: Tensor | None, reverse: bool, return_last: bool
+    a: Tensor,
+    b: Tensor,
+    h_0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    return_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """h and the last states of a, b (B, T, D) by the backend for them."""
-    arguments = a, b, h_0, cu_seqlens, reverse, return_last
+    arguments = a, b, h_0, cu_seqlens, reset, reverse, return_last
     if _common.transforms_active():
         return reference.linear_scan(*arguments)
     if _onnx.exporting():
@@ -117,6 +123,14 @@ def _check_offsets(cu_seqlens: Tensor, a: Tensor, dim: int) -> None:
         )
 
 
+@_common.unrecorded
+def _check_reset(reset: Tensor, a: Tensor, dim: int, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise ValueError("linear_scan: expected no reset with cu_seqlens, which says where sequences begin")
+    dims = min(max(reset.dim(), dim + 1), a.dim())
+    _arguments.reset("linear_scan", reset, tuple(a.shape[:dims]), a.device)
+
+
 @overload
 def linear_scan(
     a: Tensor,
@@ -127,6 +141,7 @@ def linear_scan(
     dim: int = -2,
     cu_seqlens: Tensor | None = None,
     return_last: Literal[False] = False,
+    reset: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -140,6 +155,7 @@ def linear_scan(
     dim: int = -2,
     cu_seqlens: Tensor | None = None,
     return_last: Literal[True],
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -152,6 +168,7 @@ def linear_scan(
     dim: int = -2,
     cu_seqlens: Tensor | None = None,
     return_last: bool = False,
+    reset: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Every state of an elementwise linear recurrence.
 
@@ -173,6 +190,11 @@ def linear_scan(
             ... are the dimensions after ``dim``. Default: zero.
         reverse: run from the last step to the first. Default: ``False``.
         dim: the dimension of time. Default: -2.
+        reset: bool, true where an episode begins, with the leading dimensions of ``a`` and ``b``, through ``dim`` at
+            least: (B, T) for (B, T, D), (T, B) for (T, B, D) with ``dim=0`` (whose tensors are copied batch first). The
+            state before an episode's first step (reversed: after its last) is zero, and so ``h_0`` is not read where
+            one begins at the first step. A coefficient that is zero ends an episode too on a GPU: of a state before it
+            that is not finite nothing remains. Default: none.
         cu_seqlens: (N + 1,) int32 or int64: N sequences lie one after the other along ``dim``, sequence n in the steps
             [``cu_seqlens[n]``, ``cu_seqlens[n + 1]``); the dimensions before ``dim`` have size 1. Default: every row
             is one sequence.
@@ -203,14 +225,24 @@ def linear_scan(
         >>> h, h_last = seqaccel.functional.linear_scan(a, b, cu_seqlens=two, return_last=True)
         >>> h.flatten(), h_last.flatten()
         (tensor([1.0000, 1.0000, 1.5000]), tensor([1.0000, 1.5000]))
+        >>> seqaccel.functional.linear_scan(a, b, reset=torch.tensor([[False, True, False]])).flatten()
+        tensor([1.0000, 1.0000, 1.5000])
     """
     _arguments.tensors("linear_scan", a=a, b=b)
-    _arguments.optional_tensors("linear_scan", h_0=h_0, cu_seqlens=cu_seqlens)
+    _arguments.optional_tensors("linear_scan", h_0=h_0, cu_seqlens=cu_seqlens, reset=reset)
     _arguments.flags("linear_scan", reverse=reverse, return_last=return_last)
     _arguments.integer("linear_scan", "dim", dim)
     a, b, h_0 = in_float32_under_autocast(a, b, h_0)
     check_alike("linear_scan", "a", a, {"b": b, "h_0": h_0}, may_be_complex=True)
     a, b, dim = _broadcast("linear_scan", dim, a, b)
+    if reset is not None:
+        _check_reset(reset, a, dim, cu_seqlens)
+        last = reset.dim() - 1
+        if last > dim:  # steps behind all dimensions that tell episodes apart
+            a, b, reset = (t.movedim(dim, last) for t in (a, b, reset))
+            found = linear_scan(a, b, h_0, reverse=reverse, dim=last, reset=reset, return_last=return_last)  # type: ignore[call-overload]
+            return (found[0].movedim(last, dim), found[1]) if return_last else found.movedim(last, dim)
+        reset = reset.reshape(math.prod(a.shape[:dim]), a.shape[dim])
     before, steps, after = a.shape[:dim], a.shape[dim], a.shape[dim + 1 :]
     batch, width, ends = math.prod(before), math.prod(after), before + after
     sequences = batch
@@ -230,7 +262,7 @@ def linear_scan(
     if not flat:
         a, b = a.reshape(batch, steps, width), b.reshape(batch, steps, width)
         h_0 = None if h_0 is None else h_0.reshape(sequences, width)
-    h, h_last = _run(a, b, h_0, cu_seqlens, bool(reverse), bool(return_last))
+    h, h_last = _run(a, b, h_0, cu_seqlens, reset, bool(reverse), bool(return_last))
     if not flat:
         h, h_last = h.reshape(shape), h_last.reshape(ends) if return_last else h_last
     return (h, h_last) if return_last else h
@@ -316,21 +348,21 @@ def join_summaries(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) 
 # ---- the operators' facts ----
 
 
-def _linear_scan_forward_fake(a, b, h_0, cu_seqlens, reverse, return_last):
+def _linear_scan_forward_fake(a, b, h_0, cu_seqlens, reset, reverse, return_last):
     sequences = a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h = torch.empty_like(a, memory_format=torch.contiguous_format)
     return h, a.new_empty(sequences if return_last else 0, a.shape[2])
 
 
-def _linear_scan_backward_fake(grad_h, grad_h_last, a, h, h_0, cu_seqlens, reverse):
+def _linear_scan_backward_fake(grad_h, grad_h_last, a, h, h_0, cu_seqlens, reset, reverse):
     def like_a():
         return torch.empty_like(a, memory_format=torch.contiguous_format)
 
     return like_a(), like_a(), a.new_empty(a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, a.shape[2])
 
 
-def _linear_scan_recorded(backend, a, b, h_0, cu_seqlens, reverse, return_last):
-    return _LinearScan.apply(a, b, h_0, cu_seqlens, reverse, return_last, backend)
+def _linear_scan_recorded(backend, *arguments):
+    return _LinearScan.apply(*arguments, backend)
 
 
 def _register(backend: str) -> None:
@@ -342,7 +374,7 @@ def _register(backend: str) -> None:
             lambda a, *_: 2 * math.prod(a),
             definition=reference.linear_scan,
             recorded=functools.partial(_linear_scan_recorded, backend),
-            batch={"a": 0, "b": 0, "h_0": 0, 0: 0, 1: 0},
+            batch={"a": 0, "b": 0, "h_0": 0, "reset": 0, 0: 0, 1: 0},
             packs=("cu_seqlens", 1),
         )
     )
@@ -351,7 +383,7 @@ def _register(backend: str) -> None:
             "linear_scan_backward" + suffix,
             _linear_scan_backward_fake,
             lambda grad_h, *_: 3 * math.prod(grad_h),
-            batch={"grad_h": 0, "grad_h_last": 0, "a": 0, "h": 0, "h_0": 0, 0: 0, 1: 0, 2: 0},
+            batch={"grad_h": 0, "grad_h_last": 0, "a": 0, "h": 0, "h_0": 0, "reset": 0, 0: 0, 1: 0, 2: 0},
             packs=("cu_seqlens", 1),
         )
     )

@@ -40,8 +40,8 @@ def fo_pool(
         mask: (T, B, directions * H), not differentiated. Default: one.
         scale: number, or tensor of one element, not differentiated. Default: 1.
         mask_pad: (T, B) bool, true at padding. Default: no padding.
-        reset: (T, B) bool, true where a sequence begins: the state before that step is the row's ``c_0``. Default: only
-            the first step does.
+        reset: (T, B) bool, true where an episode begins: the state before its first step (against time: after its last)
+            is zero, and so ``c_0`` is not read where one begins at the first step. Default: none.
         cu_seqlens: (N + 1,) int64, ascending from 0 to T: N sequences lie one after the other in a batch of 1, and
             ``c_0`` has N rows. Default: every row of the batch is one sequence.
         directions: 1, or 2: the second half of the channels runs against time. Default: 1.

@@ -61,8 +61,8 @@ def sru(
         c_0: (B, directions * H), the state before the first step. Default: zero.
         mask_c: (B, directions * H), the dropout mask, not differentiated. Default: one.
         mask_pad: (T, B) bool, true at padding. Default: no padding.
-        reset: (T, B) bool, true where a sequence begins: the state before that step is the row's ``c_0``. Default: only
-            the first step does.
+        reset: (T, B) bool, true where an episode begins: the state before its first step (against time: after its last)
+            is zero, and so ``c_0`` is not read where one begins at the first step. Default: none.
         cu_seqlens: (N + 1,) int64, ascending from 0 to T: N sequences lie one after the other in a batch of 1, and
             ``c_0`` and ``mask_c`` have N rows. Default: every row of the batch is one sequence.
         scale_x: number, or tensor of one element, not differentiated. Default: 1.

@@ -20,12 +20,16 @@ from seqaccel.nn.streaming import State, Streaming
 __all__ = ["ConvStream", "Convolution", "check_chunk", "check_step", "single"]
 
 
-def check_chunk(module: nn.Module, x: Tensor, state: State, *names: str, layout: str = "(B, C, T)") -> None:
+def check_chunk(
+    module: nn.Module, x: Tensor, state: State, *names: str, layout: str = "(B, C, T)", reset: Tensor | None = None
+) -> None:
     title = type(module).__name__
     _arguments.tensor(title, "x", x)
     _arguments.states(title, "state", state, names)
     if x.dim() != 3:
         raise ValueError(f"{title}: expected x to be 3D {layout}, but got a tensor of size {list(x.shape)}")
+    if reset is not None:
+        _arguments.reset(title, reset, (x.shape[0], x.shape[2]), x.device)
 
 
 def check_step(module: nn.Module, x_t: Tensor, layout: str = "2D (B, C)") -> None:

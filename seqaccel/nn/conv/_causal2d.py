@@ -114,13 +114,15 @@ class CausalConv2d(Convolution):
         residual: Tensor | None = None,
         output_activation: str | None = None,
         initial_state: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> Tensor:
         """x (B, C, T, S) or (C, T, S); the keyword arguments are :func:`~seqaccel.functional.causal_conv2d`'s."""
         if not isinstance(x, Tensor):
             given = {"residual": residual, "output_activation": output_activation, "initial_state": initial_state}
+            given["reset"] = reset
             return self._instead("x", x, dropout=dropout, **given)
         if x.dim() == 3:
-            tensors = {"x": x, "residual": residual, "initial_state": initial_state}
+            tensors = {"x": x, "residual": residual, "initial_state": initial_state, "reset": reset}
             return self._unbatched(tensors, dropout=dropout, output_activation=output_activation)
         return causal_conv2d(
             x,
@@ -133,6 +135,7 @@ class CausalConv2d(Convolution):
             residual=residual,
             output_activation=output_activation,
             initial_state=initial_state,
+            reset=reset,
         )
 
     def init_state(

@@ -133,49 +133,55 @@ class GatedConvLM(ConvStream):
     def _with_history(self) -> list[GatedConv1d]:
         return [self.input, *(block[len(block) // 2] for block in self._blocks())]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T) int64: logits (B, T, V), with ``cutoffs`` log-probabilities."""
-        if not isinstance(x, Tensor):
-            return self._instead("x", x)
-        self._check(x)
-        return self._projected(self._run(x, None)[0])
+    def forward(self, x: Tensor, *, reset: Tensor | None = None) -> Tensor:
+        """x (B, T) int64: logits (B, T, V), with ``cutoffs`` log-probabilities.
 
-    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        ``reset`` (B, T) bool: a document begins where it is true, and sees no word before.
+        """
+        if not isinstance(x, Tensor):
+            return self._instead("x", x, reset=reset)
+        self._check(x, reset)
+        return self._projected(self._run(x, None, reset)[0])
+
+    def loss(self, x: Tensor, target: Tensor, *, reset: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of the words ``target`` (B, T) int64 that follow each word of x (B, T).
 
-        With ``cutoffs`` it costs less than the log-probabilities of all words.
+        With ``cutoffs`` it costs less than the log-probabilities of all words. ``reset`` as in ``forward``.
         """
-        self._check(x)
+        self._check(x, reset)
         _arguments.tensor(type(self).__name__, "target", target)
         if target.shape != x.shape:
             raise ValueError(
                 f"{type(self).__name__}: expected target to have shape {tuple(x.shape)}, but got {tuple(target.shape)}"
             )
-        h = self._run(x, None)[0].flatten(0, 1)
+        h = self._run(x, None, reset)[0].flatten(0, 1)
         if isinstance(self.projection, nn.AdaptiveLogSoftmaxWithLoss):
             return self.projection(h, target.flatten()).loss
         return F.cross_entropy(self.projection(h), target.flatten())
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, reset: Tensor | None) -> None:
         title = type(self).__name__
         _arguments.tensor(title, "x", x)
         if x.dim() != 2:
             raise ValueError(f"{title}: expected x to be 2D (B, T), but got a tensor of size {list(x.shape)}")
+        if reset is not None:
+            _arguments.reset(title, reset, tuple(x.shape), x.device)
 
     def _projected(self, h: Tensor) -> Tensor:
         if isinstance(self.projection, nn.AdaptiveLogSoftmaxWithLoss):
             return self.projection.log_prob(h.flatten(0, 1)).unflatten(0, h.shape[:2])
         return self.projection(h)
 
-    def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """h (B, T, channels), and where a state is given the one after it."""
         dropout = self.dropout if self.training else 0.0
         histories: list[Any] = [None] * (len(self.blocks) + 1) if state is None else list(state)
         after = []
         h = F.dropout(self.embedding(x), dropout, training=dropout > 0).transpose(1, 2)
         if state is not None:
-            after.append(last_steps(histories[0], h))
-        h = self.input(h, dropout=dropout, initial_state=histories[0])
+            after.append(last_steps(histories[0], h, reset))
+        episodes = {} if reset is None else {"reset": reset}
+        h = self.input(h, dropout=dropout, initial_state=histories[0], **episodes)
         for block, history in zip(self._blocks(), histories[1:], strict=True):
             z = h
             for i, conv in enumerate(block):
@@ -184,16 +190,16 @@ class GatedConvLM(ConvStream):
                     z = conv(z, dropout=dropout, residual=residual)
                     continue
                 if state is not None:
-                    after.append(last_steps(history, z))
-                z = conv(z, dropout=dropout, residual=residual, initial_state=history)
+                    after.append(last_steps(history, z, reset))
+                z = conv(z, dropout=dropout, residual=residual, initial_state=history, **episodes)
             h = z
         return h.transpose(1, 2), tuple(after)
 
-    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """x (B, T) int64: output (B, T, V) and the state after it."""
-        self._check(x)
+    def extend(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """x (B, T) int64: output (B, T, V) and the state after it; ``reset`` as in ``forward``."""
+        self._check(x, reset)
         _arguments.states(type(self).__name__, "state", state, ("history",) * (len(self.blocks) + 1))
-        h, after = self._run(x, state)
+        h, after = self._run(x, state, reset)
         return self._projected(h), after
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

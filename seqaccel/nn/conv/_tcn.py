@@ -119,14 +119,17 @@ class TemporalBlock(ConvStream):
             self.downsample.reset_parameters()
             nn.init.normal_(self.downsample.weight, 0.0, 0.01)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, T): y (B, O, T)."""
-        if not isinstance(x, Tensor):
-            return self._instead("x", x)
-        y = self._at_once(x)
-        return self._run(x, None, None)[1] if y is None else y
+    def forward(self, x: Tensor, *, reset: Tensor | None = None) -> Tensor:
+        """x (B, C, T): y (B, O, T).
 
-    def _at_once(self, x: Tensor) -> Tensor | None:
+        ``reset`` (B, T) bool: an episode begins where it is true, and sees no step before.
+        """
+        if not isinstance(x, Tensor):
+            return self._instead("x", x, reset=reset)
+        y = self._at_once(x, reset)
+        return self._run(x, None, None, reset)[1] if y is None else y
+
+    def _at_once(self, x: Tensor, reset: Tensor | None) -> Tensor | None:
         """y by one operator, or None where a convolution does anything beside what the constructor gave it."""
         conv1, conv2, down = self.conv1, self.conv2, self.downsample
         if (
@@ -153,39 +156,47 @@ class TemporalBlock(ConvStream):
             activation=self.activation,
             use_gate=self.use_gate,
             dropout=self.dropout if self.training else 0.0,
+            reset=reset,
         )
 
     def _run(
-        self, x: Tensor, history1: Tensor | None, history2: Tensor | None, skip: bool = False
+        self,
+        x: Tensor,
+        history1: Tensor | None,
+        history2: Tensor | None,
+        reset: Tensor | None,
+        skip: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """z, y and, with ``skip``, what is added to x'."""
-        dropout = self.dropout if self.training else 0.0
-        z = self.conv1(x, dropout=dropout, initial_state=history1)
+        options: dict[str, Any] = {"dropout": self.dropout if self.training else 0.0}
+        if reset is not None:  # what stands for a convolution may not know it
+            options["reset"] = reset
+        z = self.conv1(x, initial_state=history1, **options)
         residual = x if self.downsample is None else self.downsample(x)
         if skip or self.activation != "relu":
-            added = self.conv2(z, dropout=dropout, initial_state=history2)
+            added = self.conv2(z, initial_state=history2, **options)
             return z, activate(residual + added, self.activation), added
         y = self.conv2(
             z,
-            dropout=dropout,
             residual=residual,
             output_activation="relu",
             initial_state=history2,
+            **options,
         )
         return z, y, None
 
     def _with_history(self) -> Sequence[CausalConv1d]:
         return self.conv1, self.conv2
 
-    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """x (B, C, T): y (B, O, T) and the state after it."""
-        check_chunk(self, x, state, "history of conv1", "history of conv2")
-        y, _, state = self._extend(x, state, False)
+    def extend(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """x (B, C, T): y (B, O, T) and the state after it; ``reset`` as in ``forward``."""
+        check_chunk(self, x, state, "history of conv1", "history of conv2", reset=reset)
+        y, _, state = self._extend(x, state, reset, False)
         return y, state
 
-    def _extend(self, x: Tensor, state: State, skip: bool) -> tuple[Tensor, Tensor | None, State]:
-        z, y, added = self._run(x, state[0], state[1], skip)
-        return y, added, (last_steps(state[0], x), last_steps(state[1], z))
+    def _extend(self, x: Tensor, state: State, reset: Tensor | None, skip: bool) -> tuple[Tensor, Tensor | None, State]:
+        z, y, added = self._run(x, state[0], state[1], reset, skip)
+        return y, added, (last_steps(state[0], x, reset), last_steps(state[1], z, reset))
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, C): y_t (B, O) and the state after it."""
@@ -326,13 +337,16 @@ class TCN(Checkpoints, ConvStream):
     def _with_history(self) -> Sequence[CausalConv1d]:
         return [conv for block in self._blocks for conv in block._with_history()]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, num_inputs, T): y (B, num_channels[-1], T)."""
-        if not isinstance(x, Tensor):
-            return self._instead("x", x)
-        return self._run(x, None)[0]
+    def forward(self, x: Tensor, *, reset: Tensor | None = None) -> Tensor:
+        """x (B, num_inputs, T): y (B, num_channels[-1], T).
 
-    def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, tuple[Any, ...]]:
+        ``reset`` (B, T) bool: an episode begins where it is true, and sees no step before.
+        """
+        if not isinstance(x, Tensor):
+            return self._instead("x", x, reset=reset)
+        return self._run(x, None, reset)[0]
+
+    def _run(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
         """y, and the state after it where there is one."""
         last_axes = self.input_shape == "NLC"
         x = x.transpose(-1, -2) if last_axes else x
@@ -341,12 +355,12 @@ class TCN(Checkpoints, ConvStream):
         for i, block in enumerate(self._blocks):
             skip = self.use_skip_connections and i + 1 < len(self.num_channels)
             if state is not None:
-                x, added, block_state = block._extend(x, state[i], skip)
+                x, added, block_state = block._extend(x, state[i], reset, skip)
                 states.append(block_state)
             elif skip:
-                _, x, added = block._run(x, None, None, True)
+                _, x, added = block._run(x, None, None, reset, True)
             else:
-                x, added = block(x), None
+                x, added = (block(x) if reset is None else block(x, reset=reset)), None
             if skip:
                 down: Any = self.downsample_skip_connection[i]
                 added = added if down is None else down(added)
@@ -368,15 +382,17 @@ class TCN(Checkpoints, ConvStream):
         """A tuple of the blocks' states, all zeros."""
         return tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self._blocks)
 
-    def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """x (B, num_inputs, T): y (B, num_channels[-1], T) and the state after it."""
+    def extend(self, x: Tensor, state: State, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """x (B, num_inputs, T): y (B, num_channels[-1], T) and the state after it; ``reset`` as in ``forward``."""
         _arguments.tensor("TCN", "x", x)
         if not isinstance(state, (tuple, list)) or len(state) != len(self.num_channels):
             raise TypeError(f"TCN: expected state to be a tuple of {len(self.num_channels)} levels' states")
         layout = "(B, T, C)" if self.input_shape == "NLC" else "(B, C, T)"
         for block, block_state in zip(self._blocks, state, strict=True):
             check_chunk(block, x, block_state, "history of conv1", "history of conv2", layout=layout)
-        return self._run(x, state)
+        if reset is not None:
+            _arguments.reset("TCN", reset, (x.shape[0], x.shape[1 if layout == "(B, T, C)" else 2]), x.device)
+        return self._run(x, state, reset)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """x_t (B, num_inputs): y_t (B, num_channels[-1]) and the state after it."""

@@ -78,12 +78,20 @@ class CausalConvTranspose1d(Convolution):
         """How many time steps of x before the present an output sees: (K-1)·dilation // stride."""
         return (self.kernel_size - 1) * self.dilation // self.stride
 
-    def forward(self, x: Tensor, *, initial_state: Tensor | None = None, return_final_state: bool = False) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
+        reset: Tensor | None = None,
+    ) -> Any:
         """x (B, C, T) or (C, T); the keyword arguments are :func:`~seqaccel.functional.causal_conv_transpose1d`'s."""
         if not isinstance(x, Tensor):
-            return self._instead("x", x, initial_state=initial_state, return_final_state=return_final_state)
+            options: dict[str, Any] = {"initial_state": initial_state, "return_final_state": return_final_state}
+            return self._instead("x", x, **options, reset=reset)
         if x.dim() == 2:
-            tensors = {"x": x, "initial_state": initial_state}
+            tensors = {"x": x, "initial_state": initial_state, "reset": reset}
             return self._unbatched(tensors, return_final_state=return_final_state)
         return causal_conv_transpose1d(
             x,
@@ -95,6 +103,7 @@ class CausalConvTranspose1d(Convolution):
             activation=self.activation,
             initial_state=initial_state,
             return_final_state=return_final_state,
+            reset=reset,
         )
 
     def extend(self, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -188,15 +188,23 @@ class WaveNetLayer(ConvStream):
                 module.reset_parameters()
 
     def forward(
-        self, x: Tensor, *, condition: Tensor | None = None, global_condition: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None = None,
+        global_condition: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, residual_channels, T): x' and s."""
+        """x (B, residual_channels, T): x' and s.
+
+        ``reset`` (B, T) bool: an episode begins where it is true, and sees no step before.
+        """
         if not isinstance(x, Tensor):
-            return self._instead("x", x, condition=condition, global_condition=global_condition)
+            return self._instead("x", x, condition=condition, global_condition=global_condition, reset=reset)
         if x.dim() != 3:
             raise ValueError(f"WaveNetLayer: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
         check_conditions(self, x, condition, global_condition)
-        y, skip = self._run(x, None, None, condition, global_condition)
+        y, skip = self._run(x, None, None, condition, global_condition, reset)
         assert y is not None
         return y, skip
 
@@ -207,6 +215,7 @@ class WaveNetLayer(ConvStream):
         history: Tensor | None,
         condition: Tensor | None,
         global_condition: Tensor | None,
+        reset: Tensor | None,
         residual: bool = True,
     ) -> tuple[Tensor | None, Tensor]:
         """x' (None without ``residual``), and ``skip`` + s."""
@@ -214,7 +223,7 @@ class WaveNetLayer(ConvStream):
         local = None if self.condition is None else self.condition(condition)
         constant = None if self.global_condition is None else self.global_condition(global_condition)
         if not is_plain(conv, "gated") or not is_plain(output, None):
-            return self._separately(x, skip, history, local, constant, residual)
+            return self._separately(x, skip, history, local, constant, reset, residual)
         return wavenet_layer(
             x,
             conv.weight,
@@ -227,6 +236,7 @@ class WaveNetLayer(ConvStream):
             global_condition=constant,
             residual=residual,
             initial_state=history,
+            reset=reset,
         )
 
     def _separately(
@@ -236,14 +246,16 @@ class WaveNetLayer(ConvStream):
         history: Tensor | None,
         local: Tensor | None,
         constant: Tensor | None,
+        reset: Tensor | None,
         residual: bool,
     ) -> tuple[Tensor | None, Tensor]:
         """The same by calls of the convolutions. Conditions are added before the gate, which is inside of ``conv``."""
         conv = self.conv
+        options: dict[str, Any] = {"initial_state": history} | ({} if reset is None else {"reset": reset})
         if local is None and constant is None:
-            z = conv(x, initial_state=history)
+            z = conv(x, **options)
         else:
-            v = causal_conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, initial_state=history)
+            v = causal_conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, **options)
             v = v if local is None else v + local
             v = v if constant is None else v + constant.unsqueeze(-1)
             z = activate(v, conv.activation)
@@ -254,15 +266,21 @@ class WaveNetLayer(ConvStream):
         return (self.conv,)
 
     def extend(  # type: ignore[override]
-        self, x: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State,
+        *,
+        condition: Tensor | None = None,
+        global_condition: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor], State]:
-        """x (B, residual_channels, T): (x', s) and the state after it."""
-        check_chunk(self, x, state, "history")
+        """x (B, residual_channels, T): (x', s) and the state after it; ``reset`` as in ``forward``."""
+        check_chunk(self, x, state, "history", reset=reset)
         check_conditions(self, x, condition, global_condition)
         (history,) = state
-        y, skip = self._run(x, None, history, condition, global_condition)
+        y, skip = self._run(x, None, history, condition, global_condition, reset)
         assert y is not None
-        return (y, skip), (last_steps(history, x),)
+        return (y, skip), (last_steps(history, x, reset),)
 
     def step(  # type: ignore[override]
         self, x_t: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None
@@ -438,22 +456,41 @@ class WaveNet(ConvStream):
     def _layers(self) -> list[WaveNetLayer]:
         return cast(list[WaveNetLayer], list(self.layers))
 
-    def forward(self, x: Tensor, *, condition: Tensor | None = None, global_condition: Tensor | None = None) -> Tensor:
-        """x (B, in_channels, T), or (B, T) int64 with ``embedding``: y (B, out_channels, T)."""
-        if not isinstance(x, Tensor):
-            return self._instead("x", x, condition=condition, global_condition=global_condition)
-        self._check(x, condition, global_condition)
-        return self._run(x, None, condition, global_condition)[0]
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        condition: Tensor | None = None,
+        global_condition: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, in_channels, T), or (B, T) int64 with ``embedding``: y (B, out_channels, T).
 
-    def _check(self, x: Tensor, condition: Tensor | None, global_condition: Tensor | None) -> None:
+        ``reset`` (B, T) bool: an episode begins where it is true, and sees no step before.
+        """
+        if not isinstance(x, Tensor):
+            return self._instead("x", x, condition=condition, global_condition=global_condition, reset=reset)
+        self._check(x, condition, global_condition, reset)
+        return self._run(x, None, condition, global_condition, reset)[0]
+
+    def _check(
+        self, x: Tensor, condition: Tensor | None, global_condition: Tensor | None, reset: Tensor | None
+    ) -> None:
         dims, shape = (2, "2D (B, T)") if self.embedding else (3, "3D (B, C, T)")
         _arguments.tensor("WaveNet", "x", x)
         if x.dim() != dims:
             raise ValueError(f"WaveNet: expected x to be {shape}, but got a tensor of size {list(x.shape)}")
         check_conditions(self, x, condition, global_condition)
+        if reset is not None:
+            _arguments.reset("WaveNet", reset, (x.shape[0], x.shape[-1]), x.device)
 
     def _run(
-        self, x: Tensor, state: State | None, condition: Tensor | None, global_condition: Tensor | None
+        self,
+        x: Tensor,
+        state: State | None,
+        condition: Tensor | None,
+        global_condition: Tensor | None,
+        reset: Tensor | None,
     ) -> tuple[Tensor, State]:
         """The output, and where a state is given the one after it."""
         histories: list[Any] = [None] * (len(self.layers) + 1)
@@ -462,16 +499,17 @@ class WaveNet(ConvStream):
         after = []
         if isinstance(self.input, CausalConv1d):
             if histories[0] is not None:
-                after.append(last_steps(histories[0], x))
-            x = self.input(x, initial_state=histories[0])
+                after.append(last_steps(histories[0], x, reset))
+            context_options = {} if reset is None or not self.input.context else {"reset": reset}
+            x = self.input(x, initial_state=histories[0], **context_options)
         else:
             x = self.input(x).transpose(1, 2)
         skip = None
         for layer, history in zip(self._layers, histories[1:], strict=True):
             if state is not None:
-                after.append(last_steps(history, x))
+                after.append(last_steps(history, x, reset))
             more = layer is not self.layers[-1]
-            y, skip = layer._run(x, skip, history, condition, global_condition, residual=more)
+            y, skip = layer._run(x, skip, history, condition, global_condition, reset, residual=more)
             x = x if y is None else y
         assert skip is not None
         return self.head(torch.relu(skip)), tuple(after)
@@ -481,12 +519,19 @@ class WaveNet(ConvStream):
         return [*first, *(layer.conv for layer in self._layers)]
 
     def extend(
-        self, x: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State,
+        *,
+        condition: Tensor | None = None,
+        global_condition: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """x (B, in_channels, T), or (B, T) int64 with ``embedding``: y (B, out_channels, T) and the state after it."""
-        self._check(x, condition, global_condition)
+        """x (B, in_channels, T), or (B, T) int64 with ``embedding``: y (B, out_channels, T) and the state after it;
+        ``reset`` as in ``forward``."""
+        self._check(x, condition, global_condition, reset)
         _arguments.states("WaveNet", "state", state, ("history",) * len(self._with_history()))
-        return self._run(x, state, condition, global_condition)
+        return self._run(x, state, condition, global_condition, reset)
 
     def step(
         self, x_t: Tensor, state: State, *, condition: Tensor | None = None, global_condition: Tensor | None = None

@@ -150,9 +150,10 @@ class Columns(Leaf, Streaming, nn.Module):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
-        for name, mask in (("mask_pad", mask_pad), ("reset", reset)):
-            if mask is not None:
-                _arguments.mask(title, name, mask, tuple(input.shape[:-1]))
+        if mask_pad is not None:
+            _arguments.mask(title, "mask_pad", mask_pad, tuple(input.shape[:-1]))
+        if reset is not None:
+            _arguments.reset(title, reset, tuple(input.shape[:-1]), input.device)
         if hx is None:
             return
         expected: tuple[int, ...] = (layers, self.hidden_size)
@@ -181,8 +182,9 @@ class Columns(Leaf, Streaming, nn.Module):
                 ``batch_first``, and without B for one sequence. Default: zero.
             mask_pad: bool, laid out as the input without its features, true at padding, where the state is carried over
                 and the output is 0. Default: no padding.
-            reset: bool, laid out as ``mask_pad``, true where a sequence begins: the state before that step is ``hx``.
-                Default: only the first step does.
+            reset: bool, laid out as ``mask_pad``, true where an episode begins: the state before its first step
+                (against time: after its last) is zero, and so ``hx`` is not read where one begins at the first step.
+                Default: none.
             cu_seqlens: (N + 1,) int64, ascending from 0 to T: the one sequence of the input is N sequences, one after
                 the other, and ``hx`` has N in the place of B. Default: none.
 

@@ -11,7 +11,9 @@ def padded(
     """(T, B, I) and its mask_pad (T, B). What else says where sequences lie is refused."""
     for name, given in (("mask_pad", mask_pad), ("reset", reset), ("cu_seqlens", cu_seqlens)):
         if given is not None:
-            raise ValueError(f"{title}: expected no {name} with a PackedSequence")
+            raise ValueError(
+                f"{title}: expected no {name} with a PackedSequence; give a padded batch, with mask_pad and reset"
+            )
     x, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
     mask = torch.arange(x.shape[0]).unsqueeze(1) >= lengths
     return x, mask.to(x.device)

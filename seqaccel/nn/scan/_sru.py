@@ -20,15 +20,14 @@ __all__ = ["SRU", "SRUCell"]
 
 def check_masks(title: str, input: Tensor, mask_pad: Tensor | None, reset: Tensor | None) -> None:
     """(T, B) for an input (T, B, I); padding may be marked by integers."""
-    for name, mask in (("mask_pad", mask_pad), ("reset", reset)):
-        if mask is None:
-            continue
-        if tuple(mask.shape) != tuple(input.shape[:2]):
-            raise ValueError(
-                f"{title}: expected {name} to have shape {tuple(input.shape[:2])}, but got {tuple(mask.shape)}"
-            )
-        if mask.is_floating_point():
-            raise TypeError(f"{title}: expected {name} to be bool or integers, but got {mask.dtype}")
+    shape = tuple(input.shape[:2])
+    if mask_pad is not None:
+        if tuple(mask_pad.shape) != shape:
+            raise ValueError(f"{title}: expected mask_pad to have shape {shape}, but got {tuple(mask_pad.shape)}")
+        if mask_pad.is_floating_point():
+            raise TypeError(f"{title}: expected mask_pad to be bool or integers, but got {mask_pad.dtype}")
+    if reset is not None:
+        _arguments.reset(title, reset, shape, input.device)
 
 
 def by_direction(states: Tensor, directions: int) -> Tensor:
@@ -206,8 +205,8 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
             input: (T, B, input_size), (B, input_size) for one step, or a ``PackedSequence``.
             c0: (B, output_size). Default: zero.
             mask_pad: (T, B), nonzero at padding. Default: no padding.
-            reset: (T, B), nonzero where a sequence begins: the state before that step is ``c0``. Default: only the
-                first step does.
+            reset: (T, B) bool, true where an episode begins: the state before its first step (against time: after its
+                last) is zero, and so ``c0`` is not read where one begins at the first step. Default: none.
 
         Returns:
             The output (T, B, output_size), packed if the input was; and the last state (B, output_size), or
@@ -256,7 +255,7 @@ class SRUCell(Leaf, Checkpoints, nn.Module):
             "scale_x": self.scale_x if self.rescale and skip is not None else None,
             "directions": 2 if self.bidirectional else 1,
             "use_tanh": self.use_tanh,
-            "reset": None if reset is None else reset.to(torch.bool),
+            "reset": reset,
         }
         h, c_n = self._layer(x, skip, c0, options, **attention)
         half = self.amp_recurrence_fp16 and torch.is_autocast_enabled(x.device.type)
@@ -472,8 +471,8 @@ class SRU(Leaf, Streaming, nn.Module):
             c0: (num_layers, B, output_size), output_size = directions * hidden_size. Default: zero.
             mask_pad: (T, B), nonzero at padding, where the state is carried over and the output is 0.
                 Default: no padding.
-            reset: (T, B), nonzero where a sequence begins: the state before that step is ``c0``. Default: only the
-                first step does.
+            reset: (T, B) bool, true where an episode begins: the state before its first step (against time: after its
+                last) is zero, and so ``c0`` is not read where one begins at the first step. Default: none.
 
         Returns:
             The output (T, B, output_size), packed if the input was; and the last state (num_layers, B, output_size), or

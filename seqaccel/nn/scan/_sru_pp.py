@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, *, mask_pad: Tensor | None, attn_mask: Tensor | None, memory: Tensor | None,
-        memory_mask_pad: Tensor | None,
+        memory_mask_pad: Tensor | None, episodes: Tensor | None,
     ) -> Tensor:  # fmt: skip
         z = self.linear1(x if memory is None else torch.cat([memory, x]))
         kept = z.shape[0] - x.shape[0]
@@ -88,7 +88,9 @@ class Attention(nn.Module):
                 for pad, length in ((memory_mask_pad, kept), (mask_pad, x.shape[0]))
             ]
             seen = ~torch.cat(pads).t()[:, None, None]  # (B, 1, 1, S)
-            mask = seen if mask is None else torch.where(seen, mask, torch.full_like(mask, -torch.inf))
+            episodes = seen if episodes is None else episodes & seen
+        if episodes is not None:
+            mask = episodes if mask is None else torch.where(episodes, mask, torch.full_like(mask, -torch.inf))
         key, value = self.linear2(z).chunk(2, -1)
         operands = (heads(query), heads(key), heads(value), mask, self.attn_dropout if self.training else 0.0)
         if _common.is_distributed(x):  # torch has no rule for the gradient of a CPU's fused attention
@@ -113,9 +115,16 @@ class _Cell(SRUCell):
         return functional.sru(u, skip, self.weight_c, self.bias, c0, **options)
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, **attention: Any
+        self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, reset: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
-        return self._run(input, c0, mask_pad, None, **attention)
+        return self._run(input, c0, mask_pad, reset, **attention)
+
+
+def _same_episode(reset: Tensor, kept: int) -> Tensor:
+    """What each step of reset (T, B) may attend to: (B, 1, T, kept + T), of ``kept`` steps of the memory first."""
+    of_query = reset.t().long().cumsum(1)  # 0: the episode of the memory
+    of_key = torch.nn.functional.pad(of_query, (kept, 0))
+    return (of_query[:, :, None] == of_key[:, None, :]).unsqueeze(1)
 
 
 class SRUpp(Leaf, Streaming, nn.Module):
@@ -152,10 +161,10 @@ class SRUpp(Leaf, Streaming, nn.Module):
         weight_c_init: recurrent weights start uniform in [-weight_c_init, weight_c_init]. Default: 1.
         device, dtype: of the parameters.
 
-    Refused: ``reset`` and ``cu_seqlens`` (attention would have to end at them; give every sequence a row of its own),
-    and streams of a bidirectional module. The streaming state is ``(c, mask_pad, memory)``: c (B, num_layers,
-    hidden_size), mask_pad (B, M) true where a stream has no step, and a tuple of each layer's inputs (B, M, ·). It
-    grows with the M steps seen, unless ``init_state`` is given a ``memory_length``.
+    Refused: ``cu_seqlens`` (give every sequence a row of its own), and streams of a bidirectional module. The streaming
+    state is ``(c, mask_pad, memory)``: c (B, num_layers, hidden_size), mask_pad (B, M) true where a stream has no step,
+    and a tuple of each layer's inputs (B, M, ·). It grows with the M steps seen, unless ``init_state`` is given a
+    ``memory_length``.
 
     Source: Lei, *When attention meets fast recurrence*, 2021.
 
@@ -281,6 +290,8 @@ class SRUpp(Leaf, Streaming, nn.Module):
         attn_mask: Tensor | None = None,
         memory: list[Tensor | None] | None = None,
         memory_mask_pad: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor, dict[str, list[Tensor]]]:
         """Runs all layers.
 
@@ -292,6 +303,9 @@ class SRUpp(Leaf, Streaming, nn.Module):
             attn_mask: (T, M + T), added to the logits of attention. Default: zero.
             memory: for each layer further inputs (M, B, ·) that it attends to, or None. Default: none.
             memory_mask_pad: (M, B), nonzero where nothing attends. Default: all of the memory is attended to.
+            reset: (T, B) bool, true where an episode begins: its steps attend to its own only, and the state before its
+                first step (against time: after its last) is zero. The memory and ``c0`` belong to an episode that does
+                not begin. Default: none.
 
         Returns:
             The output (T, B, output_size), packed if the input was; the last state (num_layers, B, output_size), or
@@ -302,18 +316,18 @@ class SRUpp(Leaf, Streaming, nn.Module):
             TypeError, ValueError: an argument's type or shape does not fit.
         """
         if isinstance(input, PackedSequence):
-            x, mask_pad = padded("SRUpp", input, mask_pad, None)
+            x, mask_pad = padded("SRUpp", input, mask_pad, reset)
             if memory is not None or attn_mask is not None or c0 is not None:
                 raise ValueError("SRUpp: expected no c0, attn_mask and memory with a PackedSequence")
-            output, c_n, inputs = self._run(x, None, mask_pad, None, None, None)
+            output, c_n, inputs = self._run(x, None, mask_pad, None, None, None, None)
             c_n = c_n if input.unsorted_indices is None else c_n[:, input.unsorted_indices]
             return repacked(output, input), self._laid_out(c_n), {"saved_inputs": inputs}
         if not isinstance(input, Tensor):
             return self._instead(
                 "input", input, c0=c0, mask_pad=mask_pad, attn_mask=attn_mask, memory=memory,
-                memory_mask_pad=memory_mask_pad,
+                memory_mask_pad=memory_mask_pad, reset=reset,
             )  # fmt: skip
-        output, c_n, inputs = self._run(input, c0, mask_pad, attn_mask, memory, memory_mask_pad)
+        output, c_n, inputs = self._run(input, c0, mask_pad, attn_mask, memory, memory_mask_pad, reset)
         return output, self._laid_out(c_n), {"saved_inputs": inputs}
 
     def _laid_out(self, c_n: Tensor) -> Tensor:
@@ -321,11 +335,11 @@ class SRUpp(Leaf, Streaming, nn.Module):
 
     def _run(
         self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, attn_mask: Tensor | None, memory: Any,
-        memory_mask_pad: Tensor | None,
+        memory_mask_pad: Tensor | None, reset: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """The output, the last state (num_layers, B, output_size) and the layers' inputs."""
         _arguments.optional_tensors(
-            "SRUpp", c0=c0, mask_pad=mask_pad, attn_mask=attn_mask, memory_mask_pad=memory_mask_pad
+            "SRUpp", c0=c0, mask_pad=mask_pad, attn_mask=attn_mask, memory_mask_pad=memory_mask_pad, reset=reset
         )
         if input.dim() != 3:
             raise ValueError(f"SRUpp: expected input to be 3-D (T, B, input_size), but got {input.dim()}-D")
@@ -336,7 +350,7 @@ class SRUpp(Leaf, Streaming, nn.Module):
         steps, batch, _ = input.shape
         if c0 is not None and tuple(c0.shape) != (self.num_layers, batch, self.output_size):
             raise ValueError(f"Expected hidden size {(self.num_layers, batch, self.output_size)}, got {list(c0.shape)}")
-        check_masks("SRUpp", input, mask_pad, None)
+        check_masks("SRUpp", input, mask_pad, reset)
         kept = 0
         if memory is not None:
             kept = self._check_memory(memory, batch)
@@ -353,6 +367,7 @@ class SRUpp(Leaf, Streaming, nn.Module):
         if memory_mask_pad is not None:
             memory_mask_pad = memory_mask_pad.to(torch.bool)
         x = input if self.input_to_hidden is None else self.input_to_hidden(input)
+        episodes = None if reset is None else _same_episode(reset, kept)
         states, inputs = [], []
         for i, layer in enumerate(self.rnn_lst):
             inputs.append(x)
@@ -360,9 +375,11 @@ class SRUpp(Leaf, Streaming, nn.Module):
                 x,
                 None if c0 is None else c0[i],
                 mask_pad,
+                reset,
                 attn_mask=attn_mask,
                 memory=None if memory is None else memory[i],
                 memory_mask_pad=memory_mask_pad,
+                episodes=episodes,
             )
             states.append(c)
         return x, torch.stack(states), inputs
@@ -439,7 +456,7 @@ class SRUpp(Leaf, Streaming, nn.Module):
         hidden = (ahead > kept) | (ahead < 0) if bounded else ahead > kept
         mask = torch.zeros(steps, kept + steps, dtype=x.dtype, device=x.device).masked_fill(hidden, -torch.inf)
         memories = [part.transpose(0, 1) for part in memory]
-        output, c_n, inputs = self._run(x, c.transpose(0, 1), None, mask, memories, pad.t())
+        output, c_n, inputs = self._run(x, c.transpose(0, 1), None, mask, memories, pad.t(), None)
         pads = torch.cat([pad, pad.new_zeros(pad.shape[0], steps)], 1)
         grown = [torch.cat([old, new.transpose(0, 1)], 1) for old, new in zip(memory, inputs, strict=True)]
         if bounded:
