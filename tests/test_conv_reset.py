@@ -254,7 +254,6 @@ def test_chunks_with_resets(name):
     make, inputs, time = MODULES[name]
     model = make().eval()
     before, x, after = inputs(4), inputs(T), inputs(3)
-    time %= x.dim()
     first = lambda found: found[0] if isinstance(found, tuple) else found  # noqa: E731
     for mask in masks():
         _, state = model.extend(before, model.init_state(B))

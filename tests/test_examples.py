@@ -242,3 +242,18 @@ def test_a_resumed_synthetic_run_is_the_whole_run(monkeypatch):
     resumed.load_state_dict(saved)
     resumed.advance(0, valid)
     assert resumed.curve == whole.curve and resumed.step == 4
+
+
+@pytest.mark.parametrize("model", ["mingru", "lstm"])
+def test_recurrent_policy(tmp_path, model):
+    script = DEMO.with_name("recurrent_policy.py")
+    small = ["--updates=2", "--environments=4", "--steps=8", "--hidden-size=8", "--unseen=4", "--out=out"]
+    command = [sys.executable, str(script), f"--model={model}", *small]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "of 4 unseen mazes are solved" in done.stdout
+    record = json.loads((tmp_path / "out" / f"{model}.json").read_text())
+    assert len(record["curve"]) == 2 and 0 <= record["share"] <= 1
+    assert (tmp_path / "out" / f"{model}.png").stat().st_size > 1000
+    refused = subprocess.run([*command, "--longest=3"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "--longest" in refused.stderr
