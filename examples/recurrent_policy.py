@@ -1,7 +1,7 @@
 """Trains a policy with a memory by PPO, on rollouts that hold several episodes.
 
     python examples/recurrent_policy.py                  # a minGRU
-    python examples/recurrent_policy.py --model lstm
+    python examples/recurrent_policy.py --model sru
 
 The task is a T-maze (Bakker 2001). At the first step the agent sees a sign that points left or right. It walks through
 a corridor, whose length differs from episode to episode. At the junction it must turn to the side of the sign, which it
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import seqaccel.nn as snn
 
-MODELS = {"mingru": snn.MinGRU, "lstm": snn.LSTM}
+MODELS = {"mingru": snn.MinGRU, "minlstm": snn.MinLSTM, "sru": snn.SRU}
 
 
 class TMaze:
