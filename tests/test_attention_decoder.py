@@ -100,6 +100,35 @@ def test_cpp_forward_and_gradients(isa, poison, case, dtype):
             assert_close(a, b, "attention", dtype, backward=True, what=f"gradient of {name}")
 
 
+@pytest.mark.parametrize("size", [15.0, 200.0])
+@pytest.mark.parametrize("name", ["key", "query_bias"])
+def test_queries_and_keys_of_any_size(isa, poison, name, size):
+    """Up to a size tanh comes from exponentials; those of larger arguments would overflow."""
+    tensors, options = problem(CASES[4])
+    large = tensors[name].clone()
+    large[1], large[2] = size, -size
+    tensors = tensors | {name: large}
+    with seqaccel.backend("reference"):
+        expected, expected_grads = with_grads(tensors, options, torch.float64)
+    with seqaccel.backend("cpp"):
+        found, grads = with_grads(tensors, options, torch.float32)
+    for what, a, b in zip((*NAMES, *tensors), (*found, *grads), (*expected, *expected_grads), strict=True):
+        assert_close(a, b, "attention", torch.float32, backward=what not in NAMES, what=what)
+
+
+@pytest.mark.parametrize("fill", [1e4, math.inf, math.nan])
+def test_a_masked_key_has_no_say(fill):
+    tensors, _ = problem(CASES[4])
+    mask = torch.ones(tensors["key"].shape[:2], dtype=torch.bool)
+    mask[:, 3], mask[:, 7:] = False, False
+    options = {"mask": mask, "lengths": None}
+    filled = tensors | {"key": tensors["key"].masked_fill(~mask.unsqueeze(2), fill)}
+    with seqaccel.backend("cpp"):
+        for found, expected in zip(*(with_grads(t, options, torch.float32) for t in (filled, tensors)), strict=True):
+            for a, b in zip(found, expected, strict=True):
+                assert_close(a, b, "attention", torch.float32, backward=True)
+
+
 @pytest.mark.parametrize("additive", [True, False])
 def test_gradcheck(additive):
     tensors, options = problem(((2, 2, 3, 2, 3, 3, 2), additive, additive, True, True))

@@ -5,15 +5,19 @@
 //   dgates = LSTM's, dcontext = W_c^T dgates, dp_j = dcontext . value_j, ds = p (dp - sum_j p_j dp_j)
 //   dq_h = w_h sum_j ds_j (1 - tanh^2(q_h + key_jh)), or of dot products sum_j ds_j key_jh
 //   dh' = W_hh^T dgates + W_q^T dq
+// where tanh comes from exponentials, unless a query or a key is too large (exponentials.h).
 // The gradients of keys, values and weights are products over all steps, which the caller calculates from what each
 // step leaves. For the keys of additive attention this takes every tanh a third time. To add to their gradients in each
 // step would read and write B * S * A values in each.
+//
+// A step reads the keys and values of the whole batch, which no L2 holds. So they are read row by row, and the next
+// rows are prefetched.
 //
 // Threads share the batch, and never wait for each other. Weights are packed once per call (rnn/blocks.h). Keys that
 // the mask hides at the end of a source cost nothing.
 #include "common/product_cells.h"
 #include "cpu/attention/additive/scores.h"
-#include "cpu/attention/decoder/decoder.h"
+#include "cpu/attention/decoder/exponentials.h"
 #include "cpu/base/tile.h"
 #include "cpu/rnn/blocks.h"
 
@@ -25,8 +29,7 @@ using rnn::UnitProduct;
 using Cell = LstmCell;
 
 constexpr int kGates = Cell::kGates;
-constexpr int kSumVectors = 8;            // vectors of a row that are summed at a time: as many independent sums
-constexpr int kTanhVectors = 4;           // likewise for sums over tanh
+constexpr int kTanhVectors = 4;           // sums over tanh at a time, which do not wait for each other
 constexpr double kSerialWork = 262144.0;  // products and tanh of a call that are not worth a second thread
 
 // Rows of the state are whole blocks of units, and one vector more, so that a row's size is never a multiple of a page.
@@ -40,22 +43,31 @@ SEQACCEL_INLINE void set_zero(T* at, ptrdiff_t count) {
   if (count > 0) memset(at, 0, size_t(count) * sizeof(T));
 }
 
+// out [width] += sum over K rows of weights[j] rows[j * width ...]
+template <typename T, int K>
+SEQACCEL_INLINE void add_rows(const T* weights, const T* rows, ptrdiff_t width, T* out) {
+  constexpr int L = Lanes<T>;
+  const auto add = [&](ptrdiff_t k, int lanes) __attribute__((always_inline)) {
+    Vec<T> sum = load_some(out + k, lanes);
+#pragma GCC unroll 4
+    for (int n = 0; n < K; ++n) {
+      __builtin_prefetch(rows + (n + K) * width + k);
+      sum += load_some(rows + n * width + k, lanes) * weights[n];
+    }
+    store_some(out + k, sum, lanes);
+  };
+  ptrdiff_t k = 0;
+  for (; k + L <= width; k += L) add(k, L);
+  if (k < width) add(k, int(width - k));
+}
+
 // out [width] = sum_j weights[j] rows[j * width ...]
 template <typename T>
 void weighted_sum(const T* weights, ptrdiff_t count, const T* rows, ptrdiff_t width, T* out) {
-  constexpr int L = Lanes<T>;
-  ptrdiff_t k = 0;
-  for (; k + kSumVectors * L <= width; k += kSumVectors * L) {
-    Vec<T> sum[1][kSumVectors] = {};
-    add_products<T, 1, kSumVectors>(sum, weights, 0, 1, rows + k, width, count);
-    for (int v = 0; v < kSumVectors; ++v) store(out + k + v * L, sum[0][v]);
-  }
-  for (; k < width; k += L) {
-    const int lanes = int(min_of(L, width - k));
-    Vec<T> sum = {};
-    for (ptrdiff_t j = 0; j < count; ++j) sum += load_some(rows + j * width + k, lanes) * weights[j];
-    store_some(out + k, sum, lanes);
-  }
+  set_zero(out, width);
+  ptrdiff_t j = 0;
+  for (; j + 4 <= count; j += 4) add_rows<T, 4>(weights + j, rows + j * width, width, out);
+  for (; j < count; ++j) add_rows<T, 1>(weights + j, rows + j * width, width, out);
 }
 
 // out[j] = x . rows[j * width ...]
@@ -77,30 +89,46 @@ void products_with_rows(const T* x, const T* rows, ptrdiff_t count, ptrdiff_t wi
 
 // The weights of a query, and 0 for keys that it does not attend to. The first `count` keys hold all that it may.
 template <typename T>
-void attend(const Decoder<T>& p, ptrdiff_t b, const T* query, ptrdiff_t count, T* weights) {
+void attend(const Decoder<T>& p, ptrdiff_t b, const T* query, const typename Exponentials<T>::Row& exponentials,
+            ptrdiff_t count, T* weights) {
   const T* const key = p.key + b * p.S * p.A;
   const bool* const mask = p.mask == nullptr ? nullptr : p.mask + b * p.S;
   set_zero(weights + count, p.S - count);
   if (count == 0) return;
-  if (p.score_weight != nullptr) {
+  if (exponentials.key != nullptr) {
+    const auto tile = [&](ptrdiff_t j, auto keys) {
+      bool any = mask == nullptr;
+      for (int n = 0; n < keys() && !any; ++n) any = mask[j + n];
+      const T* const key_at = exponentials.key + j * p.A;
+      if (any) exponential_logits<T, keys()>(exponentials.query, key_at, p.score_weight, p.A, weights + j);
+    };
+    ptrdiff_t j = 0;
+    for (; j + 4 <= count; j += 4) tile(j, std::integral_constant<int, 4>());
+    for (; j < count; ++j) tile(j, std::integral_constant<int, 1>());
+  } else if (p.score_weight != nullptr) {
     const additive::Additive<T> scores{1, 1, count, p.A, query, key, p.score_weight, mask, 1, weights};
     ptrdiff_t j = 0;
     for (; j + 4 <= count; j += 4) additive::score_tile<T, 1, 4>(scores, 0, 0, j);
     for (; j < count; ++j) additive::score_tile<T, 1, 1>(scores, 0, 0, j);
   } else {
     products_with_rows(query, key, count, p.A, weights);
-    for (ptrdiff_t j = 0; mask != nullptr && j < count; ++j) weights[j] = mask[j] ? weights[j] : T(-INFINITY);
   }
+  for (ptrdiff_t j = 0; mask != nullptr && j < count; ++j) weights[j] = mask[j] ? weights[j] : T(-INFINITY);
   additive::softmax_row(weights, count);
 }
 
 // dL/dq of a query from dL/dlogits.
 template <typename T>
-void attend_backward(const Decoder<T>& p, ptrdiff_t b, const T* query, const T* grad_logits, ptrdiff_t count,
+void attend_backward(const Decoder<T>& p, ptrdiff_t b, const T* query,
+                     const typename Exponentials<T>::Row& exponentials, const T* grad_logits, ptrdiff_t count,
                      T* grad_query) {
   constexpr int L = Lanes<T>;
   const T* const key = p.key + b * p.S * p.A;
   if (p.score_weight == nullptr) return weighted_sum(grad_logits, count, key, p.A, grad_query);
+  if (exponentials.key != nullptr) {
+    return exponential_backward(exponentials.query, exponentials.key, p.score_weight, grad_logits, count, p.A,
+                                grad_query);
+  }
   const auto block = [&](ptrdiff_t h, auto vectors, int lanes) __attribute__((always_inline)) {
     constexpr int V = vectors();
     Vec<T> q[V], sum[V] = {};
@@ -174,6 +202,7 @@ struct ForwardPlan {
   const ptrdiff_t query_blocks = p.query_weight ? Query::blocks(p.A) : 0, blocks = Gates::blocks(p.H);
   const ptrdiff_t h_row = row_of<T>(p.H), query_row = row_of<T>(p.A), context_row = row_of<T>(p.M);
   T *h[2], *c, *queries, *contexts;  // [B, ...]
+  Exponentials<T> exponentials;
   Workspace workspace;
 
   explicit ForwardPlan(const Forward<T>& pass) : p(pass) {
@@ -192,6 +221,7 @@ struct ForwardPlan {
     workspace.reserve(c, p.B * h_row);
     workspace.reserve(queries, p.B * query_row);
     workspace.reserve(contexts, p.B * context_row);
+    exponentials.reserve(p, workspace);
     if (!workspace.allocate()) return false;
     if (!direct) recurrent.panels = context.panels + Gates::panel_values(p.M);
     return true;
@@ -229,7 +259,7 @@ struct ForwardPlan {
       set_zero(weights, p.S);
       set_zero(out, p.M);
     } else {
-      attend(p, b, query_at, count, weights);
+      attend(p, b, query_at, exponentials.row(p, b, query_at), count, weights);
       weighted_sum(weights, count, p.value + b * p.S * p.M, p.M, out);
     }
     memcpy(contexts + b * context_row, out, size_t(p.M) * sizeof(T));
@@ -272,6 +302,7 @@ struct ForwardPlan {
     for (T* state : states) set_zero(state + b0 * h_row, (b1 - b0) * h_row);
     copy(h[0], p.h_0, h_row, p.H);
     copy(c, p.c_0, h_row, p.H);
+    for (ptrdiff_t b = b0; b < b1; ++b) exponentials.begin(p, b, visible_keys(p, b));
     alignas(64) T y[kChunk * Gates::V * L], z[kChunk * Gates::V * L];
     for (ptrdiff_t t = 0; t < p.steps; ++t) {
       const T* const h_prev = h[t & 1];
@@ -314,6 +345,7 @@ struct BackwardPlan {
   Product context, recurrent, query{};
   const ptrdiff_t h_row = row_of<T>(p.H), gates_row = row_of<T>(kGates * p.H), query_row = row_of<T>(p.A);
   T *grad_h, *grad_c, *grad_gates, *grad_queries, *grad_logits;  // [B, ...]
+  Exponentials<T> exponentials;
   Workspace workspace;
 
   explicit BackwardPlan(const Backward<T>& pass) : p(pass) {
@@ -333,6 +365,7 @@ struct BackwardPlan {
     workspace.reserve(grad_gates, p.B * gates_row);
     workspace.reserve(grad_queries, p.B * query_row);
     workspace.reserve(grad_logits, p.B * p.S);
+    exponentials.reserve(p, workspace);
     return workspace.allocate();
   }
 
@@ -388,7 +421,8 @@ struct BackwardPlan {
     }
     T* const logits = grad_logits + b * p.S;
     additive::softmax_row_backward(grad_weights, p.attention + step * p.S, logits, count);
-    attend_backward(p, b, p.query + step * p.A, logits, count, grad_query);
+    const T* const query_at = p.query + step * p.A;
+    attend_backward(p, b, query_at, exponentials.row(p, b, query_at), logits, count, grad_query);
     memcpy(kept, grad_query, size_t(p.A) * sizeof(T));
   }
 
@@ -418,6 +452,7 @@ struct BackwardPlan {
     };
     take(grad_h, p.grad_h_n);
     take(grad_c, p.grad_c_n);
+    for (ptrdiff_t b = b0; b < b1; ++b) exponentials.begin(p, b, visible_keys(p, b));
     for (ptrdiff_t t = p.steps - 1; t >= 0; --t) {
       for (ptrdiff_t b = b0; b < b1; ++b) update(t, b);
       for_product(
