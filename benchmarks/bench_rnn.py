@@ -346,3 +346,62 @@ def bench_echo_state(H, T, connectivity):
         torch.testing.assert_close(contender().float(), contenders["seqaccel[cpp]"](), rtol=0, atol=1e-4)
     values = module.weight_hh_l0.numel()
     return Case(contenders, flops=2.0 * T * values, bytes=8.0 * T * values, footprint=8.0 * values)
+
+
+def _trained(module, x, grad, backend: str | None = None):
+    """Forward and backward of a module whose output, or first output, gets this gradient."""
+    leaf, parameters = x.clone().requires_grad_(), [p for p in module.parameters() if p.requires_grad]
+
+    def run():
+        with seqaccel.backend(backend or "auto"):
+            output = module(leaf)
+            return torch.autograd.grad(
+                output if isinstance(output, torch.Tensor) else output[0], [leaf, *parameters], grad
+            )
+
+    return run
+
+
+@suite(
+    [dict(B=B, H=512, T=100, mode=mode) for B in (8, 16) for mode in ("inference", "training")],
+    ["seqaccel[cpp]", "seqaccel[reference]", "speechbrain", "speechbrain converted"],
+)
+def bench_ligru(B, H, T, mode):
+    """A bidirectional layer with batch norm, beside speechbrain's loop over steps, which the reference is too."""
+    ours = seqaccel.nn.LiGRU(H, H, batch_first=True, bidirectional=True)
+    x, grad = torch.randn(B, T, H), torch.randn(B, T, 2 * H)
+    modules = {"seqaccel[cpp]": (ours, "cpp"), "seqaccel[reference]": (ours, "reference")}
+    if importlib.util.find_spec("speechbrain"):
+        from speechbrain.nnet.RNN import LiGRU
+
+        for name in ("speechbrain", "speechbrain converted"):
+            modules[name] = (LiGRU(H, x.shape, bidirectional=True), None)
+        seqaccel.convert(modules["speechbrain converted"][0])
+    if mode == "training":
+        contenders = {name: _trained(module, x, grad, backend) for name, (module, backend) in modules.items()}
+    else:
+        contenders = {n: inference(m.eval(), x, backend=backend or "auto") for n, (m, backend) in modules.items()}
+    return Case(contenders, **cost(4, B, T, H, mode == "training"))
+
+
+@suite(
+    [dict(B=B, H=64, T=128, mode=mode) for B in (1, 16, 64) for mode in ("inference", "training")],
+    ["seqaccel[cpp]", "ncps"],
+)
+def bench_cfc(B, H, T, mode):
+    """ncps's default: a backbone of one layer with 128 units; beside its loop over steps."""
+    x, grad, units = torch.randn(B, T, 32), torch.randn(B, T, H), 128
+    ours = seqaccel.nn.CfC(32, H, batch_first=True)
+    modules = {"seqaccel[cpp]": (ours, "cpp")}
+    if importlib.util.find_spec("ncps"):
+        from ncps.torch import CfC
+
+        modules["ncps"] = (CfC(32, H), None)
+        ours.load_state_dict(modules["ncps"][0].state_dict())
+    if mode == "training":
+        contenders = {name: _trained(module, x, grad, backend) for name, (module, backend) in modules.items()}
+    else:
+        contenders = {n: inference(m.eval(), x, backend=backend or "auto") for n, (m, backend) in modules.items()}
+    weight = units * (32 + H) + 4 * H * units
+    passes = 3 if mode == "training" else 1
+    return Case(contenders, flops=passes * 2.0 * T * B * weight, bytes=4.0 * T * weight, footprint=4.0 * weight)

@@ -17,6 +17,7 @@ from seqaccel.functional.conv import GATED, conv_of_phases
 from seqaccel.functional.rnn import CELLS
 from seqaccel.nn.attention import HierarchicalAttention, HierarchicalAttentionEncoder
 from seqaccel.nn.conv import TCN, CausalConv1d, CausalConvTranspose1d, GatedConvLM, TemporalBlock, WaveNet, WaveNetLayer
+from seqaccel.nn.rnn import LiGRU
 from seqaccel.nn.rnn._base import Recurrent
 from seqaccel.nn.rnn._cells import GRUCell, LSTMCell, RNNCell
 from seqaccel.nn.scan import SRU, SRUCell, SRUpp
@@ -273,6 +274,29 @@ def _recurrent_cell(module: Any, program: Program, name: str) -> None:
     for part in "hc" if kind == "lstm" else "h":
         program.keep(name + part, part, hidden)
     program.add(kind, module.input_size, hidden, *weights, *[None] * (kind == "lstm"), hidden=hidden)
+
+
+@_describe.register
+def _ligru(module: LiGRU, program: Program, name: str) -> None:
+    """The products of the input are a Linear with its norm; the layer's own multiply them by 1."""
+    if module.bidirectional:
+        raise ValueError("module: a bidirectional LiGRU cannot run step by step")
+    program.batch_first = program.batch_first or module.batch_first
+    hidden = module.hidden_size
+    for k in range(module.num_layers):
+        weight_ih, weight_hh = getattr(module, f"weight_ih_l{k}"), getattr(module, f"weight_hh_l{k}")
+        linear = nn.Linear(weight_ih.shape[1], 2 * hidden, bias=False, device="meta")
+        linear.weight = weight_ih
+        _describe(linear, program, name)
+        _describe(module.get_submodule(f"norm_l{k}"), program, name)
+        kind, width, bias = f"ligru_{module.nonlinearity}", 2 * hidden, None
+        if module.normalization == "batch_norm":  # in eval mode part of the Linear, which the layer has itself
+            before = program.layers.pop()
+            width, (weight, bias) = before.inputs, before.weights
+        else:
+            weight = torch.eye(width, dtype=weight_hh.dtype, device=weight_hh.device)
+        program.keep(name + "h", "h", hidden)
+        program.add(kind, width, hidden, weight, weight_hh, bias, None, hidden=hidden)
 
 
 @_describe.register

@@ -50,6 +50,11 @@ VERIFIED: dict[str, tuple[str, ...]] = {
     "layer_norm_lstm_normalized_cell": ("triton",),
     "layer_norm_gru": ("triton",),
     "multiplicative_lstm": ("triton",),
+    # No GPU has run these cells' kernels.
+    "ligru_relu": (),
+    "ligru_relu_masked": (),
+    "ligru_tanh": (),
+    "ligru_tanh_masked": (),
     # Column cells: no GPU has run their kernels, which replaced those of SRU.
     "sru": (),
     "sru_tanh": (),

@@ -38,6 +38,7 @@ PROCESSES = 2
 REARRANGED = (
     *("TCN", "TemporalBlock", "CausalConvTranspose1d", "WaveNet", "WaveNetLayer", "MinGRU", "AttentionLSTMDecoder"),
     "GNMT",
+    *("CfC", "CfCCell"),
 )
 #: Torch's linear layers, in these modules' projections, take no batch that the processes cannot share evenly.
 FLAT = (*nn.attention.__all__, "SRUpp", "PervasiveAttention", "NeuralGPU", "GatedConvLM", "EchoStateNetwork")

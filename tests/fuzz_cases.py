@@ -65,6 +65,8 @@ def rnn_problem(rng: random.Random, dtype: torch.dtype) -> Arguments:
         weight = torch.empty([shapes[letter] for letter in letters], dtype=torch.float64).uniform_(-1, 1)
         weight = weight + 1 if name.startswith("ln_") else weight * H**-0.5
         missing = not projected if name == "weight_hr" else name.startswith("bias") and boolean(rng)
+        if name == "weight_ih" and name in spec.optional and boolean(rng):
+            missing, inputs = True, spec.gates * H
         weights.append(None if missing else weight.to(dtype))
     lengths = maybe(rng, lambda: torch.randint(0, T + 1, (B,)))
     return {
@@ -515,6 +517,33 @@ def echo_state(rng: random.Random) -> Arguments:
     }
 
 
+def cfc_forward(rng: random.Random) -> Arguments:
+    T, B, H = sizes(rng, 12, 20, 40)
+    H, dtype, mode = max(1, H), floating(rng), rng.choice(["default", "no_gate", "pure"])
+    rows = [rng.randint(1, 70) for _ in range(rng.choice([0, 1, 1, 2, 7]))] + [H if mode == "pure" else 4 * H]
+    weights = [torch.randn(n, k, dtype=dtype) * k**-0.5 for n, k in zip(rows, [H, *rows[:-1]], strict=True)]
+    vectors = [torch.randn(H, dtype=dtype) if mode == "pure" else None for _ in range(2)]
+    return {
+        "x": torch.randn(T, B, rows[0], dtype=dtype),
+        "h_0": torch.randn(B, H, dtype=dtype),
+        "weights": weights,
+        "biases": [torch.randn(n, dtype=dtype) for n in rows[1:]],
+        "timespans": maybe(rng, lambda: torch.rand(T, B, dtype=dtype)),
+        "w": vectors[0],
+        "a": vectors[1],
+        "mode": mode,
+        "activation": rng.choice(["lecun_tanh", "tanh", "relu"]),
+        "save": boolean(rng),
+    }
+
+
+def cfc_backward(rng: random.Random) -> Arguments:
+    arguments = cfc_forward(rng) | {"save": True}
+    output, saved = OPERATORS.cfc_forward(**arguments)
+    shared = {name: arguments[name] for name in ("weights", "timespans", "w", "a", "mode", "activation")}
+    return {"grad_output": torch.randn_like(output), "saved": saved, "keep": boolean(rng), **shared}
+
+
 def hierarchical_attention_forward(rng: random.Random) -> Arguments:
     B, G, repeats, T, D = sizes(rng, 2, 3, 3, 300, 70)
     D, dtype = max(1, D), floating(rng)
@@ -592,6 +621,8 @@ GENERATORS: dict[str, Generator] = {
     "convolutional_gru_backward": convolutional_gru_backward,
     "convolutional_gru_forward": convolutional_gru_forward,
     "echo_state": echo_state,
+    "cfc_backward": cfc_backward,
+    "cfc_forward": cfc_forward,
     "elementwise": elementwise,
     "fastest_mm": matrices,
     "hierarchical_attention_backward": hierarchical_attention_backward,
@@ -625,6 +656,9 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "LayerNormGRU": (lambda: seqaccel.nn.LayerNormGRU(4, 5), (3, 2, 4)),
     "PeepholeLSTM": (lambda: seqaccel.nn.PeepholeLSTM(4, 5, proj_size=3), (3, 2, 4)),
     "MultiplicativeLSTM": (lambda: seqaccel.nn.MultiplicativeLSTM(4, 5), (3, 2, 4)),
+    "CfC": (lambda: seqaccel.nn.CfC(4, 5, backbone_units=3), (3, 2, 4)),
+    "CfCCell": (lambda: seqaccel.nn.CfCCell(4, 5, backbone_units=3), (2, 4)),
+    "LiGRU": (lambda: seqaccel.nn.LiGRU(4, 5, normalization="layer_norm"), (3, 2, 4)),
     "SRU": (lambda: seqaccel.nn.SRU(4, 5), (3, 2, 4)),
     "EchoStateNetwork": (lambda: seqaccel.nn.EchoStateNetwork(4, 5, 3, 2, connectivity=0.4), (3, 2, 4)),
     "RNNCell": (lambda: seqaccel.nn.RNNCell(4, 5), (2, 4)),
@@ -699,11 +733,12 @@ def training_step(name: str, x: Tensor, state: Tensor | None = None) -> list[Ten
 def training_arguments(rng: random.Random) -> Arguments:
     name = rng.choice(list(MODULES))
     x = torch.randn(MODULES[name][1], dtype=floating(rng))
-    state = torch.randn(1, 2, 5, dtype=x.dtype) if name in ("RNN", "GRU", "LayerNormGRU") and boolean(rng) else None
+    one_state = name in ("RNN", "GRU", "LayerNormGRU", "LiGRU")
+    state = torch.randn(1, 2, 5, dtype=x.dtype) if one_state and boolean(rng) else None
     return {"name": name, "x": x, "state": state}
 
 
-STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM", "SRUpp"]
+STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM", "LiGRU", "SRUpp"]
 STREAMED += ["HierarchicalAttention", "HierarchicalAttentionEncoder"]
 
 

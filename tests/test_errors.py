@@ -101,6 +101,11 @@ CALLS = {
         lambda: {**rows(4), "state": None, "weight_mx": torch.randn(H, I), "weight_mh": torch.randn(H, H)},
         {**WITH_CELL, "weight_mx": TENSOR, "weight_mh": TENSOR},
     ),
+    "ligru": (
+        SF.ligru,
+        lambda: {**rows(2), "h_0": None, "mask": torch.ones(B, H)},
+        {**RECURRENT, "h_0": OPTIONAL, "mask": OPTIONAL, "weight_ih": OPTIONAL, "nonlinearity": ("sine", None)},
+    ),
     "linear_scan": (
         SF.linear_scan,
         lambda: {"a": torch.randn(B, T, H), "b": torch.randn(B, T, H)},
@@ -403,6 +408,26 @@ CALLS = {
             "block_size": (*NOT_INTS, 0, True),
             "causal": NOT_FLAGS,
             "scale": NOT_NUMBERS,
+        },
+    ),
+    "cfc": (
+        SF.cfc,
+        lambda: {
+            "x": torch.randn(T, B, 2),
+            "h_0": torch.zeros(B, H),
+            "weights": [torch.randn(2, H), torch.randn(4 * H, 2)],
+            "biases": [torch.randn(4 * H)],
+        },
+        {
+            "x": (*TENSOR, torch.randn(T, 2)),
+            "h_0": (*NOT_OPTIONAL_TENSORS, torch.zeros(B, H + 1), torch.zeros(B, H).double()),
+            "weights": (None, 3, [], [torch.randn(2, H)], [torch.randn(2, H), torch.randn(H, 2)], [torch.randn(2)] * 2),
+            "biases": (None, 3, [], [torch.randn(H)], [torch.randn(4 * H).double()]),
+            "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(T), torch.ones(T, B).double()),
+            "mode": ("other", None),
+            "activation": ("silu", None),
+            "w_tau": (*NOT_OPTIONAL_TENSORS, torch.zeros(H)),
+            "A": (*NOT_OPTIONAL_TENSORS, torch.zeros(H)),
         },
     ),
     "echo_state": (
@@ -746,6 +771,37 @@ CALLS = {
             "causal": NOT_FLAGS,
         },
     ),
+    **{
+        name: (
+            getattr(nn, name),
+            lambda: {"input_size": I, "hidden_size": H},
+            {
+                "input_size": ("4", 2.5, None, 0),
+                "hidden_size": ("4", 2.5, None, 0),
+                "mode": ("other", None),
+                "activation": ("silu", None),
+                "backbone_units": ("4", 2.5, None, 0),
+                "backbone_layers": (8, -1, 1.5, None),
+                **({"batch_first": NOT_FLAGS} if name == "CfC" else {}),
+            },
+        )
+        for name in ("CfC", "CfCCell")
+    },
+    "LiGRU": (
+        nn.LiGRU,
+        lambda: {"input_size": I, "hidden_size": H},
+        {
+            "input_size": ("4", 2.5, None, 0),
+            "hidden_size": ("4", 2.5, None, 0),
+            "num_layers": (0, -1, 1.5, "2", None),
+            "bias": NOT_FLAGS,
+            "batch_first": NOT_FLAGS,
+            "dropout": ("0.5", NAN, 2, -1, None, True),
+            "bidirectional": NOT_FLAGS,
+            "nonlinearity": ("sine", None),
+            "normalization": ("none", None, 3),
+        },
+    ),
     "EchoStateNetwork": (
         nn.EchoStateNetwork,
         lambda: {"input_size": I, "hidden_size": H, "output_size": 2},
@@ -903,6 +959,17 @@ FORWARDS = {
     "LayerNormGRU": (lambda: nn.LayerNormGRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
     "LSTM": (lambda: nn.LSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
     "PeepholeLSTM": (lambda: nn.PeepholeLSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
+    "CfC": (
+        lambda: nn.CfC(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDEN, "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(B))},
+    ),
+    "CfCCell": (
+        lambda: nn.CfCCell(I, H),
+        {"input": torch.randn(B, I)},
+        {"input": TENSOR, "hx": HIDDEN, "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(B + 1))},
+    ),
+    "LiGRU": (lambda: nn.LiGRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
     "EchoStateNetwork": (
         lambda: nn.EchoStateNetwork(I, H, 2),
         {"x": torch.randn(T, B, I)},

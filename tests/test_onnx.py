@@ -145,6 +145,7 @@ SCANNED = [
     nn.LayerNormLSTM(4, 6, normalize_cell=True),
     nn.MultiplicativeLSTM(4, 6, bidirectional=True),
     nn.LayerNormGRU(4, 6, bidirectional=True),
+    nn.LiGRU(4, 6, bidirectional=True, nonlinearity="tanh").eval(),
     nn.LSTM(4, 6, zoneout=0.1, proj_size=3),
     nn.GRU(4, 6, zoneout=0.1),
 ]

@@ -211,6 +211,17 @@ def echo_arguments():
     return double(5, 2, 4), double(2, 4), rows.int(), columns.int(), double(5), 0.7
 
 
+def cfc_arguments(save=False):
+    weights, biases = [double(3, 4), double(16, 3)], [double(16)]
+    return double(5, 2, 3), double(2, 4), weights, biases, double(5, 2), None, None, "default", "tanh", save
+
+
+def cfc_backward_arguments():
+    _, _, weights, _, *others, _ = arguments = cfc_arguments(True)
+    output, saved = torch.ops.seqaccel.cfc_forward(*arguments)
+    return torch.randn_like(output), weights, saved, *others, True
+
+
 ARGUMENTS = {
     "rnn_forward": rnn_arguments,
     "rnn_backward": rnn_backward_arguments,
@@ -244,6 +255,8 @@ ARGUMENTS = {
     "attention_lstm_backward": decoder_backward_arguments,
     "novelty_gate": gate_arguments,
     "echo_state": echo_arguments,
+    "cfc_forward": cfc_arguments,
+    "cfc_backward": cfc_backward_arguments,
     "fastest_mm": lambda: (double(3, 4), double(4, 5)),
     "mm": lambda: (double(3, 4), double(4, 5)),
     "add_fastest_mm_": lambda: (double(3, 5), double(3, 4), double(4, 5)),

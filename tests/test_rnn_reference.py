@@ -1,5 +1,6 @@
 """The references of the recurrent cells against other implementations: torch.nn, ONNX Runtime, loops over scalars."""
 
+import functools
 import math
 
 import numpy as np
@@ -171,12 +172,26 @@ def gru_reset_before_step(w, x, h):
     return new
 
 
+def ligru_step(w, x, h, c, phi):
+    """Ravanelli et al.: one gate; c are factors of the candidate."""
+    v = [dot(w["weight_ih"][k], x) + dot(w["weight_hh"][k], h) for k in range(2 * H)]
+    v = [sum(parts) for parts in zip(v, w["bias_ih"], w["bias_hh"], strict=True)]
+    mask = [1.0] * H if c is None else c
+    z = [sigma(value) for value in v[H:]]
+    return [z[j] * h[j] + (1 - z[j]) * mask[j] * phi(v[j]) for j in range(H)], None if c is None else [*c]
+
+
 STEPS = {
     "layer_norm_lstm": lambda w, x, h, c: layer_norm_lstm_step(w, x, h, c, False),
     "layer_norm_lstm_normalized_cell": lambda w, x, h, c: layer_norm_lstm_step(w, x, h, c, True),
     "layer_norm_gru": lambda w, x, h, c: (layer_norm_gru_step(w, x, h), None),
     "gru_reset_before": lambda w, x, h, c: (gru_reset_before_step(w, x, h), None),
     "multiplicative_lstm": multiplicative_lstm_step,
+    **{
+        f"ligru_{name}{suffix}": functools.partial(ligru_step, phi=phi)
+        for name, phi in (("relu", lambda v: max(v, 0.0)), ("tanh", math.tanh))
+        for suffix in ("", "_masked")
+    },
 }
 
 

@@ -41,6 +41,19 @@ def maker(module, projected=False, **options):
     return make
 
 
+def ligru(**options):
+    """As ``maker``; with running statistics."""
+
+    def make(input_size, hidden_size, **keywords):
+        module = nn.LiGRU(input_size, hidden_size, **options, **keywords)
+        for name, value in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
+            if "norm" in name and value.is_floating_point():
+                value.data.uniform_(0.5, 1.5)
+        return module
+
+    return make
+
+
 def sru(**options):
     """As ``maker``; an SRU has a bias always."""
 
@@ -59,6 +72,8 @@ CELLS = {cell: maker(module) for cell, module in modules("cpp").items()} | {
     "gru_reset_before": maker(nn.GRU, reset_after=False),
     "peephole_lstm_projected": maker(nn.PeepholeLSTM, projected=True),
     "layer_norm_lstm_normalized_cell": maker(nn.LayerNormLSTM, normalize_cell=True, zoneout=(0.2, 0.4)),
+    "ligru": ligru(),
+    "ligru_tanh_norm": ligru(nonlinearity="tanh", normalization="layer_norm"),
     "sru": sru(),
     "sru_tanh": sru(use_tanh=True, rescale=True, highway_bias=-1.0),
     "sru_no_skip": sru(has_skip_term=False),

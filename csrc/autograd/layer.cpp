@@ -243,6 +243,7 @@ std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, cons
       if (!fits(calls[k][3 + i], cell.shapes[i], sizes, dtype)) return {};
       projected |= cell.shapes[i][0] == 'P' && calls[k][3 + i];
     }
+    if (!calls[k][3] && sizes.I != sizes.G) return {};  // without weight_ih the input is W_ih x
     if (sizes.H * cell.gates != sizes.G || sizes.H == 0 || (!projected && sizes.P != sizes.H)) return {};
     const int first = stacked ? 0 : 1;  // letter
     if ((h && !fits(h, "LBP" + first, sizes, dtype)) || (c && !fits(c, "LBH" + first, sizes, dtype))) return {};

@@ -34,6 +34,7 @@ struct CellTraits {
   static constexpr bool kUsesH = false;     // backward reads u.h
   static constexpr bool kZoneout = true;    // takes zoneout
   static constexpr bool kProjects = false;  // takes weight_hr
+  static constexpr bool kGiven = false;     // weight_ih may be missing: the input is W_ih x itself
   // The weights per unit that are not part of a product, and how many of them each weight tensor holds.
   static constexpr int kWeights = 0;
   static constexpr int kWeightTensors[4] = {};
@@ -314,6 +315,51 @@ struct LayerNormGruCell : GruCell {
   static constexpr bool kNorm = true;
 };
 
+// The light GRU of Ravanelli et al.: z = sigmoid(pre_z), h = z h' + (1 - z) phi(pre_a). Gates in the order a, z. The
+// masked cell multiplies phi by factors that stay the same at every step: c, which no step changes.
+template <bool kRelu, bool kMasked>
+struct LiGruCell : CellTraits {
+  static constexpr const char* kName =
+      kRelu ? (kMasked ? "ligru_relu_masked" : "ligru_relu") : (kMasked ? "ligru_tanh_masked" : "ligru_tanh");
+  static constexpr int kGates = 2, kSaved = 2;
+  static constexpr bool kHasCell = kMasked, kDirect = true, kUsesPrev = true, kGiven = true;
+
+  template <class F, class U>
+  SEQACCEL_CELL void forward(U& u) {
+    const auto zero = decltype(u.h){};
+    const auto z = F::sigmoid(u.pre[1]);
+    if constexpr (kRelu) {
+      u.saved[0] = u.pre[0] < 0 ? zero : u.pre[0];
+    } else {
+      u.saved[0] = F::tanh(u.pre[0]);
+    }
+    u.saved[1] = z;
+    auto n = u.saved[0];
+    if constexpr (kMasked) n = n * u.c_prev;
+    u.c = u.c_prev;
+    u.h = n + z * (u.h_prev - n);
+  }
+
+  template <class F, class U>
+  SEQACCEL_CELL void backward(U& u) {
+    const auto zero = decltype(u.h){};
+    const auto phi = u.saved[0], z = u.saved[1];
+    auto n = phi, grad = u.grad_h * (1 - z);
+    if constexpr (kMasked) {
+      n = n * u.c_prev;
+      u.grad_c = u.grad_c + grad * phi;
+      grad = grad * u.c_prev;
+    }
+    if constexpr (kRelu) {
+      u.grad_pre[0] = phi <= 0 ? zero : grad;
+    } else {
+      u.grad_pre[0] = grad * (1 - phi * phi);
+    }
+    u.grad_pre[1] = u.grad_h * (u.h_prev - n) * z * (1 - z);
+    u.grad_h_prev = u.grad_h * z;
+  }
+};
+
 // All cells. The loops, the operators' checks and the sessions' layers are compiled for these.
 // clang-format off: a line each
 using ProductCells = CellList<
@@ -326,7 +372,11 @@ using ProductCells = CellList<
     LayerNormLstmCell,
     LayerNormLstmNormalizedCell,
     LayerNormGruCell,
-    MultiplicativeLstmCell>;
+    MultiplicativeLstmCell,
+    LiGruCell<true, false>,
+    LiGruCell<true, true>,
+    LiGruCell<false, false>,
+    LiGruCell<false, true>>;
 // clang-format on
 
 // The shape of a weight, a letter per dimension: G (kGates * H), H, I (features of the input), P (of h), or a digit.
@@ -340,14 +390,16 @@ struct WeightShape {
 struct WeightShapes {
   int count = 4;
   WeightShape shapes[10] = {{'G', 'I'}, {'G', 'P'}, {'G', 0}, {'G', 0}};
+  bool given = false;  // kGiven
   constexpr void add(char rows, char columns) { shapes[count++] = {rows, columns}; }
-  // Whether it may be missing: biases and the projection.
-  constexpr bool optional(int i) const { return i == 2 || i == 3 || shapes[i].rows == 'P'; }
+  // Whether it may be missing: biases, the projection, and weight_ih.
+  constexpr bool optional(int i) const { return (given && i == 0) || i == 2 || i == 3 || shapes[i].rows == 'P'; }
 };
 
 template <class Cell>
 constexpr WeightShapes weight_shapes() {
   WeightShapes found;
+  found.given = Cell::kGiven;
   if (Cell::kProjects) found.add('P', 'H');
   if (Cell::kExtra) found.add('H', 'I');
   if (Cell::kExtra) found.add('H', 'H');

@@ -195,7 +195,10 @@ class _Sweep:
         if spec.norm and (needs[0] or wants[0] or wants[4]):
             a = torch.matmul(flat, self.weight_ih.t())
             grad_a, grads[4] = _layer_norm_rows_backward(a, grad_x, extra[0], needs[0] or wants[0])
-        grad_input = torch.matmul(grad_a, self.weight_ih).view(self.input.shape) if needs[0] else None
+        grad_input = None
+        if needs[0]:
+            grad_input = grad_a if self.weight_ih is None else torch.matmul(grad_a, self.weight_ih)
+            grad_input = grad_input.view(self.input.shape)
         if wants[0]:
             grads[0] = grad_a.t() @ flat
         if wants[2]:

@@ -46,6 +46,7 @@ class Cell:
         projects: it may have weight_hr.
         multiplies: the last product's operand is W_mx x times W_mh h'.
         persistent: the persistent kernels have it.
+        given: weight_ih may be missing: the input is W_ih x itself.
         weights: shapes of the weights, a letter a dimension: G for G * H, H, I, P, or a number. Biases and weight_hr
             may be None.
     """
@@ -65,6 +66,7 @@ class Cell:
     projects: bool = False
     multiplies: bool = False
     persistent: bool = False
+    given: bool = False
     weights: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -304,3 +306,69 @@ def gru_reset_before_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
 
 
 CELLS["gru_reset_before"] = Cell(gru_reset_before_forward, gru_reset_before_backward, **_GRU, saved=3, first=2)
+
+
+# ---- z = sigmoid(x_z + r_z), n = phi(x_a + r_a);  h = z h' + (1 - z) n, or n times c, which no step changes ----
+
+
+@triton.jit
+def ligru_relu_forward(x, r, h, c, v, mask, H):
+    n, z = x[0] + r[0], sigmoid(x[1] + r[1])
+    n = tl.where(n < 0.0, 0.0, n)
+    h = n + z * (h - n)
+    return (n, z), h, h, h
+
+
+@triton.jit
+def ligru_relu_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
+    n, z = s[0], s[1]
+    d = tl.where(n > 0.0, dh * (1.0 - z), 0.0), dh * (h - n) * z * (1.0 - z)
+    return d, d, dh * z, dc, dc
+
+
+@triton.jit
+def ligru_relu_masked_forward(x, r, h, c, v, mask, H):
+    n, z = x[0] + r[0], sigmoid(x[1] + r[1])
+    n = tl.where(n < 0.0, 0.0, n)
+    return (n, z), c, c, c * n + z * (h - c * n)
+
+
+@triton.jit
+def ligru_relu_masked_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
+    n, z = s[0], s[1]
+    d = tl.where(n > 0.0, dh * (1.0 - z) * c, 0.0), dh * (h - c * n) * z * (1.0 - z)
+    return d, d, dh * z, dc + dh * (1.0 - z) * n, dc
+
+
+@triton.jit
+def ligru_tanh_forward(x, r, h, c, v, mask, H):
+    n, z = tanh(x[0] + r[0]), sigmoid(x[1] + r[1])
+    h = n + z * (h - n)
+    return (n, z), h, h, h
+
+
+@triton.jit
+def ligru_tanh_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
+    n, z = s[0], s[1]
+    d = dh * (1.0 - z) * (1.0 - n * n), dh * (h - n) * z * (1.0 - z)
+    return d, d, dh * z, dc, dc
+
+
+@triton.jit
+def ligru_tanh_masked_forward(x, r, h, c, v, mask, H):
+    n, z = tanh(x[0] + r[0]), sigmoid(x[1] + r[1])
+    return (n, z), c, c, c * n + z * (h - c * n)
+
+
+@triton.jit
+def ligru_tanh_masked_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
+    n, z = s[0], s[1]
+    d = dh * (1.0 - z) * c * (1.0 - n * n), dh * (h - c * n) * z * (1.0 - z)
+    return d, d, dh * z, dc + dh * (1.0 - z) * n, dc
+
+
+_LIGRU: dict[str, Any] = {"gates": 2, "saved": 2, "uses_h": True, "given": True}
+CELLS["ligru_relu"] = Cell(ligru_relu_forward, ligru_relu_backward, has_c=False, **_LIGRU)
+CELLS["ligru_relu_masked"] = Cell(ligru_relu_masked_forward, ligru_relu_masked_backward, **_LIGRU)
+CELLS["ligru_tanh"] = Cell(ligru_tanh_forward, ligru_tanh_backward, has_c=False, **_LIGRU)
+CELLS["ligru_tanh_masked"] = Cell(ligru_tanh_masked_forward, ligru_tanh_masked_backward, **_LIGRU)

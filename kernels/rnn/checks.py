@@ -44,8 +44,10 @@ def check(
         _refuse(f"{cell} has {'a' if spec.has_c else 'no'} c_0")
     named = [(f"weights[{i}]", w, letters) for i, (w, letters) in enumerate(zip(weights, shapes, strict=True))]
     for i, (name, w, _) in enumerate(named):
-        if w is None and i not in (2, 3) and not (spec.projects and i == 4):
+        if w is None and i not in (2, 3) and not (spec.projects and i == 4) and not (spec.given and i == 0):
             _refuse(f"{cell} needs {name}")
+    if weights[0] is None and sizes["I"] != sizes["G"]:
+        _refuse(f"without weight_ih expected input to have {sizes['G']} features, but got {sizes['I']}")
     zones = [("zoneout_h", zoneout_h, "TBP"), ("zoneout_c", zoneout_c, "TBH")]
     for name, tensor, letters in [*named, ("h_0", h_0, "BP"), ("c_0", c_0, "BH"), *zones]:
         if tensor is None or (letters[0] == "T" and tensor.numel() == 1):

@@ -135,11 +135,12 @@ def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, r
     x = None
     if steps and batch:
         flat = input.flatten(0, 1)
-        x = (
-            torch.matmul(flat, weight_ih.t())
-            if spec.norm or bias_x is None
-            else torch.addmm(bias_x, flat, weight_ih.t())
-        )
+        if weight_ih is None:  # a copy: training writes its gates here
+            x = flat.clone(memory_format=torch.contiguous_format) if bias_x is None else flat + bias_x
+        elif spec.norm or bias_x is None:
+            x = torch.matmul(flat, weight_ih.t())
+        else:
+            x = torch.addmm(bias_x, flat, weight_ih.t())
         x = x.view(steps, batch, spec.gates * hidden)
         if spec.norm:
             _layer_norm_rows(x, extra[0], bias_x)

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 
 from seqaccel import _arguments
-from seqaccel.convert import causal_conv, darts, haste, pytorch_tcn, sru
+from seqaccel.convert import causal_conv, darts, haste, ncps, pytorch_tcn, speechbrain, sru
 from seqaccel.convert import torch as torch_layers
 from seqaccel.convert._report import Report, Row
 from seqaccel.convert._swap import Asked, Swap, modules, named_modules, plain_class, restore, swap
@@ -23,6 +23,8 @@ RULES: dict[str, Callable[[torch.nn.Module, Asked], Swap | str | None]] = {
     "darts": darts.residual_block,
     "SRUCell": sru.cell,
     "haste": haste.layer,
+    "ncps": ncps.layer,
+    "speechbrain": speechbrain.layer,
     "MultiheadAttention": torch_layers.attention,
 }
 #: What is replaced only where ``config`` names it: it computes another function.
@@ -171,6 +173,9 @@ def convert(
     - ``TemporalConv1d`` of pytorch-tcn (its TCN) where it is causal, and ``SRUCell`` of the package sru (its SRU).
     - ``darts``: the residual blocks of its TCNModel.
     - ``haste``: the layers of haste_pytorch, where no ``lengths`` and no ``return_state_sequence`` are given.
+    - ``speechbrain``: the layers of its LiGRU with ReLU or tanh, by :func:`seqaccel.functional.ligru`.
+    - ``ncps``: its CfC, where it has neither a wiring nor mixed memory and its backbone has LeCun's tanh, tanh or ReLU
+      and no dropout, by :func:`seqaccel.functional.cfc`.
     - ``MultiheadAttention`` of torch.nn, only where ``config`` names it, by
       :class:`seqaccel.nn.HierarchicalAttention`: another function of the same parameters.
 

@@ -21,6 +21,7 @@ from seqaccel.functional.conv import (
     wavenet_layer,
 )
 from seqaccel.functional.rnn import _functions as _recurrent
+from seqaccel.functional.rnn._cfc import cfc
 from seqaccel.functional.rnn._echo_state import echo_state
 from seqaccel.functional.rnn._functions import *  # noqa: F403
 from seqaccel.functional.rnn.parallel_in_time import parallel_in_time
@@ -46,6 +47,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv2d",
     "causal_conv_transpose1d",
+    "cfc",
     "column_layer",
     "convolutional_gru",
     "echo_state",

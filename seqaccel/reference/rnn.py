@@ -137,9 +137,33 @@ def multiplicative_lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Weights) 
     return o * c.tanh(), c
 
 
+def _ligru(pre: Tensor, h: Tensor, mask: Tensor | None, phi: Callable[[Tensor], Tensor]) -> State:
+    """``mask`` (B, H): factors of the candidate, the same at every step."""
+    a, z = pre.chunk(2, -1)
+    z, n = z.sigmoid(), phi(a)
+    n = n if mask is None else mask * n
+    return z * h + (1 - z) * n, mask
+
+
+@_cell("ligru_relu")
+@_cell("ligru_relu_masked")
+def ligru_relu_cell(x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh = weights
+    return _ligru(_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh), h, c, torch.relu)
+
+
+@_cell("ligru_tanh")
+@_cell("ligru_tanh_masked")
+def ligru_tanh_cell(x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> State:
+    _, weight_hh, bias_ih, bias_hh = weights
+    return _ligru(_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh), h, c, torch.tanh)
+
+
 def project(cell: str, input: Tensor, weights: Weights) -> Tensor:
     """The input projections of all steps, without bias (T, B, G*H)."""
     weight_ih = weights[0]
+    if weight_ih is None:
+        return input
     if cell == "multiplicative_lstm":
         weight_ih = torch.cat((weight_ih, weights[4]))
     return F.linear(input, weight_ih)
@@ -222,3 +246,55 @@ def echo_state(
         h = (1 - leak_rate) * h + leak_rate * torch.tanh(x + h @ dense)
         outputs.append(h)
     return torch.stack(outputs) if outputs else torch.zeros_like(drive)
+
+
+LECUN_SCALE, LECUN_SLOPE = 1.7159, 0.666
+CFC_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "lecun_tanh": lambda v: LECUN_SCALE * torch.tanh(LECUN_SLOPE * v),
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+}
+
+
+def cfc_step(
+    x: Tensor,  # (B, U_0): the input's part of the first product, with its bias
+    h: Tensor,  # (B, H)
+    weights: Sequence[Tensor],  # (U_i, U_(i-1)), of h first; the last one has the rows of the heads
+    biases: Sequence[Tensor],  # (U_i,), of all products but the first
+    span: Tensor | None,  # (B,); None: 1
+    w: Tensor | None,  # (H,), of the pure solution
+    a: Tensor | None,  # (H,)
+    mode: str,
+    activation: str,
+) -> Tensor:
+    """The new h of a closed-form continuous-time recurrence."""
+    v = x + F.linear(h, weights[0])
+    for weight, bias in zip(weights[1:], biases, strict=True):
+        v = F.linear(CFC_ACTIVATIONS[activation](v), weight, bias)
+    s: Any = 1.0 if span is None else span.unsqueeze(-1)
+    if mode == "pure":
+        assert w is not None and a is not None
+        return a - a * torch.exp(-s * (w.abs() + v.abs())) * v
+    f, g, v_a, v_b = v.chunk(4, -1)
+    f, g, t = f.tanh(), g.tanh(), (s * v_a + v_b).sigmoid()
+    return f + t * g if mode == "no_gate" else f * (1 - t) + t * g
+
+
+def cfc(
+    x: Tensor,  # (T, B, U_0)
+    h_0: Tensor,  # (B, H)
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    timespans: Tensor | None,  # (T, B)
+    w: Tensor | None,
+    a: Tensor | None,
+    mode: str,
+    activation: str,
+) -> Tensor:
+    """Outputs (T, B, H)."""
+    h, outputs = h_0, []
+    spans = [None] * x.shape[0] if timespans is None else timespans.unbind(0)
+    for x_t, span in zip(x.unbind(0), spans, strict=True):
+        h = cfc_step(x_t, h, weights, biases, span, w, a, mode, activation)
+        outputs.append(h)
+    return torch.stack(outputs) if outputs else h_0.new_zeros(0, *h_0.shape)

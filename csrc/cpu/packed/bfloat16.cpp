@@ -71,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
   const RnnCellEntry& kind = checked_rnn_cell(cell);
   const int64_t T = input.size(0), B = input.size(1), I = input.size(2);
   const auto [H, P] = check_weights(kind, weights, I, kDtype);
+  STD_TORCH_CHECK(bool(weights[kWeightIh]), "seqaccel: expected weight_ih to be given");
   check_tensor(h_0, "h_0", {B, P}, kDtype);
   STD_TORCH_CHECK(bool(c_0) == kind.has_cell, "seqaccel: c_0 must be given just where the cell has it");
   if (c_0) check_tensor(*c_0, "c_0", {B, H}, kDtype);

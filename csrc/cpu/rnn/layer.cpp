@@ -115,6 +115,8 @@ RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int6
       check_tensor(*weights[size_t(i)], kWeightNames[i], {size(first), size(second)}, dtype);
     }
   }
+  STD_TORCH_CHECK(weights[kWeightIh] || inputs == rows, "seqaccel: without weight_ih expected input to have ", rows,
+                  " features, but got ", inputs);
   return sizes;
 }
 
@@ -144,7 +146,7 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   layer.zoneout_h = to_contiguous(zoneout_h);
   layer.zoneout_c = to_contiguous(zoneout_c);
   for (const OptionalTensor& weight : weights) layer.weights.push_back(to_contiguous(weight));
-  layer.weights[kWeightIh] = detach(layer.weight(kWeightIh));
+  if (!layer.given()) layer.weights[kWeightIh] = detach(layer.weight(kWeightIh));
   if (entry->extra) layer.weights[kCommonWeights] = detach(layer.weight_mx());
   if (lengths && layer.packed_rows > 0) sort_rows(*lengths, layer);
   return layer;

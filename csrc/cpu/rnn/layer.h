@@ -44,6 +44,7 @@ struct RnnLayer {
   }
   bool single() const { return input.scalar_type() == ScalarType::Float; }
   const Tensor& weight(int i) const { return *weights[size_t(i)]; }
+  bool given() const { return !weights[kWeightIh]; }  // the input is W_ih x itself
   int64_t pre_width() const { return cell->pre * hidden; }
   int64_t saved_width() const { return cell->saved * hidden; }
   int64_t gate_rows() const { return cell->gates * hidden; }

@@ -62,7 +62,7 @@ RnnWeights<T> weights_of(const RnnLayer& layer, const std::vector<T>& unit_weigh
 
 // The input's part of the pre-activations, to which a forward pass adds the recurrent part.
 struct Projection {
-  Tensor values;  // [rows, width], of which kInputs*H per row are used; undefined: computed step by step
+  Tensor values;  // [rows, width], of which kInputs*H per row are used; undefined: given, or computed step by step
   int64_t width;
   int64_t chunk;  // steps per pass
   bool whole;     // `values` has room for all steps, else for those of one pass
@@ -130,7 +130,10 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
     pass.c_0 = has_cell ? c->const_data_ptr<T>() : nullptr;
     pass.weights = weights_of(layer, unit_weights);
     pass.bias = bias.empty() ? nullptr : bias.data();
-    if (fused) {
+    if (layer.given()) {
+      pass.x = input.const_data_ptr<T>() + packed * layer.inputs;
+      pass.x_row = layer.inputs;
+    } else if (fused) {
       pass.input = input.const_data_ptr<T>() + packed * layer.inputs;
       pass.weight_ih = layer.weight(kWeightIh).const_data_ptr<T>();
       pass.inputs = layer.inputs;
@@ -172,7 +175,7 @@ Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tens
   const RnnCellEntry& cell = *layer.cell;
   const int64_t T = layer.steps;
   Projection projection{{}, layer.input_width(), T, true};
-  if (is_fused(layer)) return projection;
+  if (layer.given() || is_fused(layer)) return projection;
   if (cell.saved == 0 && !layer.padded()) {
     projection.values = as_rows(output);
   } else if (kept.normed.defined()) {
@@ -332,7 +335,11 @@ class Gradients {
 
   void input(Tensor& grad) const {
     Tensor rows = layer_.padded() ? new_tensor(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
-    matmul::product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
+    if (layer_.given()) {
+      torch::stable::copy_(rows, columns(0, layer_.gate_rows()));
+    } else {
+      matmul::product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
+    }
     if (layer_.cell->extra) matmul::product(rows, columns(layer_.gate_rows(), layer_.hidden), layer_.weight_mx(), true);
     if (layer_.padded()) unpack_rows(layer_, rows, grad);
   }

@@ -34,7 +34,7 @@ class CellSpec:
         has_cell_state: has c beside h.
         extra: names and shapes of its weights after weight_ih, weight_hh, bias_ih and bias_hh; one letter per
             dimension: G for G * H, H, P, I, or a number.
-        optional: the weights that may be missing.
+        optional: the weights that may be missing. Without weight_ih the input is the projection itself (T, B, G * H).
         zoneout: takes zoneout.
         backends: the backends that have it.
         without_projection: those of them that do not take weight_hr.
@@ -111,6 +111,7 @@ def _for_lstm(problem: Problem) -> bool:
 
 _EVERY = ("reference", "cpp", "triton", "torch")
 _PROJECTION = ("bias_ih", "bias_hh", "weight_hr")
+_GIVEN = ("weight_ih", "bias_ih", "bias_hh")  # without weight_ih the input is W_ih x itself
 _LAYER_NORM_LSTM = {"ln_ih_weight": "G", "ln_hh_weight": "G", "ln_c_weight": "H", "ln_c_bias": "H"}
 
 _RNN: dict[str, Any] = {
@@ -136,6 +137,11 @@ CELLS: dict[str, CellSpec] = {
     "layer_norm_lstm_normalized_cell": CellSpec(4, True, _LAYER_NORM_LSTM),
     "layer_norm_gru": CellSpec(3, False, {"ln_ih_weight": "G", "ln_hh_weight": "G"}, saved=4),
     "multiplicative_lstm": CellSpec(4, True, {"weight_mx": "HI", "weight_mh": "HH"}, saved=6),
+    **{
+        f"ligru_{nonlinearity}{suffix}": CellSpec(2, bool(suffix), optional=_GIVEN)
+        for nonlinearity in ("relu", "tanh")
+        for suffix in ("", "_masked")
+    },
 }
 
 

@@ -1,5 +1,6 @@
 """The public calls: one layer and direction of each cell."""
 
+import torch
 from torch import Tensor
 
 from seqaccel import _arguments
@@ -9,6 +10,7 @@ __all__ = [
     "gru",
     "layer_norm_gru",
     "layer_norm_lstm",
+    "ligru",
     "lstm",
     "multiplicative_lstm",
     "peephole_lstm",
@@ -415,6 +417,79 @@ def layer_norm_gru(
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight]
     direction = Direction(h_0, None, weights, reverse, zoneout)
     output, h_n, _ = layer("layer_norm_gru", "layer_norm_gru", input, direction, lengths)
+    return output, h_n
+
+
+def ligru(
+    input: Tensor,
+    h_0: Tensor | None,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    nonlinearity: str = "relu",
+    zoneout: Factor = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+) -> Pair:
+    r"""One layer and direction of a light gated recurrent unit.
+
+    .. math::
+        z_t &= \sigma(W_z x_t + b_z + U_z h_{t-1} + b'_z) \\
+        n_t &= m \odot \phi(W_a x_t + b_a + U_a h_{t-1} + b'_a) \\
+        h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    Dtypes and gradients of gradients: as :func:`gru`; without ``weight_ih`` bfloat16 is computed in float32.
+
+    Args:
+        input: (T, B, I), or without ``weight_ih`` the products of the input themselves (T, B, 2 * H), normalised or
+            shared by several layers.
+        h_0: :math:`h_0` (B, H). Default: zero.
+        weight_ih: W, (2 * H, I), the rows of a and z one after the other, or None.
+        weight_hh: U, (2 * H, H).
+        bias_ih: b, (2 * H,). Default: none.
+        bias_hh: b', (2 * H,). Default: none.
+        mask: m, (B, H), factors of the candidate at every step: dropout. Default: 1.
+        nonlinearity: :math:`\phi`, ``"relu"`` or ``"tanh"``. Default: ``"relu"``.
+        zoneout: as in :func:`gru`. Default: none.
+        lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
+            stays. Default: every sequence has T steps.
+        reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+
+    Returns:
+        output (T, B, H), and the last state :math:`h_n` (B, H).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`gru`.
+
+    Source: Ravanelli, Brakel, Omologo and Bengio, *Light gated recurrent units for speech recognition*, 2018.
+
+    Example:
+        >>> import torch, seqaccel
+        >>> T, B, I, H = 7, 2, 3, 5
+        >>> x, weight_ih, weight_hh = torch.randn(T, B, I), torch.randn(2 * H, I), torch.randn(2 * H, H)
+        >>> output, h_n = seqaccel.functional.ligru(x, None, weight_ih, weight_hh)
+        >>> again, _ = seqaccel.functional.ligru(x @ weight_ih.t(), None, None, weight_hh)
+        >>> torch.allclose(output, again, atol=1e-4), torch.equal(output[-1], h_n)
+        (True, True)
+    """
+    if nonlinearity not in ("relu", "tanh"):
+        raise ValueError(f"ligru: expected nonlinearity to be 'relu' or 'tanh', but got {nonlinearity!r:.60}")
+    _arguments.tensor("ligru", "mask", mask, optional=True)
+    shaped = isinstance(input, Tensor) and input.dim() == 3 and isinstance(weight_hh, Tensor) and weight_hh.dim() == 2
+    if mask is not None and shaped:
+        expected = (*input.shape[1:-1], weight_hh.shape[1])
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"ligru: expected mask to have shape {expected}, but got {tuple(mask.shape)}")
+        if mask.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"ligru: expected mask to have the dtype of input, {input.dtype}, but got {mask.dtype}")
+    cell = f"ligru_{nonlinearity}" + ("" if mask is None else "_masked")
+    weights = [weight_ih, weight_hh, bias_ih, bias_hh]
+    if mask is not None and h_0 is None:
+        h_0 = torch.zeros_like(mask)
+    output, h_n, _ = layer("ligru", cell, input, Direction(h_0, mask, weights, reverse, zoneout), lengths)
     return output, h_n
 
 

@@ -74,6 +74,8 @@ def _check(name: str, cell: str, input: Tensor, batch: int | None, direction: Di
         P = projection.shape[0]
     B = input.shape[1] if batch is None else batch
     sizes = {"B": B, "I": input.shape[-1], "G": G, "P": P, "H": H, "3": 3}
+    if direction.weights[0] is None and input.shape[-1] != G:
+        raise ValueError(f"{name}: without weight_ih expected input to have {G} features, but got {input.shape[-1]}")
     dtype, device = input.dtype, input.device
     shapes = (*_STATES.items(), *spec.weights.items())
     for tensor, (key, letters) in zip((direction.h_0, direction.c_0, *direction.weights), shapes, strict=True):
@@ -227,7 +229,7 @@ def _run(
     backend = choose(cell, input, problem, zoned)
     if exporting or _common.transforms_active():
         backend = "reference"
-    narrow = backend == "cpp" and input.dtype == torch.bfloat16 and not recorded
+    narrow = backend == "cpp" and input.dtype == torch.bfloat16 and not recorded and weights[0] is not None
     if batch_sizes is not None and (backend != "cpp" or narrow):
 
         def padded(input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse):

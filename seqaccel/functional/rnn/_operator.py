@@ -171,7 +171,8 @@ def _backward_flops(cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weig
     of_weights = _forward_flops(
         cell, input, h_0, c_0, [weight if need else None for weight, need in zip(weights, needs[1:], strict=True)]
     )
-    return forward + of_weights - (0 if needs[0] else 2 * math.prod(input[:-1]) * math.prod(weights[0]))
+    of_input = 0 if needs[0] or weights[0] is None else 2 * math.prod(input[:-1]) * math.prod(weights[0])
+    return forward + of_weights - of_input
 
 
 def _register(backend: str) -> None:
