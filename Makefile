@@ -110,6 +110,7 @@ record:
 
 report: $(VENV)/.requirements
 	$(BIN)/python -m benchmarks.pages
+	$(BIN)/python -m benchmarks.results
 
 build: $(VENV)/.built
 

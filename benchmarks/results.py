@@ -178,7 +178,7 @@ text, in sequences of the length of training."""
 
 
 def page() -> str:
-    parts = ["# Results", "`python -m benchmarks.results` makes this page from the records in `benchmarks/results`."]
+    parts = ["# Results", "`make report` makes this page from the records in `benchmarks/results`."]
     if records := read(RECORDS / "music"):
         parts += [MUSIC, music(records)]
     if records := read(RECORDS / "music-time"):
