@@ -161,9 +161,11 @@ def given_states(mesh: DeviceMesh) -> None:
 
 def lengths_and_zoneout(mesh: DeviceMesh) -> None:
     x, lengths, weights = torch.randn(7, 4, 5), torch.tensor([3, 7, 1, 5]), [torch.randn(18, 5), torch.randn(18, 6)]
+    reset = torch.rand(7, 4) < 0.3
     replicated = [distribute_tensor(w, mesh, [Replicate()]) for w in weights]
-    expected = SF.gru(x, None, *weights, lengths=lengths, zoneout=0.2)
-    found = SF.gru(sharded(x, mesh, 1), None, *replicated, lengths=sharded(lengths, mesh, 0), zoneout=0.2)
+    expected = SF.gru(x, None, *weights, lengths=lengths, zoneout=0.2, reset=reset)
+    options = {"lengths": sharded(lengths, mesh, 0), "reset": sharded(reset, mesh, 1)}
+    found = SF.gru(sharded(x, mesh, 1), None, *replicated, zoneout=0.2, **options)
     assert_close(whole(list(found)), list(expected))
 
 

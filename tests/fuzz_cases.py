@@ -77,6 +77,7 @@ def rnn_problem(rng: random.Random, dtype: torch.dtype) -> Arguments:
         "weights": weights,
         "lengths": lengths,
         "reverse": boolean(rng),
+        "reset": maybe(rng, lambda: torch.rand(T, B) < rng.choice([0.1, 0.5, 1.0])),
     }
 
 
@@ -87,7 +88,7 @@ def rnn_forward(rng: random.Random) -> Arguments:
     if arguments["lengths"] is not None and rng.random() < 0.4:  # packed rows, of sequences with the longest first
         arguments["lengths"] = lengths = arguments["lengths"].sort(descending=True)[0]
         rows = (torch.arange(T)[:, None] < lengths).nonzero(as_tuple=True)
-        arguments["input"] = arguments["input"][rows]
+        arguments["input"], arguments["reset"] = arguments["input"][rows], None
     for name, state, taken in (
         ("zoneout_h", "h_0", spec.zoneout),
         ("zoneout_c", "c_0", spec.zoneout and spec.has_cell_state),
@@ -514,6 +515,7 @@ def echo_state(rng: random.Random) -> Arguments:
         "columns": torch.randint(max(1, H), (N,), dtype=torch.int32),
         "weight": torch.randn(N, dtype=dtype) * 0.3,
         "leak_rate": rng.choice([1.0, rng.random()]),
+        "reset": maybe(rng, lambda: torch.rand(T, B) < 0.3),
     }
 
 

@@ -116,9 +116,9 @@ def weights_of(cell, tensors) -> list[Tensor | None]:
 def call(cell, tensors, backend, **options) -> list[Tensor]:
     """output, h_n and, where there is one, c_n; ``tensors`` by name, those missing being None."""
     with seqaccel.backend(backend):
-        lengths = options.pop("lengths", None)
+        lengths, reset = options.pop("lengths", None), options.pop("reset", None)
         direction = Direction(tensors["h_0"], tensors.get("c_0"), weights_of(cell, tensors), **options)
-        found = layer(cell, cell, tensors["input"], direction, lengths)
+        found = layer(cell, cell, tensors["input"], direction, lengths, reset)
     return [t for t in found if t is not None]
 
 

@@ -51,11 +51,19 @@ STATES = (
 )
 LENGTHS = ([5, 5, 5], torch.tensor([5.0, 5, 5]), torch.tensor([5, 5]), torch.tensor([0, 5, 5]), torch.tensor([5, 9, 5]))
 ZONEOUTS = (0.1, (0.1,), (0.1, 0.1, 0.1), ("0.1", 0.1), (NAN, 0.1), (0.1, 2.0), (torch.zeros(2), None))
+RESETS = (
+    [[False] * B] * T,
+    3,
+    torch.zeros(T, B),
+    torch.zeros(B, T, dtype=torch.bool),
+    torch.zeros(T, dtype=torch.bool),
+)
 RECURRENT = {
     **dict.fromkeys(("input", "weight_ih", "weight_hh"), TENSOR),
     **dict.fromkeys(("bias_ih", "bias_hh"), OPTIONAL),
     "lengths": LENGTHS,
     "reverse": NOT_FLAGS,
+    "reset": RESETS,
 }
 WITH_CELL = {**RECURRENT, "state": STATES, "zoneout": ZONEOUTS}
 Q = torch.randn(2, 4, 9, 8)
@@ -446,6 +454,7 @@ CALLS = {
             "weight": (*TENSOR, torch.randn(3), torch.randn(2).double()),
             "h_0": (*NOT_OPTIONAL_TENSORS, torch.zeros(B, 3), torch.zeros(B, 2).double()),
             "leak_rate": (*NOT_NUMBERS, None, -0.1, 1.1),
+            "reset": RESETS,
         },
     ),
     "novelty_gate": (
@@ -954,11 +963,31 @@ SRU_INPUT = {
 HIDDEN = (torch.zeros(1), [torch.zeros(1, B, H)], 3, "h")
 HIDDENS = ((), (torch.zeros(1, B, H),), (torch.zeros(1, B, H),) * 3, (None, None), "ab", 3, (torch.zeros(1),) * 2)
 FORWARDS = {
-    "RNN": (lambda: nn.RNN(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
-    "GRU": (lambda: nn.GRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
-    "LayerNormGRU": (lambda: nn.LayerNormGRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
-    "LSTM": (lambda: nn.LSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
-    "PeepholeLSTM": (lambda: nn.PeepholeLSTM(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDENS}),
+    "RNN": (
+        lambda: nn.RNN(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDEN, "reset": RESETS},
+    ),
+    "GRU": (
+        lambda: nn.GRU(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDEN, "reset": RESETS},
+    ),
+    "LayerNormGRU": (
+        lambda: nn.LayerNormGRU(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDEN, "reset": RESETS},
+    ),
+    "LSTM": (
+        lambda: nn.LSTM(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDENS, "reset": RESETS},
+    ),
+    "PeepholeLSTM": (
+        lambda: nn.PeepholeLSTM(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDENS, "reset": RESETS},
+    ),
     "CfC": (
         lambda: nn.CfC(I, H),
         {"input": torch.randn(T, B, I)},
@@ -973,7 +1002,11 @@ FORWARDS = {
     "EchoStateNetwork": (
         lambda: nn.EchoStateNetwork(I, H, 2),
         {"x": torch.randn(T, B, I)},
-        {"x": TENSOR, "state": ((), (torch.zeros(1, B, H),), (None,), (torch.zeros(B, H),) * 2, "h", 3)},
+        {
+            "x": TENSOR,
+            "reset": RESETS,
+            "state": ((), (torch.zeros(1, B, H),), (None,), (torch.zeros(B, H),) * 2, "h", 3),
+        },
     ),
     "RNNCell": (
         lambda: nn.RNNCell(I, H),

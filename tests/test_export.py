@@ -447,6 +447,11 @@ class Masked(nn.QRNN):
         return super().forward(x, hx, mask_pad=padding, reset=reset)
 
 
+class Restarted(nn.GRU):
+    def forward(self, x: Tensor, hx: Tensor, reset: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, hx, reset=reset)
+
+
 class StartedScan(torch.nn.Module):
     def forward(self, a: Tensor, b: Tensor, h_0: Tensor, reset: Tensor) -> Tensor:
         return SF.linear_scan(a, b, h_0, reverse=True, reset=reset)
@@ -473,6 +478,7 @@ OPTIONAL = {
     "RNN": Case("rnn", lambda: nn.RNN(5, 6, num_layers=2), ("TB5", "2B6")),
     "GRU": Case("rnn", lambda: nn.GRU(5, 6, batch_first=True, bidirectional=True), ("BT5", "2B6")),
     "LSTM": Case("rnn", lambda: nn.LSTM(5, 6, num_layers=2), ("TB5", ("2B6", "2B6"))),
+    "GRU with resets": Case("rnn", lambda: Restarted(5, 6, bidirectional=True), ("TB5", "2B6", "padding:TB")),
     "RNNCell": Case("rnn", lambda: nn.RNNCell(5, 6), ("B5", "B6")),
     "GRUCell": Case("rnn", lambda: nn.GRUCell(5, 6), ("B5", "B6")),
     "LSTMCell": Case("rnn", lambda: nn.LSTMCell(5, 6), ("B5", ("B6", "B6"))),

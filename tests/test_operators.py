@@ -30,19 +30,20 @@ def double(*shape):
 
 def rnn_arguments(save=False):
     return ("lstm", double(3, 2, 4), double(2, 5), double(2, 5), [double(20, 4), double(20, 5), double(20), None, None],
-            None, None, None, False, save)  # fmt: skip
+            None, None, None, False, save, torch.arange(6).view(3, 2) % 4 == 0)  # fmt: skip
 
 
 def rnn_backward_arguments():
-    cell, input, h_0, c_0, weights, *rest, _ = rnn_arguments()
-    output, h_n, c_n, saved = torch.ops.seqaccel.rnn_forward(cell, input, h_0, c_0, weights, *rest, True)
+    cell, input, h_0, c_0, weights, *_, reset = arguments = rnn_arguments(True)
+    output, h_n, c_n, saved = torch.ops.seqaccel.rnn_forward(*arguments)
     grads = [torch.randn_like(t) for t in (output, h_n, c_n)]
-    return (cell, *grads, input, h_0, c_0, weights, None, None, None, output, saved, False, [True] * 6)
+    return (cell, *grads, input, h_0, c_0, weights, None, None, None, output, saved, False, [True] * 6, reset)
 
 
 def bfloat16_arguments():
-    cell, input, h_0, c_0, weights, *_ = tree_map_only(torch.Tensor, lambda t: t.bfloat16(), rnn_arguments())
-    return cell, input, h_0, c_0, weights, None, False
+    *tensors, reset = rnn_arguments()
+    cell, input, h_0, c_0, weights, *_ = tree_map_only(torch.Tensor, lambda t: t.bfloat16(), tensors)
+    return cell, input, h_0, c_0, weights, None, False, reset
 
 
 def conv_arguments(save=False):
@@ -208,7 +209,15 @@ def gate_arguments():
 
 def echo_arguments():
     rows, columns = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([0, 2, 3, 1, 2])
-    return double(5, 2, 4), double(2, 4), rows.int(), columns.int(), double(5), 0.7
+    return (
+        double(5, 2, 4),
+        double(2, 4),
+        rows.int(),
+        columns.int(),
+        double(5),
+        0.7,
+        torch.arange(10).view(5, 2) % 4 == 0,
+    )
 
 
 def cfc_arguments(save=False):

@@ -15,11 +15,12 @@ c10::List<Optional> weights_of(const Arguments& a, size_t count) {
   return c10::List<Optional>(at::ArrayRef<Optional>(a.data() + 3, count));
 }
 
-torch::jit::Stack call_forward(const std::string& cell, const Arguments& a, size_t count, bool reverse, bool save) {
+torch::jit::Stack call_forward(const std::string& cell, const Arguments& a, size_t count, bool reverse, bool save,
+                               const c10::IValue& reset) {
   static const auto rnn_forward = find("seqaccel::rnn_forward");
   torch::jit::Stack stack;
   torch::jit::push(stack, cell, a[0], a[1], a[2], weights_of(a, count), Optional(), Optional(), Optional(), reverse,
-                   save);
+                   save, reset);
   rnn_forward.callBoxed(stack);
   return stack;
 }
@@ -55,10 +56,10 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
 
   template <typename... T>
   static variable_list forward(AutogradContext* ctx, const std::string& cell, bool reverse, bool stacked, size_t count,
-                               const T&... arguments) {
+                               const c10::IValue& reset, const T&... arguments) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Arguments a{arguments...};
-    const auto found = call_forward(cell, a, count, reverse, true);
+    const auto found = call_forward(cell, a, count, reverse, true, reset);
     const variable_list outputs = outputs_of(found, a[2].has_value(), stacked);
     variable_list saved{outputs[0].variable_data()};
     ctx->saved_data["output"] = watch(outputs[0]);
@@ -68,6 +69,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     ctx->saved_data["cell"] = cell;
     ctx->saved_data["reverse"] = reverse;
     ctx->saved_data["count"] = int64_t(count);
+    ctx->saved_data["reset"] = reset;
     ctx->set_materialize_grads(false);
     return outputs;
   }
@@ -76,6 +78,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     const std::string cell = ctx->saved_data["cell"].toStringRef();
     const bool reverse = ctx->saved_data["reverse"].toBool();
     const size_t count = ctx->saved_data["count"].toInt();
+    const c10::IValue& reset = ctx->saved_data["reset"];
     RECORD_FUNCTION("seqaccel::" + cell + "_backward", c10::ArrayRef<const c10::IValue>());
     variable_list saved = ctx->get_saved_variables();
     Arguments a;
@@ -88,19 +91,19 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     for (size_t i = 0; i < outer.size(); ++i) {
       if (outer[i].defined()) of_outputs[i] = i > 0 && outer[i].dim() == 3 ? outer[i].squeeze(0) : outer[i];
     }
-    variable_list grads(4 + a.size());  // of forward's arguments
+    variable_list grads(5 + a.size());  // of forward's arguments
     const auto give = [&](size_t i, const Tensor& grad) {
-      if (needs[i]) grads[4 + i] = grad;
+      if (needs[i]) grads[5 + i] = grad;
     };
     if (at::GradMode::is_enabled() || std::any_of(outer.begin(), outer.end(), is_batched)) {
       const auto found = again(cell, reverse, at::ArrayRef<Optional>(a.data(), 3 + count),
-                               at::ArrayRef<Optional>(of_outputs.data(), outer.size()), needs);
+                               at::ArrayRef<Optional>(of_outputs.data(), outer.size()), needs, reset);
       for (size_t i = 0; i < needs.size(); ++i) give(i, found[i]);
       return grads;
     }
     at::AutoDispatchBelowADInplaceOrView below;
     if (modified(ctx->saved_data["output"].toTensor())) {
-      saved[0] = call_forward(cell, a, count, reverse, false)[0].toTensor();
+      saved[0] = call_forward(cell, a, count, reverse, false, reset)[0].toTensor();
     }
     c10::List<bool> wanted{needs[0]};
     for (size_t i = 3; i < needs.size(); ++i) wanted.push_back(needs[i]);
@@ -108,7 +111,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     torch::jit::Stack stack;
     torch::jit::push(stack, cell, of_outputs[0], of_outputs[1], of_outputs[2], a[0], a[1], a[2], weights_of(a, count),
                      Optional(), Optional(), Optional(), saved[0],
-                     c10::List<Tensor>(at::ArrayRef<Tensor>(saved).slice(1 + a.size())), reverse, wanted);
+                     c10::List<Tensor>(at::ArrayRef<Tensor>(saved).slice(1 + a.size())), reverse, wanted, reset);
     rnn_backward.callBoxed(stack);
     for (size_t i = 0; i < 3; ++i) give(i, stack[i].toTensor());
     const auto of_weights = stack[3].toTensorVector();
@@ -119,11 +122,12 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
  private:
   // The gradients of all arguments by the reference, which is differentiable and takes batched gradients.
   static variable_list again(const std::string& cell, bool reverse, at::ArrayRef<Optional> inputs,
-                             at::ArrayRef<Optional> outer, const std::vector<bool>& needs) {
+                             at::ArrayRef<Optional> outer, const std::vector<bool>& needs, const c10::IValue& reset) {
     py::gil_scoped_acquire gil;
     const py::object function = py::module_::import("seqaccel.functional.rnn._operator").attr("differentiate_again");
     variable_list found;
-    for (const py::handle grad : function(cell, reverse, inputs.vec(), outer.vec(), needs)) {
+    for (const py::handle grad :
+         function(cell, reverse, inputs.vec(), outer.vec(), needs, py::arg("reset") = reset.toOptional<Tensor>())) {
       found.push_back(grad.is_none() ? Tensor() : grad.cast<Tensor>());
     }
     return found;
@@ -193,15 +197,15 @@ Tensor zeros(int64_t rows, int64_t columns, const Tensor& like) {
 
 // One layer and direction: output [T, B, P], h_n and, if the cell has it, c_n.
 variable_list layer(const std::string& cell, const std::string& title, const Arguments& a, size_t count, bool reverse,
-                    bool stacked) {
+                    bool stacked, const c10::IValue& reset) {
   RECORD_FUNCTION(title, c10::ArrayRef<const c10::IValue>());
   const auto records = [](const Optional& t) { return t && t->requires_grad(); };
   if (at::GradMode::is_enabled() && std::any_of(a.begin(), a.end(), records)) {
     return std::apply(
-        [&](const auto&... each) { return RecurrentLayer::apply(cell, reverse, stacked, count, each...); }, a);
+        [&](const auto&... each) { return RecurrentLayer::apply(cell, reverse, stacked, count, reset, each...); }, a);
   }
   at::AutoDispatchBelowADInplaceOrView below;  // makes no views, which could not be detached in place
-  return outputs_of(call_forward(cell, a, count, reverse, false), a[2].has_value(), stacked);
+  return outputs_of(call_forward(cell, a, count, reverse, false, reset), a[2].has_value(), stacked);
 }
 
 // Runs all layers and directions: output [T, B, D * P] and (h_n [L, B, P], c_n [L, B, H] if the cell has it), where L
@@ -212,14 +216,15 @@ variable_list layer(const std::string& cell, const std::string& title, const Arg
 std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, const py::handle& input,
                                                    const py::handle& h_0, const py::handle& c_0,
                                                    const py::list& weights, int64_t directions, bool reverse,
-                                                   bool stacked, double dropout, double recurrent_dropout) {
+                                                   bool stacked, double dropout, double recurrent_dropout,
+                                                   const py::handle& reset) {
   const auto found = cells().find(name);
   if (found == cells().end()) return {};
   const Cell& cell = found->second;
   const size_t count = cell.shapes.size(), stack = weights.size();
   if (python_must_run()) return {};
-  Optional x, h, c;
-  if (!take(input, x) || !take(h_0, h) || !take(c_0, c)) return {};
+  Optional x, h, c, begins;
+  if (!take(input, x) || !take(h_0, h) || !take(c_0, c) || !take(reset, begins)) return {};
   std::vector<Arguments> calls(stack);
   for (size_t k = 0; k < stack; ++k) {
     const auto of_layer = weights[k].cast<py::list>();
@@ -232,6 +237,7 @@ std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, cons
   if (!x || x->dim() != 3 || x->size(0) == 0) return {};
   const at::ScalarType dtype = x->scalar_type();
   if ((dtype != at::kFloat && dtype != at::kDouble) || c.has_value() != (h && cell.has_c)) return {};
+  if (begins && (begins->scalar_type() != at::kBool || begins->sizes() != x->sizes().slice(0, 2))) return {};
   Sizes sizes{int64_t(stack), x->size(1), x->size(2), 0, 0, 0};
   for (size_t k = 0; k < stack; ++k) {
     const Optional& weight_hh = calls[k][4];
@@ -257,7 +263,7 @@ std::optional<std::pair<Tensor, py::tuple>> layers(const std::string& name, cons
     a[0] = y;
     a[1] = h ? (stacked ? h->select(0, k) : *h) : zeros(sizes.B, a[4]->size(1), *x);
     if (cell.has_c) a[2] = c ? (stacked ? c->select(0, k) : *c) : zeros(sizes.B, a[4]->size(0) / cell.gates, *x);
-    variable_list found = layer(name, cell.title, a, count, reverse || k % directions == 1, stacked);
+    variable_list found = layer(name, cell.title, a, count, reverse || k % directions == 1, stacked, begins);
     h_n.push_back(found[1]);
     if (cell.has_c) c_n.push_back(found[2]);
     outputs.push_back(std::move(found[0]));

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from seqaccel.kernels._math import sigmoid
 from seqaccel.kernels.rnn.cells import normalize, normalize_backward
+from seqaccel.kernels.rnn.step import begins_at, restarted
 
 # ---- GRU, reset before: r, z = sigmoid(x + W h'), then the product behind r h' ----
 
@@ -41,6 +42,7 @@ def reset_backward_kernel(
     p_output,  # [T, B, H]
     p_h_0,  # [B, H]
     p_lengths,  # [B] or None
+    p_begins,  # [T, B] int8 or None: an episode begins with the step
     p_dh,  # [B, H] float32, added to
     p_grad_x,  # [T, B, 3H]: r's part is written
     t,
@@ -64,6 +66,7 @@ def reset_backward_kernel(
     b_r = tl.load(p_gates + row * 3 * H + unit, mask=mask, other=0.0).to(tl.float32)
     b_earlier = tl.load(p_output + (tl.cast(earlier, tl.int64) * B + b) * H + unit, mask=mask & inner, other=0.0)
     b_h = tl.where(inner, b_earlier, tl.load(p_h_0 + b * H + unit, mask=mask, other=0.0)).to(tl.float32)
+    b_h = restarted(b_h, begins_at(p_begins, t, B, b))
     b_dh = tl.load(p_dh + b * H + unit, mask=mask, other=0.0)
     tl.store(p_dh + b * H + unit, b_dh + tl.where(running, b_d * b_r, 0.0), mask=mask)
     b_dr = tl.where(running, b_d * b_h * b_r * (1.0 - b_r), 0.0)

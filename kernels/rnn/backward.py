@@ -10,7 +10,9 @@ from seqaccel.kernels.rnn.cells import CELLS
 from seqaccel.kernels.rnn.checks import check, check_backward
 from seqaccel.kernels.rnn.forward import (
     POINTS,
+    begins_of,
     contiguous,
+    drop_first,
     float_copy,
     grid_of,
     norm_warps,
@@ -52,14 +54,14 @@ def _layer_norm_rows_backward(x: Tensor, dy: Tensor, gamma: Tensor, needs_dx: bo
     mutates_args=(),
     schema="(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, Tensor? c_0, "
     "Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, Tensor? zoneout_c, Tensor output, Tensor[] saved, "
-    "bool reverse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "bool reverse, bool[] needs, Tensor? reset=None) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def rnn_backward(
     cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output, saved,
-    reverse, needs,
+    reverse, needs, reset=None,
 ):  # fmt: skip
     """Gradients of input, h_0, c_0 (empty for a cell without c) and of each weight; empty where not needed."""
-    sizes = check(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c)
+    sizes = check(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reset)
     spec, steps, batch = CELLS[cell], sizes["T"], sizes["B"]
     expected = saved_shapes(cell, zoneout_c, steps, batch, sizes["H"])
     grads = ((grad_output, "TBP"), (grad_h_n, "BP"), (grad_c_n if spec.has_c else None, "BH"))
@@ -74,10 +76,12 @@ def rnn_backward(
     needs = [needs[0], *(need and w is not None for need, w in zip(needs[1:], weights, strict=True))]
     if steps and batch:
         sweep = _Sweep(
-            cell, spec, input, h_0, c_0, weight_ih, weight_hh, extra, lengths, zoneout_h, zoneout_c, output, saved,
-            reverse, dh, dc,
+            cell, spec, input, h_0, c_0, weight_ih, weight_hh, extra, lengths, begins_of(reset, lengths, reverse),
+            zoneout_h, zoneout_c, output, saved, reverse, dh, dc,
         )  # fmt: skip
         dh = sweep.run(None if grad_output is None else grad_output.contiguous())
+        if sweep.begins is not None:
+            drop_first((dh, dc), sweep.begins, reverse)
         grad_input, grads = sweep.weight_gradients(needs)
     else:
         grad_input = torch.zeros_like(input) if needs[0] else None
@@ -95,10 +99,11 @@ class _Sweep:
     """The backward pass of one layer and direction: the steps in reverse, then the products over all of them."""
 
     def __init__(
-        self, cell, spec, input, h_0, c_0, weight_ih, weight_hh, extra, lengths, zoneout_h, zoneout_c, output, saved,
-        reverse, dh, dc,
+        self, cell, spec, input, h_0, c_0, weight_ih, weight_hh, extra, lengths, begins, zoneout_h, zoneout_c, output,
+        saved, reverse, dh, dc,
     ):  # fmt: skip
         self.spec, self.input, self.h_0, self.reverse, self.lengths = spec, input, h_0, reverse, lengths
+        self.begins = begins
         self.c_0 = None if c_0 is None else c_0.contiguous()
         self.weight_ih, self.weight_hh, self.extra, self.output = weight_ih, weight_hh, extra, output
         self.dh, self.dc = dh, dc
@@ -132,8 +137,8 @@ class _Sweep:
                 for first, grid, arrived in tiles[1].launches(batch, self.output.device):
                     persistent.persistent_backward_kernel[grid](
                         grad_output, self.weight_hh, self.gates, vectors, self.cells, self.carried, self.c_0,
-                        self.output, self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc,
-                        self.grad_x, self.grad_r, arrived, steps, batch, hidden, first, self.zone_h[1],
+                        self.output, self.h_0, self.lengths, self.begins, self.zone_h[0], self.zone_c[0], self.dh,
+                        self.dc, self.grad_x, self.grad_r, arrived, steps, batch, hidden, first, self.zone_h[1],
                         self.zone_c[1], **constants,
                         REVERSE=self.reverse, PRECISION=precision_of(self.output.dtype), **tiles[1].constants(),
                         **tiles[1].options(),
@@ -153,24 +158,25 @@ class _Sweep:
         for s in reversed(range(steps)):
             t = steps - 1 - s if self.reverse else s
             earlier = -1 if s == 0 else t + 1 if self.reverse else t - 1
+            later = -1 if s + 1 == steps else t - 1 if self.reverse else t + 1
             if self.weight_hr is not None:
                 step.project_backward_kernel[grid_of(batch, outputs, POINTS)](
-                    grad_output, product, self.lengths, self.zone_h[0], self.dh, self.grad_projected, t, batch,
-                    outputs, self.zone_h[1], BLOCK=POINTS, num_warps=4,
+                    grad_output, product, self.lengths, self.begins, self.zone_h[0], self.dh, self.grad_projected, t,
+                    later, batch, outputs, self.zone_h[1], BLOCK=POINTS, num_warps=4,
                 )  # fmt: skip
                 torch.mm(self.grad_projected[t], self.weight_hr, out=through)
             step.backward_kernel[grid](
                 grad_output, through, self.gates, self.products, gamma, vectors, self.cells, self.carried, self.c_0,
-                self.output, self.h_0, self.lengths, self.zone_h[0], self.zone_c[0], self.dh, self.dc, self.grad_x,
-                self.grad_r, self.grad_products, self.grad_norm, t, earlier, batch, hidden, self.zone_h[1],
-                self.zone_c[1], **constants, PROJECTED=self.weight_hr is not None, **options,
+                self.output, self.h_0, self.lengths, self.begins, self.zone_h[0], self.zone_c[0], self.dh, self.dc,
+                self.grad_x, self.grad_r, self.grad_products, self.grad_norm, t, earlier, later, batch, hidden,
+                self.zone_h[1], self.zone_c[1], **constants, PROJECTED=self.weight_hr is not None, **options,
             )  # fmt: skip
             grad = self.grad_last[t]
             if split:
                 torch.mm(grad[:, split:], self.weight_hh[split:], out=inner)
                 around.reset_backward_kernel[grid](
-                    inner, self.gates, self.output, self.h_0, self.lengths, self.dh, self.grad_x, t, earlier, batch,
-                    hidden, **options,
+                    inner, self.gates, self.output, self.h_0, self.lengths, self.begins, self.dh, self.grad_x, t,
+                    earlier, batch, hidden, **options,
                 )  # fmt: skip
                 torch.mm(grad[:, :split], self.weight_hh[:split], out=product)
             elif spec.multiplies:
@@ -208,7 +214,7 @@ class _Sweep:
             grads[3] = grad_r.sum(0)
         h_prev = None
         if wants[1] or (spec.multiplies and wants[5]):
-            h_prev = _h_prev(self.output, self.h_0, self.lengths, self.reverse).reshape(grad_x.shape[0], -1)
+            h_prev = self._cut(_h_prev(self.output, self.h_0, self.lengths, self.reverse)).reshape(grad_x.shape[0], -1)
         if wants[1]:
             if spec.first:
                 split = spec.first * hidden
@@ -240,11 +246,15 @@ class _Sweep:
                 grads[5] = self._peepholes()
         return grad_input, grads
 
+    def _cut(self, state: Tensor) -> Tensor:
+        """The state before every step [T, B, ·], zero where an episode begins."""
+        return state if self.begins is None else state.masked_fill(self.begins.bool().unsqueeze(-1), 0)
+
     def _peepholes(self) -> Tensor:
         """Gradient of the peepholes: i and f read the c before the step, o the one after it."""
         hidden, first = self.hidden, self.c_0.float().unsqueeze(0)
         c = self.cells if self.carried is None else self.carried
-        c_prev = torch.cat((c[1:], first) if self.reverse else (first, c[:-1]))
+        c_prev = self._cut(torch.cat((c[1:], first) if self.reverse else (first, c[:-1])))
         i, f, _, o = self.grad_x.split(hidden, -1)
         return torch.stack([(d * seen).sum((0, 1)) for d, seen in ((i, c_prev), (f, c_prev), (o, self.cells))])
 
@@ -252,7 +262,7 @@ class _Sweep:
 @rnn_backward.register_fake
 def _(
     cell, grad_output, grad_h_n, grad_c_n, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, output, saved,
-    reverse, needs,
+    reverse, needs, reset=None,
 ):  # fmt: skip
     return (
         input.new_empty(input.shape if needs[0] else (0,)),

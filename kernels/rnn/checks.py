@@ -21,6 +21,7 @@ def check(
     lengths: Tensor | None,
     zoneout_h: Tensor | None,
     zoneout_c: Tensor | None,
+    reset: Tensor | None = None,
 ) -> dict[str, int]:
     """The sizes, by their letters; RuntimeError if ranks, sizes, dtypes or devices do not fit together."""
     if cell not in CELLS:
@@ -62,6 +63,10 @@ def check(
         lengths.dtype != torch.int64 or tuple(lengths.shape) != (sizes["B"],) or lengths.device != input.device
     ):
         _refuse(f"expected lengths to be torch.int64 of shape ({sizes['B']},) on {input.device}")
+    if reset is not None and (
+        reset.dtype != torch.bool or reset.shape != input.shape[:2] or reset.device != input.device
+    ):
+        _refuse(f"expected reset to be torch.bool of shape {tuple(input.shape[:2])} on {input.device}")
     return sizes
 
 

@@ -12,7 +12,22 @@ from seqaccel.kernels.rnn import around, forward, persistent, step, tiles
 from seqaccel.kernels.rnn.cells import CELLS
 
 _FLOAT32 = ("p_h", "p_c", "p_cells", "p_carried", "p_dh", "p_dc", "p_grad_norm", "p_dgamma")
-_INTEGERS = ("t", "earlier", "T", "B", "H", "P", "N", "W", "ROWS", "b_first", "zoneout_h_stride", "zoneout_c_stride")
+_INTEGERS = (
+    "t",
+    "earlier",
+    "later",
+    "following",
+    "T",
+    "B",
+    "H",
+    "P",
+    "N",
+    "W",
+    "ROWS",
+    "b_first",
+    "zoneout_h_stride",
+    "zoneout_c_stride",
+)
 
 
 def _configuration(
@@ -31,6 +46,7 @@ def _configuration(
         **dict.fromkeys(_FLOAT32, "*fp32"),
         **dict.fromkeys(_INTEGERS, "i32"),
         "p_lengths": "*i64",
+        "p_begins": "*i8",
         "p_arrived": "*i32",
     }
     signature = {name: types.get(name, f"*{kind}") for name in kernel.arg_names if name not in constants}

@@ -62,6 +62,26 @@ def zoneout_of(z: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if z is None else (z.contiguous(), int(z.numel() != 1))
 
 
+def begins_of(reset: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor | None:
+    """Which steps start from a state of zero, in the direction of a pass: [T, B] int8. In reverse an episode begins at
+    its last step, and the last one of a row at its end, from the given state."""
+    if reset is None:
+        return None
+    begins = torch.cat((reset[1:], torch.zeros_like(reset[:1]))) if reverse else reset.contiguous()
+    if lengths is not None:
+        step = torch.arange(begins.shape[0], device=begins.device).unsqueeze(1) + int(reverse)
+        begins = begins & (step < lengths)
+    return begins.view(torch.int8)
+
+
+def drop_first(states: Sequence[Tensor | None], begins: Tensor, reverse: bool) -> None:
+    """Zeroes, in place, states [B, ·] of rows in which an episode begins with the first step of a pass."""
+    first = begins[-1 if reverse else 0].bool().unsqueeze(1)
+    for state in states:
+        if state is not None:
+            state.masked_fill_(first, 0)
+
+
 def _biases(spec: Cell, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The biases of the input projection and of the recurrent product."""
     return (bias_ih, bias_hh) if spec.separate else (_sum(bias_ih, bias_hh), None)
@@ -118,11 +138,11 @@ def _layer_norm_rows(x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
     "seqaccel::rnn_forward_triton",
     mutates_args=(),
     schema="(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, "
-    "Tensor? zoneout_c, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "Tensor? zoneout_c, bool reverse, bool save, Tensor? reset=None) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
-def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save, reset=None):
     """output, h_n, c_n (empty for a cell without c), and where ``save`` what ``saved_shapes`` lists (else nothing)."""
-    sizes = check(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c)
+    sizes = check(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reset)
     spec, steps, batch, hidden = CELLS[cell], sizes["T"], sizes["B"], sizes["H"]
     weight_ih, weight_hh, bias_ih, bias_hh, *extra = contiguous(weights)
     lengths = None if lengths is None else lengths.contiguous()
@@ -150,17 +170,20 @@ def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, r
     for shape, wide in shapes[len(saved) :]:
         saved.append(input.new_empty(shape, dtype=torch.float32 if wide else dtype))
     if x is not None:
+        begins = begins_of(reset, lengths, reverse)
+        if begins is not None:
+            drop_first((h, c), begins, reverse)
         _run_forward(
-            cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, zoneout_h, zoneout_c,
-            reverse, saved,
+            cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, begins, zoneout_h,
+            zoneout_c, reverse, saved,
         )  # fmt: skip
     c_n = input.new_empty(0) if c is None else c.to(dtype)
     return output, h.to(dtype), c_n, saved
 
 
 def _run_forward(
-    cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, zoneout_h, zoneout_c, reverse,
-    saved,
+    cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, begins, zoneout_h, zoneout_c,
+    reverse, saved,
 ):  # fmt: skip
     steps, batch, outputs = output.shape
     hidden, dtype = weight_hh.shape[0] // spec.gates, x.dtype
@@ -178,8 +201,8 @@ def _run_forward(
         try:
             for first, grid, arrived in tiles[0].launches(batch, x.device):
                 persistent.persistent_forward_kernel[grid](
-                    x, weight_hh, bias_r, vectors, lengths, zone_h[0], zone_c[0], h, c, output, gates, cells, carried,
-                    exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward,
+                    x, weight_hh, bias_r, vectors, lengths, begins, zone_h[0], zone_c[0], h, c, output, gates, cells,
+                    carried, exchange, arrived, steps, batch, hidden, first, zone_h[1], zone_c[1], FORWARD=spec.forward,
                     **constants, REVERSE=reverse, PRECISION=precision_of(x.dtype), **tiles[0].constants(),
                     **tiles[0].options(),
                 )  # fmt: skip
@@ -207,6 +230,7 @@ def _run_forward(
         first_weight = extra[1].t()
     for s in range(steps):
         t = steps - 1 - s if reverse else s
+        following = -1 if s + 1 == steps else t - 1 if reverse else t + 1
         left = operand
         if spec.first:
             torch.mm(operand, first_weight, out=first_product)
@@ -221,21 +245,21 @@ def _run_forward(
             product = products[t]
         torch.mm(left, transposed, out=product)
         step.forward_kernel[grid](
-            x, product, bias_r, gamma, vectors, lengths, zone_h[0], zone_c[0], h,
-            operand_out if weight_hr is None else inner, c, output, gates, cells, carried, t, batch, hidden,
+            x, product, bias_r, gamma, vectors, lengths, begins, zone_h[0], zone_c[0], h,
+            operand_out if weight_hr is None else inner, c, output, gates, cells, carried, t, following, batch, hidden,
             zone_h[1], zone_c[1], FORWARD=spec.forward, FIRST=spec.first, **constants,
             PROJECTED=weight_hr is not None, **options,
         )  # fmt: skip
         if weight_hr is not None:
             torch.mm(inner, project, out=projected)
             step.project_forward_kernel[grid_of(batch, outputs, POINTS)](
-                projected, lengths, zone_h[0], h, operand_out, output, t, batch, outputs, zone_h[1],
+                projected, lengths, begins, zone_h[0], h, operand_out, output, t, following, batch, outputs, zone_h[1],
                 BLOCK=POINTS, num_warps=4,
             )  # fmt: skip
 
 
 @rnn_forward.register_fake
-def _(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save):
+def _(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reverse, save, reset=None):
     steps, batch = input.shape[:2]
     hidden, outputs = weights[1].shape[0] // CELLS[cell].gates, weights[1].shape[1]
     shapes = saved_shapes(cell, zoneout_c, steps, batch, hidden) if save else ()

@@ -13,7 +13,16 @@ the launch is cooperative. A step loads its other operands before it waits.
 import triton
 import triton.language as tl
 
-from seqaccel.kernels.rnn.step import load_backward, load_tiles, step_backward, step_forward, store_forward, store_tiles
+from seqaccel.kernels.rnn.step import (
+    begins_at,
+    load_backward,
+    load_tiles,
+    restarted,
+    step_backward,
+    step_forward,
+    store_forward,
+    store_tiles,
+)
 
 _WAIT = tl.constexpr("""{
 .reg .pred p;
@@ -135,6 +144,7 @@ def persistent_forward_kernel(
     p_bias,  # [G*H] added to the product, or None
     p_vectors,  # [VECTORS, H]
     p_lengths,  # [B] or None
+    p_begins,  # [T, B] int8 or None: an episode begins with the step, in the forward pass's direction
     p_zoneout_h,  # [T, B, H] or [1] or None
     p_zoneout_c,  # [T, B, H] or [1] or None
     p_h,  # [B, H] float32: h_0, overwritten by h_n
@@ -189,6 +199,8 @@ def persistent_forward_kernel(
         t = T - 1 - s if REVERSE else s
         row = tl.cast(t, tl.int64) * B + b
         b_x = load_tiles(p_x, row * GATES * H + unit, H, mask, GATES)
+        begins = begins_at(p_begins, t, B, b)
+        b_h, b_c = restarted(b_h, begins), restarted(b_c, begins)
         b_r = ()
         if COOPERATIVE:
             wait(p_arrived, s * tl.num_programs(1))
@@ -221,7 +233,9 @@ def persistent_forward_kernel(
         )  # fmt: skip
         if COOPERATIVE:
             o_to = ((s + 1) % 2 * B + b) * H + unit
-            tl.store(p_exchange + o_to, b_h.to(p_exchange.dtype.element_ty), mask=mask)
+            following = tl.where(s + 1 < T, t - 1 if REVERSE else t + 1, -1)
+            b_next = restarted(b_h, begins_at(p_begins, following, B, b))
+            tl.store(p_exchange + o_to, b_next.to(p_exchange.dtype.element_ty), mask=mask)
             arrive(p_arrived)
         store_forward(
             b_s, b_fresh, b_h, b_c, row, unit, running, mask, p_output, p_gates, p_cells, p_carried, H, SAVED, HAS_C,
@@ -244,6 +258,7 @@ def persistent_backward_kernel(
     p_output,  # [T, B, H]
     p_h_0,  # [B, H]
     p_lengths,  # [B] or None
+    p_begins,  # [T, B] int8 or None: an episode begins with the step, in the forward pass's direction
     p_zoneout_h,  # [T, B, H] or [1] or None
     p_zoneout_c,  # [T, B, H] or [1] or None
     p_dh,  # [B, H] float32: gradient of h_n, overwritten by that of h_0
@@ -305,12 +320,13 @@ def persistent_backward_kernel(
         if p_lengths is not None:
             running = t < b_length
             inner_h = inner & (earlier < b_length)
+        begins = begins_at(p_begins, t, B, b)
         b_grad = b_dh
         if p_grad_output is not None:
             b_grad = tl.load(p_grad_output + row * H + unit, mask=mask, other=0.0).to(tl.float32)
         b_saved = load_backward(
             row, earlier_row, inner, inner_h, b, unit, mask, p_gates, p_cells, p_carried, p_c_0, p_output, p_h_0, H,
-            SAVED, HAS_C, USES_OUTPUT, USES_H,
+            SAVED, HAS_C, USES_OUTPUT, USES_H, begins,
         )  # fmt: skip
         if COOPERATIVE:
             # The gradient through r comes from the step that this pass ran before. The first step has none.
@@ -321,6 +337,7 @@ def persistent_backward_kernel(
                 tl.where(s > 0, B, 0), GATES * H, QUARTERS, BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION,
             )  # fmt: skip
             b_dh += b_fourths[0] + b_fourths[1] + (b_fourths[2] + b_fourths[3])
+            b_dh = restarted(b_dh, begins_at(p_begins, tl.where(s > 0, t_last, -1), B, b))
         b_held = b_dh
         if p_grad_output is not None:
             b_dh += b_grad
@@ -338,6 +355,9 @@ def persistent_backward_kernel(
                 b_dh += tl.dot(b_dr[i].to(p_weight.dtype.element_ty), b_w[i], input_precision=PRECISION)
         if running is not None:
             b_dh = tl.where(running, b_dh, b_held)
+        b_dc = restarted(b_dc, begins)
+        if not COOPERATIVE:
+            b_dh = restarted(b_dh, begins)
     if COOPERATIVE:
         wait(p_arrived, T * tl.num_programs(1))
         t_last = T - 1 if REVERSE else 0
@@ -346,6 +366,7 @@ def persistent_backward_kernel(
             BLOCK_B, BLOCK_U, BLOCK_K, PARTS, PRECISION,
         )  # fmt: skip
         b_dh += b_fourths[0] + b_fourths[1] + (b_fourths[2] + b_fourths[3])
+        b_dh = restarted(b_dh, begins_at(p_begins, t_last, B, b))
     tl.store(p_dh + b * H + unit, b_dh, mask=mask)
     if HAS_C:
         tl.store(p_dc + b * H + unit, b_dc, mask=mask)

@@ -35,6 +35,22 @@ def keep(b, running):
 
 
 @triton.jit
+def begins_at(p_begins, t, B, b):
+    """Whether an episode of row b begins with step t, which is none where it is negative; None without resets."""
+    found = None
+    if p_begins is not None:
+        s = b * 0 + t
+        found = tl.load(p_begins + s * B + b, mask=(b < B) & (s >= 0), other=0) != 0
+    return found
+
+
+@triton.jit
+def restarted(b, begins):
+    """Zero where an episode begins."""
+    return b if begins is None else tl.where(begins, 0.0, b)
+
+
+@triton.jit
 def keep_tiles(b, running):
     kept = ()
     for k in tl.static_range(len(b)):
@@ -144,11 +160,12 @@ def load_backward(
     HAS_C: tl.constexpr,
     USES_OUTPUT: tl.constexpr,
     USES_H: tl.constexpr,
+    begins=None,
 ):
     """What ``step_backward`` needs of the forward pass: s, h_new, h, fresh, c; zeros for what the cell has no use for.
 
     inner: whether the step that came before this one exists, inner_h: and its row was running, so that its state is in
-    the saved tensors rather than in p_c_0 and p_h_0.
+    the saved tensors rather than in p_c_0 and p_h_0. begins: whether an episode begins with this step.
     """
     o = row * H + unit
     o_earlier, o_state = earlier_row * H + unit, b * H + unit
@@ -165,6 +182,7 @@ def load_backward(
         p_c = p_cells if p_carried is None else p_carried
         b_c_earlier = tl.load(p_c + o_earlier, mask=mask & inner, other=0.0)
         b_c = tl.where(inner, b_c_earlier, tl.load(p_c_0 + o_state, mask=mask, other=0.0).to(tl.float32))
+    b_h, b_c = restarted(b_h, begins), restarted(b_c, begins)
     return b_s, b_h_new, b_h, b_fresh, b_c
 
 
@@ -212,7 +230,7 @@ def step_backward(
 # ---- one step ----
 
 
-@triton.jit(do_not_specialize=["t", "B"])
+@triton.jit(do_not_specialize=["t", "following", "B"])
 def forward_kernel(
     p_x,  # [T, B, G*H] W_ih x + b; may be p_gates
     p_product,  # [B, (G-FIRST)*H] W_hh h'
@@ -220,9 +238,10 @@ def forward_kernel(
     p_gamma,  # [G*H] scale of the product's layer norm, or None
     p_vectors,  # [VECTORS, H]
     p_lengths,  # [B] or None
+    p_begins,  # [T, B] int8 or None: an episode begins with the step, in this pass's direction
     p_zoneout_h,  # [T, B, H] or [1] or None
     p_zoneout_c,  # [T, B, H] or [1] or None
-    p_h,  # [B, H] float32: h', overwritten by h
+    p_h,  # [B, H] float32: h', overwritten by h; both as the step after it sees them
     p_operand,  # [B, H] h for the next product in its dtype, or None where that is p_h; o tanh(c) where PROJECTED
     p_c,  # [B, H] float32: c', overwritten by c
     p_output,  # [T, B, H]
@@ -230,6 +249,7 @@ def forward_kernel(
     p_cells,  # [T, B, H] float32, or None
     p_carried,  # [T, B, H] float32: c where it is not what p_cells holds, or None
     t,
+    following,  # time of the next step, or -1
     B,
     H,
     zoneout_h_stride,  # 0: one number for all units
@@ -280,26 +300,30 @@ def forward_kernel(
         b_s, b_fresh, b_h, b_c, row, unit, running, mask, p_output, p_gates, p_cells, p_carried, H, SAVED, HAS_C,
         PROJECTED,
     )  # fmt: skip
+    begins = begins_at(p_begins, following, B, b)
     if HAS_C:
-        tl.store(p_c + b * H + unit, b_c, mask=mask)
+        tl.store(p_c + b * H + unit, restarted(b_c, begins), mask=mask)
     if not PROJECTED:
+        b_h = restarted(b_h, begins)
         tl.store(p_h + b * H + unit, b_h, mask=mask)
     if p_operand is not None:
         tl.store(p_operand + b * H + unit, b_h.to(p_operand.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def arriving(p_grad_output, p_product, p_dh, o, o_state, mask):
-    """The gradient of h from all that reads it, and the same without the part of grad_output."""
+def arriving(p_grad_output, p_product, p_dh, o, o_state, mask, cut):
+    """The gradient of h from all that reads it, and the same without the part of grad_output. cut: an episode begins
+    with the step after this one, which does not read h."""
     b_dh = tl.load(p_dh + o_state, mask=mask, other=0.0)
     b_dh += tl.load(p_product + o_state, mask=mask, other=0.0).to(tl.float32)
+    b_dh = restarted(b_dh, cut)
     b_held = b_dh
     if p_grad_output is not None:
         b_dh += tl.load(p_grad_output + o, mask=mask, other=0.0).to(tl.float32)
     return b_dh, b_held
 
 
-@triton.jit(do_not_specialize=["t", "earlier", "B"])
+@triton.jit(do_not_specialize=["t", "earlier", "later", "B"])
 def backward_kernel(
     p_grad_output,  # [T, B, H] or None
     p_product,  # [B, H] gradient of h through the product of the step before in this pass; of o tanh(c) where PROJECTED
@@ -313,6 +337,7 @@ def backward_kernel(
     p_output,  # [T, B, H]
     p_h_0,  # [B, H]
     p_lengths,  # [B] or None
+    p_begins,  # [T, B] int8 or None
     p_zoneout_h,  # [T, B, H] or [1] or None
     p_zoneout_c,  # [T, B, H] or [1] or None
     p_dh,  # [B, H] float32: gradient of h but for p_product and p_grad_output; overwritten by that of h'
@@ -323,6 +348,7 @@ def backward_kernel(
     p_grad_norm,  # [T, B, H] float32: gradient of the layer norm of c, or None
     t,
     earlier,  # time of the step before in the forward pass, or -1
+    later,  # time of the step after it, or -1
     B,
     H,
     zoneout_h_stride,
@@ -351,18 +377,19 @@ def backward_kernel(
         length = tl.load(p_lengths + b)
         running = t < length
         inner_h = inner & (s_earlier < length)
+    cut = begins_at(p_begins, later, B, b)
     if PROJECTED:
         b_dh = tl.load(p_product + o_state, mask=mask, other=0.0).to(tl.float32)
         b_held = b_dh
     else:
-        b_dh, b_held = arriving(p_grad_output, p_product, p_dh, row * H + unit, o_state, mask)
+        b_dh, b_held = arriving(p_grad_output, p_product, p_dh, row * H + unit, o_state, mask, cut)
     b_dc = b_dh
     if HAS_C:
-        b_dc = tl.load(p_dc + o_state, mask=mask, other=0.0)
+        b_dc = restarted(tl.load(p_dc + o_state, mask=mask, other=0.0), cut)
     b_v = load_tiles(p_vectors, unit, H, mask, VECTORS)
     b_saved = load_backward(
         row, earlier_row, inner, inner_h, b, unit, mask, p_gates, p_cells, p_carried, p_c_0, p_output, p_h_0, H,
-        SAVED, HAS_C, USES_OUTPUT, USES_H,
+        SAVED, HAS_C, USES_OUTPUT, USES_H, begins_at(p_begins, t, B, b),
     )  # fmt: skip
     b_dr, b_dh_prev, b_dc = step_backward(
         b_saved, b_dh, b_dc, b_v, row, unit, running, mask, p_zoneout_h, p_zoneout_c, zoneout_h_stride,
@@ -389,15 +416,17 @@ def backward_kernel(
 # ---- projection: h = W_hr (o tanh(c)) ----
 
 
-@triton.jit(do_not_specialize=["t", "B"])
+@triton.jit(do_not_specialize=["t", "following", "B"])
 def project_forward_kernel(
     p_product,  # [B, P] W_hr (o tanh(c))
     p_lengths,
+    p_begins,
     p_zoneout_h,
     p_h,  # [B, P] float32, as in forward_kernel
     p_operand,
     p_output,  # [T, B, P]
     t,
+    following,
     B,
     P,
     zoneout_h_stride,
@@ -414,20 +443,23 @@ def project_forward_kernel(
     b_new = tl.load(p_product + o_state, mask=mask, other=0.0).to(tl.float32)
     b_h = apply_zoneout_and_lengths(b_new, b_h, p_zoneout_h, zoneout_h_stride, o, running, mask)
     tl.store(p_output + o, keep(b_h, running).to(p_output.dtype.element_ty), mask=mask)
+    b_h = restarted(b_h, begins_at(p_begins, following, B, b))
     tl.store(p_h + o_state, b_h, mask=mask)
     if p_operand is not None:
         tl.store(p_operand + o_state, b_h.to(p_operand.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["t", "B"])
+@triton.jit(do_not_specialize=["t", "later", "B"])
 def project_backward_kernel(
     p_grad_output,  # [T, B, P] or None
     p_product,  # [B, P]
     p_lengths,
+    p_begins,
     p_zoneout_h,
     p_dh,  # [B, P] float32, as in backward_kernel
     p_grad_projected,  # [T, B, P] gradient of W_hr (o tanh(c))
     t,
+    later,
     B,
     P,
     zoneout_h_stride,
@@ -437,7 +469,8 @@ def project_backward_kernel(
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = unit < P
     o, o_state = (tl.cast(t, tl.int64) * B + b) * P + unit, b * P + unit
-    b_dh, b_held = arriving(p_grad_output, p_product, p_dh, o, o_state, mask)
+    cut = begins_at(p_begins, later, B, b)
+    b_dh, b_held = arriving(p_grad_output, p_product, p_dh, o, o_state, mask, cut)
     b_dh, b_old = zoneout_backward(b_dh, p_zoneout_h, zoneout_h_stride, o, mask)
     if p_lengths is not None:
         running = t < tl.load(p_lengths + b)

@@ -178,8 +178,12 @@ def step(
     zoneout_h: Tensor | None = None,  # (B, P) or one element
     zoneout_c: Tensor | None = None,  # (B, H) or one element
     running: Tensor | None = None,  # (B,): which sequences have this step
+    begins: Tensor | None = None,  # (B,): which begin with it, from zero
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The new h and c, and the output (B, P)."""
+    if begins is not None:
+        h = torch.where(begins.unsqueeze(-1), torch.zeros_like(h), h)
+        c = None if c is None else torch.where(begins.unsqueeze(-1), torch.zeros_like(c), c)
 
     def blend(z: Tensor | None, old: Any, new: Any) -> Any:
         if z is None or new is None:
@@ -196,6 +200,19 @@ def step(
     return torch.where(running, h_new, h), None if c_new is None else torch.where(running, c_new, c), output
 
 
+def begins(reset: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """Which steps start from a state of zero (T, B), in the direction of a pass, where episodes begin at ``reset``.
+
+    A pass in reverse begins an episode at its last step. Of a sequence's last one it keeps the given state.
+    """
+    if reverse:
+        reset = torch.cat((reset[1:], torch.zeros_like(reset[:1])))
+    if lengths is None:
+        return reset
+    step = torch.arange(reset.shape[0], device=reset.device).unsqueeze(1) + int(reverse)
+    return reset & (step < lengths)
+
+
 def layer(
     cell: str,
     input: Tensor,  # (T, B, I)
@@ -206,14 +223,18 @@ def layer(
     zoneout_h: Tensor | None = None,  # (T, B, P) or one element
     zoneout_c: Tensor | None = None,  # (T, B, H) or one element
     reverse: bool = False,
+    reset: Tensor | None = None,  # (T, B)
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Outputs (T, B, P) and the last h (B, P) and c (B, H).
 
     Zoneout Z makes each new state Z * old + (1 - Z) * new, the output being the new h so blended. Past a sequence's
-    length the output is 0 and the state stays.
+    length the output is 0 and the state stays. An episode begins at each step of ``reset``: it sees nothing of the
+    steps before, nor of the given state.
     """
     steps = input.shape[0]
     projection = project(cell, input, weights).unbind(0)  # whose backward pass is one, not one a step
+
+    starts = None if reset is None else begins(reset, lengths, reverse)
 
     def at(z: Tensor | None, t: int) -> Tensor | None:
         return z if z is None or z.numel() == 1 else z[t]
@@ -221,7 +242,8 @@ def layer(
     h, c, outputs = h_0, c_0, []
     for t in reversed(range(steps)) if reverse else range(steps):
         running = None if lengths is None else t < lengths
-        h, c, output = step(cell, h, c, weights, projection[t], at(zoneout_h, t), at(zoneout_c, t), running)
+        start = None if starts is None else starts[t]
+        h, c, output = step(cell, h, c, weights, projection[t], at(zoneout_h, t), at(zoneout_c, t), running, start)
         outputs.append(output)
     if reverse:
         outputs.reverse()
@@ -235,14 +257,17 @@ def echo_state(
     columns: Tensor,  # (N,), int32
     weight: Tensor,  # (N,)
     leak_rate: float,
+    reset: Tensor | None = None,  # (T, B)
 ) -> Tensor:
-    """States (T, B, H) of a reservoir: h = (1 - a) h' + a tanh(drive + W h')."""
+    """States (T, B, H) of a reservoir: h = (1 - a) h' + a tanh(drive + W h'). h' is zero at a reset."""
     H, N = drive.shape[2], weight.shape[0]
     units, counts = torch.arange(H, device=drive.device), (rows[1:] - rows[:-1]).long()
     place = torch.repeat_interleave(units, counts, output_size=N) * H + columns
     dense = weight.new_zeros(H * H).index_add(0, place, weight).view(H, H).t()
     h, outputs = h_0, []
-    for x in drive.unbind(0):
+    for t, x in enumerate(drive.unbind(0)):
+        if reset is not None:
+            h = torch.where(reset[t].unsqueeze(-1), torch.zeros_like(h), h)
         h = (1 - leak_rate) * h + leak_rate * torch.tanh(x + h @ dense)
         outputs.append(h)
     return torch.stack(outputs) if outputs else torch.zeros_like(drive)

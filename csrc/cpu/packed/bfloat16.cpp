@@ -63,7 +63,7 @@ void store_rows(Tensor& to, const float* rows, int64_t stride) {
 
 std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input, Tensor h_0, OptionalTensor c_0,
                                                         std::vector<OptionalTensor> weights, OptionalTensor lengths,
-                                                        bool reverse) {
+                                                        bool reverse, OptionalTensor reset) {
   constexpr ScalarType kDtype = ScalarType::BFloat16;
   const std::string& cell = name.value;
   STD_TORCH_CHECK(input.scalar_type() == kDtype, "seqaccel: expected input to be bfloat16");
@@ -75,11 +75,12 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
   check_tensor(h_0, "h_0", {B, P}, kDtype);
   STD_TORCH_CHECK(bool(c_0) == kind.has_cell, "seqaccel: c_0 must be given just where the cell has it");
   if (c_0) check_tensor(*c_0, "c_0", {B, H}, kDtype);
+  if (reset) check_tensor(*reset, "reset", {T, B}, ScalarType::Bool);
   if (B >= float_rows()) {
     std::vector<OptionalTensor> wide;
     for (const OptionalTensor& weight : weights) wide.push_back(to_float(weight));
-    const auto [output, h_n, c_n, saved] =
-        rnn_forward(name, *to_float(input), *to_float(h_0), to_float(c_0), wide, lengths, {}, {}, reverse, false);
+    const auto [output, h_n, c_n, saved] = rnn_forward(name, *to_float(input), *to_float(h_0), to_float(c_0), wide,
+                                                       lengths, {}, {}, reverse, false, reset);
     return {to_bfloat16(output), to_bfloat16(h_n), to_bfloat16(c_n)};
   }
   std::vector<int64_t> valid;
@@ -119,8 +120,35 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
   const int64_t stride = program.layers()[0].stride;
   load_rows(to_contiguous(h_0), program.h(0), stride);
   if (c_0) load_rows(to_contiguous(*c_0), program.c(0), stride);
-  program.run(input.const_data_ptr(), T, output.mutable_data_ptr(), true, reverse,
-              valid.empty() ? nullptr : valid.data());
+  const auto run = [&](int64_t first, int64_t steps) {
+    std::vector<int64_t> within;  // of the lengths
+    for (const int64_t length : valid) within.push_back(std::min(std::max(length - first, int64_t(0)), steps));
+    program.run(data_of(input) + first * B * I, steps,
+                static_cast<uint16_t*>(output.mutable_data_ptr()) + first * B * P, true, reverse,
+                valid.empty() ? nullptr : within.data());
+  };
+  // Stretches of time between steps where any stream has a reset.
+  std::vector<int64_t> begins{0};
+  OptionalTensor mask = to_contiguous(reset);
+  const bool* const restarts = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const auto any = [&](int64_t t) { return restarts && std::memchr(restarts + t * B, true, size_t(B)) != nullptr; };
+  for (int64_t t = 1; t < T; ++t) {
+    if (any(t)) begins.push_back(t);
+  }
+  const auto clear = [&](int64_t t) {  // the state of the streams with a reset at t
+    if (t >= T || !any(t)) return;
+    for (int64_t b = 0; b < B; ++b) {
+      if (!restarts[t * B + b] || (!valid.empty() && t >= valid[size_t(b)])) continue;
+      std::fill_n(program.h(0) + b * stride, P, 0.0f);
+      if (c_0) std::fill_n(program.c(0) + b * stride, H, 0.0f);
+    }
+  };
+  for (size_t i = 0; i < begins.size(); ++i) {
+    const size_t at = reverse ? begins.size() - 1 - i : i;
+    const int64_t first = begins[at], end = at + 1 < begins.size() ? begins[at + 1] : T;
+    clear(reverse ? end : first);
+    run(first, end - first);
+  }
   store_rows(h_n, program.h(0), stride);
   if (c_0) store_rows(c_n, program.c(0), stride);
   return {output, h_n, c_n};
@@ -131,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "rnn_forward_bfloat16(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, "
-      "bool reverse) -> (Tensor, Tensor, Tensor)");
+      "bool reverse, Tensor? reset=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) { m.impl("rnn_forward_bfloat16", TORCH_BOX(&rnn_forward_bfloat16)); }

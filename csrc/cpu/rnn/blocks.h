@@ -60,7 +60,7 @@ struct Team {
   // Whether a thread's panels exceed its L2.
   bool far() const { return beyond_l2(weight_bytes / planned.groups); }
   Split split(int count) const {
-    return split_work(count, rows.steps, rows.batch, weights, weight_bytes, blocks, rows_from_l2);
+    return split_work(count, rows.steps, rows.usual, weights, weight_bytes, blocks, rows_from_l2);
   }
 
   // Calls prepare(me) on every thread and, when all are ready, walk(me) on those that have a share. Returns the split.

@@ -7,7 +7,8 @@
 namespace seqaccel::rnn {
 namespace {
 
-Tensor echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor weight, double leak_rate) {
+Tensor echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor weight, double leak_rate,
+                  OptionalTensor reset) {
   check_tensor(drive, "drive", {-1, -1, -1}, drive.scalar_type());
   check_float_or_double(drive, "drive");
   const int64_t steps = drive.size(0), batch = drive.size(1), units = drive.size(2);
@@ -16,6 +17,7 @@ Tensor echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor 
   check_tensor(rows, "rows", {units + 1}, ScalarType::Int);
   check_tensor(columns, "columns", {-1}, ScalarType::Int);
   check_tensor(weight, "weight", {columns.size(0)}, drive.scalar_type());
+  if (reset) check_tensor(*reset, "reset", {steps, batch}, ScalarType::Bool);
   Tensor output = new_tensor(drive, {steps, batch, units});
   if (output.numel() == 0) return output;
   drive = to_contiguous(drive);
@@ -23,6 +25,7 @@ Tensor echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor 
   rows = to_contiguous(rows);
   columns = to_contiguous(columns);
   weight = to_contiguous(weight);
+  reset = to_contiguous(reset);
   const EchoKernels& kernels = active_echo_kernels();
   STD_TORCH_CHECK(
       kernels.valid(rows.const_data_ptr<int32_t>(), columns.const_data_ptr<int32_t>(), units, columns.size(0)),
@@ -32,9 +35,11 @@ Tensor echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor 
                   shape_string(drive), " of drive is too large");
   const auto run = [&](auto zero, auto kernel) {
     using T = decltype(zero);
+    const std::vector<T> zeros(reset ? size_t(units) : 0);
     const bool done = kernel({steps, batch, units, T(leak_rate), drive.const_data_ptr<T>(), h_0.const_data_ptr<T>(),
                               rows.const_data_ptr<int32_t>(), columns.const_data_ptr<int32_t>(),
-                              weight.const_data_ptr<T>(), output.mutable_data_ptr<T>(), team_size()});
+                              weight.const_data_ptr<T>(), output.mutable_data_ptr<T>(),
+                              reset ? reset->const_data_ptr<bool>() : nullptr, zeros.data(), team_size()});
     STD_TORCH_CHECK(done, "seqaccel: not enough memory for the states of ", batch, " streams");
   };
   if (drive.scalar_type() == ScalarType::Float) {
@@ -48,7 +53,9 @@ Tensor echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
-  m.def("echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor weight, float leak_rate) -> Tensor");
+  m.def(
+      "echo_state(Tensor drive, Tensor h_0, Tensor rows, Tensor columns, Tensor weight, float leak_rate, "
+      "Tensor? reset=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) { m.impl("echo_state", TORCH_BOX(&echo_state)); }

@@ -17,6 +17,8 @@ struct EchoState {
   const int32_t* columns;  // [rows[units]]
   const T* weight;         // [rows[units]]
   T* output;               // [steps, batch, units]
+  const bool* reset;       // [steps, batch]: h' is zero; or null
+  const T* zeros;          // [units], with `reset`
   int threads;
 };
 

@@ -116,7 +116,7 @@ SEQACCEL_INLINE Vec<T> next_h(const EchoState<T>& p, Vec<T> h, Vec<T> pre) {
 template <typename T, class Products>
 void step_one(const EchoState<T>& p, int64_t t, int64_t begin, int64_t end, const Products& products) {
   constexpr int L = Lanes<T>;
-  const T* const h = t > 0 ? p.output + (t - 1) * p.units : p.h_0;
+  const T* const h = p.reset && p.reset[t] ? p.zeros : t > 0 ? p.output + (t - 1) * p.units : p.h_0;
   const T* const drive = p.drive + t * p.units;
   T* const out = p.output + t * p.units;
   products(h, out);
@@ -170,6 +170,15 @@ void step_many(const EchoState<T>& p, int64_t t, int64_t begin, int64_t end, con
     for (; b + 4 * L <= width; b += 4 * L) step_tile<T, 4>(p, t, n, count, b, h, next, width);
     for (; b + 2 * L <= width; b += 2 * L) step_tile<T, 2>(p, t, n, count, b, h, next, width);
     for (; b < width; b += L) step_tile<T, 1>(p, t, n, count, b, h, next, width);
+  }
+}
+
+// Zeroes h' [units, width], units [begin, end), of the streams with a reset at t.
+template <typename T>
+void clear_streams(const EchoState<T>& p, int64_t t, int64_t begin, int64_t end, T* h, int64_t width) {
+  if (!p.reset || t >= p.steps) return;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t n = begin; n < end && p.reset[t * p.batch + b]; ++n) h[n * width + b] = T(0);
   }
 }
 
@@ -261,9 +270,12 @@ bool run_streams(const EchoState<T>& p) {
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t b = 0; b < width; ++b) even[n * width + b] = b < p.batch ? p.h_0[b * p.units + n] : T(0);
     }
+    clear_streams(p, 0, begin, end, even, width);
     wait();
     for (int64_t t = 0; t < p.steps; ++t, wait()) {
-      step_many(p, t, begin, end, t % 2 ? odd : even, t % 2 ? even : odd, width);
+      T* const next = t % 2 ? even : odd;
+      step_many(p, t, begin, end, t % 2 ? odd : even, next, width);
+      clear_streams(p, t + 1, begin, end, next, width);
     }
   });
   return true;

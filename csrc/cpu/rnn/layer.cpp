@@ -22,33 +22,83 @@ void check_zoneout(const OptionalTensor& zoneout, const char* name, bool taken, 
   layer.check_rows(*zoneout, name, width);
 }
 
-// Sorts the rows, longest first, and counts those that run at each step. Does nothing if all sequences have all steps.
-void sort_rows(const Tensor& lengths, RnnLayer& layer) {
-  const Tensor dense = to_contiguous(lengths);
-  const int64_t* data = dense.const_data_ptr<int64_t>();
-  const int64_t T = layer.steps, B = layer.batch;
-  std::vector<int64_t> clamped(size_t(B), 0);
-  bool whole = true;
-  for (int64_t b = 0; b < B; ++b) {
-    clamped[size_t(b)] = std::min(std::max(data[b], int64_t(0)), T);
-    whole = whole && clamped[size_t(b)] == T;
-  }
-  if (whole) return;
-  layer.lengths = std::move(clamped);
-  layer.order.resize(size_t(B));
-  std::iota(layer.order.begin(), layer.order.end(), int64_t(0));
-  std::stable_sort(layer.order.begin(), layer.order.end(),
-                   [&](int64_t a, int64_t b) { return layer.lengths[size_t(a)] > layer.lengths[size_t(b)]; });
-  layer.running.resize(size_t(T));
-  layer.offsets.resize(size_t(T));
-  int64_t running = B;
+// Counts the rows that run at each step. length_of(b): that of row b, longest first.
+template <class Length>
+void count_rows(const Length& length_of, RnnLayer& layer) {
+  layer.running.resize(size_t(layer.steps));
+  layer.offsets.resize(size_t(layer.steps));
+  int64_t running = layer.batch;
   layer.packed_rows = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    while (running > 0 && layer.lengths[size_t(layer.order[size_t(running - 1)])] <= t) --running;
+  for (int64_t t = 0; t < layer.steps; ++t) {
+    while (running > 0 && length_of(running - 1) <= t) --running;
     layer.running[size_t(t)] = running;
     layer.offsets[size_t(t)] = layer.packed_rows;
     layer.packed_rows += running;
   }
+}
+
+// The lengths [streams], between 0 and all steps; empty if all sequences have all steps.
+std::vector<int64_t> clamped_lengths(const Tensor& lengths, int64_t T) {
+  const Tensor dense = to_contiguous(lengths);
+  const int64_t* const data = dense.const_data_ptr<int64_t>();
+  std::vector<int64_t> clamped(size_t(dense.size(0)), 0);
+  bool whole = true;
+  for (size_t b = 0; b < clamped.size(); ++b) {
+    clamped[b] = std::min(std::max(data[b], int64_t(0)), T);
+    whole = whole && clamped[b] == T;
+  }
+  return whole ? std::vector<int64_t>() : clamped;
+}
+
+// Sorts the rows, longest first.
+void sort_rows(RnnLayer& layer) {
+  layer.order.resize(size_t(layer.batch));
+  std::iota(layer.order.begin(), layer.order.end(), int64_t(0));
+  std::stable_sort(layer.order.begin(), layer.order.end(),
+                   [&](int64_t a, int64_t b) { return layer.lengths[size_t(a)] > layer.lengths[size_t(b)]; });
+  layer.first = layer.order;
+  count_rows([&](int64_t b) { return layer.lengths[size_t(layer.order[size_t(b)])]; }, layer);
+}
+
+// The episodes of all streams, longest first; empty if no reset has an effect. A stream without steps is an episode.
+std::vector<Episode> episodes_of(const RnnLayer& layer, const bool* reset, bool reverse) {
+  const int64_t T = layer.times, B = layer.streams;
+  if (T * B == 0 || std::memchr(reset, true, size_t(T * B)) == nullptr) return {};
+  std::vector<Episode> found;
+  std::vector<int64_t> places(size_t(T + 2), 0);  // at T - length + 1: how many are as long
+  bool dropped = false;                           // h_0 of a stream
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t end = layer.lengths.empty() ? T : layer.lengths[size_t(b)];
+    const bool drops = !reverse && end > 0 && reset[b];
+    dropped = dropped || drops;
+    int64_t first = 0, t = 0;
+    do {
+      do ++t;
+      while (t < end && !reset[t * B + b]);
+      t = std::min(t, end);
+      const bool begins = first == 0, ends = t == end;
+      found.push_back({b, first, t - first, reverse ? ends : begins && !drops, reverse ? begins : ends});
+      ++places[size_t(T - (t - first) + 1)];
+      first = t;
+    } while (t < end);
+  }
+  if (int64_t(found.size()) == B && !dropped) return {};
+  std::partial_sum(places.begin(), places.end(), places.begin());
+  std::vector<Episode> sorted(found.size());
+  for (const Episode& episode : found) sorted[size_t(places[size_t(T - episode.length)]++)] = episode;
+  return sorted;
+}
+
+// Makes the episodes the layer's rows.
+void take_episodes(std::vector<Episode> episodes, RnnLayer& layer) {
+  layer.episodes = std::move(episodes);
+  layer.batch = int64_t(layer.episodes.size());
+  layer.h_0 = states_of_rows(layer, layer.h_0, &Episode::takes_state);
+  if (layer.c_0) layer.c_0 = states_of_rows(layer, *layer.c_0, &Episode::takes_state);
+  layer.steps = layer.episodes.front().length;
+  if (layer.episodes.back().length == layer.times) return;  // in the order of the streams
+  for (const Episode& episode : layer.episodes) layer.first.push_back(episode.first * layer.streams + episode.stream);
+  count_rows([&](int64_t b) { return layer.episodes[size_t(b)].length; }, layer);
 }
 
 // The steps and sequences of a packed input [N, I]. `lengths` are sorted, longest first.
@@ -71,9 +121,9 @@ void check_packed(const Tensor& input, const OptionalTensor& lengths, RnnLayer& 
   }
   STD_TORCH_CHECK(layer.packed_rows == input.size(0), "seqaccel: expected lengths of a packed input to add up to ",
                   input.size(0), ", but they add up to ", layer.packed_rows);
+  layer.times = layer.steps;
+  layer.streams = layer.batch;
 }
-
-size_t value_bytes(const RnnLayer& layer) { return layer.single() ? 4 : 8; }
 
 }  // namespace
 
@@ -122,16 +172,18 @@ RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int6
 
 RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
                          const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
-                         const OptionalTensor& zoneout_c) {
+                         const OptionalTensor& zoneout_c, const OptionalTensor& reset, bool reverse) {
   const RnnCellEntry* const entry = &checked_rnn_cell(cell);
   check_float_or_double(input, "input");
   const ScalarType dtype = input.scalar_type();
   if (input.dim() != 2) check_tensor(input, "input", {-1, -1, -1}, dtype);
   const int64_t I = input.size(input.dim() - 1);
   const auto [H, P] = check_weights(*entry, weights, I, dtype);
-  RnnLayer layer{entry, input.size(0), input.size(1), I, H, P, input, h_0};
+  RnnLayer layer{entry, input.size(0), input.size(1), input.size(0), input.size(1), I, H, P, input, h_0};
   layer.packed_rows = layer.steps * layer.batch;
   if (input.dim() == 2) check_packed(input, lengths, layer);
+  STD_TORCH_CHECK(!reset || !layer.is_packed, "seqaccel: expected reset to be None for a packed input");
+  if (reset) check_tensor(*reset, "reset", {layer.times, layer.streams}, ScalarType::Bool);
   check_tensor(h_0, "h_0", {layer.batch, layer.outputs}, dtype);
   STD_TORCH_CHECK(bool(c_0) == entry->has_cell, "seqaccel: expected c_0 to be ", entry->has_cell ? "given" : "None",
                   " for the cell '", cell, "'");
@@ -148,8 +200,63 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   for (const OptionalTensor& weight : weights) layer.weights.push_back(to_contiguous(weight));
   if (!layer.given()) layer.weights[kWeightIh] = detach(layer.weight(kWeightIh));
   if (entry->extra) layer.weights[kCommonWeights] = detach(layer.weight_mx());
-  if (lengths && layer.packed_rows > 0) sort_rows(*lengths, layer);
+  if (layer.packed_rows == 0) return layer;
+  if (lengths) layer.lengths = clamped_lengths(*lengths, layer.steps);
+  if (reset) {
+    const Tensor dense = to_contiguous(*reset);
+    std::vector<Episode> episodes = episodes_of(layer, dense.const_data_ptr<bool>(), reverse);
+    if (!episodes.empty()) {
+      take_episodes(std::move(episodes), layer);
+      return layer;
+    }
+  }
+  if (!layer.lengths.empty()) sort_rows(layer);
   return layer;
+}
+
+namespace {
+
+// Rows of equal size, as bytes.
+template <class Byte>
+struct Rows {
+  Byte* data;
+  size_t bytes;
+  Byte* operator[](int64_t row) const { return data + size_t(row) * bytes; }
+};
+
+size_t row_bytes(const Tensor& t) { return size_t(t.size(t.dim() - 1)) * size_t(t.element_size()); }
+Rows<const char> read_rows(const Tensor& t) { return {static_cast<const char*>(t.const_data_ptr()), row_bytes(t)}; }
+Rows<char> write_rows(const Tensor& t) { return {static_cast<char*>(t.mutable_data_ptr()), row_bytes(t)}; }
+
+}  // namespace
+
+Tensor states_of_rows(const RnnLayer& layer, const Tensor& states, OfEpisode has) {
+  if (layer.episodes.empty()) return states;
+  Tensor rows = new_tensor(states, {layer.batch, states.size(1)});
+  const auto to = write_rows(rows);
+  const auto from = read_rows(states);
+  for (int64_t b = 0; b < layer.batch; ++b) {
+    const Episode& episode = layer.episodes[size_t(b)];
+    if (episode.*has) {
+      std::memcpy(to[b], from[episode.stream], to.bytes);
+    } else {
+      std::memset(to[b], 0, to.bytes);
+    }
+  }
+  return rows;
+}
+
+Tensor states_of_streams(const RnnLayer& layer, const Tensor& rows, OfEpisode has) {
+  if (layer.episodes.empty()) return rows;
+  Tensor states = new_tensor(rows, {layer.streams, rows.size(1)});
+  torch::stable::zero_(states);
+  const auto to = write_rows(states);
+  const auto from = read_rows(rows);
+  for (int64_t b = 0; b < layer.batch; ++b) {
+    const Episode& episode = layer.episodes[size_t(b)];
+    if (episode.*has) std::memcpy(to[episode.stream], from[b], to.bytes);
+  }
+  return states;
 }
 
 Tensor as_rows(const Tensor& t) {
@@ -170,37 +277,58 @@ Tensor columns_of(const Tensor& t, int64_t begin, int64_t count) {
 
 Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 
-Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {
-  Tensor packed = new_tensor(padded, {layer.packed_rows, padded.size(2)});
-  const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
-  const char* const from = static_cast<const char*>(padded.const_data_ptr());
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
-  for (int64_t t = 0; t < layer.steps && bytes; ++t) {
-    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
-      std::memcpy(to, from + size_t(t * layer.batch + layer.order[size_t(b)]) * bytes, bytes);
-    }
+namespace {
+
+constexpr int64_t kCopyBytes = int64_t(1) << 18;  // fewer are copied by one thread
+
+// Calls copy(packed row, t, b) for every row that runs.
+template <class Copy>
+void for_rows(const RnnLayer& layer, size_t bytes, const Copy& copy) {
+  const bool small = layer.packed_rows * int64_t(bytes) < kCopyBytes;
+#pragma omp parallel for schedule(dynamic, 1) if (!small)
+  for (int64_t t = 0; t < layer.steps; ++t) {
+    const int64_t packed = layer.offset(t);
+    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b) copy(packed + b, t, b);
   }
+}
+
+}  // namespace
+
+Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {
+  Tensor packed = new_pooled(padded, {layer.packed_rows, padded.size(2)});
+  const auto to = write_rows(packed);
+  const auto from = read_rows(padded);
+  for_rows(layer, to.bytes,
+           [&](int64_t row, int64_t t, int64_t b) { std::memcpy(to[row], from[layer.padded_row(t, b)], to.bytes); });
   return packed;
 }
 
 void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded) {
-  const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
-  const char* from = static_cast<const char*>(packed.const_data_ptr());
-  char* const to = static_cast<char*>(padded.mutable_data_ptr());
-  for (int64_t t = 0; t < layer.steps && bytes; ++t) {
-    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, from += bytes) {
-      std::memcpy(to + size_t(t * layer.batch + layer.order[size_t(b)]) * bytes, from, bytes);
-    }
-  }
+  const auto to = write_rows(padded);
+  const auto from = read_rows(packed);
+  for_rows(layer, to.bytes,
+           [&](int64_t row, int64_t t, int64_t b) { std::memcpy(to[layer.padded_row(t, b)], from[row], to.bytes); });
   zero_padding(layer, padded);
 }
 
+Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) {
+  Tensor packed = new_pooled(output, {layer.packed_rows, layer.outputs});
+  const auto to = write_rows(packed);
+  const auto from = read_rows(output), first = read_rows(layer.h_0);
+  for_rows(layer, to.bytes, [&](int64_t row, int64_t t, int64_t b) {
+    const int64_t earlier = reverse ? t + 1 : t - 1;
+    const bool inner = earlier >= 0 && earlier < layer.steps && b < layer.running[size_t(earlier)];
+    const auto at = [&] { return layer.is_packed ? layer.offset(earlier) + b : layer.padded_row(earlier, b); };
+    std::memcpy(to[row], inner ? from[at()] : first[layer.state_row(b)], to.bytes);
+  });
+  return packed;
+}
+
 void zero_padding(const RnnLayer& layer, Tensor& padded) {
-  const size_t bytes = size_t(padded.size(2)) * value_bytes(layer);
-  char* const to = static_cast<char*>(padded.mutable_data_ptr());
-  for (int64_t t = 0; t < layer.steps && bytes; ++t) {
-    for (int64_t b = layer.running[size_t(t)]; b < layer.batch; ++b) {
-      std::memset(to + size_t(t * layer.batch + layer.order[size_t(b)]) * bytes, 0, bytes);
+  const auto to = write_rows(padded);
+  for (int64_t b = 0; b < int64_t(layer.lengths.size()); ++b) {
+    for (int64_t t = layer.lengths[size_t(b)]; t < layer.times; ++t) {
+      std::memset(to[t * layer.streams + b], 0, to.bytes);
     }
   }
 }

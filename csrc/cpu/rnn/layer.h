@@ -19,16 +19,25 @@ using WeightList = std::vector<OptionalTensor>;
 
 inline const OptionalTensor kNone;
 
+// A part of a sequence between resets, in steps [first, first + length) of a stream.
+struct Episode {
+  int64_t stream, first, length;
+  bool takes_state, gives_state;  // begins with the stream's h_0; ends with its h_n
+};
+
 // A layer's arguments after the checks, contiguous and detached from autograd.
 struct RnnLayer {
   const RnnCellEntry* cell;
-  int64_t steps, batch, inputs, hidden, outputs;  // T, B, I, H, P
+  int64_t times, streams;                         // of the caller's tensors
+  int64_t steps, batch, inputs, hidden, outputs;  // T, B, I, H, P: of the rows that the loops run
   Tensor input, h_0;
   OptionalTensor c_0;
   WeightList weights;
   OptionalTensor zoneout_h, zoneout_c;
-  // With lengths, see RnnRows. Empty if every sequence has all steps.
-  std::vector<int64_t> lengths, order, running, offsets;
+  // With lengths or resets, see RnnRows. Empty if every sequence has all steps.
+  std::vector<int64_t> lengths, order, first, running, offsets;
+  // With resets: the rows. h_0 and c_0 are then those of episodes. Empty if there is no reset.
+  std::vector<Episode> episodes;
   int64_t packed_rows;     // rows of a packed tensor
   bool is_packed = false;  // the caller's tensors are packed: [packed_rows, .] for [T, B, .]
 
@@ -36,11 +45,11 @@ struct RnnLayer {
   bool padded() const { return ragged() && !is_packed; }
   // A new tensor with a row of `width` values for every step and sequence, padded or packed as the caller's are.
   Tensor new_rows(int64_t width) const {
-    return is_packed ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {steps, batch, width});
+    return is_packed ? new_pooled(input, {packed_rows, width}) : new_pooled(input, {times, streams, width});
   }
   void check_rows(const Tensor& t, const char* name, int64_t width) const {
     if (is_packed) return check_tensor(t, name, {packed_rows, width}, input.scalar_type());
-    check_tensor(t, name, {steps, batch, width}, input.scalar_type());
+    check_tensor(t, name, {times, streams, width}, input.scalar_type());
   }
   bool single() const { return input.scalar_type() == ScalarType::Float; }
   const Tensor& weight(int i) const { return *weights[size_t(i)]; }
@@ -64,14 +73,21 @@ struct RnnLayer {
   const Tensor& weight_mh() const { return weight(kCommonWeights + 1); }
   int first_unit_tensor() const { return kCommonWeights + int(cell->projects); }
   int64_t offset(int64_t t) const { return ragged() ? offsets[size_t(t)] : t * batch; }
-  // The steps [first, first + count).
-  RnnRows rows(int64_t first, int64_t count) const {
+  int64_t state_row(int64_t b) const { return order.empty() ? b : order[size_t(b)]; }
+  int64_t padded_row(int64_t t, int64_t b) const { return t * streams + first[size_t(b)]; }
+  // Rows of a step, on average where episodes begin and end at any time.
+  int64_t usual_rows() const { return episodes.empty() ? batch : std::max<int64_t>(1, packed_rows / steps); }
+  // The steps [begin, begin + count).
+  RnnRows rows(int64_t begin, int64_t count) const {
     RnnRows rows{count, batch};
     rows.is_packed = is_packed;
+    rows.streams = streams;
+    rows.usual = usual_rows();
     if (ragged()) {
-      rows.order = order.data();
-      rows.running = running.data() + first;
-      rows.offsets = offsets.data() + first;
+      rows.order = order.empty() ? nullptr : order.data();
+      rows.first = first.data();
+      rows.running = running.data() + begin;
+      rows.offsets = offsets.data() + begin;
     }
     return rows;
   }
@@ -87,15 +103,25 @@ struct RnnSizes {
 // The sizes of a layer, from weight_hh. Checks the shapes of the weights.
 RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int64_t inputs, ScalarType dtype);
 
+// `reset` [T, B]: where episodes begin. A pass in `reverse` begins each at its last step.
 RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Tensor& h_0, const OptionalTensor& c_0,
                          const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
-                         const OptionalTensor& zoneout_c);
+                         const OptionalTensor& zoneout_c, const OptionalTensor& reset, bool reverse);
+
+// Which episodes of a stream a state belongs to.
+using OfEpisode = bool Episode::*;
+
+// States [streams, W] as those of the rows: zero for episodes without. And back: zero for streams without. Without
+// episodes both are one.
+Tensor states_of_rows(const RnnLayer& layer, const Tensor& states, OfEpisode has);
+Tensor states_of_streams(const RnnLayer& layer, const Tensor& rows, OfEpisode has);
 
 // The operator of float32 and float64: output, h_n, c_n, and (save) what the backward pass takes.
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, Tensor input, Tensor h_0,
                                                                     OptionalTensor c_0, WeightList weights,
                                                                     OptionalTensor lengths, OptionalTensor zoneout_h,
-                                                                    OptionalTensor zoneout_c, bool reverse, bool save);
+                                                                    OptionalTensor zoneout_c, bool reverse, bool save,
+                                                                    OptionalTensor reset);
 
 // A contiguous tensor [T, B, N] as a matrix [T * B, N]; a matrix stays one.
 Tensor as_rows(const Tensor& t);
@@ -108,6 +134,9 @@ Tensor transposed(const Tensor& t);
 // Convert padded [T, B, N] to packed rows [packed_rows, N], and back, with zeros where no row runs.
 Tensor pack_rows(const RnnLayer& layer, const Tensor& padded);
 void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded);
+
+// The state h' before the step, for every packed row.
+Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse);
 
 // Zeroes the padding of padded [T, B, N].
 void zero_padding(const RnnLayer& layer, Tensor& padded);

@@ -119,7 +119,7 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
   for (int64_t done = 0; done < layer.steps; done += projection.chunk) {
     const int64_t steps = std::min(projection.chunk, layer.steps - done);
     const int64_t first = reverse ? layer.steps - done - steps : done, packed = layer.offset(first);
-    const int64_t padded = layer.is_packed ? packed : first * layer.batch;
+    const int64_t padded = layer.is_packed ? packed : first * layer.streams;
     const int64_t rows = (first + steps < layer.steps ? layer.offset(first + steps) : layer.packed_rows) - packed;
     RnnForward<T> pass{};
     pass.rows = layer.rows(first, steps);
@@ -168,7 +168,7 @@ bool is_fused(const RnnLayer& layer) {
   if (matmul::own_products_are_faster()) return true;
   const int64_t threads = team_size();
   const int64_t weights = layer.gate_rows() * (layer.inputs + layer.outputs);
-  return layer.batch >= kRowsPerThread * threads || !beyond_l2(weights * (layer.single() ? 4 : 8) / threads);
+  return layer.usual_rows() >= kRowsPerThread * threads || !beyond_l2(weights * (layer.single() ? 4 : 8) / threads);
 }
 
 Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tensor& output) {
@@ -199,9 +199,11 @@ Projection choose_projection(const RnnLayer& layer, const Kept& kept, const Tens
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, Tensor input, Tensor h_0,
                                                                     OptionalTensor c_0, WeightList weights,
                                                                     OptionalTensor lengths, OptionalTensor zoneout_h,
-                                                                    OptionalTensor zoneout_c, bool reverse, bool save) {
-  const RnnLayer layer = check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
-  const int64_t T = layer.steps, B = layer.batch, H = layer.hidden, P = layer.outputs;
+                                                                    OptionalTensor zoneout_c, bool reverse, bool save,
+                                                                    OptionalTensor reset) {
+  const RnnLayer layer =
+      check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reset, reverse);
+  const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs;
   const bool has_cell = layer.cell->has_cell, norm = layer.cell->norm;
   Kept kept;
   if (save && layer.cell->saved > 0) kept.gates = layer.new_rows(layer.saved_width());
@@ -224,10 +226,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, T
   if (layer.padded()) {
     zero_padding(layer, outputs.output);
     for (const Tensor& tensor : kept.list()) {  // the memory after the packed rows
-      Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, T * B - layer.packed_rows);
+      Tensor rest = rows_of(as_rows(tensor), layer.packed_rows, layer.times * layer.streams - layer.packed_rows);
       torch::stable::zero_(rest);
     }
   }
+  outputs.h_n = states_of_streams(layer, outputs.h_n, &Episode::gives_state);
+  if (has_cell) outputs.c_n = states_of_streams(layer, outputs.c_n, &Episode::gives_state);
   return {outputs.output, outputs.h_n, outputs.c_n, kept.list()};
 }
 
@@ -237,27 +241,6 @@ template <typename T>
 bool all_zero(const Tensor& t) {
   const T* data = t.const_data_ptr<T>();
   return std::all_of(data, data + t.numel(), [](T x) { return x == T(0); });
-}
-
-// The state h' before the step, for every packed row.
-Tensor pack_previous(const RnnLayer& layer, const Tensor& output, bool reverse) {
-  Tensor packed = new_tensor(output, {layer.packed_rows, layer.outputs});
-  const size_t bytes = size_t(layer.outputs) * (layer.single() ? 4 : 8);
-  const char* const from = static_cast<const char*>(output.const_data_ptr());
-  const char* const h_0 = static_cast<const char*>(layer.h_0.const_data_ptr());
-  char* to = static_cast<char*>(packed.mutable_data_ptr());
-  for (int64_t t = 0; t < layer.steps; ++t) {
-    const int64_t earlier = reverse ? t + 1 : t - 1;
-    const int64_t inner = earlier < 0 || earlier >= layer.steps ? 0 : layer.running[size_t(earlier)];
-    for (int64_t b = 0; b < layer.running[size_t(t)]; ++b, to += bytes) {
-      const int64_t row = layer.order[size_t(b)];
-      const char* source = h_0 + size_t(row) * bytes;
-      if (b < inner)
-        source = from + size_t(layer.is_packed ? layer.offset(earlier) + b : earlier * layer.batch + row) * bytes;
-      std::memcpy(to, source, bytes);
-    }
-  }
-  return packed;
 }
 
 struct GradOutputs {
@@ -334,7 +317,7 @@ class Gradients {
   }
 
   void input(Tensor& grad) const {
-    Tensor rows = layer_.padded() ? new_tensor(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
+    Tensor rows = layer_.padded() ? new_pooled(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
     if (layer_.given()) {
       torch::stable::copy_(rows, columns(0, layer_.gate_rows()));
     } else {
@@ -452,7 +435,7 @@ void backward_parts(const RnnLayer& layer, const GradOutputs& grads, const Tenso
       return z && z->numel() > 1 ? OptionalTensor(times(*z, first, count)) : z;
     };
     RnnLayer part = layer;
-    part.steps = count;
+    part.times = part.steps = count;
     part.packed_rows = count * B;
     part.input = times(layer.input, first, count);
     part.zoneout_h = blend(layer.zoneout_h);
@@ -502,22 +485,26 @@ Kept check_kept(const RnnLayer& layer, const std::vector<Tensor>& saved) {
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
     Text cell, OptionalTensor grad_output, OptionalTensor grad_h_n, OptionalTensor grad_c_n, Tensor input, Tensor h_0,
     OptionalTensor c_0, WeightList weights, OptionalTensor lengths, OptionalTensor zoneout_h, OptionalTensor zoneout_c,
-    Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs) {
-  const RnnLayer layer = check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c);
+    Tensor output, std::vector<Tensor> saved, bool reverse, std::vector<bool> needs, OptionalTensor reset) {
+  const RnnLayer layer =
+      check_rnn_layer(cell.value, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, reset, reverse);
   const RnnCellEntry& traits = *layer.cell;
   const ScalarType dtype = input.scalar_type();
-  const int64_t B = layer.batch, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
+  const int64_t B = layer.batch, S = layer.streams, H = layer.hidden, P = layer.outputs, rows = layer.gate_rows();
   const bool has_cell = traits.has_cell;
   STD_TORCH_CHECK(needs.size() == weights.size() + 1, "seqaccel: expected needs to have ", int64_t(weights.size() + 1),
                   " entries, but got ", int64_t(needs.size()));
   const Kept kept = check_kept(layer, saved);
   layer.check_rows(output, "output", P);
   if (grad_output) layer.check_rows(*grad_output, "grad_output", P);
-  if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {B, P}, dtype);
+  if (grad_h_n) check_tensor(*grad_h_n, "grad_h_n", {S, P}, dtype);
   if (!has_cell) grad_c_n = std::nullopt;
-  if (grad_c_n) check_tensor(*grad_c_n, "grad_c_n", {B, H}, dtype);
+  if (grad_c_n) check_tensor(*grad_c_n, "grad_c_n", {S, H}, dtype);
   output = to_contiguous(detach(output));
-  const GradOutputs grads{to_contiguous(grad_output), to_contiguous(grad_h_n), to_contiguous(grad_c_n)};
+  const auto of_rows = [&](const OptionalTensor& grad) {
+    return grad ? OptionalTensor(states_of_rows(layer, to_contiguous(*grad), &Episode::gives_state)) : grad;
+  };
+  const GradOutputs grads{to_contiguous(grad_output), of_rows(grad_h_n), of_rows(grad_c_n)};
 
   Results results{needs[0], {}, needs[0] ? layer.new_rows(layer.inputs) : new_tensor(input, {0}), {}};
   Swept swept;
@@ -544,6 +531,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   swept.grad_bias = new_tensor(input, {layer.pre_width()});
   swept.grad_unit_weights = new_tensor(input, {traits.unit_weights * H});
   backward_parts(layer, grads, output, kept, reverse, swept, results);
+  swept.grad_h_0 = states_of_streams(layer, swept.grad_h_0, &Episode::takes_state);
+  if (has_cell) swept.grad_c_0 = states_of_streams(layer, swept.grad_c_0, &Episode::takes_state);
   // A separate pre-activation of h' for the last gate comes after the others.
   const int64_t shared = traits.separate ? rows - H : rows;
   if (wanted[kBiasIh]) copy_values(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);
@@ -578,11 +567,12 @@ const RnnCellEntry* find_rnn_cell(const char* name) {
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "rnn_forward(str cell, Tensor input, Tensor h_0, Tensor? c_0, Tensor?[] weights, Tensor? lengths, "
-      "Tensor? zoneout_h, Tensor? zoneout_c, bool reverse, bool save) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor? zoneout_h, Tensor? zoneout_c, bool reverse, bool save, Tensor? reset=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor[])");
   m.def(
       "rnn_backward(str cell, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor h_0, "
       "Tensor? c_0, Tensor?[] weights, Tensor? lengths, Tensor? zoneout_h, Tensor? zoneout_c, Tensor output, "
-      "Tensor[] saved, bool reverse, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor[] saved, bool reverse, bool[] needs, Tensor? reset=None) -> (Tensor, Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {

@@ -12,18 +12,22 @@ namespace seqaccel::rnn {
 constexpr int64_t kRowsPerThread = 16;  // with so many rows each, threads split the batch rather than the units
 
 // The rows of a stretch of time, longest sequence first, so that the rows running at time t are the first ones. A
-// packed tensor holds only the rows that run, step after step. A padded one holds [steps, B] rows in the caller's
-// order, unless the caller's tensors are packed themselves (is_packed).
+// packed tensor holds only the rows that run, step after step. A padded one holds rows in the caller's order: those of
+// `streams` sequences per step, unless the caller's tensors are packed themselves (is_packed). A row is a sequence, or
+// with resets an episode of one, whose time t counts from its begin.
 struct RnnRows {
   int64_t steps, batch;
-  const int64_t* order = nullptr;    // [B]: the caller's index of row b; null: b
+  int64_t streams = batch;
+  const int64_t* order = nullptr;    // [B]: the index of row b in h_0 and h_n; null: b
+  const int64_t* first = nullptr;    // [B]: the padded index of row b at time 0; null: b
   const int64_t* running = nullptr;  // [steps]: rows that run at time t; null: all of them
   const int64_t* offsets = nullptr;  // [steps]: packed index of row 0 at time t; null: t B
   bool is_packed = false;
+  int64_t usual = batch;  // rows of a step, by which threads share the work
 
   int64_t count(int64_t t) const { return running ? running[t] : batch; }
   int64_t row(int64_t b) const { return order ? order[b] : b; }
-  int64_t padded(int64_t t, int64_t b) const { return is_packed ? packed(t, b) : t * batch + row(b); }
+  int64_t padded(int64_t t, int64_t b) const { return is_packed ? packed(t, b) : t * streams + (first ? first[b] : b); }
   int64_t packed(int64_t t, int64_t b) const { return (offsets ? offsets[t] - offsets[0] : t * batch) + b; }
 };
 

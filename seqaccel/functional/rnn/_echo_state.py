@@ -15,9 +15,9 @@ register(
     Operator(
         "echo_state",
         lambda drive, *_: drive.new_empty(drive.shape),
-        lambda drive, h_0, rows, columns, weight, leak_rate: 2 * drive[0] * drive[1] * weight[0],
+        lambda drive, h_0, rows, columns, weight, *_: 2 * drive[0] * drive[1] * weight[0],
         definition=reference.echo_state,
-        batch={"drive": 1, "h_0": 0, 0: 1},
+        batch={"drive": 1, "h_0": 0, "reset": 1, 0: 1},
     )
 )
 
@@ -60,6 +60,7 @@ def echo_state(
     h_0: Tensor | None = None,
     *,
     leak_rate: float = 1.0,
+    reset: Tensor | None = None,
 ) -> Tensor:
     r"""The states of a reservoir, whose recurrent matrix W is sparse:
 
@@ -77,6 +78,7 @@ def echo_state(
         weight: (N,), the values, in ``drive``'s dtype.
         h_0: (B, H). Default: zeros
         leak_rate: a, between 0 and 1. Default: 1.0
+        reset: (T, B) bool: an episode begins at each True, from a state of zero. Default: none.
 
     Returns:
         (T, B, H).
@@ -99,11 +101,13 @@ def echo_state(
                 [0.0000, 0.3634]])
     """
     _check(drive, rows, columns, weight, h_0)
+    if reset is not None:
+        _arguments.reset("echo_state", reset, tuple(drive.shape[:2]), drive.device)
     _arguments.probability("echo_state", "leak_rate", leak_rate)
     if h_0 is None:
         h_0 = drive.new_zeros(drive.shape[1:])
     wide = _common.compute_dtype(drive.dtype)
-    arguments = drive.to(wide), h_0.to(wide), rows, columns, weight.to(wide), float(leak_rate)
+    arguments = drive.to(wide), h_0.to(wide), rows, columns, weight.to(wide), float(leak_rate), reset
     if _common.transforms_active() or backends.choose("echo_state", drive, BACKENDS) == "reference":
         return reference.echo_state(*arguments).to(drive.dtype)
     operator = torch.ops.seqaccel.echo_state

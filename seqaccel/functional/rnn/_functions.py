@@ -32,6 +32,7 @@ def rnn(
     nonlinearity: str = "tanh",
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> Pair:
     r"""One layer and direction of an Elman network.
 
@@ -53,13 +54,15 @@ def rnn(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, H), and the last state :math:`h_n` (B, H).
 
     Raises:
         TypeError: a dtype that is not floating point, or differs between the arguments.
-        ValueError: shapes that do not fit, lengths out of range, an unknown nonlinearity.
+        ValueError: shapes that do not fit, a reset that is not bool, lengths out of range, an unknown nonlinearity.
         RuntimeError: different devices, or a backend that was asked for is missing.
 
     Source: Elman, *Finding structure in time*, 1990; torch.nn.RNN.
@@ -75,7 +78,7 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: expected nonlinearity to be 'tanh' or 'relu', but got {nonlinearity!r}")
     weights = [weight_ih, weight_hh, bias_ih, bias_hh]
-    output, h_n, _ = layer("rnn", f"rnn_{nonlinearity}", input, Direction(h_0, None, weights, reverse), lengths)
+    output, h_n, _ = layer("rnn", f"rnn_{nonlinearity}", input, Direction(h_0, None, weights, reverse), lengths, reset)
     return output, h_n
 
 
@@ -91,6 +94,7 @@ def gru(
     zoneout: Factor = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> Pair:
     r"""One layer and direction of a gated recurrent unit.
 
@@ -119,13 +123,15 @@ def gru(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, H), and the last state :math:`h_n` (B, H).
 
     Raises:
         TypeError: a dtype that is not floating point, or differs between the arguments.
-        ValueError: shapes that do not fit, lengths or zoneout out of range.
+        ValueError: shapes that do not fit, a reset that is not bool, lengths or zoneout out of range.
         RuntimeError: different devices, or a backend that was asked for is missing.
 
     Source: Cho et al., *Learning phrase representations using RNN encoder-decoder*, 2014; torch.nn.GRU; zoneout:
@@ -142,11 +148,11 @@ def gru(
     _arguments.flag("gru", "reset_after", reset_after)
     cell = "gru" if reset_after else "gru_reset_before"
     direction = Direction(h_0, None, [weight_ih, weight_hh, bias_ih, bias_hh], reverse, zoneout)
-    output, h_n, _ = layer("gru", cell, input, direction, lengths)
+    output, h_n, _ = layer("gru", cell, input, direction, lengths, reset)
     return output, h_n
 
 
-def _with_cell_state(name, cell, input, state, weights, lengths, reverse, zoneout) -> tuple[Tensor, Pair]:
+def _with_cell_state(name, cell, input, state, weights, lengths, reverse, zoneout, reset) -> tuple[Tensor, Pair]:
     h_0 = c_0 = zoneout_h = zoneout_c = None
     if state is not None:
         _arguments.states(name, "state", state, ("h_0", "c_0"))
@@ -156,7 +162,7 @@ def _with_cell_state(name, cell, input, state, weights, lengths, reverse, zoneou
             raise TypeError(f"{name}: expected zoneout to be a pair, of h and of c, but got {zoneout!r:.60}")
         zoneout_h, zoneout_c = zoneout
     direction = Direction(h_0, c_0, weights, reverse, zoneout_h, zoneout_c)
-    output, h_n, c_n = layer(name, cell, input, direction, lengths)
+    output, h_n, c_n = layer(name, cell, input, direction, lengths, reset)
     assert c_n is not None
     return output, (h_n, c_n)
 
@@ -173,6 +179,7 @@ def lstm(
     zoneout: tuple[Factor, Factor] | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Pair]:
     r"""One layer and direction of a long short-term memory.
 
@@ -200,13 +207,15 @@ def lstm(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, P), and the last state :math:`h_n` (B, P), :math:`c_n` (B, H).
 
     Raises:
         TypeError: a dtype that is not floating point, or differs between the arguments.
-        ValueError: shapes that do not fit, lengths or zoneout out of range.
+        ValueError: shapes that do not fit, a reset that is not bool, lengths or zoneout out of range.
         RuntimeError: different devices, or a backend that was asked for is missing.
 
     Source: Hochreiter and Schmidhuber, *Long short-term memory*, 1997; Gers et al., *Learning to forget*, 2000; the
@@ -221,7 +230,7 @@ def lstm(
         (torch.Size([7, 2, 5]), True)
     """
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr]
-    return _with_cell_state("lstm", "lstm", input, state, weights, lengths, reverse, zoneout)
+    return _with_cell_state("lstm", "lstm", input, state, weights, lengths, reverse, zoneout, reset)
 
 
 def peephole_lstm(
@@ -237,6 +246,7 @@ def peephole_lstm(
     zoneout: tuple[Factor, Factor] | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Pair]:
     r"""One layer and direction of a long short-term memory whose gates see the cell state.
 
@@ -262,6 +272,8 @@ def peephole_lstm(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, P), and the last state :math:`h_n` (B, P), :math:`c_n` (B, H).
@@ -282,7 +294,7 @@ def peephole_lstm(
         (torch.Size([7, 2, 5]), True)
     """
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_peephole]
-    return _with_cell_state("peephole_lstm", "peephole_lstm", input, state, weights, lengths, reverse, zoneout)
+    return _with_cell_state("peephole_lstm", "peephole_lstm", input, state, weights, lengths, reverse, zoneout, reset)
 
 
 def layer_norm_lstm(
@@ -301,6 +313,7 @@ def layer_norm_lstm(
     zoneout: tuple[Factor, Factor] | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Pair]:
     r"""One layer and direction of a long short-term memory with layer norm.
 
@@ -331,6 +344,8 @@ def layer_norm_lstm(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, H), and the last state :math:`h_n`, :math:`c_n`, (B, H).
@@ -355,7 +370,7 @@ def layer_norm_lstm(
     _arguments.flag("layer_norm_lstm", "normalize_cell", normalize_cell)
     cell = "layer_norm_lstm_normalized_cell" if normalize_cell else "layer_norm_lstm"
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight, ln_c_weight, ln_c_bias]
-    return _with_cell_state("layer_norm_lstm", cell, input, state, weights, lengths, reverse, zoneout)
+    return _with_cell_state("layer_norm_lstm", cell, input, state, weights, lengths, reverse, zoneout, reset)
 
 
 def layer_norm_gru(
@@ -371,6 +386,7 @@ def layer_norm_gru(
     zoneout: Factor = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> Pair:
     r"""One layer and direction of a gated recurrent unit with layer norm.
 
@@ -396,6 +412,8 @@ def layer_norm_gru(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, H), and the last state :math:`h_n` (B, H).
@@ -416,7 +434,7 @@ def layer_norm_gru(
     """
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, ln_ih_weight, ln_hh_weight]
     direction = Direction(h_0, None, weights, reverse, zoneout)
-    output, h_n, _ = layer("layer_norm_gru", "layer_norm_gru", input, direction, lengths)
+    output, h_n, _ = layer("layer_norm_gru", "layer_norm_gru", input, direction, lengths, reset)
     return output, h_n
 
 
@@ -506,6 +524,7 @@ def multiplicative_lstm(
     zoneout: tuple[Factor, Factor] | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Pair]:
     r"""One layer and direction of a multiplicative long short-term memory.
 
@@ -531,6 +550,8 @@ def multiplicative_lstm(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. Default: none.
 
     Returns:
         output (T, B, H), and the last state :math:`h_n`, :math:`c_n`, (B, H).
@@ -552,4 +573,4 @@ def multiplicative_lstm(
     """
     cell = "multiplicative_lstm"
     weights = [weight_ih, weight_hh, bias_ih, bias_hh, weight_mx, weight_mh]
-    return _with_cell_state(cell, cell, input, state, weights, lengths, reverse, zoneout)
+    return _with_cell_state(cell, cell, input, state, weights, lengths, reverse, zoneout, reset)

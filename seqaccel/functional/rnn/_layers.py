@@ -44,6 +44,7 @@ class Rows(NamedTuple):
 
     lengths: Tensor | None = None  # (B,); None: all steps
     batch_sizes: Tensor | None = None  # (T,), of a packed input (N, I), whose lengths are longest first
+    reset: Tensor | None = None  # (T, B): where episodes begin; not of a packed input
 
 
 # ---- checks ----
@@ -114,6 +115,11 @@ def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
             )
 
 
+@_common.unrecorded
+def _check_reset(name: str, reset: Tensor, input: Tensor) -> None:
+    _arguments.reset(name, reset, tuple(input.shape[:2]), input.device)
+
+
 def _on_device(lengths: Tensor, device: torch.device) -> Tensor:
     """Copied to a GPU from pinned memory, so that nothing waits for it."""
     if device.type != "cuda" or not lengths.is_cpu or torch.compiler.is_compiling():
@@ -148,11 +154,11 @@ def _is_one_call_of_torch(problem: Problem) -> bool:
     return not problem.ragged and _torch.is_opaque(problem.device, problem.dtype)
 
 
-def choose(cell: str, input: Tensor, problem: Problem, zoned: bool) -> str:
+def choose(cell: str, input: Tensor, problem: Problem, zoned: bool, has_reset: bool = False) -> str:
     """The backend of a layer."""
     spec = CELLS[cell]
     left_out = (spec.without_projection if problem.projected else ()) + (spec.without_zoneout if zoned else ())
-    left_out += ("torch",) if _common.is_distributed(input) else ()
+    left_out += ("torch",) if has_reset or _common.is_distributed(input) else ()
     supported = [backend for backend in spec.backends if backend not in left_out]
     prefer = None
     device_type = problem.device.type
@@ -215,7 +221,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One direction, of arguments that fit together."""
     h_0, c_0, weights, reverse, zoneout_h, zoneout_c = direction
-    lengths, batch_sizes = rows
+    lengths, batch_sizes, reset = rows
     assert h_0 is not None
     spec = CELLS[cell]
     steps, batch = input.shape[0] if batch_sizes is None else batch_sizes.shape[0], h_0.shape[0]
@@ -226,7 +232,7 @@ def _run(
         input.device, steps, batch, input.shape[-1], hidden, input.dtype, lengths is not None, recorded, projected
     )
     zoned = zoneout_h is not None or zoneout_c is not None
-    backend = choose(cell, input, problem, zoned)
+    backend = choose(cell, input, problem, zoned, reset is not None)
     if exporting or _common.transforms_active():
         backend = "reference"
     narrow = backend == "cpp" and input.dtype == torch.bfloat16 and not recorded and weights[0] is not None
@@ -247,10 +253,10 @@ def _run(
         lengths = _on_device(lengths, input.device)
     if backend == "reference":
         definition = _onnx.scanned_layer if exporting else reference.layer
-        return definition(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse)
+        return definition(cell, input, h_0, c_0, weights, lengths, factors_h, factors_c, reverse, reset)
     if narrow and factors_h is None and factors_c is None:
         narrow_forward = torch.ops.seqaccel.rnn_forward_bfloat16.default
-        narrow_operands = (input, h_0, c_0, list(weights), lengths, reverse)
+        narrow_operands = (input, h_0, c_0, list(weights), lengths, reverse, reset)
         # While compiling autograd records the operator itself.
         if torch.compiler.is_compiling():
             output, h_n, c_n = narrow_forward(cell, *narrow_operands)
@@ -261,12 +267,12 @@ def _run(
     if dtype != compute:
         tensors = [None if t is None else t.to(compute) for t in tensors]
     input, h_0, c_0, *weights = tensors  # type: ignore[assignment]
-    operands = (input, h_0, c_0, list(weights), lengths, factors_h, factors_c, reverse, False)
+    operands = (input, h_0, c_0, list(weights), lengths, factors_h, factors_c, reverse, False, reset)
     if torch.compiler.is_compiling():
         output, h_n, c_n, _ = operators(backend)[0](cell, *operands)
     elif recorded:
         output, h_n, c_n = Layer.apply(
-            None, cell, backend, reverse, batch_sizes, lengths, factors_h, factors_c, *tensors
+            None, cell, backend, reverse, batch_sizes, lengths, reset, factors_h, factors_c, *tensors
         )  # fmt: skip
     else:
         output, h_n, c_n, _ = called(cell, "forward", operators(backend)[0], *operands)
@@ -290,6 +296,8 @@ def _prepared(name: str, cell: str, input: Tensor, direction: Direction, rows: R
     _check(name, cell, input, batch, direction)
     if rows.lengths is not None and batch is None:
         _check_lengths(name, rows.lengths, input.shape[0], input.shape[1])
+    if rows.reset is not None:
+        _check_reset(name, rows.reset, input)
     return input, direction
 
 
@@ -301,7 +309,8 @@ def _layer(
     prepared = [_prepared(name, cell, input, direction, rows) for direction in directions]
     if exporting:
         given = [direction for _, direction in prepared]
-        if _onnx.is_operator(cell, *(z for direction in given for z in (direction.zoneout_h, direction.zoneout_c))):
+        zoned = (z for direction in given for z in (direction.zoneout_h, direction.zoneout_c))
+        if rows.reset is None and _onnx.is_operator(cell, *zoned):
             first: list[Any] = [
                 None if parts[0] is None else torch.stack(parts) for parts in zip(*(d[:2] for d in given), strict=True)
             ]
@@ -336,18 +345,23 @@ def _layer(
 
 
 def layer(
-    name: str, cell: str, input: Tensor, direction: Direction, lengths: Tensor | None = None
+    name: str,
+    cell: str,
+    input: Tensor,
+    direction: Direction,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer and direction: output (T, B, P), h_n (B, P) and, where the cell has it, c_n (B, H); ``name`` is the
     public function's, for messages."""
     h_0, c_0, weights, reverse, zoneout_h, zoneout_c = direction
     node = backends.node(input)
     if node is not None and lengths is None and zoneout_h is zoneout_c is None and type(reverse) is bool:
-        found = node.layers(cell, input, h_0, c_0, [weights], 1, reverse, False, 0.0, 0.0)
+        found = node.layers(cell, input, h_0, c_0, [weights], 1, reverse, False, 0.0, 0.0, reset)
         if found is not None:
             output, (h_n, *rest) = found
             return output, h_n, rest[0] if rest else None
-    output, ((h_n, c_n),) = _layer(name, cell, input, [direction], Rows(lengths))
+    output, ((h_n, c_n),) = _layer(name, cell, input, [direction], Rows(lengths, reset=reset))
     return output, h_n, c_n
 
 
@@ -368,6 +382,7 @@ def layers(
     weights: list[list[Tensor | None]],
     *,
     batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
     bidirectional: bool = False,
     dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
@@ -382,6 +397,8 @@ def layers(
         state: (h_0,) or (h_0, c_0), (L * D, B, P) and (L * D, B, H). None: zero.
         weights: of each layer and direction, layers first, a list in the order of ``CellSpec.weights``.
         batch_sizes: of a packed input, as a PackedSequence has them. Default: none.
+        reset: (T, B), bool: an episode begins at each True, from a state of zero; not with ``batch_sizes``. Default:
+            none.
         bidirectional: D is 2; outputs are concatenated. Default: ``False``.
         dropout: probability of zeroing an output of any layer but the last, in training. Default: 0.
         recurrent_dropout: probability of zeroing an element of ``weight_hh``, in training. Default: 0.
@@ -402,18 +419,21 @@ def layers(
     node = backends.node(input)
     if node is not None and batch_sizes is None and not zoned:
         h_0, c_0 = (None, None) if state is None else (*state, None)[:2]
-        found = node.layers(cell, input, h_0, c_0, weights, directions, False, True, dropout, recurrent_dropout)
+        found = node.layers(cell, input, h_0, c_0, weights, directions, False, True, dropout, recurrent_dropout, reset)
         if found is not None:
             return found
     spec, weight_hh = CELLS[cell], weights[0][1]
     widths = (weight_hh.shape[1], weight_hh.shape[0] // spec.gates)  # type: ignore[union-attr]
     projected = spec.projects and weights[0][4] is not None
-    if not zoned and not recurrent_dropout and torch_runs_all_layers(cell, input, batch_sizes, widths[1], projected):
+    plain = not zoned and not recurrent_dropout and reset is None
+    if plain and torch_runs_all_layers(cell, input, batch_sizes, widths[1], projected):
         return _torch.all_layers(cell, input, batch_sizes, state, weights, directions, dropout, training)
-    rows = Rows() if batch_sizes is None else Rows(_packed.lengths_of(batch_sizes), batch_sizes)
+    if reset is not None and batch_sizes is not None:
+        raise ValueError(f"{cell}: expected reset to be None for a packed input")
+    rows = Rows(reset=reset) if batch_sizes is None else Rows(_packed.lengths_of(batch_sizes), batch_sizes)
     padded = batch_sizes is not None and (input.device.type != "cpu" or _onnx.exporting())  # once for all layers
     if padded:
-        input, rows = _packed.pad(input, *rows[::-1]), Rows(rows.lengths)  # type: ignore[arg-type]
+        input, rows = _packed.pad(input, batch_sizes, rows.lengths), Rows(rows.lengths)  # type: ignore[arg-type]
     last: list[tuple[Tensor, Tensor | None]] = []
     for first in range(0, len(weights), directions):
         if first and dropout > 0:

@@ -1,6 +1,6 @@
 """A recurrent layer as an operator of ONNX: what ``torch.onnx.export`` records in place of our kernels.
 
-Cells that ONNX does not have, and zoneout, are recorded as the reference computes them, one Scan a direction.
+Cells that ONNX does not have, zoneout and resets are recorded as the reference computes them, one Scan a direction.
 
 ONNX orders the gates i, o, f, c (LSTM) and z, r, h (GRU), and the peepholes i, o, f.
 """
@@ -135,6 +135,7 @@ def scanned_layer(
     zoneout_h: Tensor | None,  # (T, B, P) or one element
     zoneout_c: Tensor | None,  # (T, B, H) or one element
     reverse: bool,
+    reset: Tensor | None = None,  # (T, B)
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``seqaccel.reference.rnn.layer`` for any number of steps."""
     input, h_0, c_0, *weights = detached(input, h_0, c_0, *weights)
@@ -145,6 +146,8 @@ def scanned_layer(
             (constants if zoneout.numel() == 1 else inputs)[name] = zoneout
     if lengths is not None:
         inputs["running"] = torch.arange(input.shape[0], device=input.device).unsqueeze(1) < lengths
+    if reset is not None:
+        inputs["begins"] = reference.begins(reset, lengths, reverse)
 
     def step(state: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         of_step = dict(zip(inputs, values, strict=True))

@@ -162,16 +162,21 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
     # ---- forward ----
 
     def _run(
-        self, input: Tensor, state: tuple[Tensor, ...] | None, batch_sizes: Tensor | None = None
+        self,
+        input: Tensor,
+        state: tuple[Tensor, ...] | None,
+        batch_sizes: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers on input (T, B, I), or (N, I) packed with ``batch_sizes``; a state is (h,) or (h, c), each
-        (layers * directions, B, ·)."""
+        (layers * directions, B, ·); ``reset`` is (T, B)."""
         return layers(
             self.cell,
             input,
             state,
             [self._layer_weights(index) for index in range(len(self._all_weights))],
             batch_sizes=batch_sizes,
+            reset=reset,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
             recurrent_dropout=self.recurrent_dropout,
@@ -262,7 +267,7 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Hidden | None = None
+        self, input: Tensor | PackedSequence, hx: Hidden | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Hidden]:
         """Runs all layers.
 
@@ -271,6 +276,10 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
                 ``PackedSequence``.
             hx: the state before the first step, (layers * directions, B, ·) without regard to ``batch_first``, and
                 without B for one sequence: h_0, or the pair (h_0, c_0) for a cell with a cell state. Default: zero.
+            reset: bool, laid out as ``input`` without its features: True where an episode begins. Outputs and gradients
+                are those of the episodes run apart: the first step of each sees nothing of the steps before, nor of
+                ``hx``, and a second direction begins anew at the last step of each. Not with a ``PackedSequence``.
+                Default: none.
 
         Returns:
             The last layer's output at every step, laid out as the input with directions * H features (H is
@@ -282,9 +291,14 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
         """
         if type(input) is not Tensor:
             if isinstance(input, PackedSequence):
+                if reset is not None:
+                    raise ValueError(
+                        f"{self._title}: expected reset to be None for a PackedSequence: make each episode a sequence "
+                        "of its own, or give the padded input"
+                    )
                 return self._forward_packed(input, hx)
             if not isinstance(input, Tensor):
-                return self._instead("input", input, hx=hx)
+                return self._instead("input", input, hx=hx, reset=reset)
         if (
             hx is not None
             or torch.jit.is_tracing()
@@ -297,10 +311,16 @@ class Recurrent(Leaf, Streaming, torch.nn.RNNBase):
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         state = self._state(hx)
+        if reset is not None:
+            _arguments.reset(self._title, reset, tuple(input.shape[:-1]), input.device)
+            if not batched:
+                reset = reset.unsqueeze(1)
+            elif self.batch_first:
+                reset = reset.transpose(0, 1)
         if not batched:
             input = input.unsqueeze(batch_dim)
             state = None if state is None else tuple(part.unsqueeze(1) for part in state)
-        output, last = self._run(input.transpose(0, 1) if self.batch_first else input, state)
+        output, last = self._run(input.transpose(0, 1) if self.batch_first else input, state, None, reset)
         if self.batch_first:
             output = output.transpose(0, 1)
         if not batched:

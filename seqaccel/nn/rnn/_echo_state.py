@@ -188,22 +188,25 @@ class EchoStateNetwork(Leaf, Streaming, torch.nn.Module):
 
     # ---- running ----
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """Outputs of a sequence.
 
         Args:
             x: (T, B, I), or (B, T, I) where ``batch_first``.
             state: what an earlier call returned. Default: :meth:`init_state`
+            reset: (T, B) bool, or (B, T): an episode begins at each True, from a state of zero. Default: none.
 
         Returns:
             The outputs (T, B, O), or (B, T, O), and the state: h of each reservoir, (B, H).
         """
         if not isinstance(x, Tensor):
-            return self._instead("x", x, state)
+            return self._instead("x", x, state, reset=reset)
         state = self._state(x, state)
+        if reset is not None:
+            _arguments.reset(type(self).__name__, reset, tuple(x.shape[:2]), x.device)
         outputs = []
-        for part in self._parts(x):
-            hidden, state = self._advance(part, state)
+        for part, begins in self._parts(x, reset):
+            hidden, state = self._advance(part, state, begins)
             outputs.append(self.readout(hidden))
         return self._joined(outputs), state
 
@@ -234,25 +237,27 @@ class EchoStateNetwork(Leaf, Streaming, torch.nn.Module):
                 )
         return tuple(state)
 
-    def _parts(self, x: Tensor) -> Iterable[Tensor]:
-        """Chunks (T, B, I) of a sequence."""
+    def _parts(self, x: Tensor, reset: Tensor | None = None) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Chunks (T, B, I) of a sequence, and of ``reset`` (T, B)."""
         if self.batch_first:
-            x = x.transpose(0, 1)
+            x, reset = x.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return (x,)
-        return x.split(max(1, _CHUNK // max(1, x.shape[1] * self.readout.in_features)))
+            return ((x, reset),)
+        steps = max(1, _CHUNK // max(1, x.shape[1] * self.readout.in_features))
+        parts = x.split(steps)
+        return zip(parts, [None] * len(parts) if reset is None else reset.split(steps), strict=True)
 
     def _joined(self, outputs: list[Tensor]) -> Tensor:
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return y.transpose(0, 1) if self.batch_first else y
 
-    def _advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _advance(self, x: Tensor, state: State, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """h of all reservoirs (T, B, L * H) for x (T, B, I), and the state after it."""
         hidden, last = [], []
         for layer, h in enumerate(state):
             weight_ih, bias, rows, columns, weight_hh = self._reservoir(layer)
             drive = F.linear(x, weight_ih, bias).to(weight_hh.dtype)  # in autocast's dtype, where that is on
-            x = functional.echo_state(drive, rows, columns, weight_hh, h, leak_rate=self.leak_rate)
+            x = functional.echo_state(drive, rows, columns, weight_hh, h, leak_rate=self.leak_rate, reset=reset)
             hidden.append(x)
             some = torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape[0] > 0
             last.append(x[-1].clone() if some else h)
@@ -335,7 +340,7 @@ class EchoStateNetwork(Leaf, Streaming, torch.nn.Module):
                 f"{title}: expected y to have shape {(*x.shape[:2], self.output_size)}, but got {tuple(y.shape)}"
             )
         targets, first = y.transpose(0, 1) if self.batch_first else y, 0
-        for part in self._parts(x):
+        for part, _ in self._parts(x):
             hidden, state = self._advance(part, state)
             skip = min(max(0, washout - first), part.shape[0])
             rows = F.pad(hidden[skip:].flatten(0, 1).double(), (0, 1), value=1.0)

@@ -42,8 +42,9 @@ class RNN(Recurrent):
             others are scaled by 1 / (1 - p). One mask per call, layer and direction. Default: 0. Keyword only.
 
     Shapes, with D directions and L layers:
-        - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
-          PackedSequence; hx = h_0 (D * L, B, H), by default zero. Returns output (T, B, D * H) and h_n.
+        - ``forward(input, hx=None, *, reset=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I)
+          unbatched, or a PackedSequence; hx = h_0 (D * L, B, H), by default zero; reset (T, B), or as the input is
+          laid out, True where an episode begins. Returns output (T, B, D * H) and h_n.
         - streaming: the state is (h,), (B, L, H). A bidirectional module does not stream.
 
     Raises:
@@ -112,8 +113,9 @@ class GRU(Recurrent):
             others are scaled by 1 / (1 - p). One mask per call, layer and direction. Default: 0.
 
     Shapes, with D directions and L layers:
-        - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
-          PackedSequence; hx = h_0 (D * L, B, H), by default zero. Returns output (T, B, D * H) and h_n.
+        - ``forward(input, hx=None, *, reset=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I)
+          unbatched, or a PackedSequence; hx = h_0 (D * L, B, H), by default zero; reset (T, B), or as the input is
+          laid out, True where an episode begins. Returns output (T, B, D * H) and h_n.
         - streaming: the state is (h,), (B, L, H). A bidirectional module does not stream.
 
     Raises:

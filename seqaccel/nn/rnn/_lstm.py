@@ -75,8 +75,9 @@ class LSTM(_WithCellState):
             Default: ``None``, torch's initialisation.
 
     Shapes, with D directions and L layers:
-        - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
-          PackedSequence; hx = (h_0, c_0), (D * L, B, P or H) and (D * L, B, H), by default zero. Returns output
+        - ``forward(input, hx=None, *, reset=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I)
+          unbatched, or a PackedSequence; hx = (h_0, c_0), (D * L, B, P or H) and (D * L, B, H), by default zero;
+          reset (T, B), or as the input is laid out, True where an episode begins. Returns output
           (T, B, D * (P or H)) and (h_n, c_n).
         - streaming: the state is (h, c), (B, L, P or H) and (B, L, H). A bidirectional module does not stream.
 
