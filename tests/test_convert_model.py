@@ -601,6 +601,48 @@ def test_sru(use_tanh):
     assert_converts(torch.nn.Sequential(SRUCell(4, use_tanh)), torch.randn(6, 2, 4), {"0": "seqaccel.nn.SRUCell"})
 
 
+class RecurrentActorCriticPolicy(torch.nn.Module):
+    """What sb3-contrib's policy does with its LSTM: a call a step where episodes begin."""
+
+    __module__ = "sb3_contrib.common.recurrent.policies"
+
+    def __init__(self, **options):
+        super().__init__()
+        self.lstm_actor = torch.nn.LSTM(3, 4, **options)
+
+    @staticmethod
+    def _process_sequence(features, lstm_states, episode_starts, lstm):
+        n_seq = lstm_states[0].shape[1]
+        sequence = features.reshape((n_seq, -1, lstm.input_size)).swapaxes(0, 1)
+        outputs = []
+        for x, start in zip(sequence, episode_starts.reshape((n_seq, -1)).swapaxes(0, 1), strict=True):
+            states = tuple((1.0 - start).view(1, n_seq, 1) * state for state in lstm_states)
+            output, lstm_states = lstm(x.unsqueeze(0), states)
+            outputs.append(output)
+        return torch.cat(outputs).transpose(0, 1).flatten(0, 1), lstm_states
+
+    def forward(self, features, h, c, starts):
+        output, states = self._process_sequence(features, (h, c), starts, self.lstm_actor)
+        return output, *states
+
+
+def test_sb3_contrib():
+    policy, starts = RecurrentActorCriticPolicy(num_layers=2), (torch.rand(3 * 7) < 0.3).float()
+    inputs = torch.randn(3 * 7, 3), torch.randn(2, 3, 4), torch.randn(2, 3, 4), starts
+    expected = policy(*inputs)
+    gradient = torch.autograd.grad(expected[0].sum(), policy.lstm_actor.weight_hh_l0)
+    converted, report = seqaccel.convert(policy, report=True)
+    assert [row.target for row in report] == ["its episodes in one call", "seqaccel.nn.LSTM"]
+    found = converted(*inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found[0].sum(), policy.lstm_actor.weight_hh_l0), gradient)
+    seqaccel.convert(policy, {"LSTM": False})
+    torch.testing.assert_close(policy(*inputs), expected)
+    assert type(seqaccel.revert(policy)) is RecurrentActorCriticPolicy
+    derived = type("Own", (RecurrentActorCriticPolicy,), {"_process_sequence": lambda self, *_: None})()
+    assert converted_rows(derived)[""].reason == "its own _process_sequence"
+
+
 # ---- measuring ----
 
 
