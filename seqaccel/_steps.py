@@ -21,12 +21,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
 from seqaccel import _common, _extension, backends
-from seqaccel._program import FUNCTIONS, described, pyramid_levels
 from seqaccel.nn import streaming
 from seqaccel.nn.attention import HierarchicalAttention, HierarchicalAttentionEncoder
 from seqaccel.nn.attention._encoder import EncoderLayer
 from seqaccel.nn.conv import TCN, CausalConv1d, TemporalBlock
 from seqaccel.nn.streaming import State
+from seqaccel.program import FUNCTIONS, described, pyramid_levels
 from seqaccel.session import Session
 
 _VERSION, _TRAINING = operator.attrgetter("_version"), operator.itemgetter("training")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqaccel import __version__, _arguments, _extension, backends
-from seqaccel._program import Layer, Program, State, described
+from seqaccel.program import Layer, Program, State, described
 
 __all__ = ["Session"]
 
