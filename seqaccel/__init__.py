@@ -18,13 +18,15 @@ from seqaccel.convert import (
     revert,
     unpatch_torch,
 )
+from seqaccel.program import Concatenation, Residual
 from seqaccel.quantization import quantize
 from seqaccel.session import Session
 
 from seqaccel import _steps as _steps  # isort: skip  gives the modules their steps
 
 __all__ = ["Session", "backend", "convert", "from_haste", "from_mingru", "from_mlstm", "from_qrnn", "functional", "nn"]
-__all__ += ["benchmark", "data", "optimize", "patch_torch", "quantize", "revert", "unpatch_torch"]
+__all__ += ["Concatenation", "Residual", "benchmark", "data", "optimize", "patch_torch", "quantize", "revert"]
+__all__ += ["unpatch_torch"]
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from seqaccel.program import Layer, Program, State, described
 
 __all__ = ["Session"]
 
+_FORMAT = "seqaccel.Session"
 _PRECISIONS = ("float32", "bfloat16", "int8")
 _MOST_STREAMS = 2**31 - 1
 _MOST_STEPS = 2**24  # their number is kept in float32
@@ -24,15 +26,15 @@ _MOST_INT8 = 65536  # features: sums of more products of 255 * 127 do not fit 32
 
 
 class Session:
-    r"""Runs recurrent, convolutional and attention layers on a batch of streams, step by step, with packed weights.
+    r"""Runs recurrent, convolutional and attention layers, or a module of them, step by step with packed weights.
 
     The weights are copied when the session is made: later changes of the module do not reach it. The module runs as in
     eval mode: no dropout, zoneout's expectation. Threads that share a session take turns.
 
     :meth:`fork` makes a session with streams at their initial state; ``copy.copy`` and ``copy.deepcopy`` make one that
     continues from the same state. All of them share the packed weights, and threads may run them at the same time.
-    ``pickle`` and ``torch.save`` keep the packed weights and the state. Loading needs the same version of seqaccel and
-    a processor with the instruction set that the weights were packed for.
+    ``pickle``, ``torch.save`` and :meth:`save` keep the packed weights and the state. Loading needs the same version of
+    seqaccel and a processor with the instruction set that the weights were packed for.
 
     Args:
         module: a recurrent layer or cell of :mod:`seqaccel.nn` (:class:`~seqaccel.nn.LSTM`, :class:`~seqaccel.nn.GRU`,
@@ -47,12 +49,24 @@ class Session:
             of them; or a :class:`torch.nn.Sequential` of those with ``Linear``, ``Embedding`` (first),
             ``LayerNorm`` and ``RMSNorm`` (of the last dimension), ``BatchNorm1d`` (of the features of a step, by its
             running statistics), and, not first, ``Softmax`` (``dim=-1``), ``ReLU``, ``Tanh``, ``Sigmoid``, ``SiLU``,
-            ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and ``Dropout`` do nothing.
+            ``Hardswish``, ``GELU``, ``LeakyReLU`` and ``ELU``; ``Identity`` and ``Dropout`` do nothing. A
+            :class:`torch.nn.Conv1d` behind causal padding in a Sequential is a causal convolution. A list is a
+            Sequential; :class:`~seqaccel.Residual` and :class:`~seqaccel.Concatenation` in it add and concatenate.
+
+            Any other module is traced by :func:`torch.export.export`. Its ``step(x_t, state)`` returns an output and
+            the next state, and ``init_state(batch_size)`` gives the first one, zeros; a module without both is called
+            with the input alone. In it run layers of seqaccel by their ``step``, torch's recurrent layers and cells,
+            ``Linear``, convolutions over the samples of one step, norms, functions of each value, sums, and all that
+            moves values. The streams of a batch stay apart.
         batch_size: number of independent streams B. Default: 1
         weights: precision of the packed matrices. ``"float32"``; ``"bfloat16"``: half the memory, weights and the
             values they multiply are rounded to 8 bits; ``"int8"``: a quarter of the memory, each row of a weight, and
             at each step each vector it multiplies, is rounded to 255 values with a scale. Sums, biases, embeddings, the
             cell's functions, attention and the state stay float32 (int8: sums are exact). Default: ``"float32"``
+        example: an input of one step (B, …), of any number of streams, for a module that is traced and comes first. Its
+            shape and dtype count, not its values.
+        init_state: of that module, where it has none: a function of the batch size. The module's ``forward`` then takes
+            the input and the state, if it has no ``step``.
         memory_length: for an :class:`~seqaccel.nn.SRUpp`, which needs it: each step attends to itself and to at most so
             many steps before it, whose keys and values stay in a ring of this size. Default: None, nothing attends.
         max_length: for hierarchical attention: steps that a stream will have. A longer stream forgets its oldest steps.
@@ -60,7 +74,7 @@ class Session:
             their number
 
     Raises:
-        TypeError: a session cannot run ``module``, or a module in it.
+        TypeError: a session cannot run ``module``, or a module in it. The message names the operator and its line.
         ValueError: ``batch_size``, ``weights``, ``memory_length`` or ``max_length`` is out of range, or the module is
             bidirectional, or not float32 on the CPU.
         RuntimeError: the C++ kernels are missing.
@@ -76,14 +90,29 @@ class Session:
         >>> tagger = torch.nn.Sequential(torch.nn.Embedding(100, 8), lstm, torch.nn.Linear(16, 3))
         >>> seqaccel.Session(tagger, weights="int8").step(torch.tensor([42])).shape
         torch.Size([1, 3])
+        >>> class Gate(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lstm, self.gate = torch.nn.LSTMCell(8, 16), torch.nn.Linear(8, 16)
+        ...
+        ...     def init_state(self, batch_size):
+        ...         return torch.zeros(batch_size, 16), torch.zeros(batch_size, 16)
+        ...
+        ...     def step(self, x_t, state):
+        ...         h, c = self.lstm(x_t, state)
+        ...         return torch.cat([h * self.gate(x_t).sigmoid(), x_t], -1), (h, c)
+        >>> seqaccel.Session(Gate(), example=torch.zeros(1, 8)).step(torch.randn(1, 8)).shape
+        torch.Size([1, 24])
     """
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: torch.nn.Module | Sequence[torch.nn.Module],
         batch_size: int = 1,
         weights: str = "float32",
         *,
+        example: Tensor | None = None,
+        init_state: Callable[[int], Any] | None = None,
         memory_length: int | None = None,
         max_length: int | None = None,
     ) -> None:
@@ -95,7 +124,11 @@ class Session:
             raise ValueError(f"memory_length: expected an integer from 1 to {_MOST_STEPS}, but got {memory_length!r}")
         if max_length is not None and not (_integer(max_length) and 1 <= max_length <= _LONGEST):
             raise ValueError(f"max_length: expected an integer from 1 to {_LONGEST}, but got {max_length!r}")
-        self._pack(described(module, memory_length, max_length), batch_size, weights)
+        if init_state is not None and not callable(init_state):
+            raise TypeError(f"init_state: expected a function of the batch size, but got {type(init_state).__name__}")
+        whole: Any = torch.nn.Sequential(*module) if isinstance(module, (list, tuple)) else module
+        program = described(whole, memory_length, max_length, example=example, init_state=init_state)
+        self._pack(program, batch_size, weights)
 
     def _pack(self, program: Program, batch_size: int, weights: str) -> None:
         layers = program.layers
@@ -103,9 +136,9 @@ class Session:
             raise TypeError("module: there is nothing to run in an empty Sequential")
         for i, layer in enumerate(layers):
             before = layers[i - layer.source] if i >= layer.source else None
-            if before is not None and before.outputs != layer.inputs:
+            if before is not None and layer.inputs and before.width != layer.inputs * layer.frames:
                 raise ValueError(
-                    f"module: {before.kind} gives {before.outputs} features, but {layer.kind} takes {layer.inputs}"
+                    f"module: {before.kind} gives {before.width} features, but {layer.kind} takes {layer.inputs}"
                 )
             if i > 0 and layer.kind == "embedding":
                 raise TypeError("module: an Embedding must come first")
@@ -131,9 +164,12 @@ class Session:
             program.channels_first,
         )
         self._indices = layers[0].kind == "embedding"
-        self.input_size = 1 if self._indices else layers[0].inputs
+        self.input_size = program.width(-1) or 1
         self._phases = program.phases
-        self.output_size = layers[-1].outputs // program.phases
+        self.output_size = layers[-1].width // program.phases
+        phases = (program.phases,) * (program.phases > 1)
+        self._shape_of_output = program.output_shape or (self.output_size, *phases)
+        self._shape_of_input = () if self._indices else program.input_shape or (self.input_size,)
         self._dtype = torch.int64 if self._indices else torch.float32
         self._weights = weights
         self._shapes = [
@@ -145,8 +181,8 @@ class Session:
     def _hold(self, session: Any, batch_size: int) -> None:
         """A session of C++ of so many streams."""
         self.batch_size = batch_size
-        self._step_shape = torch.Size((batch_size,) if self._indices else (batch_size, self.input_size))
-        self._output_shape = (batch_size, self.output_size, *(self._phases,) * (self._phases > 1))
+        self._step_shape = torch.Size((batch_size, *self._shape_of_input))
+        self._output_shape = (batch_size, *self._shape_of_output)
         self._session = session
         self._extend = session.extend
 
@@ -192,6 +228,45 @@ class Session:
             )
         self._session.write_weights(packed.data_ptr())
         self.load_state_dict(state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the packed weights and the state to a file, for :meth:`load`.
+
+        Example:
+            >>> import tempfile, torch, seqaccel
+            >>> session = seqaccel.Session(torch.nn.GRU(4, 8))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     session.save(f"{folder}/gru.session")
+            ...     loaded = seqaccel.Session.load(f"{folder}/gru.session")
+            >>> x_t = torch.randn(1, 4)
+            >>> torch.equal(loaded.step(x_t), session.step(x_t))
+            True
+        """
+        kept = self.__getstate__()
+        kept["_states"] = [vars(state) for state in kept["_states"]]
+        kept["_shapes"] = [(vars(layer), shapes) for layer, shapes in kept["_shapes"]]
+        torch.save({"format": _FORMAT, **kept}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Session:
+        """A session from a file that :meth:`save` wrote. Unlike ``pickle``, it runs no code that a file names.
+
+        The module's class is not needed. The file is for the same version of seqaccel, and for processors with the
+        instruction set of the one that made the session; a session made under
+        ``seqaccel.backends.isa("avx2")`` loads on every x86 processor of the last ten years.
+
+        Raises:
+            ValueError: the file holds no session.
+            RuntimeError: it is of another version, or this processor has not the instruction set.
+        """
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(kept, dict) or kept.pop("format", None) != _FORMAT:
+            raise ValueError(f"path: {os.fspath(path)!r} holds no Session")
+        kept["_states"] = [State(**state) for state in kept["_states"]]
+        kept["_shapes"] = [(Layer(**layer), shapes) for layer, shapes in kept["_shapes"]]
+        loaded = object.__new__(cls)
+        loaded.__setstate__(kept)
+        return loaded
 
     def _checked(self, x: Tensor, shape: tuple[int | None, ...]) -> Tensor:
         _arguments.tensor("Session", "x", x)

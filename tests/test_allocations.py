@@ -38,6 +38,9 @@ NETWORKS = {
     "sru": lambda: nn.SRU(6, 9),
     "attention": lambda: nn.HierarchicalAttention(8, 2, block_size=4, pool_query=1, rotary_base=10.0),
     "transformer": lambda: nn.HierarchicalAttentionEncoder(64, 4, 2, 128, positions="learned", block_size=8),
+    "added": lambda: torch.nn.Sequential(
+        seqaccel.Concatenation(torch.nn.Identity(), seqaccel.Residual(nn.LSTM(6, 6))), torch.nn.Linear(12, 3)
+    ),
     "mixed": lambda: torch.nn.Sequential(
         nn.CausalConv1d(6, 8, 3), torch.nn.GELU(), nn.LSTM(8, 9), torch.nn.LayerNorm(9), torch.nn.Linear(9, 4)
     ),
@@ -73,5 +76,5 @@ def test_a_step_allocates_nothing(tmp_path):
     run = subprocess.run([sys.executable, "-c", COUNT], env=given, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     rows = run.stdout.splitlines()
-    assert len(rows) == 66
+    assert len(rows) == 72
     assert [row for row in rows if not row.endswith(" 0")] == []

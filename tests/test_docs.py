@@ -38,7 +38,7 @@ def test_every_public_name_has_an_example():
     public += [getattr(seqaccel.functional, name) for name in seqaccel.functional.__all__]
     public += [seqaccel.Session, seqaccel.backend, seqaccel.convert, seqaccel.from_haste, seqaccel.from_mlstm]
     public += [seqaccel.from_mingru, seqaccel.from_qrnn, seqaccel.revert, seqaccel.patch_torch, seqaccel.unpatch_torch]
-    public += [seqaccel.benchmark, seqaccel.optimize, seqaccel.quantize]
+    public += [seqaccel.benchmark, seqaccel.optimize, seqaccel.quantize, seqaccel.Residual, seqaccel.Concatenation]
     names = {name.rpartition(".")[2] for name in EXAMPLES}
     assert {item.__name__ for item in public} - names == {"Streaming"}  # the modules' show it
 

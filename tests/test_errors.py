@@ -897,6 +897,11 @@ CALLS = {
             "weights": ("float16", None, torch.float32),
         },
     ),
+    "Session of a module that is traced": (
+        seqaccel.Session,
+        lambda: {"module": torch.nn.Conv1d(I, H, 1), "example": torch.zeros(1, I, 4)},
+        {"example": (3, "x", torch.zeros(()), torch.zeros(0, I, 4), torch.zeros(1, I, 4).double())},
+    ),
     "convert": (seqaccel.convert, lambda: {"model": nn.LSTM(I, H)}, {"model": (None, "m", 3, torch.nn.LSTM)}),
     "from_haste": (
         seqaccel.from_haste,

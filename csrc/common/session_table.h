@@ -16,7 +16,15 @@ extern "C" {
 //   layer_norm, rms_norm     weight [outputs], bias [outputs]; parameter: epsilon
 //   batch_norm               gain [outputs], bias [outputs], with the running statistics applied
 //   softmax                  none
+//   sum                      none. The sum of the inputs times the parameter; outputs is 1
 //   relu, tanh, sigmoid, silu, gelu, gelu_tanh, leaky_relu, elu, hardswish     none; parameter: slope or alpha
+//   exp, log, sqrt, abs, softplus, reciprocal                                  none
+//   at_least, at_most        none; parameter: the limit
+//   add, subtract, multiply, divide, maximum, minimum     none. Of the source and the skip, in this order
+//   gather                   none. Puts pieces of other layers' outputs together: see `moves`
+//   past                     none. What the last `keep` has kept, at first zeros. It reads no input
+//   keep                     none. The skip is a `past`: what the source holds is what it gives at the next step. A
+//                            keep has no output and is not the last layer
 //   the recurrent cells      as the operator rnn_forward has them
 //   attention                none. The queries [outputs] attend, head by head, to the keys and values of `taps` steps,
 //                            the last of which is their own. Inputs: the keys [inputs / 2] and then the values, of
@@ -30,6 +38,9 @@ extern "C" {
 //   the column cells         weight [matrices * hidden, inputs], the same for the input of the step before,
 //                            bias [., hidden], weight of the state [., hidden]; parameter: scale of column_forward
 //
+// A layer has `frames` rows of inputs and outputs a step, one after the other in its output: those of one row (linear
+// but not conv, the norms, softmax and sum, the functions of one value) run on each. Others have 1.
+//
 // A layer reads the output of the layer `source` places before it. 1 (or 0) is the last one, and the place before the
 // first layer is the session's input. `skip` counts likewise, and 0 is none: the output that a linear, conv or
 // depthwise layer adds to its activation, that a column cell's highway adds, or that attention takes as its queries.
@@ -39,7 +50,12 @@ struct SeqaccelSessionLayer {
   int64_t matrices;  // column cells: inputs of a unit
   int64_t source, skip;
   int64_t taps, dilation;  // conv, depthwise; attention: taps
-  int64_t heads;           // attention, hierarchical: of the queries
+  int64_t frames;          // 0 is 1
+  // gather: of each piece the layer that it comes from (how far before this one, as `source`), its place there, its
+  // place in the output and its length. What no piece covers is zero.
+  const int64_t (*moves)[4];
+  int64_t move_count;
+  int64_t heads;  // attention, hierarchical: of the queries
   // hierarchical: a node of level 1 stands for block_size steps and a node of a higher level for fanout nodes. `levels`
   // counts the steps too. The highest of them has room for top_slots nodes. If it is `limited`, a query sees the part
   // of it that it would see with another level above, otherwise all.
@@ -96,7 +112,7 @@ struct SeqaccelSessionTable {
 };
 
 // The version counts changes of these structs: _session refuses a table of another one.
-#define SEQACCEL_SESSION_TABLE_VERSION 7
+#define SEQACCEL_SESSION_TABLE_VERSION 8
 
 __attribute__((visibility("default"))) const struct SeqaccelSessionTable* seqaccel_session_table(void);
 }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -27,6 +28,7 @@ class Session {
     }
     std::vector<SeqaccelSessionLayer> described;
     std::vector<std::string> texts;
+    std::vector<std::vector<std::array<int64_t, 4>>> moves;
     texts.reserve(2 * layers.size());
     for (const py::dict& given : layers) {
       const auto integer = [&](const char* key) { return given[key].cast<int64_t>(); };
@@ -43,6 +45,10 @@ class Session {
       layer.skip = integer("skip");
       layer.taps = integer("taps");
       layer.dilation = integer("dilation");
+      layer.frames = integer("frames");
+      moves.push_back(given["moves"].cast<std::vector<std::array<int64_t, 4>>>());
+      layer.moves = reinterpret_cast<const int64_t (*)[4]>(moves.back().data());
+      layer.move_count = int64_t(moves.back().size());
       layer.heads = integer("heads");
       layer.block_size = integer("block_size");
       layer.fanout = integer("fanout");

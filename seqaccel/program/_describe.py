@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from seqaccel.convert import REPLACEMENTS
 from seqaccel.program._layers import Program
@@ -40,14 +41,16 @@ def described(
     memory_length: int | None = None,
     max_length: int | None = None,
     pyramid: tuple[int, int] | None = None,
+    example: Tensor | None = None,
+    init_state: Callable[[int], Any] | None = None,
 ) -> Program:
     """The layers of a module, where each step of an SRUpp attends to ``memory_length`` steps before it, and streams of
-    hierarchical attention have ``max_length`` steps.
+    hierarchical attention have ``max_length`` steps. A module that is traced has ``example`` as its input.
 
     Raises:
         TypeError, ValueError: a session does not run it.
     """
-    program = Program(memory_length, max_length, pyramid)
+    program = Program(memory_length, max_length, pyramid, example, init_state)
     describe(module, program, "")
     for argument, value, kind, of in (
         ("memory_length", memory_length, "attention", ""),
@@ -65,14 +68,21 @@ def describe(module: nn.Module, program: Program, name: str) -> None:
         seen = copy.copy(module)
         seen.__class__ = REPLACEMENTS[type(module)]
         return describe(seen, program, name)
-    kind, parameter = activation_of(module)
+    found = activation_of(module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, but got {type(module).__name__}")
+    if found is None:
+        from seqaccel.program.trace import traced  # torch.export takes a second to import
+
+        return traced(module, program, name)
     if not program.layers:
         raise TypeError(f"module: a Sequential must not begin with {type(module).__name__}")
-    width = program.layers[-1].outputs
+    kind, parameter = found
+    width = program.width(program.last)
     program.add(kind, width, width, parameter=parameter)
 
 
-def activation_of(module: nn.Module) -> tuple[str, float]:
+def activation_of(module: nn.Module) -> tuple[str, float] | None:
     if type(module) in _ACTIVATIONS:
         return _ACTIVATIONS[type(module)], 0.0
     if isinstance(module, nn.Softmax):
@@ -85,18 +95,7 @@ def activation_of(module: nn.Module) -> tuple[str, float]:
         return "leaky_relu", module.negative_slope
     if isinstance(module, nn.ELU):
         return "elu", module.alpha
-    raise TypeError(
-        "module: expected a recurrent layer or cell of seqaccel.nn or torch.nn, a causal convolution, hierarchical "
-        "attention or an encoder with it, or a Sequential "
-        "of them and of Linear, Embedding, LayerNorm, RMSNorm, BatchNorm1d, Softmax and activations, "
-        f"but got {type(module).__name__}"
-    )
-
-
-@describe.register
-def _sequential(module: nn.Sequential, program: Program, name: str) -> None:
-    for child, part in module.named_children():
-        describe(part, program, f"{name}{child}.")
+    return None
 
 
 @describe.register(nn.Identity)

@@ -100,7 +100,8 @@ def _encoder_layer(module: Any, program: Program, name: str) -> None:
             f"but got {type(module.self_attn).__name__}"
         )
     function = module.activation
-    kind, parameter = activation_of(function) if isinstance(function, nn.Module) else (FUNCTIONS.get(function), 0.0)
+    found = activation_of(function) if isinstance(function, nn.Module) else (FUNCTIONS.get(function), 0.0)
+    kind, parameter = found or (None, 0.0)
     if kind is None or kind == "softmax":
         raise TypeError(f"module: a Session does not run a feed-forward with the activation {function}")
     source = program.last

@@ -12,13 +12,14 @@ from seqaccel.functional.conv import GATED, conv_of_phases
 from seqaccel.nn.conv import TCN, CausalConv1d, CausalConvTranspose1d, GatedConvLM, TemporalBlock, WaveNet, WaveNetLayer
 from seqaccel.program._describe import describe
 from seqaccel.program._layers import Program
+from seqaccel.program._places import block_matrix
 
 
 def _slope(activation: str | None) -> float:
     return 0.01 if activation == "leaky_relu" else 0.0
 
 
-def _convolution(module: Any, program: Program, name: str, **options: Any) -> int:
+def convolution(module: Any, program: Program, name: str, **options: Any) -> int:
     for argument, plain in (("stride", 1), ("padding_mode", "zeros")):
         value = getattr(module, argument)
         if value != plain:
@@ -35,15 +36,7 @@ def _convolution(module: Any, program: Program, name: str, **options: Any) -> in
     gated = module.activation in GATED
     if groups == inputs == outputs and groups > 1 and not gated:
         return program.add("depthwise", inputs, outputs, weight[:, 0].t(), module.bias, **shape, **options)
-    if groups > 1:  # the blocks of a matrix
-        blocks = [block.permute(0, 2, 1) for block in weight.chunk(groups)]
-        whole = weight.new_zeros(outputs, taps, inputs)
-        for i, block in enumerate(blocks):
-            rows, columns = block.shape[0], block.shape[2]
-            whole[i * rows : (i + 1) * rows, :, i * columns : (i + 1) * columns] = block
-    else:
-        whole = weight.permute(0, 2, 1)
-    return _convolved(program, whole.flatten(1), module.bias, inputs, **shape, **options)
+    return _convolved(program, block_matrix(weight, groups).flatten(1), module.bias, inputs, **shape, **options)
 
 
 def _convolved(program: Program, weight: Tensor, bias: Tensor | None, inputs: int, **options: Any) -> int:
@@ -54,7 +47,7 @@ def _convolved(program: Program, weight: Tensor, bias: Tensor | None, inputs: in
 
 @describe.register
 def _causal_conv(module: CausalConv1d, program: Program, name: str) -> None:
-    _convolution(module, program, name)
+    convolution(module, program, name)
 
 
 @describe.register
@@ -65,7 +58,7 @@ def _transposed_conv(module: CausalConvTranspose1d, program: Program, name: str)
         stride=1, padding_mode="zeros", channels_last=False, weight=weight, bias=bias, in_channels=module.in_channels,
         groups=groups, dilation=dilation, activation=module.activation, context=module.context,
     )  # fmt: skip
-    _convolution(conv, program, name)
+    convolution(conv, program, name)
     program.phases = stride
 
 
@@ -77,14 +70,14 @@ def _temporal_block(module: TemporalBlock, program: Program, name: str) -> None:
 def _block(module: TemporalBlock, program: Program, name: str, source: int, skip: bool) -> tuple[int, int]:
     """Reads the layer ``source``. Returns the numbers of the block's output and, with ``skip``, of what is added to the
     residual."""
-    first = _convolution(module.conv1, program, f"{name}conv1.", source=program.back(source))
+    first = convolution(module.conv1, program, f"{name}conv1.", source=program.back(source))
     residual = source
     if module.downsample is not None:
-        residual = _convolution(module.downsample, program, f"{name}downsample.", source=program.back(source))
+        residual = convolution(module.downsample, program, f"{name}downsample.", source=program.back(source))
     if skip or module.activation != "relu":
-        added = _convolution(module.conv2, program, f"{name}conv2.", source=program.back(first))
+        added = convolution(module.conv2, program, f"{name}conv2.", source=program.back(first))
         return _activated_sum(program, added, residual, module.activation), added
-    y = _convolution(
+    y = convolution(
         module.conv2, program, f"{name}conv2.", source=program.back(first), skip=program.back(residual), relu=True
     )
     return y, y
@@ -114,14 +107,14 @@ def _tcn(module: TCN, program: Program, name: str) -> None:
             continue
         down: Any = module.downsample_skip_connection[i]
         if down is not None:
-            added = _convolution(down, program, f"{name}skip.{i}.", source=program.back(added))
+            added = convolution(down, program, f"{name}skip.{i}.", source=program.back(added))
         total = added if total < 0 else _activated_sum(program, total, added, None)
     if total >= 0:
         _activated_sum(program, total, x, module.activation)
     elif module.use_skip_connections:  # of one level
         _activated(program, module.activation)
     if module.output_projection is not None:
-        _convolution(module.projection_out, program, f"{name}projection_out.")
+        convolution(module.projection_out, program, f"{name}projection_out.")
     if module.output_activation is not None:
         _activated(program, module.output_activation)
     if begins:
@@ -198,12 +191,12 @@ def _gated_language_model(module: GatedConvLM, program: Program, name: str) -> N
         raise TypeError("module: a Session does not run a GatedConvLM with cutoffs")
     program.batch_first = program.batch_first or not program.layers
     describe(module.embedding, program, f"{name}embedding.")
-    _convolution(module.input, program, f"{name}input.")
+    convolution(module.input, program, f"{name}input.")
     for i, block in enumerate(module.blocks):
         source = program.last
         *first, last = enumerate(cast(Any, block))
         for j, conv in first:
-            _convolution(conv, program, f"{name}blocks.{i}.{j}.")
+            convolution(conv, program, f"{name}blocks.{i}.{j}.")
         j, conv = last
-        _convolution(conv, program, f"{name}blocks.{i}.{j}.", skip=program.back(source))
+        convolution(conv, program, f"{name}blocks.{i}.{j}.", skip=program.back(source))
     describe(module.projection, program, f"{name}projection.")

@@ -14,6 +14,7 @@
 #include "cpu/packed/cells.h"
 #include "cpu/packed/columns.h"
 #include "cpu/packed/dense.h"
+#include "cpu/packed/elementwise.h"
 #include "cpu/packed/hierarchical.h"
 
 #define SEQACCEL_QUOTED(name) #name
@@ -383,6 +384,12 @@ inline void scale_row(const SessionLayer& l, const float* x, float* y, float shi
   }
 }
 
+inline float sum_of(const float* x, ptrdiff_t count) {
+  Vec<float> sum = {};
+  for (ptrdiff_t k = 0; k < count; k += kWordLanes) sum += load_some(x + k, int(min_of(kWordLanes, count - k)));
+  return horizontal_sum<float>(sum);
+}
+
 inline float mean_of_squares(const float* x, ptrdiff_t count) {
   Vec<float> sum = {};
   for (ptrdiff_t k = 0; k < count; k += kWordLanes) {
@@ -404,10 +411,10 @@ inline void softmax_row(const float* x, float* y, ptrdiff_t count) {
 }
 
 inline void row_layer(const SessionThread& t, const SessionLayer& l) {
-  const ptrdiff_t N = l.outputs;
+  const ptrdiff_t N = l.inputs;
   for (ptrdiff_t i = t.begin(t.rows()); i < t.end(t.rows()); ++i) {
     const float* const x = static_cast<const float*>(t.x) + i * N;
-    float* const y = static_cast<float*>(t.y) + i * N;
+    float* const y = static_cast<float*>(t.y) + i * l.outputs;
     if (l.kind == LayerKind::layer_norm) {
       const Moments moments = moments_of(x, N, l.parameter);
       scale_row(l, x, y, moments.mean, moments.scale);
@@ -415,20 +422,11 @@ inline void row_layer(const SessionThread& t, const SessionLayer& l) {
       scale_row(l, x, y, 0.0f, 1.0f / sqrtf(mean_of_squares(x, N) + l.parameter));
     } else if (l.kind == LayerKind::batch_norm) {
       scale_row(l, x, y, 0.0f, 1.0f);
+    } else if (l.kind == LayerKind::sum) {
+      *y = sum_of(x, N) * l.parameter;
     } else {
       softmax_row(x, y, N);
     }
-  }
-  t.wait();
-}
-
-inline void activation_layer(const SessionThread& t, const SessionLayer& l) {
-  const ptrdiff_t count = t.rows() * l.outputs, vectors = panel_count(count, kWordLanes);
-  for (ptrdiff_t i = t.begin(vectors); i < t.end(vectors); ++i) {
-    const ptrdiff_t at = i * kWordLanes;
-    const int n = int(min_of(kWordLanes, count - at));
-    store_some(static_cast<float*>(t.y) + at,
-               activate_as(l.activation, load_some(static_cast<const float*>(t.x) + at, n), l.parameter), n);
   }
   t.wait();
 }
@@ -455,9 +453,20 @@ inline void session_layer(const SessionThread& t, const SessionLayer& l) {
     case LayerKind::rms_norm:
     case LayerKind::batch_norm:
     case LayerKind::softmax:
+    case LayerKind::sum:
       return row_layer(t, l);
     case LayerKind::activation:
       return activation_layer(t, l);
+    case LayerKind::unary:
+      return unary_layer(t, l);
+    case LayerKind::binary:
+      return binary_layer(t, l);
+    case LayerKind::gather:
+      return gather_layer(t, l);
+    case LayerKind::past:
+      return past_layer(t, l);
+    case LayerKind::keep:
+      return keep_layer(t, l);
     case LayerKind::recurrent:
       return recurrent_layer_of(t, l, ProductCells{});
     case LayerKind::column:
@@ -470,7 +479,8 @@ inline void session_thread(const SessionRun& run, Barrier& barrier, int thread, 
   const SessionLayer& last = run.layers[run.count - 1];
   const bool indices = first.kind == LayerKind::embedding;
   const ptrdiff_t value = run.bfloat16 ? 2 : 4;
-  const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * value), out_row = run.batch * last.outputs * value;
+  const ptrdiff_t in_row = run.batch * (indices ? 8 : first.inputs * first.frames * value),
+                  out_row = run.batch * last.outputs * last.frames * value;
   for (ptrdiff_t done = 0; done < run.steps; done += run.chunk) {
     const ptrdiff_t steps = min_of(run.chunk, run.steps - done);
     const ptrdiff_t at = run.reverse ? run.steps - done - steps : done;
@@ -482,7 +492,7 @@ inline void session_thread(const SessionRun& run, Barrier& barrier, int thread, 
       const void* const skip = l.skip == kNoSkip ? nullptr : made_by(l.skip);
       session_layer({run, thread, team, barrier, run.scratch + thread * run.scratch_words, done, steps,
                      made_by(l.source), l.output ? l.output : output, run.bfloat16 && l.source < 0,
-                     run.bfloat16 && l.output == nullptr, static_cast<const float*>(skip)},
+                     run.bfloat16 && l.output == nullptr, static_cast<const float*>(skip), ptrdiff_t(l.frames)},
                     l);
     }
   }

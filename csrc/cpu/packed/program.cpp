@@ -23,10 +23,19 @@ constexpr double kSmall = 65536, kSmallLayer = 16384;
 
 // Layers that take a row at a time, with a gain and a bias for each element.
 const std::map<std::string, LayerKind> kRowLayers = {
-    {"layer_norm", LayerKind::layer_norm},
-    {"rms_norm", LayerKind::rms_norm},
-    {"batch_norm", LayerKind::batch_norm},
-    {"softmax", LayerKind::softmax},
+    {"layer_norm", LayerKind::layer_norm}, {"rms_norm", LayerKind::rms_norm}, {"batch_norm", LayerKind::batch_norm},
+    {"softmax", LayerKind::softmax},       {"sum", LayerKind::sum},
+};
+
+const std::map<std::string, Unary> kUnary = {
+    {"exp", Unary::exp},           {"log", Unary::log},           {"sqrt", Unary::sqrt},
+    {"abs", Unary::abs},           {"softplus", Unary::softplus}, {"reciprocal", Unary::reciprocal},
+    {"at_least", Unary::at_least}, {"at_most", Unary::at_most},
+};
+
+const std::map<std::string, Binary> kBinary = {
+    {"add", Binary::add},       {"subtract", Binary::subtract}, {"multiply", Binary::multiply},
+    {"divide", Binary::divide}, {"maximum", Binary::maximum},   {"minimum", Binary::minimum},
 };
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -63,6 +72,9 @@ struct Shares {
       for (const int32_t from : {layers[i].source, layers[i].skip}) {
         if (from >= 0) last_use[size_t(from)] = i;
       }
+      for (int64_t j = 0; j < layers[i].move_count; ++j) {
+        if (layers[i].moves[j].source >= 0) last_use[size_t(layers[i].moves[j].source)] = i;
+      }
     }
     std::vector<size_t> busy;  // the place is in use until this layer has run
     for (size_t i = 0; i + 1 < layers.size(); ++i) {
@@ -72,7 +84,7 @@ struct Shares {
         widths.push_back(0);
         busy.push_back(0);
       }
-      widths[place] = std::max(widths[place], layers[i].outputs);
+      widths[place] = std::max(widths[place], layers[i].outputs * layers[i].frames);
       busy[place] = std::max(last_use[i], i);
       of_layer.push_back(place);
     }
@@ -118,15 +130,23 @@ const float* SessionProgram::keep(const float* values, int64_t count) {
   return weights_->kept.back().data();
 }
 
-int32_t SessionProgram::reached(int64_t back, int64_t features) const {
+int64_t SessionProgram::width_of(int32_t layer) const {
+  const SessionLayer& l = layers_[size_t(std::max(layer, 0))];
+  return layer >= 0 ? l.outputs * l.frames : l.kind == LayerKind::embedding ? 0 : l.inputs * l.frames;
+}
+
+int32_t SessionProgram::layer_before(int64_t back) const {
   const int64_t layer = int64_t(layers_.size()) - back;
-  if (layer < -1) throw std::invalid_argument("a layer reaches back past the input of the session");
-  const bool first = layer < 0 && layers_.empty();
-  const bool indices = layer < 0 && !first && layers_[0].kind == LayerKind::embedding;
-  if (indices || (!first && features != (layer < 0 ? layers_[0].inputs : layers_[size_t(layer)].outputs))) {
+  if (back < 1 || layer < -1) throw std::invalid_argument("a layer reaches back past the input of the session");
+  return int32_t(layer);
+}
+
+int32_t SessionProgram::reached(int64_t back, int64_t features) const {
+  const int32_t layer = layer_before(back);
+  if (!layers_.empty() && features != width_of(layer)) {
     throw std::invalid_argument("a layer reads or adds an output that has another number of features");
   }
-  return int32_t(layer);
+  return layer;
 }
 
 void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
@@ -142,8 +162,9 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
   layer.dilation = std::max<int64_t>(from.dilation, 1);
   layer.heads = std::max<int64_t>(from.heads, 1);
   layer.relu = from.relu != 0;
-  layer.source = reached(from.source > 0 ? from.source : 1, layer.inputs);
-  layer.skip = from.skip > 0 ? reached(from.skip, layer.outputs) : kNoSkip;
+  layer.frames = std::max<int64_t>(from.frames, 1);
+  layer.source = reached(from.source > 0 ? from.source : 1, layer.inputs * layer.frames);
+  layer.skip = from.skip > 0 ? reached(from.skip, layer.outputs * layer.frames) : kNoSkip;
   if (const int found = activation_of(from.kind); found > 0 && !is_gated(Activation(found))) {
     layer.kind = LayerKind::activation;
     layer.activation = Activation(found);
@@ -162,6 +183,24 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
     layer.kind = LayerKind::depthwise;
     layer.weights = keep(w[0], layer.taps * P);
     layer.bias = keep(w[1], P);
+  } else if (const auto unary = kUnary.find(name); unary != kUnary.end()) {
+    layer.kind = LayerKind::unary;
+    layer.cell = int32_t(unary->second);
+  } else if (const auto binary = kBinary.find(name); binary != kBinary.end()) {
+    layer.kind = LayerKind::binary;
+    layer.cell = int32_t(binary->second);
+    if (layer.skip == kNoSkip || I != P) throw std::invalid_argument("a function of two values needs both");
+  } else if (name == "gather") {
+    add_moves(layer, from);
+  } else if (name == "past") {
+    layer.kind = LayerKind::past;
+    layer.stride = round_up(P, kernels_.lanes);
+    if (layer.hidden != P) throw std::invalid_argument("past: sizes that do not fit each other");
+  } else if (name == "keep") {
+    layer.kind = LayerKind::keep;
+    if (layer.skip < 0 || layers_[size_t(layer.skip)].kind != LayerKind::past || I != P) {
+      throw std::invalid_argument("keep: expected the layer that gives what it keeps");
+    }
   } else if (name == "attention") {
     if (layer.skip == kNoSkip) throw std::invalid_argument("attention needs queries");
     layer.kind = LayerKind::attention;
@@ -177,6 +216,8 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
     layer.kind = row->second;
     layer.weights = keep(w[0], P);
     layer.bias = keep(w[1], P);
+    if (P != (layer.kind == LayerKind::sum ? 1 : I))
+      throw std::invalid_argument("a row has another number of features");
   } else {
     const rnn::RnnCellEntry* const cell = rnn::find_rnn_cell(from.kind);
     if (cell) {
@@ -185,6 +226,9 @@ void SessionProgram::add(const SeqaccelSessionLayer& from, bool bfloat16) {
       add_column(layer, from);
     }
   }
+  const bool each_row =
+      layer.kind == LayerKind::linear || kRowLayers.count(name) || kUnary.count(name) || kBinary.count(name);
+  if (layer.frames > 1 && !each_row) throw std::invalid_argument(name + " has one row per step");
   layers_.push_back(layer);
 }
 
@@ -303,6 +347,23 @@ void SessionProgram::add_hierarchical(SessionLayer& layer, const SeqaccelSession
   layer.frequencies = weights_->frequencies.back().data();
 }
 
+void SessionProgram::add_moves(SessionLayer& layer, const SeqaccelSessionLayer& from) {
+  layer.kind = LayerKind::gather;
+  std::vector<SessionMove> moves;
+  for (int64_t i = 0; i < from.move_count; ++i) {
+    const SessionMove move = {layer_before(from.moves[i][0]), from.moves[i][1], from.moves[i][2], from.moves[i][3]};
+    const int64_t width = layers_.empty() ? layer.inputs * layer.frames : width_of(int32_t(move.source));
+    if (move.count < 1 || move.from < 0 || move.to < 0 || move.count > width - move.from ||
+        move.count > layer.outputs - move.to) {
+      throw std::invalid_argument("gather: a piece lies outside of a layer");
+    }
+    moves.push_back(move);
+  }
+  weights_->moves.push_back(std::move(moves));
+  layer.moves = weights_->moves.back().data();
+  layer.move_count = from.move_count;
+}
+
 void SessionProgram::finish() {
   Layout panels;
   std::vector<size_t> at;
@@ -363,7 +424,8 @@ void SessionProgram::start() {
     if (l.kind == LayerKind::attention) run_.work += 2.0 * double(l.taps) * double(l.outputs);
     for (int64_t i = 0; i < l.levels; ++i) run_.work += 1.5 * double(l.level[i].slots) * double(l.outputs);
     for (const SessionMatrix& m : l.matrices) {
-      run_.work += double(m.columns[0] + m.columns[1]) * double(m.units * (m.interleaved ? m.vectors : 1));
+      const double values = double(m.units * (m.interleaved ? m.vectors : 1));
+      run_.work += double(l.frames) * double(m.columns[0] + m.columns[1]) * values;
     }
   }
 }
@@ -397,17 +459,23 @@ size_t SessionProgram::weights(char* out, const char* from) {
   return bytes;
 }
 
-int64_t SessionProgram::longest_chunk() const { return std::max<int64_t>(1, kChunkRows / batch_); }
+// What one step keeps the next one reads, so that their layers cannot run a chunk each.
+int64_t SessionProgram::longest_chunk() const {
+  const bool single =
+      std::any_of(layers_.begin(), layers_.end(), [](const SessionLayer& l) { return l.kind == LayerKind::past; });
+  return single ? 1 : std::max<int64_t>(1, kChunkRows / batch_);
+}
 
 void SessionProgram::grow(int64_t chunk, int threads) {
   if (chunk <= chunk_ && threads <= threads_) return;
   chunk = std::max(chunk, chunk_);
   threads = std::max(threads, threads_);
   const int64_t rows = chunk * batch_;
-  int64_t projected = 0, words_of_x = 0, words_of_h = 0, gathered = 0;
+  int64_t projected = 0, words_of_x = 0, words_of_h = 0, gathered = 0, frames = 1;
   for (const SessionLayer& l : layers_) {
+    frames = std::max(frames, l.frames);
     for (const SessionMatrix& m : l.matrices) {
-      words_of_x = std::max(words_of_x, m.words[0]);
+      words_of_x = std::max(words_of_x, l.frames * m.words[0]);
       words_of_h = std::max({words_of_h, m.words[0], m.words[1]});
       projected = std::max(projected, m.blocks * m.vectors * kernels_.lanes);
     }
@@ -417,7 +485,7 @@ void SessionProgram::grow(int64_t chunk, int threads) {
   if (precision_ == Precision::float32) words_of_x = words_of_h = 0;
   run_.scratch_rows_at = round_up(rows * words_of_x, 16);
   run_.scales_at = run_.scratch_rows_at + round_up(batch_ * words_of_h, 16);
-  run_.gathered_at = run_.scales_at + round_up(rows + batch_, 16) + 16;
+  run_.gathered_at = run_.scales_at + round_up(frames * rows + batch_, 16) + 16;
   run_.scratch_words = run_.gathered_at + round_up(gathered, 16);
   Layout layout;
   const size_t projected_at = layout.add({chunk > 1 ? rows : 0, projected});

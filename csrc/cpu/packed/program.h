@@ -67,9 +67,13 @@ class SessionProgram {
   void add_recurrent(SessionLayer& layer, const rnn::RnnCellEntry& cell, const float* const* weights, bool bfloat16);
   void add_column(SessionLayer& layer, const SeqaccelSessionLayer& from);
   void add_hierarchical(SessionLayer& layer, const SeqaccelSessionLayer& from);
+  void add_moves(SessionLayer& layer, const SeqaccelSessionLayer& from);
   const float* keep(const float* values, int64_t count);
   // The number of the layer that lies `back` places before the next one. Throws if it has another number of features.
   int32_t reached(int64_t back, int64_t features) const;
+  int32_t layer_before(int64_t back) const;
+  // Values per step and stream that a layer, or the session's input (-1), gives.
+  int64_t width_of(int32_t layer) const;
   int64_t longest_chunk() const;
   void start();
   void grow(int64_t chunk, int threads);
@@ -87,6 +91,7 @@ class SessionProgram {
     std::vector<std::vector<float>> kept;
     std::vector<std::vector<SessionLevel>> levels;
     std::vector<std::vector<double>> frequencies;
+    std::vector<std::vector<SessionMove>> moves;
     AlignedMemory panels;
     size_t panel_bytes = 0;
   };

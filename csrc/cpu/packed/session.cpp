@@ -69,8 +69,8 @@ void destroy(void* session) { delete static_cast<SessionProgram*>(session); }
 int extend(void* session, const void* x, int64_t steps, float* y, const bool* advance) {
   return guarded([&] {
     const Program p(session);
-    const SessionLayer& first = p->layers().front();
-    if (steps > 0 && ((first.inputs > 0 && !x) || (p->layers().back().outputs > 0 && !y))) {
+    const SessionLayer &first = p->layers().front(), &last = p->layers().back();
+    if (steps > 0 && ((first.inputs > 0 && !x) || (last.outputs > 0 && !y))) {
       throw std::invalid_argument(
           "x: expected a tensor with memory, and outside FakeTensorMode, which gives none to y");
     }
@@ -93,7 +93,7 @@ int extend(void* session, const void* x, int64_t steps, float* y, const bool* ad
       }
     }
     p->run(x, steps, y, false, false, nullptr, advance);
-    const int64_t width = p->layers().back().outputs;
+    const int64_t width = last.outputs * last.frames;
     for (int64_t i = 0; advance && i < steps * p->batch(); ++i) {
       if (!advance[i % p->batch()]) std::memset(y + i * width, 0, size_t(width) * sizeof(float));
     }

@@ -31,9 +31,24 @@ enum class LayerKind : int32_t {
   rms_norm,
   batch_norm,
   softmax,
+  sum,
   activation,
+  unary,
+  binary,
+  gather,
+  past,
+  keep,
   recurrent,
   column,
+};
+
+// The functions of a layer `unary`, beside the activations, and those of a layer `binary`.
+enum class Unary : int32_t { exp, log, sqrt, abs, softplus, reciprocal, at_least, at_most };
+enum class Binary : int32_t { add, subtract, multiply, divide, maximum, minimum };
+
+// A piece of a layer's output (source -1: of the session's input) and its place in what a `gather` makes.
+struct SessionMove {
+  int64_t source, from, to, count;
 };
 
 // A packed matrix [W_0 | W_1]. The columns of segment 0 multiply one vector and those of segment 1 another; the two
@@ -76,12 +91,14 @@ struct SessionLevel {
 struct SessionLayer {
   LayerKind kind;
   Activation activation;
-  int32_t cell;    // index in ProductCells, or in ColumnCells
+  int32_t cell;    // index in ProductCells, or in ColumnCells; a Unary or a Binary
   int32_t source;  // the layer whose output it reads; -1: the session's input
-  int32_t skip;    // the layer whose output it adds, its highway or its queries; -1: the session's input; kNoSkip
-  bool relu;       // linear, conv, depthwise: relu after the skip has been added
-  float* output;   // [chunk * B, outputs]; null: the session's output
+  int32_t skip;   // the layer whose output it adds, its highway, its queries, what a binary function has second, or the
+                  // past that it keeps; -1: the session's input; kNoSkip
+  bool relu;      // linear, conv, depthwise: relu after the skip has been added
+  float* output;  // [chunk * B, frames, outputs]; null: the session's output
   int64_t inputs, hidden, outputs;
+  int64_t frames;  // rows of inputs and of outputs per step and stream
   SessionMatrix matrices[3];
   const float* bias;     // recurrent, column: [pre-activations, stride]; else [outputs] or null
   const float* weights;  // of a unit or row, [., stride]; embedding: the table
@@ -89,7 +106,7 @@ struct SessionLayer {
   float parameter;  // epsilon, the slope of an activation, or what scales in a column cell
   int64_t stride;   // between the rows of the state and of the buffers below
   float* h[2];      // [B, stride]; h[parity] is the state; column: the input of the step before
-  float* c;         // [B, stride]
+  float* c;         // [B, stride]; past: what was kept
   int32_t buffers;
   bool normalised;  // layer norm between the product and the update
   float* middle;    // [buffers, B, stride]: values that one part of a step hands to the next
@@ -107,6 +124,9 @@ struct SessionLayer {
   int64_t key_heads, levels, local_blocks, pool_rows;
   const SessionLevel* level;  // [levels]
   const double* frequencies;  // [d / 2]: angles per step that turn queries and keys; or null
+  // gather
+  const SessionMove* moves;
+  int64_t move_count;
 };
 
 struct SessionRun {

@@ -19,7 +19,8 @@ struct SessionThread {
   void* y;                // [steps, B, outputs]
   bool narrow_x, narrow_y;
   const float* skip;  // [steps, B, outputs], or null
-  ptrdiff_t rows() const { return steps * run.batch; }
+  ptrdiff_t frames;   // rows of the layer per step and stream
+  ptrdiff_t rows() const { return steps * run.batch * frames; }
   ptrdiff_t begin(ptrdiff_t count) const { return count * thread / team; }
   ptrdiff_t end(ptrdiff_t count) const { return count * (thread + 1) / team; }
   void wait() const { wait_for_all(barrier, team); }
