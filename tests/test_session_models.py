@@ -1,6 +1,8 @@
 """Sessions of modules that a user wrote, and of lists of layers: against the modules, step by step."""
 
 import copy
+import importlib.util
+import pathlib
 import pickle
 
 import pytest
@@ -383,3 +385,16 @@ def test_init_state_of_the_caller():
     session = seqaccel.Session(module, 2, example=x[0], init_state=lambda batch_size: zeros(1, batch_size, H))
     with torch.no_grad():
         close(session.extend(x), module.gru(x.transpose(0, 1))[0].transpose(0, 1))
+
+
+def test_voice_activity():
+    """The network of Silero VAD in the example."""
+    path = pathlib.Path(__file__).parent.parent / "examples" / "voice_activity.py"
+    specification = importlib.util.spec_from_file_location("voice_activity", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    torch.manual_seed(0)
+    model, (x, _) = example.VoiceActivity().eval(), example.bursts(2, 5)
+    session = seqaccel.Session(model, 2, example=x[:, 0])
+    with torch.no_grad():
+        close(session.extend(x.transpose(0, 1))[..., 0].T, example.run(model, x))
