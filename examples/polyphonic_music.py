@@ -446,7 +446,7 @@ def run(job: Job, rolls: dict[str, list[Tensor]], options: argparse.Namespace) -
         "curve": [[round(value, 4) for value in pair] for pair in training.curve],
         **origin,
     }
-    record.write_text(json.dumps(found, indent=1) + "\n")
+    record.write_text(json.dumps(found) + "\n")
     checkpoint.unlink()
     return found
 

@@ -351,7 +351,7 @@ def run(name: str, model: str, seed: int, options: argparse.Namespace) -> dict[s
         "curve": training.curve,
         **origin,
     }
-    record.write_text(json.dumps(found, indent=1) + "\n")
+    record.write_text(json.dumps(found) + "\n")
     checkpoint.unlink()
     return found
 
