@@ -308,6 +308,11 @@ def calls_with_text():
     yield "column_forward", lambda: ops.column_forward("fo_pool", *operands, 1, True)
     h = torch.ones(3, 2, 2)
     yield "column_backward", lambda: ops.column_backward("fo_pool", h, None, *operands, h, 1)
+    weights, of_cfc = [torch.ones(8, 2)], (None, None, None, "default", "tanh")
+    cfc = (torch.ones(3, 1, 8), torch.ones(1, 2), weights, [], *of_cfc, True)
+    yield "cfc_forward", lambda: ops.cfc_forward(*cfc)
+    y_of_cfc, kept_of_cfc = ops.cfc_forward(*cfc)
+    yield "cfc_backward", lambda: ops.cfc_backward(y_of_cfc, weights, kept_of_cfc, *of_cfc, True)
 
 
 def test_strings_do_not_leak():
