@@ -62,13 +62,17 @@ class _Packed:
         parameters = [*module.parameters(), *module.buffers()]
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in parameters]
 
-    def run(self, module: Any, x: Tensor, state: Any, batch_sizes: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x (T, B, I), of which ``batch_sizes`` rows run at each step: output and last state, as torch.nn has them."""
+    def run(
+        self, module: Any, x: Tensor, state: Any, batch_sizes: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (T, B, I), of which ``batch_sizes`` rows run at each step, or with ``reset`` (T, B): output and last state,
+        as torch.nn has them."""
         if self._look(module) != self.seen:
             self.pack(module)
         directions = 2 if module.bidirectional else 1
         lasts: list[dict[str, Tensor]] = []
         backward = _reversal(x, batch_sizes) if directions == 2 else None
+        ends = None if reset is None else torch.cat([reset[1:], torch.zeros_like(reset[:1])]).flip(0)
         rows = 1 if directions == 2 else module.num_layers  # of a state, for each session
         for first in range(0, len(self.sessions), directions):
             outputs = []
@@ -78,9 +82,9 @@ class _Packed:
                     parts = (part[i * rows : (i + 1) * rows] for part in state)
                     session.load_state_dict(dict(zip(session.state_dict(), parts, strict=True)))
                 if i == first or backward is None:
-                    outputs.append(_extended(session, x, batch_sizes))
+                    outputs.append(_extended(session, x, batch_sizes, reset))
                 else:
-                    y = _extended(session, x.gather(0, backward.expand_as(x)), batch_sizes)
+                    y = _extended(session, x.gather(0, backward.expand_as(x)), batch_sizes, ends)
                     outputs.append(y.gather(0, backward.expand_as(y)))
                 lasts.append(session.state_dict())
             x = torch.cat(outputs, 2) if directions == 2 else outputs[0]
@@ -96,8 +100,15 @@ def _reversal(x: Tensor, batch_sizes: Tensor | None) -> Tensor:
     return torch.where(steps < lengths, lengths - 1 - steps, steps).unsqueeze(2)
 
 
-def _extended(session: Session, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
-    """The output of a chunk; as long as equally many rows run, one call does them."""
+def _extended(session: Session, x: Tensor, batch_sizes: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The output of a chunk; as long as equally many rows run, or no episode begins, one call does them."""
+    if reset is not None and len(reset):
+        steps = sorted({0, *reset.any(1).nonzero().flatten().tolist()})
+        outputs = []
+        for start, chunk in zip(steps, x.tensor_split(steps[1:]), strict=True):
+            session.reset(reset[start])
+            outputs.append(session.extend(chunk))
+        return torch.cat(outputs)
     if batch_sizes is None:
         return session.extend(x)
     sizes, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
@@ -110,16 +121,18 @@ class _Quantized:
     """In front of a recurrent layer's class: outside of training its weights are packed."""
 
     @torch.compiler.disable
-    def _run(self: Any, input: Tensor, state: Any, batch_sizes: Tensor | None = None) -> Any:
+    def _run(
+        self: Any, input: Tensor, state: Any, batch_sizes: Tensor | None = None, reset: Tensor | None = None
+    ) -> Any:
         if self.training:
-            return super()._run(input, state, batch_sizes)  # type: ignore[misc]
+            return super()._run(input, state, batch_sizes, reset)  # type: ignore[misc]
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError("a quantized layer runs a session, which torch.jit.trace and exporters cannot record")
         with torch.no_grad():
             if batch_sizes is None:
-                return self._packed.run(self, input, state, None)
+                return self._packed.run(self, input, state, None, reset)
             x, lengths = pad_packed_sequence(PackedSequence(input, batch_sizes))
-            output, last = self._packed.run(self, x, state, batch_sizes)
+            output, last = self._packed.run(self, x, state, batch_sizes, None)
             return pack_padded_sequence(output, lengths).data, last
 
     def extra_repr(self: Any) -> str:

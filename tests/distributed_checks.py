@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from test_export import CASES, Case
-from test_operators import ARGUMENTS
+from test_operators import ARGUMENTS, rnn_backward_arguments
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DeviceMesh,
@@ -93,7 +93,9 @@ def on_shards(name: str, mesh: DeviceMesh) -> None:
 
 def operator(name: str, mesh: DeviceMesh) -> None:
     """A raw call gives the same results on shards as on whole tensors."""
-    facts, arguments = _registration.OPERATORS[name], ARGUMENTS[name]()
+    # The kept steps of episodes lie in an order of the whole batch: a shard has those of its own forward pass.
+    make = functools.partial(rnn_backward_arguments, reset=False) if name == "rnn_backward" else ARGUMENTS[name]
+    facts, arguments = _registration.OPERATORS[name], make()
     size = facts.batch_size(facts.named(arguments))
 
     def distributed(key: str, t: torch.Tensor) -> DTensor:

@@ -28,16 +28,17 @@ def double(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def rnn_arguments(save=False):
+def rnn_arguments(save=False, reset=True):
+    begins = torch.arange(6).view(3, 2) % 4 == 0 if reset else None
     return ("lstm", double(3, 2, 4), double(2, 5), double(2, 5), [double(20, 4), double(20, 5), double(20), None, None],
-            None, None, None, False, save, torch.arange(6).view(3, 2) % 4 == 0)  # fmt: skip
+            None, None, None, False, save, begins)  # fmt: skip
 
 
-def rnn_backward_arguments():
-    cell, input, h_0, c_0, weights, *_, reset = arguments = rnn_arguments(True)
+def rnn_backward_arguments(reset=True):
+    cell, input, h_0, c_0, weights, *_, begins = arguments = rnn_arguments(True, reset)
     output, h_n, c_n, saved = torch.ops.seqaccel.rnn_forward(*arguments)
     grads = [torch.randn_like(t) for t in (output, h_n, c_n)]
-    return (cell, *grads, input, h_0, c_0, weights, None, None, None, output, saved, False, [True] * 6, reset)
+    return (cell, *grads, input, h_0, c_0, weights, None, None, None, output, saved, False, [True] * 6, begins)
 
 
 def bfloat16_arguments():

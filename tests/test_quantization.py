@@ -63,6 +63,19 @@ def test_outputs_and_states(name, options, weights):
     torch.testing.assert_close([tensors(layer(*call)) for call in calls], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_episodes_inside_a_sequence(options):
+    layer = seqaccel.nn.LSTM(I, H, **OPTIONS[options]).eval()
+    x, reset = torch.randn(T, B, I), torch.rand(T, B) < 0.4
+    if layer.batch_first:
+        x, reset = x.transpose(0, 1), reset.T
+    _, state = layer(x)
+    expected = tensors(layer(x, state, reset=reset))
+    seqaccel.quantize(layer, "bfloat16")
+    torch.testing.assert_close(tensors(layer(x, state, reset=reset)), expected, atol=BOUNDS["bfloat16"], rtol=0)
+
+
 class Tagger(torch.nn.Module):
     def __init__(self):
         super().__init__()

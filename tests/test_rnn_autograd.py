@@ -221,8 +221,8 @@ def test_what_does_not_fit_is_none():
     tensors, _ = lstm()
     weights, node = weights_of("lstm", tensors), _extension.autograd.layers
     for bad in ([w and w[:-1] if w is None else w[:-1] for w in weights], weights[:1], [None] * 5, ["weight"] * 5):
-        assert node("lstm", tensors["input"], None, None, [bad], 1, False, True, 0.0, 0.0) is None
-    assert node("lstm", tensors["input"][0], None, None, [weights], 1, False, True, 0.0, 0.0) is None
+        assert node("lstm", tensors["input"], None, None, [bad], 1, False, True, 0.0, 0.0, None) is None
+    assert node("lstm", tensors["input"][0], None, None, [weights], 1, False, True, 0.0, 0.0, None) is None
 
 
 def test_another_torch_takes_python(monkeypatch):
