@@ -124,7 +124,7 @@ def test_empty_and_refused():
     tensors = operands((2, 5, 7, 9, 0, 3, 4))
     y, skip, saved = conv.wavenet_layer_forward(*map(tensors.get, NAMES), None, 4, True, True)
     grads = conv.wavenet_layer_backward(
-        y, skip, saved, tensors["x"], tensors["weight"], tensors["output_weight"], tensors["history"], 4, 255
+        y, skip, saved, tensors["x"], tensors["weight"], tensors["output_weight"], tensors["history"], None, 4, 255
     )
     assert y.shape == (2, 5, 0) and skip.shape == (2, 9, 0) and not any(grad.any() for grad in grads)
     tensors = operands((1, 3, 129, 4, 5, 2, 1))

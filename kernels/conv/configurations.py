@@ -89,8 +89,9 @@ def _depthwise() -> list[Configuration]:
         given |= _given(p, "grad_residual", "taps", "sums")
         rows.append(_row(backward, given, {**vectors, **_EPILOGUE}, 4, multiples_of_16=("T", "L")))
         rows.append(_row(backward, given | _given(p, "end"), {"GRID": False, **single, **_EPILOGUE}, 4))
-        given = _given(p, "grad_y", "y", "active", "seed", "end", "folded")
-        rows.append(_row(taps.conv_fold_kernel, given, {**_EPILOGUE, "BT": taps.FOLD}, 4))
+        for apart in (("end", "row"), ("bounds",)):
+            given = _given(p, "grad_y", "y", "active", "seed", "folded", *apart)
+            rows.append(_row(taps.conv_fold_kernel, given, {**_EPILOGUE, "BT": taps.FOLD}, 4))
     return rows
 
 
@@ -102,7 +103,7 @@ def _layers() -> list[Configuration]:
             forward, backward = wavenet.wavenet_forward_kernel, wavenet.wavenet_gate_kernel
             given = dict.fromkeys((name for name in forward.arg_names if name.startswith("p_")), p)
             wide = {"multiples_of_16": ("PC", "PG")}
-            rows.append(_row(forward, given, {**shape, "BC": depth}, warps, stages, **wide))
+            rows.append(_row(forward, given | {"p_first": "*i32"}, {**shape, "BC": depth}, warps, stages, **wide))
             given = dict.fromkeys((name for name in backward.arg_names if name.startswith("p_")), p)
             wide = {"multiples_of_16": ("PC", "PS", "PG", "P")}
             rows.append(_row(backward, given | {"p_sums": "*fp32"}, shape, warps, stages, **wide))

@@ -87,17 +87,16 @@ def conv_depthwise_kernel(
         if p_begin is not None:
             lower = tl.load(p_begin + i_b * T + o_t, mask=o_t < T, other=0)
         if p_history is not None:
-            row = i_b
+            row, continues = i_b, o_t < T
             if p_row is not None:
                 row = tl.load(p_row + i_b * T + o_t, mask=o_t < T, other=0).to(tl.int64)
+                continues = continues & (row >= 0)
             p_before = p_history + (row * (outputs // fan_out) + o // fan_out) * context + context - lower
         for k in range(K):
             at, there = tap_at(k, o_t, 0, K, down, across, side, width, -1, GRID)
             x = tl.load(p_x + at, mask=there & (at >= lower) & (at < T), other=0.0).to(tl.float32)
             if p_history is not None:
-                x += tl.load(p_before + at, mask=there & (at < lower) & (o_t < T) & (row >= 0), other=0.0).to(
-                    tl.float32
-                )
+                x += tl.load(p_before + at, mask=there & (at < lower) & continues, other=0.0).to(tl.float32)
             acc += tl.load(p_weight + k).to(tl.float32) * x
     finish(
         acc, acc, i_b, o, o_t, o < outputs, o_t < T, p_bias, p_residual, p_seed, p_y, p_pre, p_active, outputs, T,
