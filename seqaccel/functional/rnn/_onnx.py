@@ -151,8 +151,10 @@ def scanned_layer(
 
     def step(state: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         of_step = dict(zip(inputs, values, strict=True))
-        # A cell without c does not look at it.
-        h, c, output = reference.step(cell, state[0], state[-1], weights, **of_step, **constants)
+        c_old = state[1] if len(state) == 2 else None
+        h, c, output = reference.step(cell, state[0], c_old, weights, **of_step, **constants)
+        if c is not None and c is c_old:  # a mask that no step changes
+            c = c.clone()
         return [h] if c is None else [h, c], output.clone()
 
     state = [h_0] if c_0 is None else [h_0, c_0]
