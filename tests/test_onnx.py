@@ -174,6 +174,28 @@ def test_what_onnx_has_not_is_a_scan(model):
         assert_same(run, model, given)
 
 
+class MaskedLiGRU(torch.nn.Module):
+    """Its mask is a state that no step changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.randn(shape) * 0.3 for shape in ((12, 4), (12, 6)))
+
+    def forward(self, x, mask):
+        return SF.ligru(x, None, *self.weights, mask=mask)
+
+
+def test_a_mask_of_a_scan():
+    model = MaskedLiGRU().double()
+
+    def arguments(steps, batch):
+        return torch.randn(steps, batch, 4, dtype=torch.float64), torch.rand(batch, 6, dtype=torch.float64)
+
+    _, run = exported(model, arguments(5, 3), ({0: "T", 1: "B"}, {0: "B"}))
+    for sizes in ((5, 3), (9, 2)):
+        assert_same(run, model, *arguments(*sizes))
+
+
 class RaggedScan(torch.nn.Module):
     """A cell that ONNX has not, with lengths and with zoneout of each step."""
 
