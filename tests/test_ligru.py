@@ -170,7 +170,7 @@ def test_products_of_the_input_may_be_given(isa, poison, act, masked, dtype):
         tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
         for ours, expected in zip(*found, strict=True):
             torch.testing.assert_close(ours, expected, **tolerance)
-    with pytest.raises(ValueError, match=f"without weight_ih expected input to have {2 * H} features"):
+    with pytest.raises(ValueError, match=f"expected input to have {2 * H} features without weight_ih"):
         ligru(x[..., 1:], h_0, None, weight)
 
 

@@ -337,7 +337,7 @@ struct LiGruCell : CellTraits {
     auto n = u.saved[0];
     if constexpr (kMasked) n = n * u.c_prev;
     u.c = u.c_prev;
-    u.h = n + z * (u.h_prev - n);
+    u.h = z * u.h_prev + (1 - z) * n;  // not n + z (h' - n): n may be infinite
   }
 
   template <class F, class U>

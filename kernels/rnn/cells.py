@@ -146,7 +146,7 @@ def rnn_relu_forward(x, r, h, c, v, mask, H):
 
 @triton.jit
 def rnn_relu_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
-    d = tl.where(h_new > 0.0, dh, 0.0)
+    d = tl.where(h_new <= 0.0, 0.0, dh)
     return (d,), (d,), tl.zeros_like(dh), dc, dc
 
 
@@ -315,14 +315,14 @@ CELLS["gru_reset_before"] = Cell(gru_reset_before_forward, gru_reset_before_back
 def ligru_relu_forward(x, r, h, c, v, mask, H):
     n, z = x[0] + r[0], sigmoid(x[1] + r[1])
     n = tl.where(n < 0.0, 0.0, n)
-    h = n + z * (h - n)
+    h = z * h + (1.0 - z) * n
     return (n, z), h, h, h
 
 
 @triton.jit
 def ligru_relu_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     n, z = s[0], s[1]
-    d = tl.where(n > 0.0, dh * (1.0 - z), 0.0), dh * (h - n) * z * (1.0 - z)
+    d = tl.where(n <= 0.0, 0.0, dh * (1.0 - z)), dh * (h - n) * z * (1.0 - z)
     return d, d, dh * z, dc, dc
 
 
@@ -330,20 +330,20 @@ def ligru_relu_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
 def ligru_relu_masked_forward(x, r, h, c, v, mask, H):
     n, z = x[0] + r[0], sigmoid(x[1] + r[1])
     n = tl.where(n < 0.0, 0.0, n)
-    return (n, z), c, c, c * n + z * (h - c * n)
+    return (n, z), c, c, z * h + (1.0 - z) * (c * n)
 
 
 @triton.jit
 def ligru_relu_masked_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
     n, z = s[0], s[1]
-    d = tl.where(n > 0.0, dh * (1.0 - z) * c, 0.0), dh * (h - c * n) * z * (1.0 - z)
+    d = tl.where(n <= 0.0, 0.0, dh * (1.0 - z) * c), dh * (h - c * n) * z * (1.0 - z)
     return d, d, dh * z, dc + dh * (1.0 - z) * n, dc
 
 
 @triton.jit
 def ligru_tanh_forward(x, r, h, c, v, mask, H):
     n, z = tanh(x[0] + r[0]), sigmoid(x[1] + r[1])
-    h = n + z * (h - n)
+    h = z * h + (1.0 - z) * n
     return (n, z), h, h, h
 
 
@@ -357,7 +357,7 @@ def ligru_tanh_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
 @triton.jit
 def ligru_tanh_masked_forward(x, r, h, c, v, mask, H):
     n, z = tanh(x[0] + r[0]), sigmoid(x[1] + r[1])
-    return (n, z), c, c, c * n + z * (h - c * n)
+    return (n, z), c, c, z * h + (1.0 - z) * (c * n)
 
 
 @triton.jit

@@ -146,7 +146,7 @@ def indrnn_relu_forward(v, c, m, skip):
 
 @triton.jit
 def indrnn_relu_backward(v, c, state, m, skip, dh, dc):
-    return (tl.where(state > 0.0, dc + dh, 0.0),), tl.zeros_like(dc), skip
+    return (tl.where(state <= 0.0, 0.0, dc + dh),), tl.zeros_like(dc), skip
 
 
 @triton.jit

@@ -165,8 +165,8 @@ RnnSizes check_weights(const RnnCellEntry& cell, const WeightList& weights, int6
       check_tensor(*weights[size_t(i)], kWeightNames[i], {size(first), size(second)}, dtype);
     }
   }
-  STD_TORCH_CHECK(weights[kWeightIh] || inputs == rows, "seqaccel: without weight_ih expected input to have ", rows,
-                  " features, but got ", inputs);
+  STD_TORCH_CHECK(weights[kWeightIh] || inputs == rows, "seqaccel: expected input to have ", rows,
+                  " features without weight_ih, but got ", inputs);
   return sizes;
 }
 

@@ -76,7 +76,7 @@ def _check(name: str, cell: str, input: Tensor, batch: int | None, direction: Di
     B = input.shape[1] if batch is None else batch
     sizes = {"B": B, "I": input.shape[-1], "G": G, "P": P, "H": H, "3": 3}
     if direction.weights[0] is None and input.shape[-1] != G:
-        raise ValueError(f"{name}: without weight_ih expected input to have {G} features, but got {input.shape[-1]}")
+        raise ValueError(f"{name}: expected input to have {G} features without weight_ih, but got {input.shape[-1]}")
     dtype, device = input.dtype, input.device
     shapes = (*_STATES.items(), *spec.weights.items())
     for tensor, (key, letters) in zip((direction.h_0, direction.c_0, *direction.weights), shapes, strict=True):
