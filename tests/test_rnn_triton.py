@@ -75,6 +75,18 @@ def test_one_step_a_launch(cell, projected, poison):
 
 
 @interpreted
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("cell", ["rnn_relu", "ligru_relu", "ligru_relu_masked"])
+def test_the_gradient_of_relu_at_nan_is_torchs(cell, backend):
+    tensors = problem(cell, 3, 4, 3, 8, dtype=torch.float32, requires_grad=False)
+    tensors["input"][1, 1, 0] = float("nan")
+    grads = random_grads(cell, tensors)
+    expected = results(cell, tensors, "reference", grads)
+    for name, found in results(cell, tensors, backend, grads).items():
+        torch.testing.assert_close(found, expected[name], equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(3, 18, 5, 20), (2, 2, 4, 40)], ids=str)
 @pytest.mark.parametrize("cell", PERSISTENT)
 def test_all_steps_in_one_launch(cell, shape, tf32, poison, monkeypatch):
