@@ -93,8 +93,8 @@ def _load_step(
         padding = tl.load(p_mask_pad + o_row, mask=inside, other=1) != 0
     if p_reset is not None:
         # An episode begins at t. Against time begins the one that ends there.
-        begin = tl.where(backwards, t + 1, t)
-        start = tl.load(p_reset + begin * B + row, mask=inside & (begin < T), other=0) != 0
+        later = tl.where(backwards, 1, 0)
+        start = tl.load(p_reset + o_row + later * B, mask=inside & (t + later < T), other=0) != 0
     return b_u, b_x, b_mask, padding, start
 
 

@@ -110,11 +110,11 @@ def linear_scan_forward_kernel(
     dtype: tl.constexpr = p_map_a.dtype.element_ty
     first, length = _sequence(p_offsets, i_n, N, T, PACKED)
     start, stop, is_last = _chunk(length, i_c, C, BT)
-    o_map = (i_n * C + i_c) * D + o_d
+    o_map = (i_n * C + i_c) * D
     b_h = tl.zeros([BD], dtype=dtype)
     b_p = tl.zeros([BD], dtype=dtype) + 1
     if PASS == 2:
-        b_h += tl.load(p_map_b + o_map, mask=m_d, other=0)
+        b_h += tl.load(p_map_b + o_map + o_d, mask=m_d, other=0)
     elif PASS == 0 and HAS_H_0:
         b_h += tl.load(p_h_0 + i_n * D + o_d, mask=m_d, other=0).to(dtype)
     o_i = tl.arange(0, BT)
@@ -138,8 +138,8 @@ def linear_scan_forward_kernel(
             tl.store(p_h + offset, b_hs, mask=mask)
         b_h = tl.sum(tl.where((o_i == BT - 1)[:, None], b_hs, 0), 0)
     if PASS == 1:
-        tl.store(p_map_a + o_map, b_p, mask=m_d)
-        tl.store(p_map_b + o_map, b_h, mask=m_d)
+        tl.store(p_map_a + o_map + o_d, b_p, mask=m_d)
+        tl.store(p_map_b + o_map + o_d, b_h, mask=m_d)
     elif RETURN_LAST and is_last:
         tl.store(p_h_last + i_n * D + o_d, b_h, mask=m_d)
 
@@ -178,11 +178,11 @@ def linear_scan_backward_kernel(
     dtype: tl.constexpr = p_map_a.dtype.element_ty
     first, length = _sequence(p_offsets, i_n, N, T, PACKED)
     start, stop, is_last = _chunk(length, i_c, C, BT)
-    o_map = (i_n * C + i_c) * D + o_d
+    o_map = (i_n * C + i_c) * D
     b_g = tl.zeros([BD], dtype=dtype)
     b_p = tl.zeros([BD], dtype=dtype) + 1
     if PASS == 2:
-        b_g += tl.load(p_map_b + o_map, mask=m_d, other=0)
+        b_g += tl.load(p_map_b + o_map + o_d, mask=m_d, other=0)
     elif PASS == 0 and HAS_GRAD_H_LAST:
         b_g += tl.load(p_grad_h_last + i_n * D + o_d, mask=m_d, other=0).to(dtype)
     o_i = tl.arange(0, BT)
@@ -222,8 +222,8 @@ def linear_scan_backward_kernel(
             tl.store(p_grad_a + offset, b_gs * b_h, mask=mask)
         b_g = tl.sum(tl.where((o_i == BT - 1)[:, None], b_gs, 0), 0)
     if PASS == 1:
-        tl.store(p_map_a + o_map, b_p, mask=m_d)
-        tl.store(p_map_b + o_map, b_g, mask=m_d)
+        tl.store(p_map_a + o_map + o_d, b_p, mask=m_d)
+        tl.store(p_map_b + o_map + o_d, b_g, mask=m_d)
     elif is_last:
         if length > 0:
             p_edge_a = p_a + (first + (length - 1 if REVERSE else 0)) * D
