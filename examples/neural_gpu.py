@@ -1,4 +1,4 @@
-"""A Neural GPU learns to add binary numbers of up to 8 bits, then adds longer ones.
+"""A Neural GPU is trained to add binary numbers of up to 8 bits, then tested on longer ones.
 
     python examples/neural_gpu.py
     python examples/neural_gpu.py --bits 10 --test 16 24 --seed 1
