@@ -197,7 +197,9 @@ at full length on 100 sequences that training has not seen. Needle: three pairs 
 lie in noise, and the keys are asked for at the end; one of eight values is right by chance. Copy: ten
 of eight symbols, 1,000 blanks, then the symbols again.
 
-![Right answers over training, and by where the needle lies](static/long-memory.png)"""
+![The needle: right answers over training, and by where it lies](static/long-memory.png)
+
+![Copy: right answers over training](static/long-memory-copy.png)"""
 
 
 def page() -> str:
