@@ -13,6 +13,7 @@ from torch import Tensor
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
+from seqaccel.functional.conv import _checks
 from seqaccel.functional.conv._operators import from_row, output_channels, saved_kind
 from seqaccel.reference import conv as reference
 
@@ -177,18 +178,8 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, initial_state: Tensor | None,
     dilation: tuple[int, int], groups: int, activation: str | None, output_activation: str | None, dropout: float,
 ) -> None:  # fmt: skip
-    if not x.is_floating_point():
-        raise TypeError(f"{NAME}: expected x to have a floating point dtype, but got {x.dtype}")
     tensors = {"weight": weight, "bias": bias, "residual": residual, "initial_state": initial_state}
-    for key, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype != x.dtype:
-            raise RuntimeError(f"{NAME}: expected {key} to have the dtype of x, {x.dtype}, but got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{NAME}: Expected all tensors to be on the same device, but {key} is on {t.device} and x on {x.device}"
-            )
+    _checks.alike(NAME, x, tensors)
     _arguments.integer(NAME, "groups", groups, 1)
     if x.dim() != 4:
         raise ValueError(f"{NAME}: expected x to be 4D (B, C, T, S), but got a tensor of size {list(x.shape)}")

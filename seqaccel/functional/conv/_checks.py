@@ -10,7 +10,7 @@ from seqaccel.functional._offsets import check_offsets
 from seqaccel.functional.conv._operators import output_channels
 from seqaccel.reference import conv as reference
 
-__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "check", "check_types"]
+__all__ = ["ACTIVATIONS", "GATED", "PADDING_MODES", "alike", "check", "check_types"]
 
 ACTIVATIONS = (None, *reference.ACTIVATIONS)
 GATED = reference.GATED
@@ -21,6 +21,22 @@ def check_types(**tensors) -> None:
     for argument, t in tensors.items():
         if not isinstance(t, Tensor) and (t is not None or argument in ("x", "weight")):
             raise TypeError(f"causal_conv1d(): argument '{argument}' must be Tensor, not {type(t).__name__}")
+
+
+def alike(name: str, x: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    """x has a floating point dtype, and the others have its dtype and its device."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected x to have a floating point dtype, but got {x.dtype}")
+    for argument, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise RuntimeError(f"{name}: expected {argument} to have the dtype of x, {x.dtype}, but got {t.dtype}")
+        if t.device != x.device:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} "
+                f"and x on {x.device}"
+            )
 
 
 @_common.unrecorded
@@ -51,18 +67,7 @@ def check(
         "residual": residual,
         "initial_state": initial_state,
     }
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected x to have a floating point dtype, but got {x.dtype}")
-    for argument, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype != x.dtype:
-            raise RuntimeError(f"{name}: expected {argument} to have the dtype of x, {x.dtype}, but got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{name}: Expected all tensors to be on the same device, but {argument} is on {t.device} "
-                f"and x on {x.device}"
-            )
+    alike(name, x, tensors)
     for argument, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
             raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}")

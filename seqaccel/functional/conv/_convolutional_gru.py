@@ -12,6 +12,7 @@ from torch import Tensor
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, register
+from seqaccel.functional.conv import _checks
 from seqaccel.reference import conv as reference
 
 __all__ = ["convolutional_gru"]
@@ -116,17 +117,7 @@ register(
 def _check(tensors: dict[str, Tensor | None], gates: str) -> None:
     x, weight_gates, weight_candidate = (tensors[name] for name in ("x", "weight_gates", "weight_candidate"))
     assert x is not None and weight_gates is not None and weight_candidate is not None
-    if not x.is_floating_point():
-        raise TypeError(f"{NAME}: expected x to have a floating point dtype, but got {x.dtype}")
-    for key, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype != x.dtype:
-            raise RuntimeError(f"{NAME}: expected {key} to have the dtype of x, {x.dtype}, but got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{NAME}: Expected all tensors to be on the same device, but {key} is on {t.device} and x on {x.device}"
-            )
+    _checks.alike(NAME, x, tensors)
     if gates not in GATES:
         raise ValueError(f"{NAME}: expected gates to be one of {GATES}, but got {gates!r}")
     if x.dim() != 4:

@@ -11,6 +11,7 @@ from torch import Tensor
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, register
+from seqaccel.functional.conv import _checks
 from seqaccel.functional.conv._causal_conv1d import activate, causal_conv1d
 from seqaccel.functional.conv._operators import saved_kind
 from seqaccel.reference import conv as reference
@@ -159,17 +160,7 @@ register(
 def _check(tensors: dict[str, Tensor | None], dilation: int, activation: str | None, use_gate: bool, dropout: float):
     x, weight_1, weight_2 = (tensors[name] for name in ("x", "weight_1", "weight_2"))
     assert x is not None and weight_1 is not None and weight_2 is not None
-    if not x.is_floating_point():
-        raise TypeError(f"{NAME}: expected x to have a floating point dtype, but got {x.dtype}")
-    for key, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype != x.dtype:
-            raise RuntimeError(f"{NAME}: expected {key} to have the dtype of x, {x.dtype}, but got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{NAME}: Expected all tensors to be on the same device, but {key} is on {t.device} and x on {x.device}"
-            )
+    _checks.alike(NAME, x, tensors)
     _arguments.integer(NAME, "dilation", dilation, 1)
     _arguments.probability(NAME, "dropout", dropout)
     _arguments.flag(NAME, "use_gate", use_gate)

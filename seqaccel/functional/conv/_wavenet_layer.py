@@ -12,6 +12,7 @@ from torch import Tensor
 from seqaccel import _arguments, _common, backends
 from seqaccel.functional import _onnx
 from seqaccel.functional._registration import Operator, call, once, register
+from seqaccel.functional.conv import _checks
 from seqaccel.functional.conv._causal_conv1d import causal_conv1d
 from seqaccel.reference import conv as reference
 
@@ -178,21 +179,11 @@ def _check(
     skip: Tensor | None, condition: Tensor | None, global_condition: Tensor | None, initial_state: Tensor | None,
 ) -> None:  # fmt: skip
     _arguments.integer(NAME, "dilation", dilation, 1)
-    if not x.is_floating_point():
-        raise TypeError(f"{NAME}: expected x to have a floating point dtype, but got {x.dtype}")
     tensors = {
         "weight": weight, "output_weight": output_weight, "bias": bias, "output_bias": output_bias, "skip": skip,
         "condition": condition, "global_condition": global_condition, "initial_state": initial_state,
     }  # fmt: skip
-    for key, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype != x.dtype:
-            raise RuntimeError(f"{NAME}: expected {key} to have the dtype of x, {x.dtype}, but got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{NAME}: Expected all tensors to be on the same device, but {key} is on {t.device} and x on {x.device}"
-            )
+    _checks.alike(NAME, x, tensors)
     if x.dim() != 3 or x.shape[1] < 1:
         raise ValueError(f"{NAME}: expected x to be 3D (B, C, T), but got a tensor of size {list(x.shape)}")
     batch, channels, length = x.shape
