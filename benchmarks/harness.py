@@ -94,7 +94,7 @@ STOCK = (
 PAUSE = 0.02
 
 #: Seconds a case may take, ceilings and repeats not counted; ``--seconds`` sets it.
-seconds_per_case = 3.0
+seconds_per_case = 1.5
 
 
 @dataclasses.dataclass
@@ -187,7 +187,7 @@ class Probe:
         if self.device == "cpu" and a.dtype in (torch.float32, torch.float64):
             products.append(lambda: torch.ops.seqaccel.mm(a, b))
         source, target, near_source, near_target = self.buffers
-        budget = 0.1 if self.device == "cuda" else 0.3
+        budget = 0.1 if self.device == "cuda" else 0.2
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions and recurrent layers are by default
         try:

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/benchmarks.md from the records: ``make report``.
+"""Fills the tables of README.md and docs/benchmarks.md, and draws its figures, from the records: ``make report``.
 
 A table stands between two comments, of which the first says what it shows::
 
@@ -21,6 +21,7 @@ import re
 import statistics
 import sys
 
+from benchmarks import plots
 from benchmarks.records import RESULTS, cases, duration, machine, ours, read_all
 
 ROOT = RESULTS.parent.parent
@@ -127,6 +128,7 @@ JOBS = (
         ("torch cell", "onnxruntime"),
     ),
 )
+FIGURES = "amd-epyc-25-17"  # whose record the figures are drawn from
 PROCESSORS = {"amd-epyc-25-17": "2 Zen 4 cores", "nvidia-h100-80gb-hbm3": "NVIDIA H100"}
 
 
@@ -171,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
             stale.append(page.name)
             if not options.check:
                 page.write_text(new)
+    if not options.check:
+        plots.write(record(FIGURES), ROOT / "docs" / "static")
     if options.check and stale:
         print(f"{' and '.join(stale)}: the tables are not those of the records; run make report", file=sys.stderr)
         return 1
