@@ -33,7 +33,7 @@ What is done with a case:
   pause before each round keeps the threads of one contender out of the next one's time. Calls outside the clock, for
   as long as the pause took, keep out what the pause itself costs, as the ceilings are measured without one: on a
   virtual machine, RNN training calls of 6.6 ms after 20 ms of idleness took 1.10, 1.06, 1.03, 1.02 and 1.01 of their
-  time, those of 0.7 ms 1.69, 1.16, 1.05 and 1.05.
+  time, those of 0.7 ms 1.69, 1.16, 1.05 and 1.05. Calls of more than ten pauses need none.
 - The machine's ceilings (rate of the faster GEMM of torch's and ours, copy bandwidth from memory, copy bandwidth at
   the case's footprint) are measured before and after. If one moved by more than 10% the run is void: it is repeated, up
   to three times in all, and what is void then is recorded as void and reported so.
@@ -218,10 +218,12 @@ def assert_own_kernels(function: Callable[[], object], forbidden: Iterable[str] 
 
 def _rounds_cpu(case: Case, budget: float) -> dict[str, list[float]]:
     """Seconds of one iteration, by contender and round; contenders interleaved."""
-    loops = {}
+    loops, warm_up = {}, {}
     for name, function in case.contenders.items():
         function()
-        loops[name] = max(1, math.ceil(5e-3 / max(_seconds(function, 1, "cpu"), 1e-9)))
+        once = _seconds(function, 1, "cpu")
+        loops[name] = max(1, math.ceil(5e-3 / max(once, 1e-9)))
+        warm_up[name] = PAUSE if once < 10 * PAUSE else 0.0
     times: dict[str, list[float]] = {name: [] for name in case.contenders}
     order, start, enabled = list(case.contenders), time.perf_counter(), gc.isenabled()
     gc.collect()
@@ -230,7 +232,7 @@ def _rounds_cpu(case: Case, budget: float) -> dict[str, list[float]]:
         for round_ in itertools.count():
             for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
                 time.sleep(PAUSE)
-                warm = time.perf_counter() + PAUSE
+                warm = time.perf_counter() + warm_up[name]
                 while time.perf_counter() < warm:
                     case.contenders[name]()
                 times[name].append(_seconds(case.contenders[name], loops[name], "cpu"))

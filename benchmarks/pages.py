@@ -7,8 +7,8 @@ A table stands between two comments, of which the first says what it shows::
 
 PROCESSOR is a folder of ``benchmarks/results``; its records are read as one, the newest last. A row is a case: our
 time, each peer's time, how many times as fast ours is, and the share of the ceiling. ``means:`` instead of ``table:``
-makes one row a suite: the geometric mean over its sizes and the worst. ``<!-- jobs -->`` is README's table
-(``JOBS``).
+makes one row a suite: the geometric mean over its sizes and the worst. ``edge:`` is the last record of
+``benchmarks.edge`` in the folder's ``edge``. ``<!-- jobs -->`` is README's table (``JOBS``).
 
 ``python -m benchmarks.pages --check`` writes nothing; its exit status is 1 where a page differs from the records.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import statistics
 import sys
@@ -26,7 +27,7 @@ from benchmarks.records import RESULTS, cases, duration, machine, ours, read_all
 
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-MARKED = re.compile(r"(<!-- (table|means|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (table|means|edge|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Rows = list[list[str]]
 
@@ -108,6 +109,23 @@ def means(processor: str, suites: list[str]) -> str:
     )
 
 
+def edge(processor: str) -> str:
+    """A row a runtime of each network: median and 99.9th percentile of a step."""
+    paths = sorted((RESULTS / processor / "edge").glob("*.json"))
+    if not paths:
+        sys.exit(f"{RESULTS / processor / 'edge'} has no record")
+    found = json.loads(paths[-1].read_text())
+    threads = list(next(iter(found["nets"].values())))
+    rows = [
+        [net, name, *(" / ".join(map(duration, by_threads[n][name])) for n in threads)]
+        for net, by_threads in found["nets"].items()
+        for name in by_threads[threads[0]]
+    ]
+    header = ["network", "runtime", *(f"{n} thread{'s' * (n != '1')}" for n in threads)]
+    about = f"{found['processor']}; torch {found['torch']}; commit {found['commit']}; {found['date']}"
+    return f"{markdown(header, rows, 2)}\n{about}.\n"
+
+
 #: README's rows: the job, what one would run instead, PROCESSOR, suite, size (None: the mean over all), its peers.
 JOBS = (
     ("train a GRU, float32, 16 sizes", "`torch.nn.GRU`", "amd-epyc-25-17", "gru_training", None, ("torch",)),
@@ -155,6 +173,8 @@ def filled(text: str) -> str:
         if kind == "jobs":
             return f"{opening}{jobs()}{closing}"
         processor, *suites = words.split()
+        if kind == "edge":
+            return f"{opening}\n{edge(processor)}\n{closing}"
         rows = means(processor, suites) if kind == "means" else table(processor, suites)
         return f"{opening}\n{rows}\n{machine(record(processor))}.\n\n{closing}"
 
