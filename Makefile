@@ -105,8 +105,7 @@ bench: build
 
 # Keeps the last run of `make bench` as the record of this machine, and fills the pages' tables from all records.
 record:
-	@folder=benchmarks/results/$$($(BIN)/python -m benchmarks.records runs/benchmarks.json); mkdir -p $$folder; \
-	cp -v runs/benchmarks.json $$folder/$(TODAY)-$(COMMIT).json
+	$(BIN)/python -m benchmarks.records runs/benchmarks.json
 
 report: $(VENV)/.requirements
 	$(BIN)/python -m benchmarks.pages

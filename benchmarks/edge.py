@@ -4,7 +4,7 @@
 layers of 16 to 40 units on audio samples), Neural Amp Modeler (WaveNet of 16 channels), Silero VAD (LSTM of 128) and
 DeepFilterNet (GRUs of 256). ``seqaccel.Session`` packs the weights in float32, bfloat16 or int8. Beside it: torch's
 modules in inference mode, TorchScript, ONNX Runtime, OpenVINO and tract, each where it is installed
-(``pip install -r benchmarks/peers.txt``). ``--out`` is written after each network. All runs of a network take turns of 200 calls in one process; each call is
+(``pip install -r benchmarks/peers.txt``). All runs of a network take turns of 200 calls in one process; each call is
 timed by itself. A percentile of a shared machine contains the other work on it.
 """
 
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=20_000, help="calls of each runtime (default: 20,000)")
     parser.add_argument("--net", action="append", help="only networks whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
-    parser.add_argument("--out", type=pathlib.Path, help="write the record there; networks that it has are not run again")
+    parser.add_argument("--out", type=pathlib.Path, help="the record; networks that it has are not run again")
     options = parser.parse_args(arguments)
     if options.calls < 1:
         parser.error("argument --calls: must be at least 1")

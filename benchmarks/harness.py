@@ -187,7 +187,7 @@ class Probe:
         if self.device == "cpu" and a.dtype in (torch.float32, torch.float64):
             products.append(lambda: torch.ops.seqaccel.mm(a, b))
         source, target, near_source, near_target = self.buffers
-        budget = 0.1 if self.device == "cuda" else 0.2
+        budget = 0.1 if self.device == "cuda" else 0.15
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions and recurrent layers are by default
         try:
@@ -236,7 +236,7 @@ def _rounds_cpu(case: Case, budget: float) -> dict[str, list[float]]:
                 while time.perf_counter() < warm:
                     case.contenders[name]()
                 times[name].append(_seconds(case.contenders[name], loops[name], "cpu"))
-            if (round_ >= 4 and time.perf_counter() - start > budget) or round_ >= 300:
+            if (round_ >= 2 and time.perf_counter() - start > budget) or round_ >= 300:
                 return times
     finally:
         if enabled:

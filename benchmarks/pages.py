@@ -123,7 +123,7 @@ def edge(processor: str) -> str:
     ]
     header = ["network", "runtime", *(f"{n} thread{'s' * (n != '1')}" for n in threads)]
     about = f"{found['processor']}; torch {found['torch']}; commit {found['commit']}; {found['date']}"
-    return f"{markdown(header, rows, 2)}\n{about}.\n"
+    return f"{markdown(header, rows, 2)}\n{found['calls']:,} calls of each; {about}.\n"
 
 
 #: README's rows: the job, what one would run instead, PROCESSOR, suite, size (None: the mean over all), its peers.

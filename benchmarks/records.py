@@ -1,4 +1,7 @@
-"""Reads the records of benchmark runs: what ``pytest benchmarks --benchmark-json=FILE`` wrote."""
+"""Reads and keeps the records of benchmark runs: what ``pytest benchmarks --benchmark-json=FILE`` wrote.
+
+``python -m benchmarks.records FILE`` keeps one under ``results``: ``make record``.
+"""
 
 from __future__ import annotations
 
@@ -101,5 +104,16 @@ def folder(data: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def keep(path: pathlib.Path) -> pathlib.Path:
+    """Writes what the tables need of a run into the folder of its machine; returns the file."""
+    data = read(path)
+    data["benchmarks"] = [{key: row[key] for key in ("group", "fullname", "extra_info")} for row in data["benchmarks"]]
+    commit = (data.get("commit_info") or {}).get("id", "unknown")[:7]
+    kept = RESULTS / folder(data) / f"{data['datetime'][:10]}-{commit}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(data) + "\n")
+    return kept
+
+
 if __name__ == "__main__":
-    print(folder(read(pathlib.Path(sys.argv[1]))))
+    print(keep(pathlib.Path(sys.argv[1])))
