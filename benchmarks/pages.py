@@ -6,9 +6,10 @@ A table stands between two comments, of which the first says what it shows::
     <!-- end -->
 
 PROCESSOR is a folder of ``benchmarks/results``; its records are read as one, the newest last. A row is a case: our
-time, each peer's time, how many times as fast ours is, and the share of the ceiling. ``means:`` instead of ``table:``
-makes one row a suite: the geometric mean over its sizes and the worst. ``edge:`` is the last record of
-``benchmarks.edge`` in the folder's ``edge``. ``<!-- jobs -->`` is README's table (``JOBS``).
+time, each peer's time, how many times as fast ours is, and the share of the ceiling. Instead of ``table:``, ``means:``
+makes one row a suite, the geometric mean over its sizes and the worst; ``edge:`` shows the newest record of
+``benchmarks.edge`` in the folder's ``edge``, ``machine:`` says where the newest record was made, and
+``<!-- jobs -->`` is README's table (``JOBS``).
 
 ``python -m benchmarks.pages --check`` writes nothing; its exit status is 1 where a page differs from the records.
 """
@@ -27,7 +28,7 @@ from benchmarks.records import RESULTS, cases, duration, machine, ours, read_all
 
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-MARKED = re.compile(r"(<!-- (table|means|edge|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (table|means|edge|machine|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Rows = list[list[str]]
 
@@ -175,8 +176,10 @@ def filled(text: str) -> str:
         processor, *suites = words.split()
         if kind == "edge":
             return f"{opening}\n{edge(processor)}\n{closing}"
+        if kind == "machine":
+            return f"{opening}\n{machine(record(processor))}.\n\n{closing}"
         rows = means(processor, suites) if kind == "means" else table(processor, suites)
-        return f"{opening}\n{rows}\n{machine(record(processor))}.\n\n{closing}"
+        return f"{opening}\n{rows}\n{closing}"
 
     return MARKED.sub(make, text)
 
