@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from instruction_sets import USABLE_NARROW_ISAS
 from torch import Tensor
 
 import seqaccel
@@ -24,11 +25,6 @@ Generator = Callable[[random.Random], Arguments]
 
 OPERATORS = torch.ops.seqaccel
 NARROW = [torch.bfloat16, torch.float16]
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-
-
-def available_isas() -> list[str]:
-    return ISAS[: 1 + ISAS.index(OPERATORS.best_isa())]
 
 
 # ---- valid arguments ----
@@ -639,7 +635,7 @@ GENERATORS: dict[str, Generator] = {
     "rnn_backward": rnn_backward,
     "rnn_forward": rnn_forward,
     "rnn_forward_bfloat16": lambda rng: rnn_problem(rng, torch.bfloat16),
-    "set_isa": lambda rng: {"name": rng.choice(available_isas())},
+    "set_isa": lambda rng: {"name": rng.choice(USABLE_NARROW_ISAS)},
     "temporal_block_backward": temporal_block_backward,
     "temporal_block_forward": temporal_block_forward,
     "threads": lambda rng: {},

@@ -35,12 +35,10 @@ import torch
 from fuzz_cases import (
     CELLS,
     GENERATORS,
-    ISAS,
     MODULES,
     OPERATORS,
     Arguments,
     Target,
-    available_isas,
     boolean,
     describe,
     has_no_memory,
@@ -48,6 +46,7 @@ from fuzz_cases import (
     targets,
     tensors_of,
 )
+from instruction_sets import NARROW_ISAS, USABLE_NARROW_ISAS
 from torch import Tensor
 
 from seqaccel import backends
@@ -165,7 +164,7 @@ def mutated_tensor(rng: random.Random, t: Tensor) -> Any:
 def random_text(rng: random.Random) -> str:
     words = [
         *CELLS,
-        *ISAS,
+        *NARROW_ISAS,
         *MODULES,
         "none",
         "relu",
@@ -249,7 +248,7 @@ class Call:
         OPERATORS.set_isa("auto")
         torch.set_num_threads(1)
         self.arguments = GENERATORS[self.name](self.rng)
-        self.isa, self.threads = self.rng.choice(available_isas()), self.rng.choice([1, 2, 2, 3])
+        self.isa, self.threads = self.rng.choice(USABLE_NARROW_ISAS), self.rng.choice([1, 2, 2, 3])
         self.kind = self.rng.choices(["valid", "valid with a NaN", "mutated"], [4, 1, 5])[0]
         self.valid = self.kind != "mutated"
         self.plain, self.written, types = self.arguments, self.target.written, self.target.types

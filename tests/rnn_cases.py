@@ -6,15 +6,15 @@ import contextlib
 
 import pytest
 import torch
+from instruction_sets import ISAS, isa_fixture
 from torch import Tensor
 
 import seqaccel
-from seqaccel import backends, nn
+from seqaccel import nn
 from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.rnn._layers import Direction, layer
 from seqaccel.nn.rnn._base import Recurrent
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # T, B, I, H: one row and one step, ragged units, whole vectors, rows beyond a tile and beyond a chunk, weights that a
 # backward pass does not pack.
 SHAPES = [
@@ -70,20 +70,7 @@ def each_cell(backend: str):
     return pytest.mark.parametrize("cell", [cell for cell, projected in kinds(backend) if not projected])
 
 
-def isa_fixture(names: list[str]):
-    """A fixture that runs a test under each of the instruction sets; skips those this processor does not have."""
-
-    @pytest.fixture(params=names)
-    def isa(request):
-        if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa()):
-            pytest.skip(f"this processor has no {request.param}")
-        with backends.isa(request.param):
-            yield request.param
-
-    return isa
-
-
-isa = isa_fixture(ISAS[:3])
+isa = isa_fixture(ISAS)
 
 
 def names(cell: str, projected: bool = False) -> list[str]:

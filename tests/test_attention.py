@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attention_cases import all_spans, brute_force, cover
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, NARROW_ISAS, USABLE_NARROW_ISAS, isa_fixture
 from offline import check_configurations
 from tolerances import assert_as_good_as, assert_close, error
 
@@ -16,9 +17,6 @@ import seqaccel
 from seqaccel import backends
 from seqaccel.functional import hierarchical_attention
 from seqaccel.reference import attention as reference
-
-ISAS = ["portable", "avx2", "avx512"]
-NARROW_ISAS = [*ISAS, "avx512_bf16"]
 
 # T, block_size, fanout, levels, local_blocks, causal, mass_bias, P, (heads, key heads, D)
 CASES = [
@@ -103,16 +101,7 @@ def options(keywords, D):
     )
 
 
-def usable(isa):
-    return NARROW_ISAS.index(isa) <= NARROW_ISAS.index(torch.ops.seqaccel.best_isa())
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if not usable(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    with backends.isa(request.param):
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 # The definition
@@ -358,7 +347,7 @@ def test_half_precision(dtype, poison):
         inputs, keywords = make_inputs(case, dtype=dtype, B=1)
         grad_out = torch.randn_like(inputs[0])
         expected, expected_grads = expected_of(inputs, keywords, grad_out)
-        for isa in filter(usable, NARROW_ISAS):
+        for isa in USABLE_NARROW_ISAS:
             with seqaccel.backend("cpp"), backends.isa(isa):
                 out, grads = with_grads(lambda *x: hierarchical_attention(*x, **keywords), inputs, grad_out)  # noqa: B023
             assert out.dtype == dtype
@@ -582,7 +571,7 @@ def test_the_future_does_not_reach_the_past(backend, bad, D):
     T = 90
     query, key, value = (torch.randn(1, 2, T, D) for _ in range(3))
     options = dict(block_size=16, local_blocks=2)
-    for isa in filter(usable, NARROW_ISAS if backend == "cpp" else ["portable"]):
+    for isa in USABLE_NARROW_ISAS if backend == "cpp" else ["portable"]:
         if isa == "avx512_bf16":  # its kernels of float32 are those of avx512
             query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         with seqaccel.backend(backend), backends.isa(isa):

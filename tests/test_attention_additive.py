@@ -6,14 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import ISAS, isa_fixture
 from offline import check_configurations
 from tolerances import assert_close
 
 import seqaccel
-from seqaccel import backends
 from seqaccel.functional import additive_attention, multiplicative_attention
-
-ISAS = ["portable", "avx2", "avx512"]
 
 # B, Tq, Tk, H, V, dimensions of the mask (0: none)
 CASES = [
@@ -71,12 +69,7 @@ def solved(case):
     return inputs, mask, grads, *expected
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16")):
-        pytest.skip(f"this processor has no {request.param}")
-    with backends.isa(request.param):
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import ISAS, NARROW_ISAS, USABLE_NARROW_ISAS, isa_fixture
 from offline import check_configurations
 from tolerances import assert_as_good_as, assert_close, error
 
@@ -15,8 +16,6 @@ from seqaccel.functional import block_sparse_attention
 from seqaccel.functional.attention import layouts
 from seqaccel.reference import attention as reference
 
-ISAS = ["portable", "avx2", "avx512"]
-NARROW_ISAS = [*ISAS, "avx512_bf16"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of Triton, in the interpreter where there is no GPU
 
 # Tq, Tk, block_size, causal, (heads, key heads, D, Dv), dimensions of the layout
@@ -75,16 +74,7 @@ def solved(case):
     return inputs, layout, keywords, grad_out, *with_grads(lambda *x: dense(*x, layout, **keywords), wide, grad_out)
 
 
-def usable(isa):
-    return NARROW_ISAS.index(isa) <= NARROW_ISAS.index(torch.ops.seqaccel.best_isa())
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if not usable(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    with backends.isa(request.param):
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -231,7 +221,7 @@ def test_what_is_not_seen_stays_apart(backend, bad):
     seen = reference.visible(layout, size, T, T, True)
     query, key, value = torch.randn(3, 1, 2, T, 17)
     keywords = dict(block_size=size, causal=True)
-    for isa in filter(usable, NARROW_ISAS if backend == "cpp" else ["portable"]):
+    for isa in USABLE_NARROW_ISAS if backend == "cpp" else ["portable"]:
         if isa == "avx512_bf16":  # its kernels of float32 are those of avx512
             query, key, value = (t.bfloat16() for t in torch.randn(3, 1, 2, T, 18))
         with seqaccel.backend(backend), backends.isa(isa):
@@ -305,7 +295,7 @@ def test_half_precision(dtype, poison):
         inputs, layout, keywords = make_inputs(case, dtype=dtype)
         grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=dtype)
         expected = with_grads(lambda *x: dense(*x, layout, **keywords), [t.double() for t in inputs], grad_out)  # noqa: B023
-        for isa in filter(usable, NARROW_ISAS):
+        for isa in USABLE_NARROW_ISAS:
             with seqaccel.backend("cpp"), backends.isa(isa):
                 out, grads = with_grads(lambda *x: block_sparse_attention(*x, layout, **keywords), inputs, grad_out)  # noqa: B023
             assert out.dtype == dtype

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import ISAS, isa_fixture
 from tolerances import assert_close
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqaccel
-from seqaccel import backends, nn
+from seqaccel import nn
 from seqaccel.functional import attention_lstm
 
-ISAS = ["portable", "avx2", "avx512"]
 NAMES = ("output", "h_n", "c_n", "context", "weights")
 
 # B, T, S, I, H, A, M; additive, projected queries, mask, lengths
@@ -78,12 +78,7 @@ def solved(case):
         return with_grads(*problem(case), torch.float64)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16")):
-        pytest.skip(f"this processor has no {request.param}")
-    with backends.isa(request.param):
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

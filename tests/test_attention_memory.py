@@ -8,22 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import USABLE_ISAS
 from torch import nn
 
 import seqaccel
 from seqaccel.functional import novelty_gate
 from seqaccel.nn import NoveltyMemory
 from seqaccel.nn.attention import _memory
-
-ISAS = ("portable", "avx2", "avx512")
-
-
-def usable(isa):
-    try:
-        with seqaccel.backends.isa(isa):
-            return True
-    except (RuntimeError, ValueError):
-        return False
 
 
 def similar(B, T, E, kinds=5, noise=0.3, dtype=torch.float64):
@@ -76,7 +67,7 @@ def test_gate_by_hand(backend, B, T, E, before, threshold, window, capacity, see
         assert found[b].tolist() == by_hand(x[b], threshold, window, capacity, kept[b, : size[b]].tolist())
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if usable(isa)])
+@pytest.mark.parametrize("isa", USABLE_ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunks_and_equal_vectors(isa, dtype):
     x = similar(2, 150, 37, kinds=60, noise=0.0, dtype=dtype)

@@ -9,14 +9,12 @@ import torch
 from attention_cases import brute_force
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, isa_fixture
 from tolerances import assert_close
 
 import seqaccel
-from seqaccel import backends
 from seqaccel.functional import hierarchical_attention
 from seqaccel.reference import attention as reference
-
-ISAS = ["portable", "avx2", "avx512"]
 
 # block_size, fanout, levels, local_blocks, causal, P, (heads, key heads, D, Dv)
 CASES = [
@@ -58,12 +56,7 @@ def check(found, expected, dtype):
             assert_close(a, b, "attention", dtype, backward=name != "out", what=name)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if ISAS.index(request.param) > ISAS.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16")):
-        pytest.skip(f"this processor has no {request.param}")
-    with backends.isa(request.param):
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 # The size of values, and queries that are the last positions

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture
+from instruction_sets import ISAS, isa_fixture
 from torch import nn
 
 import seqaccel
 from seqaccel.functional import cfc
 
-isa = isa_fixture(ISAS[:3])
+isa = isa_fixture(ISAS)
 MODES = ["default", "no_gate", "pure"]
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import USABLE_ISAS
 from tolerances import assert_as_good_as, assert_as_good_on_average, assert_close, error, mean_error
 
 import seqaccel
@@ -13,19 +14,6 @@ import seqaccel.nn as snn
 from seqaccel.functional.conv import ACTIVATIONS
 from seqaccel.reference import conv as reference
 from seqaccel.reference.conv import GATED
-
-ISAS = ["portable", "avx2", "avx512"]
-
-
-def usable(isa):
-    try:
-        with seqaccel.backends.isa(isa):
-            return True
-    except RuntimeError:
-        return False
-
-
-USABLE_ISAS = [isa for isa in ISAS if usable(isa)]
 
 # B, C, O, T, K, dilation, groups: every tail of a register tile, many panels, taps beyond the start, few columns, wide
 # layers over few steps.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv import EPILOGUES, STOCK_ACTIVATIONS, USABLE_ISAS, assert_within_bound, run
+from instruction_sets import USABLE_ISAS
+from test_conv import EPILOGUES, STOCK_ACTIVATIONS, assert_within_bound, run
 from tolerances import error
 
 import seqaccel

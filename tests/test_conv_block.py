@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv import STOCK_ACTIVATIONS, USABLE_ISAS, run
+from instruction_sets import USABLE_ISAS
+from test_conv import STOCK_ACTIVATIONS, run
 from tolerances import assert_close, error
 from torch.utils._python_dispatch import TorchDispatchMode
 

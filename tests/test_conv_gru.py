@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv import USABLE_ISAS, run
+from instruction_sets import USABLE_ISAS
+from test_conv import run
 from tolerances import assert_close, error
 
 import seqaccel

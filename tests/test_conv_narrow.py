@@ -4,14 +4,14 @@ import functools
 
 import pytest
 import torch
-from test_conv import EPILOGUES, SHAPES, assert_within_bound, case, identity, inputs, on, run, stock, usable
+from instruction_sets import USABLE_NARROW_ISAS
+from test_conv import EPILOGUES, SHAPES, assert_within_bound, case, identity, inputs, on, run, stock
 from test_conv_sequences import problem
 from tolerances import assert_as_good_as, assert_close
 
 import seqaccel
 import seqaccel.functional as SF
 
-ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512_bf16") if usable(isa)]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -26,7 +26,7 @@ def cases(dtype):
     return [(tensors, options, exact_of(tensors, options)) for tensors, options in found]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", USABLE_NARROW_ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpp_matches_reference(dtype, isa, poison):
     for tensors, options, exact in cases(dtype):
@@ -34,7 +34,7 @@ def test_cpp_matches_reference(dtype, isa, poison):
             assert_within_bound(run(on("cpp"), tensors, options), exact)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", USABLE_NARROW_ISAS)
 @pytest.mark.parametrize("kind", ["reset", "cu_seqlens"])
 def test_sequences(kind, isa, poison):
     for shape in SHAPES[1:8]:
@@ -51,14 +51,14 @@ def test_a_real_size_is_as_accurate_as_torch(shape, dtype):
     """The second depth is odd and more than a panel's, the third is of depthwise pieces."""
     tensors, options = case(shape, dict(activation="relu", residual=True), dtype)
     exact, theirs = exact_of(tensors, options), run(stock, tensors, options)
-    for isa in ISAS:
+    for isa in USABLE_NARROW_ISAS:
         with seqaccel.backends.isa(isa):
             for name, value in run(on("cpp"), tensors, options).items():
                 assert value.dtype == dtype
                 assert_as_good_as(value, theirs[name], exact[name], what=f"{name} {isa}")
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", USABLE_NARROW_ISAS)
 def test_memory_layouts(isa):
     """Views: transposed, expanded, every second step, and weights and inputs that begin at an odd element."""
     with seqaccel.backends.isa(isa), seqaccel.backend("cpp"):
@@ -77,7 +77,7 @@ def test_memory_layouts(isa):
             assert torch.equal(SF.causal_conv1d(row, weight, bias, dilation=2)[1], expected[0])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", USABLE_NARROW_ISAS)
 def test_special_values(isa):
     """NaN and infinity reach the outputs that see them, and no others."""
     tensors = inputs((1, 5, 7, 90, 3, 2, 1), torch.bfloat16)

@@ -3,14 +3,14 @@ model."""
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture
+from instruction_sets import ISAS, isa_fixture
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import seqaccel
 from seqaccel.functional import ligru
 
-isa = isa_fixture(ISAS[:3])
+isa = isa_fixture(ISAS)
 
 
 class Layer(nn.Module):

@@ -11,20 +11,14 @@ import threading
 
 import pytest
 import torch
+from instruction_sets import ISAS, isa_fixture
 
 from seqaccel import backends
 
-ISAS = ["portable", "avx2", "avx512"]
 FUNCTIONS = {"exp": torch.exp, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    order = ISAS.index(torch.ops.seqaccel.best_isa().removesuffix("_bf16"))
-    if ISAS.index(request.param) > order:
-        pytest.skip(f"this processor has no {request.param}")
-    with backends.isa(request.param):
-        yield request.param
+isa = isa_fixture(ISAS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

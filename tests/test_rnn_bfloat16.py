@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from rnn_cases import ISAS, each_cell, isa_fixture
+from instruction_sets import NARROW_ISAS, isa_fixture
+from rnn_cases import each_cell
 from tolerances import assert_as_good_as, error
 
 import seqaccel
@@ -13,7 +14,7 @@ from seqaccel.functional.rnn import CELLS
 STOCK = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
 
 
-isa = isa_fixture(ISAS)
+isa = isa_fixture(NARROW_ISAS)
 
 
 def problem(cell, T, B, I, H, P=None, bias=True):

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rnn_cases import (
-    SHAPES,
-    call,
-    each_kind,
-    isa_fixture,
-    kinds,
-    modules,
-    names,
-    problem,
-    some_lengths,
-    weights_of,
-    zoneout_masks,
-)
+from instruction_sets import ISAS, isa_fixture
+from rnn_cases import SHAPES, call, each_kind, kinds, modules, names, problem, some_lengths, weights_of, zoneout_masks
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
@@ -26,7 +15,7 @@ from seqaccel.functional.rnn import CELLS
 from seqaccel.functional.rnn._operator import operators
 from seqaccel.reference import rnn as reference
 
-isa = isa_fixture(["portable", "avx2", "avx512"])
+isa = isa_fixture(ISAS)
 
 
 def drawn(kind: str, T: int, B: int) -> Tensor:

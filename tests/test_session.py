@@ -11,7 +11,8 @@ import warnings
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture, modules
+from instruction_sets import NARROW_ISAS, isa_fixture
+from rnn_cases import modules
 from tolerances import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -93,7 +94,7 @@ CELLS = {cell: maker(module) for cell, module in modules("cpp").items()} | {
 }
 
 
-isa = isa_fixture(ISAS)
+isa = isa_fixture(NARROW_ISAS)
 
 
 def expected(module, x, dtype=torch.float64):
@@ -151,7 +152,7 @@ def test_wide_layers_and_long_chunks(cell, weights):
 def test_int8_sums_are_the_same_on_every_instruction_set(cell):
     module, x = CELLS[cell](33, 70), torch.randn(9, 3, 33)
     outputs = []
-    for name in ISAS:
+    for name in NARROW_ISAS:
         try:
             with backends.isa(name):
                 outputs.append(seqaccel.Session(module, 3, "int8").extend(x[:1]))

@@ -8,14 +8,14 @@ import time
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture
+from instruction_sets import NARROW_ISAS, isa_fixture
 from tolerances import assert_close
 
 import seqaccel
 from seqaccel import nn
 from seqaccel.nn.conv import TemporalBlock
 
-isa = isa_fixture(ISAS)
+isa = isa_fixture(NARROW_ISAS)
 
 NETWORKS = {
     "dense": lambda: nn.CausalConv1d(5, 70, 3, dilation=4, activation="relu"),

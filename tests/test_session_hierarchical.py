@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
-from rnn_cases import ISAS, isa_fixture
+from instruction_sets import NARROW_ISAS, isa_fixture
 from tolerances import assert_close
 
 import seqaccel
 from seqaccel import nn
 
-isa = isa_fixture(ISAS)
+isa = isa_fixture(NARROW_ISAS)
 
 PRECISIONS = ["float32", "bfloat16", "int8"]
 
