@@ -24,7 +24,7 @@ import statistics
 import sys
 
 from benchmarks import plots
-from benchmarks.records import RESULTS, cases, duration, machine, ours, read_all
+from benchmarks.records import RESULTS, cases, committed, duration, machine, ours, read_all
 
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -36,7 +36,7 @@ Rows = list[list[str]]
 @functools.cache
 def record(processor: str) -> dict:
     """All records of one processor as one."""
-    paths = sorted((RESULTS / processor).glob("*.json"))
+    paths = committed(RESULTS / processor)
     if not paths:
         sys.exit(f"{RESULTS / processor} has no record")
     return read_all(paths)

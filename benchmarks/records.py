@@ -27,6 +27,11 @@ def read(path: pathlib.Path) -> dict:
     return data
 
 
+def committed(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The records in a processor's folder, the newest last."""
+    return sorted(folder.glob("*.json"), key=lambda path: (json.loads(path.read_text())["datetime"], path.name))
+
+
 def read_all(paths: Iterable[pathlib.Path]) -> dict:
     """Several records as one; of a case that was run again, the last that is not void."""
     results = [read(path) for path in paths]

@@ -85,7 +85,9 @@ def test_suite_writes_a_record_that_the_report_reads(tmp_path, monkeypatch):
     assert done.returncode != 0 and done.stderr.count("\n") == 1
 
 
-def record(ratios: dict[str, float], path: pathlib.Path, scale: float = 1.0, **more: object) -> pathlib.Path:
+def record(
+    ratios: dict[str, float], path: pathlib.Path, scale: float = 1.0, date: str = "2026-01-01T00:00", **more: object
+) -> pathlib.Path:
     """A record whose cases took torch as many times as long; ``more`` goes into each row."""
     rows = []
     for case, ratio in ratios.items():
@@ -101,7 +103,7 @@ def record(ratios: dict[str, float], path: pathlib.Path, scale: float = 1.0, **m
             rows.append({"group": case, "fullname": "benchmarks/bench_rnn.py::x", "extra_info": info | more})
     cpu = {"brand_raw": "AMD EPYC", "family": 25, "model": 17}
     machine = {"cpu": cpu, "seqaccel": {"threads": 2, "isa": "avx2", "gpu": None}}
-    path.write_text(json.dumps({"benchmarks": rows, "machine_info": machine, "datetime": "2026-01-01T00:00"}))
+    path.write_text(json.dumps({"benchmarks": rows, "machine_info": machine, "datetime": date}))
     return path
 
 
@@ -115,6 +117,21 @@ def test_compare_finds_what_fell_against_torch(tmp_path, capsys):
     void = record({"a[n=1]": 1.0}, tmp_path / "void.json", void=True)
     with pytest.raises(SystemExit, match="no sound case in common"):
         compare.main([str(old), str(void)])
+
+
+def test_compare_takes_the_committed_records_of_the_processor(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    new = record({"a[n=1]": 1.0, "b[n=1]": 1.0}, tmp_path / "new.json")
+    with pytest.raises(SystemExit, match="amd-epyc-25-17 has no record to compare with"):
+        compare.main([str(new)])
+    folder = tmp_path / "amd-epyc-25-17"
+    folder.mkdir()
+    record({"a[n=1]": 8.0, "b[n=1]": 1.0}, folder / "2025-12-31-z.json", date="2025-12-31T00:00")
+    record({"a[n=1]": 2.0}, folder / "2025-12-31-a.json", date="2025-12-31T09:00")
+    record({"a[n=1]": 1.0}, folder / "new.json")
+    assert compare.main([str(folder / "new.json")]) == 1  # it is no baseline of itself
+    out = capsys.readouterr().out
+    assert "a[n=1] over torch: 2.00 -> 1.00 (-50%)" in out and "1 cases in both, 1 in one only" in out
 
 
 def test_figures_are_drawn_from_a_record(tmp_path):
@@ -141,4 +158,5 @@ def test_tables_of_pages_are_made_from_records(tmp_path, monkeypatch):
 
 
 def test_tables_in_the_documentation_are_those_of_the_records():
+    assert all(pages.MARKED.search(page.read_text()) for page in pages.PAGES)
     assert pages.main(["--check"]) == 0
