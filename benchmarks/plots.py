@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import statistics
 from typing import Any
 
 from benchmarks.records import cases, machine, numbers, ours
@@ -10,8 +11,8 @@ from benchmarks.records import cases, machine, numbers, ours
 Cases = dict[tuple[str, str], dict[str, dict]]
 
 HEAT = [f"{kind}_{mode}" for mode in ("inference", "training") for kind in ("lstm", "gru", "rnn")]
-FAMILIES = {"rnn": "recurrent", "scan": "scan", "conv": "convolution", "attention": "attention"}
 LENGTHS = "sequence_length"
+WIDTH = 256  # of its layers
 
 
 def write(data: dict, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -46,7 +47,7 @@ def heat_map(plt: Any, cases: Cases) -> Any:
     if not tables:
         return None
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.5), layout="constrained", squeeze=False)
-    norm = matplotlib.colors.TwoSlopeNorm(1, 0.5, 5)
+    norm = matplotlib.colors.LogNorm(1 / 6, 6)  # white is 1
     for panel, suite in zip(axes.flat, HEAT, strict=True):
         table = tables.get(suite)
         if table is None:
@@ -54,31 +55,49 @@ def heat_map(plt: Any, cases: Cases) -> Any:
             continue
         batches, widths = (sorted(set(column)) for column in zip(*table, strict=True))
         grid = [[table.get((batch, width), float("nan")) for width in widths] for batch in batches]
-        image = panel.imshow(grid, norm=norm, cmap="RdYlGn", origin="lower", aspect="auto")
+        image = panel.imshow(grid, norm=norm, cmap="RdBu", origin="lower", aspect="auto")
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 if value == value:
-                    panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9)
+                    colour = "black" if 0.2 < norm(value) < 0.8 else "white"
+                    panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
         panel.set_xticks(range(len(widths)), widths)
         panel.set_yticks(range(len(batches)), batches)
+        panel.set_facecolor("0.85")  # of a case that is void
         kind, mode = suite.split("_")
-        panel.set(title=f"{kind.upper()}, {mode}", xlabel="hidden size", ylabel="batch size")
-    figure.colorbar(image, ax=axes, label="speed over torch.nn (times)", shrink=0.8)
+        panel.set(title=f"{kind.upper()}, {mode}", xlabel="hidden size")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("batch size")
+    bar = figure.colorbar(image, ax=axes, label="times as fast as torch.nn", shrink=0.8, extend="both")
+    bar.set_ticks([0.2, 0.5, 1, 2, 5], labels=["0.2", "0.5", "1", "2", "5"])
+    bar.minorticks_off()
     return figure
 
 
-def roofline(plt: Any, cases: Cases) -> Any:
-    """Rate of each case of ours against its operations per byte, below the machine's ceilings.
+def job(info: dict) -> str | None:
+    """What a point of the roofline stands for: a recurrence's intensity is about its batch size."""
+    if info["device"] != "cpu" or not info["flops"] or "bfloat16" in info["suite"]:
+        return None
+    if info["family"] == "rnn":
+        batch = numbers(info["size"]).get("B", 1)
+        return "recurrent, batch of 1 to 4" if batch <= 4 else "recurrent, larger batches"
+    if info["family"] == "scan":
+        return "linear scan" if info["suite"].startswith("linear_scan") else "SRU and its kin"
+    return {"conv": "convolution", "attention": "attention"}.get(info["family"])
 
-    A recurrence reads its weights once a step, so few operations come to a byte, and those bytes come from the cache.
+
+def roofline(plt: Any, cases: Cases) -> Any:
+    """Rate of each case of ours against its arithmetic intensity, below the machine's ceilings.
+
+    A recurrence reads its weights once a step, from the cache. The dotted lines are medians.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     gemm, copy, cache = [], [], []
     for case in cases.values():
         info = ours(case)
-        if info["family"] in FAMILIES and info["device"] == "cpu" and info["flops"] and "bfloat16" not in info["suite"]:
+        if name := job(info):
             rate = info["flops"] / info["seconds"]
-            points.setdefault(info["family"], []).append((info["flops"] / info["bytes"], rate / 1e9))
+            points.setdefault(name, []).append((info["flops"] / info["bytes"], rate / 1e9))
             for ceilings in (info["ceilings_before"], info["ceilings_after"]):
                 gemm.append(ceilings["gemm"] / 1e9)
                 copy.append(ceilings["copy"] / 1e9)
@@ -86,10 +105,10 @@ def roofline(plt: Any, cases: Cases) -> Any:
     if not points:
         return None
     figure, panel = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    peak, memory = (sorted(values)[len(values) // 2] for values in (gemm, copy))
-    low = min(x for family in points.values() for x, _ in family) / 2
-    high = 2 * max(x for family in points.values() for x, _ in family)
-    for bandwidth, name, style in ((memory, "memory", "-"), (max(cache), "cache", "--")):
+    peak = max(gemm)
+    low = min(x for each in points.values() for x, _ in each) / 2
+    high = 2 * max(x for each in points.values() for x, _ in each)
+    for bandwidth, name, style in ((max(copy), "memory", "-"), (max(cache), "cache", "--")):
         corner = peak / bandwidth
         panel.plot(
             [low, corner, max(high, corner)],
@@ -99,17 +118,23 @@ def roofline(plt: Any, cases: Cases) -> Any:
             linewidth=1,
             label=f"{name}: {bandwidth:.0f} GB/s, {peak:.0f} GFLOP/s",
         )
-    for family, marker in zip(FAMILIES, "osD^", strict=True):
-        if family in points:
-            panel.scatter(*zip(*points[family], strict=True), s=22, marker=marker, alpha=0.75, label=FAMILIES[family])
-    panel.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title="Roofline")
-    panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=8)
+    for colour, (name, marker) in enumerate(zip(sorted(points), "^DsoPv", strict=False)):
+        median = statistics.median(x for x, _ in points[name])
+        look = {"color": f"C{colour}", "marker": marker, "label": f"{name}: {median:.3g} FLOP/byte"}
+        panel.scatter(*zip(*points[name], strict=True), s=22, alpha=0.7, linewidths=0, **look)
+        panel.axvline(median, color=f"C{colour}", linestyle=":", linewidth=1)
+    panel.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="GFLOP/s")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:g}")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="lower right")
     return figure
 
 
 def sequence_length(plt: Any, cases: Cases) -> Any:
     """Time of one training step of a layer of each family against the number of steps."""
+    import matplotlib.ticker
+
     lines: dict[str, list[tuple[int, float]]] = {}
     for (suite, size), case in cases.items():
         if suite == LENGTHS:
@@ -120,34 +145,69 @@ def sequence_length(plt: Any, cases: Cases) -> Any:
     if not lines:
         return None
     figure, panel = plt.subplots(figsize=(7, 5), layout="constrained")
+    kinds = {name: name.split()[-1] for name in lines}  # ours and torch's of a kind have one colour
+    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kinds.values()))}
     for name, points in lines.items():
         steps, seconds = zip(*sorted(points), strict=True)
-        panel.plot(steps, [1e3 * s for s in seconds], "o--" if name.startswith("torch") else "o-", label=name)
+        style = "o--" if name.startswith("torch") else "o-"
+        panel.plot(steps, [1e3 * s for s in seconds], style, color=colours[kinds[name]], markersize=4, label=name)
     panel.set(xscale="log", yscale="log", xlabel="steps T", ylabel="forward and backward (ms)")
     panel.set_xscale("log", base=2)
-    panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=8)
+    ticks = sorted({steps for points in lines.values() for steps, _ in points})
+    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    panel.minorticks_off()
+    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, title=f"one layer of {WIDTH}, one sequence", title_fontsize=8)
     return figure
+
+
+#: Suites of one step of one stream, and the kind of model where the size does not name it.
+STREAMS = {
+    "session_step": "",
+    "lstm_session_step": "LSTM",
+    "sru_step": "SRU",
+    "tcn_session_step": "TCN",
+    "conv_session_step": "",
+    "hierarchical_attention_step": "hierarchical attention",
+}
+
+
+def contender_of_stream(name: str) -> str:
+    """The name in the figure: ``Session`` is ours, its weights float32 if nothing else is said."""
+    if not name.startswith("seqaccel"):
+        return {"torch": "torch: layer, dense attention"}.get(name, name)
+    kind = name.partition("]")[2].strip() or name.partition("[")[2].rstrip("]")
+    return {"cpp": "Session", "session": "Session", "step": "module.step", "module": "module.step"}.get(
+        kind, f"Session, {kind}"
+    )
 
 
 def streaming(plt: Any, cases: Cases) -> Any:
     """Time of one step of one stream, ours beside each peer."""
-    chosen = {key: case for key, case in cases.items() if key[0].endswith("session_step") and len(case) > 1}
-    if not chosen:
+    rows: dict[str, dict[str, float]] = {}
+    for suite, kind in STREAMS.items():
+        for (name, size), case in cases.items():
+            if name == suite and numbers(size).get("B", 1) == 1 and len(case) > 1:
+                words = [part.rpartition("=")[2] if part[:4] in ("cell", "net=") else part for part in size.split(",")]
+                label = ", ".join(([kind] if kind else []) + [word for word in words if word != "B=1"])
+                row = rows.setdefault(label, {})
+                for contender, info in case.items():
+                    row.setdefault(contender_of_stream(contender), info["seconds"])
+    if not rows:
         return None
-    names = list(dict.fromkeys(name for case in chosen.values() for name in case))
-    figure, panel = plt.subplots(figsize=(9, 1.5 + 0.42 * len(chosen)), layout="constrained")
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    names.sort(key=lambda name: not name.startswith(("Session", "module")))  # ours first
+    figure, panel = plt.subplots(figsize=(9, 1.5 + 0.32 * len(rows)), layout="constrained")
     for index, name in enumerate(names):
-        at = [(row, case[name]["seconds"]) for row, case in enumerate(chosen.values()) if name in case]
-        marker = "o" if name.startswith("seqaccel") else "x"
-        panel.scatter(
-            [1e6 * seconds for _, seconds in at], [row for row, _ in at], marker=marker, color=f"C{index}", label=name
-        )
-    panel.set_yticks(
-        range(len(chosen)), [f"{suite.removesuffix('_session_step')} {size}" for suite, size in chosen], fontsize=8
-    )
+        at = [(1e6 * row[name], place) for place, row in enumerate(rows.values()) if name in row]
+        marker = "o" if name.startswith(("Session", "module")) else "x"
+        panel.scatter(*zip(*at, strict=True), marker=marker, color=f"C{index}", label=name, zorder=3)
+    panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
     panel.invert_yaxis()
     panel.set(xscale="log", xlabel="one step (µs)")
-    panel.grid(alpha=0.3, which="both", axis="x")
+    panel.xaxis.set_major_formatter("{x:,g}")
+    panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
