@@ -8,9 +8,11 @@ import math
 import pickle
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import session_cases
 import torch
 from instruction_sets import USABLE_NARROW_ISAS
 from torch import Tensor
@@ -738,20 +740,30 @@ def training_arguments(rng: random.Random) -> Arguments:
 
 
 STREAMED = ["RNN", "GRU", "LayerNormLSTM", "LayerNormGRU", "PeepholeLSTM", "MultiplicativeLSTM", "LiGRU", "SRUpp"]
-STREAMED += ["HierarchicalAttention", "HierarchicalAttentionEncoder"]
+STREAMED += ["HierarchicalAttention", "HierarchicalAttentionEncoder", *session_cases.SESSIONS]
+
+
+def loaded(session: seqaccel.Session) -> seqaccel.Session:
+    """The session out of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.save(f"{folder}/session")
+        return seqaccel.Session.load(f"{folder}/session")
 
 
 def session(
     name: str, weights: str, batch_size: int, x_t: Tensor, x: Tensor, mask: Tensor, indices: Tensor, state: list[Tensor]
 ) -> list[Tensor]:
     """What a session gives by all of its methods."""
-    streamed = seqaccel.Session(module(name), batch_size, weights, memory_length=3 if name == "SRUpp" else None)
+    if name in session_cases.SESSIONS:
+        streamed = session_cases.session(name, weights, batch_size)
+    else:
+        streamed = seqaccel.Session(module(name), batch_size, weights, memory_length=3 if name == "SRUpp" else None)
     found = [streamed.step(x_t), streamed.extend(x)]
     streamed.reset(mask)
     streamed.select(indices)
     found += streamed.state_dict().values()
     streamed.load_state_dict(dict(zip(streamed.state_dict(), state, strict=True)))
-    others = [streamed.fork(batch_size), copy.copy(streamed), pickle.loads(pickle.dumps(streamed))]
+    others = [streamed.fork(batch_size), copy.copy(streamed), pickle.loads(pickle.dumps(streamed)), loaded(streamed)]
     found += [other.extend(x) for other in others]
     return [*found, streamed.extend(x), *streamed.state_dict().values()]
 
@@ -765,6 +777,9 @@ def session_arguments(rng: random.Random) -> Arguments:
     if name.startswith("Hierarchical"):
         _, memory = seqaccel.Session(module(name), B).state_dict().values()
         state = [torch.randint(40, memory.shape[:2]), torch.randn_like(memory)]
+    if name in session_cases.SESSIONS:
+        states = session_cases.session(name, "float32", B).state_dict().values()
+        state = [torch.randn_like(part).tanh() for part in states]
     return {
         "name": name,
         "weights": rng.choice(["float32", "bfloat16", "int8"]),

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+import session_cases
 import torch
 from fuzz_cases import GENERATORS, MODULES, Arguments, inputs_of, operators, tensors_of
 
@@ -58,14 +59,14 @@ def bytes_in_use() -> int:
     return info.uordblks + info.hblkhd
 
 
-def lost(function: Callable[[], object]) -> int:
-    """Bytes that ``CALLS`` calls do not give back, the second time too: what others make once does not count."""
+def lost(function: Callable[[], object], calls: int = CALLS) -> int:
+    """Bytes that so many calls do not give back, the second time too: what others make once does not count."""
     for _ in range(100):  # what is made once: pools, tables, caches
         function()
     found = []
     for _ in range(2):
         before = bytes_in_use()
-        for _ in range(CALLS):
+        for _ in range(calls):
             function()
         found.append(bytes_in_use() - before)
     return min(found)
@@ -130,3 +131,20 @@ def test_sessions_lose_no_memory(weights):
     assert lost(make) <= ALLOWED
     assert lost(lambda: copy.copy(session.fork(3))) <= ALLOWED
     assert lost(lambda: pickle.loads(pickle.dumps(session))) <= ALLOWED
+
+
+@pytest.mark.parametrize("name", session_cases.SESSIONS)
+def test_sessions_of_any_model_lose_no_memory(name, tmp_path):
+    session, x, path = session_cases.session(name, "float32", 2), torch.randn(2, 4), tmp_path / "session"
+
+    def through_a_file() -> None:
+        session.save(path)
+        seqaccel.Session.load(path)
+
+    assert lost(lambda: session.step(x)) <= ALLOWED
+    assert lost(lambda: copy.copy(session.fork(3))) <= ALLOWED
+    slow = [through_a_file, lambda: pickle.loads(pickle.dumps(session))]
+    if name == "list":  # tracing runs torch's own compiler
+        slow.append(lambda: session_cases.make(name))
+    for function in slow:
+        assert lost(function, CALLS // 10) <= ALLOWED // 10
