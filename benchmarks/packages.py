@@ -4,7 +4,11 @@
     python -m benchmarks.packages                      # all of package_models.py, a table
     python -m benchmarks.packages "darts*" --report    # those that match, with what convert did
     python -m benchmarks.packages --json FILE          # adds the rows to a record
+    python -m benchmarks.packages --json FILE --resume # those that the record lacks of this commit
     python -m benchmarks.packages --table FILE         # the Markdown table of a record
+
+``make report`` puts the table of a processor's newest record, in ``benchmarks/results/PROCESSOR/packages``, into the
+pages (``benchmarks/pages.py``).
 
 Each model runs inference and a training step (forward, loss, backward, Adam) with its own code and converted, in
 turns, in one process; the figures are the median rounds. A package that is not installed is a row that says so.
@@ -26,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +60,7 @@ class Result:
     name: str
     size: str = ""
     package: str = ""
+    commit: str = ""
     converted: list[str] = dataclasses.field(default_factory=list)
     left: list[str] = dataclasses.field(default_factory=list)
     output_error: float = 0.0
@@ -228,7 +233,7 @@ def run(name: str, seconds: float, optimize: bool = False) -> Result:
         return Result(name, problem="not installed")
     torch.manual_seed(0)
     result = measured(name, row.build(), seconds, optimize)
-    result.package = package
+    result.package, result.commit = package, commit()
     return result
 
 
@@ -240,17 +245,24 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit of the sources, with "-dirty" if they were changed since; records are no sources."""
+
+    def git(*arguments: str) -> str:
+        root = pathlib.Path(__file__).parent.parent
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + "-dirty" * bool(changed)
+
+
 def machine() -> dict[str, Any]:
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "isa": torch.ops.seqaccel.isa(),
         "torch": torch.__version__,
         "seqaccel": seqaccel.__version__,
-        "commit": git.stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -270,6 +282,17 @@ def write(path: pathlib.Path, results: list[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = [dataclasses.asdict(rows[name]) for name in MODELS if name in rows]
     path.write_text(json.dumps({"machine": machine(), "rows": ordered}, indent=1, ensure_ascii=False) + "\n")
+
+
+def missing(path: pathlib.Path, names: list[str], seconds: float, optimize: bool) -> list[str]:
+    """The models whose row in a record is not there, of another commit or without what is asked for now."""
+    rows, now = read(path), commit()
+
+    def there(row: Result) -> bool:
+        same = row.commit == now and not now.endswith("-dirty")
+        return same and bool(row.training or seconds <= 0) and bool(row.optimized or not optimize or seconds <= 0)
+
+    return [name for name in names if name not in rows or not there(rows[name])]
 
 
 HEADER = ("model", "size", "converted", "outputs", "losses", "inference", "ratio", "training step", "ratio", "optimize")
@@ -297,7 +320,9 @@ def print_table(results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="models before and after seqaccel.convert", caption=", ".join(map(str, machine().values())))
+    table = Table(
+        title="models before and after seqaccel.convert", caption=", ".join(map(str, [*machine().values(), commit()]))
+    )
     for i, name in enumerate(HEADER):
         table.add_column(name, justify="left" if i < 2 else "right")
     for result in results:
@@ -306,11 +331,25 @@ def print_table(results: list[Result]) -> None:
     Console(width=None if console.is_terminal else 180).print(table)
 
 
-def print_markdown(results: list[Result]) -> None:
-    print("|", " | ".join(HEADER), "|")
-    print("|", " | ".join("---" if i < 2 else "---:" for i in range(len(HEADER))), "|")
-    for result in results:
-        print("|", " | ".join(cells(result)), "|")
+def markdown(results: list[Result]) -> str:
+    rule = tuple("---" if i < 2 else "---:" for i in range(len(HEADER)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in (HEADER, rule, *map(cells, results)))
+
+
+def origin(about: dict[str, Any], commits: Iterable[str]) -> str:
+    """One line: processor, threads, versions and commits of a record."""
+    named = ", ".join(filter(None, dict.fromkeys(commits))) or "not recorded"
+    return (
+        f"{about['processor']}, {about['threads']} threads, {about['isa']}; torch {about['torch']}, "
+        f"seqaccel {about['seqaccel']}; commit {named}; {about['date']}"
+    )
+
+
+def table_of(path: pathlib.Path) -> str:
+    """What a page has of a record."""
+    results = list(read(path).values())
+    about = json.loads(path.read_text())["machine"]
+    return f"{markdown(results)}\n{origin(about, [result.commit for result in results])}.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,16 +365,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's")
     parser.add_argument("--json", type=pathlib.Path, help="the record to add the rows to")
+    parser.add_argument("--resume", action="store_true", help="leave out the models that the record has of this commit")
     parser.add_argument("--table", type=pathlib.Path, metavar="RECORD", help="print a record as Markdown and end")
     options = parser.parse_args(arguments)
     if options.table:
-        print_markdown(list(read(options.table).values()))
+        print(markdown(list(read(options.table).values())), end="")
         return 0
+    if options.resume and not options.json:
+        parser.error("argument --resume: needs --json")
     patterns = options.names or ["*"]
     names = [name for name in MODELS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if options.list or not names:
         print("\n".join(MODELS))
         return 0 if options.list else 2
+    if options.resume:
+        names = missing(options.json, names, options.seconds, options.optimize)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/benchmarks.md, and draws its figures, from the records: ``make report``.
+"""Fills the tables of README.md, docs/benchmarks.md and docs/recipes.md, and draws figures: ``make report``.
 
 A table stands between two comments, of which the first says what it shows::
 
@@ -8,7 +8,8 @@ A table stands between two comments, of which the first says what it shows::
 PROCESSOR is a folder of ``benchmarks/results``; its records are read as one, the newest last. A row is a case: our
 time, each peer's time, how many times as fast ours is, and the share of the ceiling. Instead of ``table:``, ``means:``
 makes one row a suite, the geometric mean over its sizes and the worst; ``edge:`` shows the newest record of
-``benchmarks.edge`` in the folder's ``edge``, ``machine:`` says where the newest record was made, and
+``benchmarks.edge`` in the folder's ``edge``, ``packages:`` and ``recipes:`` those of ``benchmarks.packages`` and
+``benchmarks.recipes`` in the folders of these names, ``machine:`` says where the newest record was made, and
 ``<!-- jobs -->`` is README's table (``JOBS``).
 
 ``python -m benchmarks.pages --check`` writes nothing; its exit status is 1 where a page differs from the records.
@@ -18,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
+import pathlib
 import re
 import statistics
 import sys
@@ -27,8 +30,10 @@ from benchmarks import plots
 from benchmarks.records import RESULTS, cases, committed, duration, machine, ours, read_all
 
 ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-MARKED = re.compile(r"(<!-- (table|means|edge|machine|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
+MARKED = re.compile(
+    r"(<!-- (table|means|edge|packages|recipes|machine|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 Rows = list[list[str]]
 
@@ -40,6 +45,14 @@ def record(processor: str) -> dict:
     if not paths:
         sys.exit(f"{RESULTS / processor} has no record")
     return read_all(paths)
+
+
+def newest(processor: str, kind: str) -> pathlib.Path:
+    """The last record in a folder of one processor."""
+    paths = sorted((RESULTS / processor / kind).glob("*.json"))
+    if not paths:
+        sys.exit(f"{RESULTS / processor / kind} has no record")
+    return paths[-1]
 
 
 def sound(processor: str, suite: str) -> dict[str, dict[str, dict]]:
@@ -112,10 +125,7 @@ def means(processor: str, suites: list[str]) -> str:
 
 def edge(processor: str) -> str:
     """A row a runtime of each network: median and 99.9th percentile of a step."""
-    paths = sorted((RESULTS / processor / "edge").glob("*.json"))
-    if not paths:
-        sys.exit(f"{RESULTS / processor / 'edge'} has no record")
-    found = json.loads(paths[-1].read_text())
+    found = json.loads(newest(processor, "edge").read_text())
     threads = list(next(iter(found["nets"].values())))
     rows = [
         [net, name, *(" / ".join(map(duration, by_threads[n][name])) for n in threads)]
@@ -178,6 +188,9 @@ def filled(text: str) -> str:
             return f"{opening}\n{edge(processor)}\n{closing}"
         if kind == "machine":
             return f"{opening}\n{machine(record(processor))}.\n\n{closing}"
+        if kind in ("packages", "recipes"):
+            module = importlib.import_module(f"benchmarks.{kind}")  # needs torch, unlike the rest
+            return f"{opening}\n{module.table_of(newest(processor, kind))}\n{closing}"
         rows = means(processor, suites) if kind == "means" else table(processor, suites)
         return f"{opening}\n{rows}\n{closing}"
 
