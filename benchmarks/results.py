@@ -31,6 +31,7 @@ TITLES = {
     "indrnn": "IndRNN",
     "wavenet": "WaveNet",
     "hierarchical": "hierarchical attention",
+    "stable-lstm": "stable LSTM",
 }
 SETS = {"jsb": "JSB Chorales, 300,000 parameters", "nottingham": "Nottingham, 1,000,000 parameters"}
 PUBLISHED = {  # Bai et al. 2018, table 1
@@ -119,6 +120,15 @@ def stable(records: list[dict]) -> str:
     return table(header, rows)
 
 
+def quantized(records: list[dict]) -> str:
+    header = ["model", "steps", "float32", *records[0]["quantized_bits"]]
+    rows = []
+    for record in records:
+        values = (record["validation_bits"][0], *record["quantized_bits"].values())
+        rows.append([record["titles"][0], str(record["steps"]), *(f"{value:.4f}" for value in values)])
+    return table(header, rows)
+
+
 TASKS = {  # what a record reports, and how
     "adding": ("adding problem", "loss", ".1e"),
     "copy": ("copy memory", "loss", ".1e"),
@@ -176,6 +186,12 @@ columns with numbers are a truncated evaluation: an output sees that many of the
 "all" is the full recurrence over the same bytes. "validation" is the full recurrence over more
 text, in sequences of the length of training."""
 
+QUANTIZED = """\
+## Packed weights
+
+Bits per byte of the demo's language model on validation text, with the weights of its recurrent layer as
+trained and packed by `seqaccel.quantize`: `examples/train_language_model.py --quantize`."""
+
 
 def long_memory(records: list[dict]) -> str:
     rows = []
@@ -202,6 +218,51 @@ of eight symbols, 1,000 blanks, then the symbols again.
 ![Copy: right answers over training](static/long-memory-copy.png)"""
 
 
+def sweeps(records: list[dict]) -> str:
+    """Of nets at several ages, by the length of the text."""
+    lengths = list(records[0]["trained"][0]["counts"])
+    rows = []
+    for record in records:
+        for each in record["trained"]:
+            proven = each["contraction_factor"]
+            row = [TITLES[record["model"]], f"{each['seconds']:.0f} s", f"{each['bits']:.3f}"]
+            row.append("–" if proven is None else f"{proven:.3g}")
+            rows.append([*row, *(f"{each['counts'][length]['sweeps']:,}" for length in lengths)])
+    header = ["model", "trained for", "bits per byte", "contraction factor"]
+    return table([*header, *(f"T = {int(length):,}" for length in lengths)], rows)
+
+
+def sweep_times(records: list[dict]) -> str:
+    rows = []
+    for record in records:
+        for length, each in record["times"].items():
+            seconds = (f"{each[way] * 1e3:,.0f} ms" for way in ("plain", "parallel"))
+            ratio = f"{each['parallel'] / each['plain']:.1f}"
+            rows.append([TITLES[record["model"]], f"{int(length):,}", str(each["sweeps"]), *seconds, ratio])
+    return table(["model", "T", "sweeps", "step by step", "parallel in time", "ratio"], rows)
+
+
+def redone(records: list[dict]) -> str:
+    """What became of the results, in two sentences."""
+    counts = [each for r in records for age in r["trained"] for each in age["counts"].values()]
+    chunks, error = sum(each["chunks_redone"] for each in counts), max(each["error"] for each in counts)
+    return f"The largest difference from the run step by step is {error:.0e}. {chunks} chunks ran again."
+
+
+PARALLEL = """\
+## Parallel in time
+
+`seqaccel.functional.parallel_in_time` on the layer of byte-level language models of 384 units, batch 1:
+`examples/parallel_in_time.py`. The models train on one thread and are looked at before, after a third
+of that time and at its end. Sweeps go on until no h changes by more than 1e-6, in float64, on text that
+training has not seen. The contraction factor is what `seqaccel.nn.utils.contraction_factor` proves of
+the layer for every input; below 1 the layer forgets."""
+
+PARALLEL_TIME = """\
+Forward and backward pass of the trained layers in float32, sweeps until no h changes by more than 1e-5,
+on one thread of a CPU, where sweeps do more work than the steps:"""
+
+
 def page() -> str:
     parts = ["# Results", "`make report` makes this page from the records in `benchmarks/results`."]
     if records := read(RECORDS / "music"):
@@ -214,6 +275,11 @@ def page() -> str:
         parts += [LONG_MEMORY, long_memory(records)]
     if records := read(RECORDS / "stable"):
         parts += [STABLE, stable(records), origin([record["run"] for record in records])]
+    if records := read(RECORDS / "quantized"):
+        parts += [QUANTIZED, quantized(records), origin([record["run"] for record in records])]
+    if records := sorted(read(RECORDS / "parallel-in-time"), key=lambda record: list(TITLES).index(record["model"])):
+        parts += [PARALLEL, sweeps(records), redone(records), PARALLEL_TIME, sweep_times(records)]
+        parts.append(origin([record[run] for record in records for run in ("run", "timed")]))
     return "\n\n".join(parts) + "\n"
 
 

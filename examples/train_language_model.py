@@ -4,6 +4,7 @@
     python examples/train_language_model.py --data FILE --model lstm  # one's own text, one model
     python examples/train_language_model.py --model sru --steps 2000 --resume
     python examples/train_language_model.py --stable         # an RNN and an LSTM, kept stable and not
+    python examples/train_language_model.py --model lstm --quantize  # what int8 and bfloat16 weights cost in bits
 
 Each model is an embedding, a sequence module and a linear layer. Both contenders of a pair start from the same weights
 where their parameters are the same, and take their steps in turn on the same batches, so that both meet the same
@@ -133,6 +134,15 @@ class Contender:
             count += targets.numel()
         return total / count / math.log(2)
 
+    def validate_quantized(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Bits per byte by the precision that the recurrent layers' weights are packed in."""
+        found = {}
+        for weights in PRECISIONS:
+            seqaccel.quantize(self.model, weights)
+            found[weights] = self.validate(batches, contextlib.nullcontext)
+            seqaccel.revert(self.model)
+        return found
+
     def state_dict(self) -> dict:
         return {
             "model": self.model.state_dict(),
@@ -209,6 +219,7 @@ class Result:
     seconds: list[list[float]]
     text: str
     truncated_bits: list[dict[str, float]]  # with --stable, by k
+    quantized_bits: dict[str, float]  # of the first contender, with --quantize, by the precision of the weights
     run: dict
 
 
@@ -307,11 +318,14 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
             contenders[0].model, arguments.prompt.encode(), arguments.sample, arguments.temperature, arguments.seed
         ).decode(errors="replace"),
         truncated_bits=truncated_bits,
+        quantized_bits=contenders[0].validate_quantized(batches) if arguments.quantize and key in QUANTIZED else {},
         run=provenance(__file__, arguments.command, device),
     )
 
 
 TRUNCATED = (13, 25, 50, 100)  # steps
+PRECISIONS = ("int8", "bfloat16")  # of packed weights
+QUANTIZED = ("lstm", "rnn")  # models whose layers ``seqaccel.quantize`` packs
 
 
 def print_table(results: list[Result]) -> None:
@@ -344,6 +358,15 @@ def print_table(results: list[Result]) -> None:
         for result in results:
             for title, bits in zip(result.titles, result.truncated_bits, strict=True):
                 table.add_row(title, *(f"{2**value:.3f}" for value in bits.values()))
+        console.print(table)
+    if any(result.quantized_bits for result in results):
+        table = Table(title="bits/byte by the weights of the recurrent layers")
+        for name in ("", "float32", *PRECISIONS):
+            table.add_column(name, justify="right" if name else "left")
+        for result in results:
+            if result.quantized_bits:
+                values = (result.validation_bits[0], *result.quantized_bits.values())
+                table.add_row(result.titles[0], *(f"{value:.4f}" for value in values))
         console.print(table)
 
 
@@ -414,6 +437,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=seqaccel.backends.NAMES,
         help="of seqaccel's operators (default: SEQACCEL_BACKEND, else auto)",
     )
+    add("--quantize", action="store_true", help="also validate the recurrent models with int8 and bfloat16 weights")
     add("--no-compare", dest="compare", action="store_false", help="train seqaccel's models only")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/language-model"), help="folder for what is written")
     add("--resume", action="store_true", help="go on from the checkpoints in that folder")
@@ -429,6 +453,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("argument --prompt: must not be empty")
     if options.model not in ("all", *(STABLE if options.stable else RECIPES)):
         parser.error(f"argument --model: {options.model} goes {'without' if options.stable else 'with'} --stable")
+    if options.quantize and (options.device != "cpu" or options.dtype != "float32"):
+        parser.error("argument --quantize: needs --device cpu and --dtype float32")
+    if options.quantize and options.model not in ("all", *QUANTIZED):
+        parser.error(f"argument --quantize: {options.model} has no recurrent layer to pack")
     options.command = sys.argv[1:] if arguments is None else arguments
     if options.temperature <= 0:
         parser.error("argument --temperature: must be above 0")

@@ -97,6 +97,18 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, text):
     assert (tmp_path / "parts" / "training.png").stat().st_size > 1000
 
 
+def test_packed_weights_cost_few_bits(tmp_path, text):
+    common = ["--data", text, *TINY, "--steps=40", "--no-compare", "--quantize", "--out=out"]
+    done = demo(*common, "--model=lstm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (results,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    (exact,), packed = results["validation_bits"], results["quantized_bits"]
+    assert list(packed) == ["int8", "bfloat16"] and exact < 7
+    assert all(0 < abs(bits - exact) < 0.02 for bits in packed.values())
+    refused = demo(*common, "--model=tcn", cwd=tmp_path)
+    assert refused.returncode == 2 and "--quantize" in refused.stderr
+
+
 def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path, text):
     common = ["--data", text, "--model=lstm", "--no-compare", "--steps=1", "--out=out", *TINY]
     assert demo(*common, cwd=tmp_path).returncode == 0
@@ -180,6 +192,41 @@ def test_long_memory(tmp_path, task, models):
     assert (tmp_path / "out" / f"{task}.png").stat().st_size > 1000
     refused = subprocess.run([*command, "--hidden-size=33"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--hidden-size" in refused.stderr
+
+
+def test_parallel_in_time(tmp_path, text):
+    script = DEMO.with_name("parallel_in_time.py")
+    small = [
+        "--data",
+        str(text),
+        "--seconds=0.05",
+        "--hidden-size=8",
+        "--lengths",
+        "16",
+        "65",
+        "--rounds=1",
+        "--out=out",
+    ]
+    command = [sys.executable, str(script), *small]
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert run("--stage", "train", "count").returncode == 0
+    before = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.json")}
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert set(before) == {"lstm.json", "stable-lstm.json", "gru.json"}
+    for name, old in before.items():
+        record = json.loads((tmp_path / "out" / name).read_text())
+        assert record["trained"] == json.loads(old)["trained"]
+        assert [each["steps"] > 0 for each in record["trained"]] == [False, True, True]
+        for counts in [*(each["counts"] for each in record["trained"]), record["times"]]:
+            assert list(counts) == ["16", "65"] and all(1 < each["sweeps"] <= 65 for each in counts.values())
+        if name == "stable-lstm.json":
+            assert all(each["contraction_factor"] < 1 for each in record["trained"])
+    refused = run("--seed=1")
+    assert refused.returncode == 2 and "made with other settings" in refused.stderr
 
 
 def test_neural_gpu(tmp_path):

@@ -39,3 +39,23 @@ def test_table_of_synthetic_tasks():
     page = results.synthetic(records)
     assert "| adding problem | TCN | 70,000 | 1 | 3.0e-05 | 5.8e-05 |" in page
     assert "| long lag, right answers | LSTM, forget bias 1 | 99 | 2 | 75.0% (50.0% to 100.0%) | – |" in page
+
+
+def test_tables_of_parallel_in_time():
+    count = {"sweeps": 1039, "chunks_redone": 2, "error": 3e-9}
+    ages = [
+        {"seconds": 0.0, "bits": 8.0, "contraction_factor": 0.5, "counts": {"4096": count}},
+        {"seconds": 90.2, "bits": 2.5, "contraction_factor": None, "counts": {"4096": count}},
+    ]
+    records = [{"model": "stable-lstm", "trained": ages, "times": {"4096": {"sweeps": 9, "plain": 0.1, "parallel": 1}}}]
+    page = results.sweeps(records)
+    assert "| contraction factor | T = 4,096 |" in page and "| stable LSTM | 0 s | 8.000 | 0.5 | 1,039 |" in page
+    assert "| stable LSTM | 90 s | 2.500 | – | 1,039 |" in page
+    assert "| stable LSTM | 4,096 | 9 | 100 ms | 1,000 ms | 10.0 |" in results.sweep_times(records)
+    assert results.redone(records).endswith("is 3e-09. 4 chunks ran again.")
+
+
+def test_table_of_packed_weights():
+    bits = {"validation_bits": [2.5, 2.6], "quantized_bits": {"int8": 2.50123, "bfloat16": 2.499}}
+    page = results.quantized([{"titles": ["LSTM", "torch.nn.LSTM"], "steps": 250, **bits}])
+    assert "| steps | float32 | int8 | bfloat16 |" in page and "| LSTM | 250 | 2.5000 | 2.5012 | 2.4990 |" in page
