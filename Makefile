@@ -107,7 +107,7 @@ bench: build
 record:
 	$(BIN)/python -m benchmarks.records runs/benchmarks.json
 
-report: $(VENV)/.requirements
+report: build
 	$(BIN)/python -m benchmarks.pages
 	$(BIN)/python -m benchmarks.results
 
