@@ -244,6 +244,8 @@ class Recipe:
     steps: int
     learning_rate: float
     paired: bool = True  # both have the same parameters, in the same order where their names differ
+    learning_rate_of_ours: float | None = None  # where it is another one
+    forget: float = 0.64  # of a stable LSTM: the largest value of a forget gate
 
 
 RECIPES = {
@@ -255,7 +257,20 @@ RECIPES = {
 # Pairs of the same model, whose first is kept stable.
 STABLE = {
     "rnn": Recipe("stable RNN", "RNN", bounded_rnn, bounded_rnn, 256, 1, 16, 256, 300, 2e-3),
-    "lstm": Recipe("stable LSTM", "LSTM", bounded_lstm, bounded_lstm, 256, 1, 16, 256, 300, 3e-3),
+    "lstm": Recipe(
+        "stable LSTM",
+        "LSTM",
+        bounded_lstm,
+        bounded_lstm,
+        hidden_size=256,
+        num_layers=1,
+        batch_size=16,
+        length=64,
+        steps=300,
+        learning_rate=3e-3,
+        learning_rate_of_ours=1e-2,
+        forget=0.9,
+    ),
 }
 
 

@@ -88,17 +88,18 @@ def windows(text: Tensor, starts: Tensor, length: int, device: torch.device) -> 
 class Contender:
     """One model with its optimiser and what its steps took."""
 
-    def __init__(self, name: str, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, name: str, model: nn.Module, learning_rate: float) -> None:
         self.name = name
         self.model = model
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+        self.learning_rate = learning_rate
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
         self.bits: list[float] = []  # training loss by step, in bits per byte
         self.seconds: list[float] = []
 
-    def train_step(self, inputs: Tensor, targets: Tensor, learning_rate: float, context: Callable[[], object]) -> None:
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int, context: Callable[[], object]) -> None:
         start = time.perf_counter()
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = self.learning_rate * warm_up_and_decay(step)
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
         with context():
@@ -157,9 +158,9 @@ class Contender:
         self.bits, self.seconds = list(state["bits"]), list(state["seconds"])
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def warm_up_and_decay(step: int) -> float:
     """Linear warm-up over 20 steps, then the inverse square root: the same however many steps are still to come."""
-    return recipe.learning_rate * min((step + 1) / 20, math.sqrt(100 / max(100, step + 1)))
+    return min((step + 1) / 20, math.sqrt(100 / max(100, step + 1)))
 
 
 def save(path: pathlib.Path, step: int, recipe: Recipe, contenders: list[Contender], options: dict) -> None:
@@ -234,6 +235,9 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
         "batch_size": arguments.batch_size,
         "length": arguments.length,
         "steps": arguments.steps,
+        "learning_rate": arguments.learning_rate,
+        "learning_rate_of_ours": arguments.learning_rate_of_ours,
+        "forget": arguments.forget,
     }
     recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
     for name, text in (("training", train), ("validation", validation)):
@@ -248,18 +252,19 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
     def context():
         return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
-    def build(body: Callable[[int, int], nn.Module], title: str) -> Contender:
+    def build(body: Callable[[int, int], nn.Module], title: str, learning_rate: float) -> Contender:
         torch.manual_seed(arguments.seed)
         model = LanguageModel(recipe.hidden_size, body(recipe.hidden_size, recipe.num_layers))
-        return Contender(title, model.to(device, torch.float64 if dtype == torch.float64 else torch.float32), recipe)
+        model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        return Contender(title, model, learning_rate)
 
     names = ("stable", "unstable") if arguments.stable else ("seqaccel", "torch")
-    contenders = [build(recipe.ours, names[0])]
+    contenders = [build(recipe.ours, names[0], recipe.learning_rate_of_ours or recipe.learning_rate)]
     if arguments.compare:
-        contenders.append(build(recipe.stock, names[1]))
+        contenders.append(build(recipe.stock, names[1], recipe.learning_rate))
         same_start(contenders[0].model, contenders[1].model, recipe.paired)
     if arguments.stable:
-        snn.utils.stabilize_after(contenders[0].optimiser, contenders[0].model)
+        snn.utils.stabilize_after(contenders[0].optimiser, contenders[0].model, forget=recipe.forget)
 
     options = {
         "model": key,
@@ -281,7 +286,7 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
             inputs, targets = windows(train, starts, recipe.length, device)
             for contender in contenders[:: 1 if step % 2 else -1]:  # in turn, so that neither always goes first
                 torch.manual_seed(arguments.seed + step)
-                contender.train_step(inputs, targets, learning_rate(recipe, step), context)
+                contender.train_step(inputs, targets, step, context)
             bar.set_postfix({c.name: f"{statistics.fmean(c.bits[-20:]):.2f} bits" for c in contenders})
             bar.update()
             if (step + 1) % arguments.save_every == 0 or step + 1 == recipe.steps:
@@ -430,6 +435,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--length", type=positive, metavar="T", help="bytes a training sequence has")
     add("--hidden-size", type=positive)
     add("--num-layers", type=positive)
+    add("--learning-rate", type=float, help="of both models")
+    add("--learning-rate-of-ours", type=float, help="of the first of the two models, where it is another one")
+    add("--forget", type=float, help="of a stable LSTM: the largest value of a forget gate")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="bfloat16: by autocast")
     add(
