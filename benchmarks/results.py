@@ -248,7 +248,7 @@ def sweeps(records: list[dict]) -> str:
         for each in record["trained"]:
             proven = each["contraction_factor"]
             row = [TITLES[record["model"]], f"{each['seconds']:.0f} s", f"{each['bits']:.3f}"]
-            row.append("–" if proven is None else f"{proven:.3g}")
+            row.append(f"{proven:.3f}" if proven is not None and proven < 1 else "≥ 1")
             rows.append([*row, *(f"{each['counts'][length]['sweeps']:,}" for length in lengths)])
     header = ["model", "trained for", "bits per byte", "contraction factor"]
     return table([*header, *(f"T = {int(length):,}" for length in lengths)], rows)
@@ -278,7 +278,7 @@ PARALLEL = """\
 `examples/parallel_in_time.py`. The models train on one thread and are looked at before, after a third
 of that time and at its end. Sweeps go on until no h changes by more than 1e-6, in float64, on text that
 training has not seen. The contraction factor is what `seqaccel.nn.utils.contraction_factor` proves of
-the layer for every input; below 1 the layer forgets."""
+the layer for every input: below 1 it forgets whatever it sees. From 1 on nothing is proven."""
 
 PARALLEL_TIME = """\
 Forward and backward pass of the trained layers in float32, sweeps until no h changes by more than 1e-5,

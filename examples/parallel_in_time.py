@@ -102,8 +102,9 @@ def inputs_of(model: LanguageModel, text: Tensor) -> Tensor:
     return x.tanh() if isinstance(model.body, Bounded) else x
 
 
+@torch.no_grad()
 def factor(model: LanguageModel) -> float | None:
-    """What two states of the layer are proven to approach each other by, at each step; ``None``: nothing is proven."""
+    """What two states of the layer are proven to approach each other by, at each step; ``None``: infinite."""
     bound = 1.0 if isinstance(model.body, Bounded) else float(model.embedding.weight.abs().max())
     found = snn.utils.contraction_factor(model.body.rnn, input_bound=bound)
     return found if math.isfinite(found) else None
@@ -200,7 +201,7 @@ def print_tables(records: list[dict[str, Any]]) -> None:
         for each in r["trained"]:
             bound = each.get("contraction_factor")
             sweeps = [str(each["counts"][length]["sweeps"]) if length in each["counts"] else "" for length in lengths]
-            proven = "none" if bound is None else f"{bound:.3g}"
+            proven = f"{bound:.3f}" if bound is not None and bound < 1 else "≥ 1"
             counts.add_row(r["model"], f"{each['seconds']:.0f} s", f"{each['bits']:.3f}", proven, *sweeps)
         for length, each in r["times"].items():
             seconds = [f"{each[way] * 1e3:,.1f} ms" for way in ("plain", "parallel")]
