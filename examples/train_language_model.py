@@ -221,6 +221,7 @@ class Result:
     text: str
     truncated_bits: list[dict[str, float]]  # with --stable, by k
     quantized_bits: dict[str, float]  # of the first contender, with --quantize, by the precision of the weights
+    settings: dict  # sizes, learning rates, the bound on forget gates
     run: dict
 
 
@@ -324,6 +325,7 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
         ).decode(errors="replace"),
         truncated_bits=truncated_bits,
         quantized_bits=contenders[0].validate_quantized(batches) if arguments.quantize and key in QUANTIZED else {},
+        settings={name: getattr(recipe, name) for name in changes},
         run=provenance(__file__, arguments.command, device),
     )
 

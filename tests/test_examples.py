@@ -76,6 +76,7 @@ def test_stable_beside_unstable(tmp_path, text):
     assert done.returncode == 0, done.stderr
     for results in json.loads((tmp_path / "out" / "results.json").read_text()):
         assert results["names"] == ["stable", "unstable"] and len(results["bits"]) == 2
+        assert results["settings"]["steps"] == 2 and results["settings"]["forget"] in (0.64, 0.9)
         for bits in results["truncated_bits"]:
             assert list(bits) == ["13", "25", "50", "100", "all"]
         stable = results["truncated_bits"][0]
