@@ -316,6 +316,44 @@ def test_triton_padded_sequences(monkeypatch, poison, case, splits):
     assert all((t.masked_select(past.to(DEVICE)) == 0).all() for t in found[:4])
 
 
+# A tile of 128 queries holds two blocks of 64 or three of 40, and lies in one of 100.
+TILE_CASES = [
+    ((64, 2, None, 2, True, 1, (2, 1, 8, 24)), 300),
+    ((64, None, None, 1, False, 0, (2, 2, 20, 7)), 200),
+    ((40, 2, None, 1, False, 2, (2, 1, 16, 5)), 300),
+    ((100, 2, None, 2, True, 0, (1, 1, 9, 16)), 300),
+]
+
+
+@pytest.mark.parametrize(("case", "queries"), TILE_CASES, ids=str)
+def test_triton_tiles_of_several_blocks(monkeypatch, poison, case, queries):
+    """The tiles of 16 bits, in float32: with all queries of padded rows, and with the last."""
+    from seqaccel.kernels.attention.hierarchical import launchers
+
+    monkeypatch.setattr(launchers, "_TILES", {key: launchers._TILES[key[0], 2] for key in launchers._TILES})
+    lengths = torch.tensor([300, 150]) if queries == 300 else None
+    inputs = make_inputs(case, 2, 300, torch.float32, queries)
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3])
+    wide = [None if t is None else t.double() for t in inputs]
+    given = functools.partial(reference.hierarchical_attention, **keywords_of(case), lengths=lengths)
+    expected = with_grads(given, wide, grad_out)
+    check(on_triton(case, inputs, grad_out, lengths=lengths), expected, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_infinities_stay_in_their_block():
+    """A tile holds two blocks of 16. The second sees the first as a node, whose tokens have no weight of their own."""
+    query, key, value = torch.randn(3, 1, 1, 32, 4, device=DEVICE)
+    keywords = dict(block_size=16, local_blocks=1, causal=False)
+    with seqaccel.backend("triton"):
+        expected = hierarchical_attention(query, key, value, **keywords)
+        value[0, 0, 3, 1] = math.inf
+        out = hierarchical_attention(query, key, value, **keywords)
+    assert (out[..., 1] == math.inf).all()
+    others = [0, 2, 3]
+    torch.testing.assert_close(out[..., others], expected[..., others])
+
+
 def test_triton_refuses_cu_seqlens():
     q = torch.randn(1, 2, 10, 4, device=DEVICE)
     with seqaccel.backend("triton"), pytest.raises(RuntimeError, match="no cu_seqlens; give each sequence a row"):

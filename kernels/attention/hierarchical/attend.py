@@ -29,13 +29,19 @@ def length_of(p_lengths, i_b, T):
 
 
 @triton.jit
-def _query_tile(block_size, first, length, BM: tl.constexpr):
-    """Where the program's tile of queries begins, in one block, and where those that count end. ``first`` is the
-    position of the first query: a tile may begin before it."""
-    tiles = tl.cdiv(block_size, BM)
-    i_block = first // block_size + tl.program_id(0) // tiles
-    t = i_block * block_size + tl.program_id(0) % tiles * BM
-    return t, tl.minimum(tl.minimum(length, (i_block + 1) * block_size), t + BM)
+def _query_tile(block_size, first, length, BM: tl.constexpr, SEVERAL: tl.constexpr):
+    """Where the program's tile of queries begins, and where those that count end. The tile holds as many blocks as fit
+    (SEVERAL), or a part of one. ``first`` is the position of the first query: a tile may begin before it."""
+    if SEVERAL:
+        width = BM // block_size * block_size
+        t = (first // width + tl.program_id(0)) * width
+        t_end = t + width
+    else:
+        tiles = tl.cdiv(block_size, BM)
+        i_block = first // block_size + tl.program_id(0) // tiles
+        t = i_block * block_size + tl.program_id(0) % tiles * BM
+        t_end = tl.minimum((i_block + 1) * block_size, t + BM)
+    return t, tl.minimum(length, t_end)
 
 
 @triton.jit
@@ -46,35 +52,56 @@ def _product_below(a, b, most):
 
 @triton.jit
 def _node_run(part, t, T, span, above, fanout, top, w):
-    """Nodes [begin, end) of a level >= 1 that the block of the query at t sees: left, right, right with no parent."""
+    """Nodes [begin, end) of a level >= 1 that the query at t sees: left, right, right with no parent. ``t`` may be a
+    column of queries."""
     cell, parent = t // span, t // above
     count = T // span
     complete = tl.where(top, count, (T // above) * fanout)
-    if part == 0:
-        begin = tl.where(top, 0, fanout * tl.maximum(parent - w + 1, 0))
-        end = tl.maximum(cell - w + 1, 0)
-    elif part == 1:
-        begin = cell + w
-        end = tl.where(top, count, _product_below(fanout, parent + w, complete))
-    else:
-        begin = tl.maximum(cell + w, complete)
-        end = count
-    return begin, end
+    left = tl.where(top, 0, fanout * tl.maximum(parent - w + 1, 0))
+    begin = tl.where(part == 0, left, tl.maximum(cell + w, tl.where(part == 1, 0, complete)))
+    right = tl.where(top | (part == 2), count, _product_below(fanout, parent + w, complete))
+    return begin, tl.where(part == 0, tl.maximum(cell - w + 1, 0), right)
 
 
 @triton.jit
-def _token_run(part, t, T, block_size, has_levels, w, CAUSAL: tl.constexpr, t_end):
-    """Tokens [begin, end) that the tile of queries [t, t_end) sees: near ones, and those with no parent."""
+def _token_run(part, t, T, block_size, has_levels, w, CAUSAL: tl.constexpr):
+    """Tokens [begin, end) that the query at t sees: near ones, and those with no parent. ``t`` may be a column."""
     begin = tl.where(has_levels, block_size * tl.maximum(t // block_size - w + 1, 0), 0)
     complete = tl.where(has_levels, (T // block_size) * block_size, T)
     if CAUSAL:
-        end = t_end
+        end = t + 1
     elif part == 0:
         end = tl.where(has_levels, _product_below(block_size, t // block_size + w, complete), T)
     else:
         begin = tl.maximum(begin, complete)
         end = T
     return begin, end
+
+
+# Of a tile of queries [t, t_end) at o_t: the keys [begin, end) that any of them sees, and [first, last) that each sees,
+# columns where the queries differ. Both bounds grow with the position of the query.
+
+
+@triton.jit
+def _nodes_of_tile(part, o_t, t, t_end, T, span, above, fanout, top, w, SEVERAL: tl.constexpr):
+    begin, end = _node_run(part, t, T, span, above, fanout, top, w)
+    first, last = begin, end
+    if SEVERAL:
+        end = _node_run(part, t_end - 1, T, span, above, fanout, top, w)[1]
+        first, last = _node_run(part, o_t[:, None], T, span, above, fanout, top, w)
+    return begin, end, first, last
+
+
+@triton.jit
+def _tokens_of_tile(
+    part, o_t, t, t_end, T, block_size, has_levels, w, CAUSAL: tl.constexpr, SEVERAL: tl.constexpr
+):  # fmt: skip
+    begin, end = _token_run(part, t, T, block_size, has_levels, w, CAUSAL)
+    first, last = begin, end
+    if CAUSAL or SEVERAL:
+        end = _token_run(part, t_end - 1, T, block_size, has_levels, w, CAUSAL)[1]
+        first, last = _token_run(part, o_t[:, None], T, block_size, has_levels, w, CAUSAL)
+    return begin, end, first, last
 
 
 @triton.jit
@@ -105,10 +132,11 @@ def _weighted(b_w, b_rows, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend(
-    b_q, b_out, b_most, b_sum, p_key, p_value, begin, end, bias, o_t, scale,
-    DIAGONAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    b_q, b_out, b_most, b_sum, p_key, p_value, keys, bias, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    begin, end, first, last = keys
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     for n in range(begin, end, BN):
         o_n = n + tl.arange(0, BN)
@@ -116,10 +144,7 @@ def _attend(
         b_k = tl.load(p_key + row * D + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0)  # [BN, BD]
         b_v = tl.load(p_value + row * DV + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0)  # [BN, BV]
         b_s = _scores(b_q, b_k, PRECISION) * scale + bias  # [BM, BN]
-        seen = (o_n < end)[None, :]
-        if DIAGONAL:
-            seen = seen & (o_n[None, :] <= o_t[:, None])
-        b_s = tl.where(seen, b_s, -float("inf"))
+        b_s = tl.where((o_n[None, :] >= first) & (o_n[None, :] < last), b_s, -float("inf"))
         b_new = tl.maximum(b_most, tl.max(b_s, 1))
         b_p = tl.exp(b_s - b_new[:, None])
         decay = tl.exp(b_most - b_new)
@@ -133,17 +158,18 @@ def _attend(
 def _attend_all(
     b_q, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, length, T, block_size, fanout, levels, w, scale,
     CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens and nodes of all levels that the tile of queries [t, t_end) sees; the pointers are its head's."""
     b_out = tl.zeros([BM, BV], tl.float32)
-    b_most = tl.full([BM], -float("inf"), tl.float32)
+    # Of the first keys a query may see none: from the lowest number up their weights are e^-inf = 0, from -inf NaN.
+    b_most = tl.full([BM], -3.4028234663852886e38, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     if t < t_end:
         for part in tl.static_range(1 if CAUSAL else 2):
-            begin, end = _token_run(part, t, length, block_size, levels > 0, w, CAUSAL, t_end)
+            tokens = _tokens_of_tile(part, o_t, t, t_end, length, block_size, levels > 0, w, CAUSAL, SEVERAL)
             b_out, b_most, b_sum = _attend(
-                b_q, b_out, b_most, b_sum, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, DV, BD, BV, BN,
+                b_q, b_out, b_most, b_sum, p_key, p_value, tokens, 0.0, scale, D, DV, BD, BV, BN,
                 PRECISION,
             )  # fmt: skip
         span = block_size
@@ -152,10 +178,10 @@ def _attend_all(
             above = _above(span, fanout, T)
             bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
             for side in range(1 if CAUSAL else 3):
-                begin, end = _node_run(side, t, length, span, above, fanout, level == levels, w)
+                nodes = _nodes_of_tile(side, o_t, t, t_end, length, span, above, fanout, level == levels, w, SEVERAL)
                 b_out, b_most, b_sum = _attend(
-                    b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * DV, begin, end, bias,
-                    o_t, scale, False, D, DV, BD, BV, BN, PRECISION,
+                    b_q, b_out, b_most, b_sum, p_pooled_key + row * D, p_pooled_value + row * DV, nodes, bias, scale,
+                    D, DV, BD, BV, BN, PRECISION,
                 )  # fmt: skip
             row += T // span
             span = above
@@ -194,35 +220,36 @@ def attention_forward_kernel(
     BV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SEVERAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     Tq, T, nodes, block_size, fanout, levels, w, scale = _narrow(Tq, T, nodes, block_size, fanout, levels, w, scale)
     i_bh = tl.program_id(1).to(tl.int64)
     i_bg = i_bh // H * G + i_bh % H // (H // G)
     length, first = length_of(p_lengths, i_bh // H, T), T - Tq
-    t, t_end = _query_tile(block_size, first, length, BM)
+    t, t_end = _query_tile(block_size, first, length, BM, SEVERAL)
     o_t, o_d, o_v = t + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     m_t = (o_t >= first) & (o_t < t_end)
     row = (i_bh * Tq + o_t - first)[:, None]
     b_q = tl.load(p_query + row * D + o_d[None, :], mask=m_t[:, None] & (o_d < D)[None, :], other=0)  # [BM, BD]
     o_k, o_w = i_bg * T, i_bg * nodes
     b_out, b_most, b_sum = _attend_all(
-        b_q, p_key + o_k * D, p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, o_t, t,
-        tl.where(t_end > first, t_end, t), length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV,
-        BD, BV, BM, BN, PRECISION,
+        b_q, p_key + o_k * D, p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, o_t,
+        tl.maximum(t, first), t_end, length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV, BD, BV,
+        BM, BN, SEVERAL, PRECISION,
     )  # fmt: skip
-    spoilt = CAUSAL and _is_spoilt(b_out)
+    spoilt = (CAUSAL or SEVERAL) and _is_spoilt(b_out)
     stored = m_t
     if p_lengths is not None:  # the output of padding is 0
         b_out, b_sum = tl.where(m_t[:, None], b_out, 0.0), tl.where(m_t, b_sum, 1.0)
-        stored = o_t < _query_tile(block_size, first, T, BM)[1]
+        stored = o_t < _query_tile(block_size, first, T, BM, SEVERAL)[1]
     m_o = stored[:, None] & (o_v < DV)[None, :]
     tl.store(p_out + row * DV + o_v[None, :], (b_out / b_sum[:, None]).to(p_out.dtype.element_ty), mask=m_o)
     tl.store(p_lse + i_bh * Tq + o_t - first, b_most + tl.log(b_sum), mask=stored)
-    if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
+    if CAUSAL or SEVERAL:  # noqa: SIM102  (a constexpr decides first)
         if spoilt:
-            # A NaN in the future of a row reaches it through the mask, since 0 times NaN is NaN. The rows run again one
-            # by one, and read nothing of their future.
+            # A NaN in a key that a row does not see reaches it through the mask, since 0 times NaN is NaN. The rows
+            # run again one by one, and read only what they see.
             tl.debug_barrier()
             for one in range(tl.maximum(t, first), t_end):
                 i_row = i_bh * Tq + one - first
@@ -230,7 +257,7 @@ def attention_forward_kernel(
                     tl.load(p_query + i_row * D + o_d[None, :], mask=o_d[None, :] < D, other=0), p_key + o_k * D,
                     p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, one + tl.arange(0, 1), one,
                     one + 1, length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV, BD, BV, 1, BN,
-                    PRECISION,
+                    False, PRECISION,
                 )  # fmt: skip
                 b_row = (b_row / b_total[:, None]).to(p_out.dtype.element_ty)
                 tl.store(p_out + i_row * DV + o_v[None, :], b_row, mask=o_v[None, :] < DV)
@@ -238,10 +265,11 @@ def attention_forward_kernel(
 
 @triton.jit
 def _query_gradient(
-    b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, begin, end, bias, o_t, scale,
-    DIAGONAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, keys, bias, scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    begin, end, first, last = keys
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     for n in range(begin, end, BN):
         o_n = n + tl.arange(0, BN)
@@ -249,9 +277,7 @@ def _query_gradient(
         b_k = tl.load(p_key + row * D + o_d[None, :], mask=m_n & (o_d < D)[None, :], other=0)  # [BN, BD]
         b_v = tl.load(p_value + row * DV + o_v[None, :], mask=m_n & (o_v < DV)[None, :], other=0)  # [BN, BV]
         b_s = _scores(b_q, b_k, PRECISION) * scale + bias  # [BM, BN]
-        seen = (o_n < end)[None, :]
-        if DIAGONAL:
-            seen = seen & (o_n[None, :] <= o_t[:, None])
+        seen = (o_n[None, :] >= first) & (o_n[None, :] < last)
         b_p = tl.where(seen, tl.exp(b_s - b_lse[:, None]), 0.0)
         b_dp = _scores(b_do, b_v, PRECISION)
         b_ds = b_p * (b_dp - b_delta[:, None])
@@ -264,14 +290,14 @@ def _query_gradient_all(
     b_q, b_do, b_lse, b_delta, p_key, p_value, p_pooled_key, p_pooled_value, o_t, t, t_end, length, T, block_size,
     fanout, levels, w, scale,
     CAUSAL: tl.constexpr, MASS_BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_dq = tl.zeros([BM, BD], tl.float32)
     if t < t_end:
         for part in tl.static_range(1 if CAUSAL else 2):
-            begin, end = _token_run(part, t, length, block_size, levels > 0, w, CAUSAL, t_end)
+            tokens = _tokens_of_tile(part, o_t, t, t_end, length, block_size, levels > 0, w, CAUSAL, SEVERAL)
             b_dq = _query_gradient(
-                b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, begin, end, 0.0, o_t, scale, CAUSAL, D, DV, BD, BV, BN,
+                b_q, b_do, b_lse, b_delta, b_dq, p_key, p_value, tokens, 0.0, scale, D, DV, BD, BV, BN,
                 PRECISION,
             )  # fmt: skip
         span = block_size
@@ -280,10 +306,10 @@ def _query_gradient_all(
             above = _above(span, fanout, T)
             bias = tl.log(tl.cast(span, tl.float32)) if MASS_BIAS else 0.0
             for side in range(1 if CAUSAL else 3):
-                begin, end = _node_run(side, t, length, span, above, fanout, level == levels, w)
+                nodes = _nodes_of_tile(side, o_t, t, t_end, length, span, above, fanout, level == levels, w, SEVERAL)
                 b_dq = _query_gradient(
-                    b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * DV, begin, end,
-                    bias, o_t, scale, False, D, DV, BD, BV, BN, PRECISION,
+                    b_q, b_do, b_lse, b_delta, b_dq, p_pooled_key + row * D, p_pooled_value + row * DV, nodes,
+                    bias, scale, D, DV, BD, BV, BN, PRECISION,
                 )  # fmt: skip
             row += T // span
             span = above
@@ -321,13 +347,14 @@ def attention_query_gradient_kernel(
     BV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SEVERAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     Tq, T, nodes, block_size, fanout, levels, w, scale = _narrow(Tq, T, nodes, block_size, fanout, levels, w, scale)
     i_bh = tl.program_id(1).to(tl.int64)
     i_bg = i_bh // H * G + i_bh % H // (H // G)
     length, first = length_of(p_lengths, i_bh // H, T), T - Tq
-    t, t_end = _query_tile(block_size, first, length, BM)
+    t, t_end = _query_tile(block_size, first, length, BM, SEVERAL)
     o_t, o_d, o_v = t + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
     m_t = (o_t >= first) & (o_t < t_end)
     row = (i_bh * Tq + o_t - first)[:, None]
@@ -340,18 +367,18 @@ def attention_query_gradient_kernel(
     o_k, o_w = i_bg * T, i_bg * nodes
     b_dq = _query_gradient_all(
         b_q, b_do, b_lse, b_delta, p_key + o_k * D, p_value + o_k * DV, p_pooled_key + o_w * D,
-        p_pooled_value + o_w * DV, o_t, t, tl.where(t_end > first, t_end, t), length, T, block_size, fanout, levels, w,
-        scale, CAUSAL, MASS_BIAS, D, DV, BD, BV, BM, BN, PRECISION,
+        p_pooled_value + o_w * DV, o_t, tl.maximum(t, first), t_end, length, T, block_size, fanout, levels, w, scale,
+        CAUSAL, MASS_BIAS, D, DV, BD, BV, BM, BN, SEVERAL, PRECISION,
     )  # fmt: skip
-    spoilt = CAUSAL and _is_spoilt(b_dq)
+    spoilt = (CAUSAL or SEVERAL) and _is_spoilt(b_dq)
     stored = m_t
     if p_lengths is not None:
         b_dq = tl.where(m_t[:, None], b_dq, 0.0)
-        stored = o_t < _query_tile(block_size, first, T, BM)[1]
+        stored = o_t < _query_tile(block_size, first, T, BM, SEVERAL)[1]
     m_q = stored[:, None] & (o_d < D)[None, :]
     tl.store(p_delta + i_bh * Tq + o_t - first, b_delta, mask=stored)
     tl.store(p_grad_query + row * D + o_d[None, :], (b_dq * scale).to(p_grad_query.dtype.element_ty), mask=m_q)
-    if CAUSAL:  # noqa: SIM102  (a constexpr decides first)
+    if CAUSAL or SEVERAL:  # noqa: SIM102  (a constexpr decides first)
         if spoilt:
             tl.debug_barrier()
             for one in range(tl.maximum(t, first), t_end):
@@ -365,7 +392,7 @@ def attention_query_gradient_kernel(
                     tl.sum(b_out_row.to(tl.float32) * b_do_row.to(tl.float32), 1), p_key + o_k * D,
                     p_value + o_k * DV, p_pooled_key + o_w * D, p_pooled_value + o_w * DV, one + tl.arange(0, 1), one,
                     one + 1, length, T, block_size, fanout, levels, w, scale, CAUSAL, MASS_BIAS, D, DV, BD, BV, 1, BN,
-                    PRECISION,
+                    False, PRECISION,
                 )  # fmt: skip
                 b_row = (b_row * scale).to(p_grad_query.dtype.element_ty)
                 tl.store(p_grad_query + i_row * D + o_d[None, :], b_row, mask=m_row)

@@ -20,8 +20,9 @@ def _block(D: int) -> int:
 
 
 #: Tiles: (kernel, bytes per element) -> padded head dimension -> (query rows BM, key rows BN, warps, stages). "query"
-#: is the gradient of the query, "key" those of key and value of a node, "token" of a token. The tiles for 16 bits
-#: were tuned on an H100, but for tokens of 128 dimensions. `_configuration` says which of them spill registers.
+#: is the gradient of the query, "key" those of key and value of a node, "token" of a token. A tile of 128 queries holds
+#: two blocks of 64. Where registers or 99 KiB of shared memory do not allow that, a tile lies in one block. No tile of
+#: this table was timed on a GPU. `_configuration` says which of them spill registers.
 _TILES = {
     ("forward", 4): {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 1)},
     ("forward", 2): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
@@ -38,6 +39,11 @@ def _tile(kernel: str, itemsize: int, BD: int, most: int) -> tuple[int, int, int
     """``most``: queries that a tile may have."""
     BM, BN, warps, stages = _TILES[kernel, itemsize][max(64, BD)]
     return min(BM, max(16, triton.next_power_of_2(most))), BN, warps, stages
+
+
+def _several(block_size: int, BM: int) -> bool:
+    """Whether a tile of queries holds several blocks, of which neighbours share most of the keys that they see."""
+    return 2 * block_size <= BM
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -104,6 +110,9 @@ def refusal(
 
 def _query_tiles(T: int, Tq: int, block_size: int, BM: int) -> int:
     """Tiles of the blocks that hold queries, the last Tq of T positions."""
+    if _several(block_size, BM):
+        width = BM // block_size * block_size
+        return triton.cdiv(T, width) - (T - Tq) // width
     return triton.cdiv(block_size, BM) * (triton.cdiv(T, block_size) - (T - Tq) // block_size)
 
 
@@ -161,7 +170,7 @@ def hierarchical_attention_forward(
             num_warps=4,
         )
         rows += counts[level]
-    BM, BN, warps, stages = _tile("forward", query.element_size(), max(BD, BV), min(block_size, Tq))
+    BM, BN, warps, stages = _tile("forward", query.element_size(), max(BD, BV), Tq)
     wrap_triton(attention_forward_kernel)[(_query_tiles(T, Tq, block_size, BM), B * H)](
         query,
         key,
@@ -189,6 +198,7 @@ def hierarchical_attention_forward(
         BV=BV,
         BM=BM,
         BN=BN,
+        SEVERAL=_several(block_size, BM),
         PRECISION=_precision(query.dtype),
         num_warps=warps,
         num_stages=stages,
@@ -239,7 +249,7 @@ def hierarchical_attention_backward(
     BD, BV = _block(D), _block(DV)
     sizes = (H, G, Tq, T, nodes, block_size, fanout, len(spans) - 1, w, float(scale))
     flags = dict(CAUSAL=causal, MASS_BIAS=mass_bias, D=D, DV=DV, BD=BD, BV=BV, PRECISION=_precision(query.dtype))
-    BM, BN, warps, stages = _tile("query", query.element_size(), max(BD, BV), min(block_size, Tq))
+    BM, BN, warps, stages = _tile("query", query.element_size(), max(BD, BV), Tq)
     wrap_triton(attention_query_gradient_kernel)[(_query_tiles(T, Tq, block_size, BM), B * H)](
         query,
         key,
@@ -256,6 +266,7 @@ def hierarchical_attention_backward(
         **flags,
         BM=BM,
         BN=BN,
+        SEVERAL=_several(block_size, BM),
         num_warps=warps,
         num_stages=stages,
     )
@@ -343,7 +354,7 @@ def _configuration(
             "",
         ),
     }[kind]
-    BM, BN, warps, stages = _tile(kind, 4 if dtype == "fp32" else 2, _block(D), 64)
+    BM, BN, warps, stages = _tile(kind, 4 if dtype == "fp32" else 2, _block(D), 128)
     signature = {f"p_{name}": f"*{dtype}" for name in pointers.split()}
     signature |= {f"p_{name}": "*fp32" for name in wide.split()}
     signature |= dict.fromkeys(("H", "G", "Tq", "T", "nodes", "block_size", "fanout", "levels", "w"), "i32")
@@ -356,6 +367,8 @@ def _configuration(
         constexprs["p_lengths"] = None
     if kind in ("key", "token"):
         constexprs |= dict(SPLITS=4, TOKENS=kind == "token")
+    else:
+        constexprs["SEVERAL"] = _several(64, BM)
     if kind == "token" and not causal:  # one row for the mean of pooling
         for name in ("p_pool", "p_pool_lse", "p_pool_slope"):
             del signature[name]
