@@ -320,7 +320,7 @@ def test_triton_padded_sequences(monkeypatch, poison, case, splits):
 TILE_CASES = [
     ((64, 2, None, 2, True, 1, (2, 1, 8, 24)), 300),
     ((64, None, None, 1, False, 0, (2, 2, 20, 7)), 200),
-    ((40, 2, None, 1, False, 2, (2, 1, 16, 5)), 300),
+    ((40, 4, None, 1, False, 2, (2, 1, 16, 5)), 300),
     ((100, 2, None, 2, True, 0, (1, 1, 9, 16)), 300),
 ]
 
