@@ -17,10 +17,9 @@ dimensions, mean over the programs of a head:
     one block of 64            190          2.97       6.4 of 32             206
     two blocks                 254          1.98       4.5 of 64             285
 
-For the gradients of key and value a program
-takes BN nodes of any level; the parts of a node's queries are summed on the way down, without atomics. The gradient
-flows down the pyramid, one program per node. Tokens come last: a program takes BN of them, adds their share of their
-node's gradient and writes them once, in their dtype.
+For the gradients of key and value a program takes BN nodes of any level; the parts of a node's queries are summed on
+the way down, without atomics. The gradient flows down the pyramid, one program per node. Tokens come last: a program
+takes BN of them, adds their share of their node's gradient and writes them once, in their dtype.
 
 Queries are the last Tq of T positions. Of a row with padding the kernels read its tokens alone, ``lengths`` of them;
 its nodes lie where those of T tokens would.
