@@ -248,6 +248,7 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
         raise UserError(f"--hidden-size {recipe.hidden_size}: attention needs a multiple of 64")
 
     device = torch.device(arguments.device)
+    origin = provenance(__file__, arguments.command, device)  # now: the sources may change during the run
     dtype = getattr(torch, arguments.dtype)
 
     def context():
@@ -326,7 +327,7 @@ def run(key: str, arguments: argparse.Namespace, train: Tensor, validation: Tens
         truncated_bits=truncated_bits,
         quantized_bits=contenders[0].validate_quantized(batches) if arguments.quantize and key in QUANTIZED else {},
         settings={name: getattr(recipe, name) for name in changes},
-        run=provenance(__file__, arguments.command, device),
+        run=origin,
     )
 
 
