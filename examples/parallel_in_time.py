@@ -34,7 +34,7 @@ from language_models import RECIPES, Bounded, LanguageModel, Recurrent
 from provenance import provenance
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_language_model import Contender, UserError, learning_rate, own_text, standard_library, tokens_of, windows
+from train_language_model import Contender, UserError, own_text, standard_library, tokens_of, windows
 
 import seqaccel.nn as snn
 from seqaccel.functional import parallel_in_time
@@ -61,7 +61,8 @@ def train(name: str, options: argparse.Namespace, text: Tensor, validation: Tens
     """The model at each of ``SHARES``."""
     recipe = dataclasses.replace(RECIPES["lstm"], hidden_size=options.hidden_size)
     torch.manual_seed(options.seed)
-    contender = Contender(name, LanguageModel(recipe.hidden_size, MODELS[name](recipe.hidden_size)), recipe)
+    model = LanguageModel(recipe.hidden_size, MODELS[name](recipe.hidden_size))
+    contender = Contender(name, model, recipe.learning_rate)
     if name.startswith("stable"):
         snn.utils.stabilize_after(contender.optimiser, contender.model)
     device = torch.device("cpu")
@@ -75,7 +76,7 @@ def train(name: str, options: argparse.Namespace, text: Tensor, validation: Tens
                 choice = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
                 starts = torch.randint(len(text) - recipe.length, (recipe.batch_size,), generator=choice)
                 inputs, targets = windows(text, starts, recipe.length, device)
-                contender.train_step(inputs, targets, learning_rate(recipe, step), contextlib.nullcontext)
+                contender.train_step(inputs, targets, step, contextlib.nullcontext)
                 spent = time.process_time() - began
                 seconds, step = seconds + spent, step + 1
                 bar.update(min(spent, bar.total - bar.n))
