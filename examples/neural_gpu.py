@@ -5,7 +5,8 @@
 
 A problem is one sequence, both numbers with a plus sign between, the lowest bit first: 011+101 is 6 + 5, and the
 answer 1101 begins where the problem does. So bits that belong together lie apart, and the network moves them through
-its grid (Kaiser and Sutskever 2016). It starts with one bit, and a bit is added when 93 of 100 sums are right.
+its grid (Kaiser and Sutskever 2016). It starts with one bit, and a bit is added when 93 of 100 sums are right. With
+the last bit the learning rate begins to fall. What is tested has the average of the latest parameters.
 
 An eighth of all pairs of numbers of more than 3 bits is never trained on. Training ends when sums of each length that
 it may see are all right. Then the script tests pairs that it has not seen: of each length, and of the longer ones of
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from provenance import provenance
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import seqaccel.nn as snn
@@ -78,9 +80,12 @@ def accuracy(model: nn.Module, numbers: tuple[Tensor, Tensor], bits: int) -> flo
     return found.double().mean().item()
 
 
-def train(model: nn.Module, options: argparse.Namespace) -> tuple[int, list[tuple[int, float, int]]]:
+def train(
+    model: nn.Module, average: AveragedModel, options: argparse.Namespace
+) -> tuple[int, list[tuple[int, float, int]]]:
     """Returns the number of steps, and for each length where the curriculum got to it: bits, seconds, steps."""
     optimizer = torch.optim.Adamax(model.parameters(), lr=options.learning_rate)
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, options.decay)
     generator = torch.Generator().manual_seed(options.seed)
     bits, recent, came = 1, 0.0, [(1, 0.0, 0)]
     began = time.process_time()
@@ -95,6 +100,9 @@ def train(model: nn.Module, options: argparse.Namespace) -> tuple[int, list[tupl
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            average.update_parameters(model)
+            if bits == options.bits:
+                decay.step()
             if length == bits:
                 recent = 0.9 * recent + 0.1 * right(logits, answer).double().mean().item()
             bar.set_postfix(bits=bits, right=f"{recent:.0%}", loss=f"{loss.item():.4f}")
@@ -102,9 +110,9 @@ def train(model: nn.Module, options: argparse.Namespace) -> tuple[int, list[tupl
                 bits, recent = bits + 1, 0.0
                 came.append((bits, round(time.process_time() - began, 1), step))
                 tqdm.write(f"{bits} bits after {step} steps, {came[-1][1]:.0f} s of CPU time", file=sys.stderr)
-            elif bits == options.bits and recent > 0.99 and step % 50 == 0:
-                checks = ((pairs(512, n, False, generator), n) for n in range(options.bits, 0, -1))
-                if all(accuracy(model, numbers, n) == 1 for numbers, n in checks):
+            elif bits == options.bits and recent > 0.98 and step % 100 == 0:
+                checks = ((pairs(4096, n, False, generator), n) for n in range(options.bits, 0, -1))
+                if all(accuracy(average, numbers, n) == 1 for numbers, n in checks):
                     break
     return step, came
 
@@ -118,6 +126,7 @@ def main() -> int:
     add("--channels", type=int, default=24, help="of the grid (default: 24)")
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=5e-3)
+    add("--decay", type=float, default=0.999, help="of the learning rate, per step with --bits (default: 0.999)")
     add("--dropout", type=float, default=0.0)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: all)")
@@ -133,14 +142,15 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     model = snn.NeuralGPU(3, options.channels, output_vocabulary=2, dropout=options.dropout)
-    began = time.perf_counter()
-    steps, curriculum = train(model, options)
-    seconds = time.perf_counter() - began
-    print(f"{steps} steps, {seconds:.0f} s, {sum(p.numel() for p in model.parameters()):,} parameters")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    began = time.process_time()
+    steps, curriculum = train(model, average, options)
+    seconds = time.process_time() - began
+    print(f"{steps} steps, {seconds:.0f} s of CPU time, {sum(p.numel() for p in model.parameters()):,} parameters")
     tests, generator = {}, torch.Generator().manual_seed(1_000_003)
     for bits in [*range(FEW + 1, options.bits + 1), *(n for n in options.test if n > options.bits)]:
         numbers = all_unseen(bits) if bits <= options.bits else pairs(1000, bits, True, generator)
-        tests[bits] = accuracy(model, numbers, bits)
+        tests[bits] = accuracy(average, numbers, bits)
         print(f"{bits:>3} bits: {tests[bits]:.2%} of {len(numbers[0])} unseen sums are right", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
