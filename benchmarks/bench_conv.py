@@ -8,6 +8,7 @@ joins where it is installed.
 import functools
 import importlib.util
 
+import gpu_peers
 import torch
 import torch.nn.functional as F
 from harness import Case, suite
@@ -41,21 +42,21 @@ def forced(function, backend="cpp"):
     return run
 
 
-def convolution(B, C, T, K, d, groups=1):
-    """The tensors of a case, and our forward and torch's two: x, weight, bias -> relu(conv)."""
+def convolution(B, C, T, K, d, groups=1, activation="relu"):
+    """The tensors of a case, and our forward and torch's two: x, weight, bias -> activation(conv)."""
     x = torch.randn(B, C, T)
     weight = torch.randn(C, C // groups, K) / (C // groups * K) ** 0.5
     bias = torch.randn(C)
-    context = (K - 1) * d
+    context, activate = (K - 1) * d, getattr(F, activation)
 
     def ours(x, weight, bias):
-        return SF.causal_conv1d(x, weight, bias, dilation=d, groups=groups, activation="relu")
+        return SF.causal_conv1d(x, weight, bias, dilation=d, groups=groups, activation=activation)
 
     def stock(x, weight, bias):
-        return torch.relu(F.conv1d(F.pad(x, (context, 0)), weight, bias, dilation=d, groups=groups))
+        return activate(F.conv1d(F.pad(x, (context, 0)), weight, bias, dilation=d, groups=groups))
 
     def cut(x, weight, bias):
-        return torch.relu(F.conv1d(x, weight, bias, padding=context, dilation=d, groups=groups)[..., :T])
+        return activate(F.conv1d(x, weight, bias, padding=context, dilation=d, groups=groups)[..., :T])
 
     return [x, weight, bias], {"seqaccel[cpp]": ours, "torch": stock, "torch, cut": cut}
 
@@ -370,6 +371,24 @@ def bench_tcn_step(B, C, K, levels):
     )
 
 
+def training_gpu(B, C, T, K, d, groups, dtype, activation):
+    tensors, functions = convolution(B, C, T, K, d, groups, activation)
+    ours, stock = functions["seqaccel[cpp]"], functions["torch"]
+    kind = getattr(torch, dtype)
+    tensors = [t.to("cuda", kind).requires_grad_() for t in tensors]
+    grad = torch.randn(B, C, T, device="cuda", dtype=kind)
+    flops, moved = cost(B, C, T, K, groups)
+
+    def training(function):
+        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
+
+    runs = {f"seqaccel[{name}]": forced(training(ours), name) for name in ("triton", "auto")}
+    runs["torch"] = training(stock)
+    if activation == "silu":
+        runs |= gpu_peers.depthwise(*tensors, grad, runs["seqaccel[triton]"]())
+    return Case(runs, flops=3 * flops, bytes=3 * moved * kind.itemsize // 4, dtype=kind)
+
+
 @suite(
     [
         {**size, "dtype": dtype}
@@ -386,19 +405,14 @@ def bench_tcn_step(B, C, K, levels):
     device="cuda",
 )
 def bench_causal_conv1d_training_gpu(B, C, T, K, d, groups, dtype):
-    tensors, functions = convolution(B, C, T, K, d, groups)
-    ours, stock = functions["seqaccel[cpp]"], functions["torch"]
-    kind = getattr(torch, dtype)
-    tensors = [t.to("cuda", kind).requires_grad_() for t in tensors]
-    grad = torch.randn(B, C, T, device="cuda", dtype=kind)
-    flops, moved = cost(B, C, T, K, groups)
+    return training_gpu(B, C, T, K, d, groups, dtype, "relu")
 
-    def training(function):
-        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
 
-    return Case(
-        {f"seqaccel[{name}]": forced(training(ours), name) for name in ("triton", "auto")} | {"torch": training(stock)},
-        flops=3 * flops,
-        bytes=3 * moved * kind.itemsize // 4,
-        dtype=kind,
-    )
+@suite(
+    [{"B": 16, "C": 2048, "T": 2048, "K": 4, "dtype": dtype} for dtype in ("float32", "bfloat16")],
+    ["seqaccel[triton]", "seqaccel[auto]", "torch", "causal-conv1d", "flash-linear-attention"],
+    device="cuda",
+)
+def bench_depthwise_training_gpu(B, C, T, K, dtype):
+    """With SiLU, as in the packages."""
+    return training_gpu(B, C, T, K, 1, C, dtype, "silu")

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import multiprocessing
 
+import gpu_peers
 import numpy
 import torch
 from harness import Case, suite
@@ -111,6 +112,23 @@ def bench_rnn_inference(B, T, H):
 @suite(TABLE, ["seqaccel[cpp]", "torch"])
 def bench_rnn_training(B, T, H):
     return training_case("RNN", B, T, H)
+
+
+@suite([dict(B=1, H=128, T=8192)], ["seqaccel[cpp]", "seqaccel[cpp] whole", "torch"])
+def bench_lstm_truncated(B, H, T):
+    """A stable LSTM over one sequence: chunks of 256 steps side by side, each after 100 steps; and step by step."""
+    ours, stock, x, _ = layers("LSTM", B, T, H)
+    x = x.clamp_(-1, 1)
+    seqaccel.nn.utils.stabilize_(ours)
+    stock.load_state_dict(ours.state_dict())
+    contenders = {
+        "seqaccel[cpp]": inference(lambda: (seqaccel.functional.truncated(ours, x, 100, 256),), backend="cpp"),
+        "seqaccel[cpp] whole": inference(ours, x, backend="cpp"),
+        "torch": inference(stock, x),
+    }
+    truncated, whole, _ = (run()[0] for run in contenders.values())
+    torch.testing.assert_close(truncated, whole, rtol=0, atol=1e-5)
+    return Case(contenders, **cost(4, B, T, H))
 
 
 @suite(
@@ -265,21 +283,46 @@ def gpu_case(kind: str, B: int, T: int, H: int, dtype: str, train: bool) -> Case
     contenders = {}
     for name in backends:
         contenders[f"seqaccel[{name}]"] = training(ours, x, grad, name) if train else inference(ours, x, backend=name)
-    contenders["torch"] = training(stock, x, grad) if train else inference(stock, x)
+    if train:
+        contenders["torch"] = training(stock, x, grad)
+        contenders |= gpu_peers.flashrnn(stock, lambda module: training(module, x, grad), contenders["torch"]())
+    else:
+        contenders["torch"] = inference(stock, x)
+        contenders |= gpu_peers.flashrnn(stock, lambda module: inference(module, x), contenders["torch"]()[:1])
     costs = cost(GATES[kind], B, T, H, train)
     scale = wanted.itemsize / 4
     costs |= {"bytes": costs["bytes"] * scale, "footprint": costs["footprint"] * scale}
     return Case(contenders, dtype=wanted, **costs)
 
 
-@suite(ON_A_GPU, ["seqaccel[triton]", "seqaccel[auto]", "torch"], device="cuda")
+@suite(ON_A_GPU, ["seqaccel[triton]", "seqaccel[auto]", "torch", "flashrnn"], device="cuda")
 def bench_rnn_inference_gpu(kind, B, T, H, dtype):
     return gpu_case(kind, B, T, H, dtype, train=False)
 
 
-@suite(ON_A_GPU, ["seqaccel[triton]", "seqaccel[auto]", "torch"], device="cuda")
+@suite(ON_A_GPU, ["seqaccel[triton]", "seqaccel[auto]", "torch", "flashrnn"], device="cuda")
 def bench_rnn_training_gpu(kind, B, T, H, dtype):
     return gpu_case(kind, B, T, H, dtype, train=True)
+
+
+@suite(
+    [dict(B=64, T=256, H=H) for H in (128, 512)],
+    ["seqaccel[triton]", "torchrl triton", "torchrl pad"],
+    device="cuda",
+)
+def bench_lstm_episodes_training_gpu(B, T, H):
+    """Episodes of 64 steps on average, which begin from zeros, in float32."""
+    ours, stock, x, grad = layers("LSTM", B, T, H, "cuda")
+    reset = torch.rand(T, B, device="cuda") < 1 / 64
+    reset[0] = True
+    x.requires_grad_()
+
+    def run():
+        with seqaccel.backend("triton"):
+            return torch.autograd.grad(ours(x, reset=reset)[0], [x, *ours.parameters()], grad)
+
+    contenders = {"seqaccel[triton]": run} | gpu_peers.episodes(stock, x, reset, grad, run())
+    return Case(contenders, **cost(4, B, T, H, True))
 
 
 @suite(

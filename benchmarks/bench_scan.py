@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import warnings
 
+import gpu_peers
 import torch
 from harness import Case, suite
 
@@ -74,6 +75,8 @@ def linear_scan_case(B, T, D, device, backends, train):
     contenders |= {"torch loop": run(lambda *t: reference.linear_scan(*t)[0]), "torch a*b": run(torch.mul)}
     if T > 4096 or B * T * D >= 1 << 22:
         del contenders["torch loop"]  # seconds a call
+    if train and device == "cuda":
+        contenders |= gpu_peers.scan(*leaves, grad, contenders[f"seqaccel[{backends[0]}]"]())
     arrays, operations = (8, 5) if train else (3, 2)
     return Case(contenders, flops=operations * B * T * D, bytes=4 * arrays * B * T * D)
 
@@ -108,7 +111,7 @@ def bench_linear_scan_backward(B, T, D):
 
 @suite(
     [{"B": 8, "T": 16384, "D": 1536}, {"B": 1, "T": 16384, "D": 1024}, {"B": 64, "T": 65536, "D": 1}],
-    ["seqaccel[cuda]", "seqaccel[triton]", "torch a*b"],
+    ["seqaccel[cuda]", "seqaccel[triton]", "torch a*b", "flash-linear-attention"],
     "cuda",
 )
 def bench_linear_scan_training_gpu(B, T, D):

@@ -9,6 +9,9 @@ import torch
 import seqaccel
 from seqaccel import backends
 
+#: Their versions are recorded.
+PACKAGES = ("triton", "numpy", "onnxruntime", "causal-conv1d", "flash-linear-attention", "flashrnn", "torchrl")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=harness.seconds_per_case, help="time that one case may take")
@@ -39,7 +42,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "seqaccel": seqaccel.__version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "packages": {name: version(name) for name in ("triton", "numpy", "onnxruntime")},
+        "packages": {name: version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "isa": torch.ops.seqaccel.isa() if backends.why_missing("cpp", "cpu") is None else None,
         "gpu": torch.cuda.get_device_name() if gpu else None,

@@ -4,13 +4,18 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+import seqaccel
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
 
+import gpu_peers  # noqa: E402
 import harness  # noqa: E402
 
 from benchmarks import compare, pages, plots, records  # noqa: E402
@@ -160,3 +165,71 @@ def test_tables_of_pages_are_made_from_records(tmp_path, monkeypatch):
 def test_tables_in_the_documentation_are_those_of_the_records():
     assert all(pages.MARKED.search(page.read_text()) for page in pages.PAGES)
     assert pages.main(["--check"]) == 0
+
+
+def flashrnn_by_its_documentation(Wx, R, b, states=None, function="lstm", backend="cuda_fused", dtype="bfloat16"):
+    """Wx (B, T, G, 1, H), R (G, 1, H, H), b (G, 1, H): h (1, B, T, 1, H), and the last."""
+    w, R, b = Wx.squeeze(3), R.squeeze(1), b.squeeze(1)
+    h, c, outputs = torch.zeros_like(w[:, 0, 0]), 0, []
+    for w_t in w.unbind(1):
+        r_t = torch.einsum("bp,gdp->bgd", h, R)
+        if function == "lstm":
+            i, f, z, o = (w_t + r_t + b).unbind(1)
+            c = f.sigmoid() * c + i.sigmoid() * z.tanh()
+            h = o.sigmoid() * c.tanh()
+        elif function == "gru":
+            n, r, z = r_t[:, 0] + b[0], *(w_t[:, :2] + r_t[:, 1:] + b[1:3]).sigmoid().unbind(1)
+            h = z * h + (1 - z) * torch.tanh(w_t[:, 2] + b[3] + r * n)
+        else:
+            h = torch.tanh(w_t + r_t + b).squeeze(1)
+        outputs.append(h)
+    states = torch.stack(outputs, 1)[None, :, :, None]
+    return states, states[:, :, -1:]
+
+
+def test_peers_on_a_gpu_are_called_as_documented(monkeypatch):
+    def provide(path, **names):
+        monkeypatch.setitem(sys.modules, path, types.SimpleNamespace(**names))
+
+    def convolution(x, weight, bias, activation):
+        context = weight.shape[1] - 1
+        return F.silu(F.conv1d(F.pad(x, (context, 0)), weight[:, None], bias, groups=len(weight)))
+
+    def of_rows(x, weight, bias, activation):
+        return convolution(x.mT, weight, bias, activation).mT, None
+
+    def scan(x, g):
+        return seqaccel.functional.linear_scan(g.exp(), x), None
+
+    monkeypatch.setattr(gpu_peers, "present", lambda package: package != "torchrl")
+    for package in ("flashrnn", "fla", "fla.ops", "fla.modules"):
+        provide(package, __path__=[])
+    provide("flashrnn.flashrnn", flashrnn=flashrnn_by_its_documentation)
+    provide("fla.ops.hgrn", chunk_hgrn=scan)
+    provide("fla.modules.convolution", causal_conv1d=of_rows)
+    provide("causal_conv1d", causal_conv1d_fn=convolution)
+
+    for stock in (torch.nn.LSTM(5, 6), torch.nn.GRU(5, 6), torch.nn.RNN(5, 6)):
+        x, grad = torch.randn(7, 2, 5, requires_grad=True), torch.randn(7, 2, 6)
+
+        def make(module, x=x, grad=grad):
+            return lambda: torch.autograd.grad(module(x)[0], [x, *module.parameters()], grad)
+
+        assert set(gpu_peers.flashrnn(stock, make, make(stock)())) == {"flashrnn"}
+        assert set(gpu_peers.flashrnn(stock, lambda module, x=x: lambda: module(x), stock(x)[:1])) == {"flashrnn"}
+
+    a, b = torch.rand(2, 7, 3).requires_grad_(), torch.randn(2, 7, 3, requires_grad=True)
+    grad = torch.randn(2, 7, 3)
+    grads = torch.autograd.grad(seqaccel.functional.linear_scan(a, b), (a, b), grad)
+    assert len(gpu_peers.scan(a, b, grad, grads)) == 1
+
+    tensors = [torch.randn(s, requires_grad=True) for s in ((2, 3, 7), (3, 1, 4), (3,))]
+    y = seqaccel.functional.causal_conv1d(*tensors, groups=3, activation="silu")
+    grad = torch.randn(y.shape)
+    grads = torch.autograd.grad(y, tensors, grad)
+    assert set(gpu_peers.depthwise(*tensors, grad, grads)) == {"causal-conv1d", "flash-linear-attention"}
+    with pytest.raises(AssertionError, match="causal-conv1d is"):
+        gpu_peers.depthwise(*tensors, grad, [-g for g in grads])
+    provide("causal_conv1d", causal_conv1d_fn=None)
+    with pytest.warns(UserWarning, match="causal-conv1d is left out: TypeError"):
+        assert len(gpu_peers.depthwise(*tensors, grad, grads)) == 1
