@@ -226,6 +226,27 @@ def long_memory(records: list[dict]) -> str:
     return table(["task", "model", "positions", "parameters", "steps", "trained on up to", "right"], rows)
 
 
+def neural_gpu(records: list[dict]) -> str:
+    lengths = list(records[0]["unseen"])
+    rows = [
+        [
+            str(r["settings"]["seed"]),
+            f"{r['steps']:,}",
+            f"{r['seconds']:.0f}",
+            *(f"{r['unseen'][n]:.2%}" for n in lengths),
+        ]
+        for r in records
+    ]
+    return table(["seed", "steps", "seconds", *(f"{n} bits" for n in lengths)], rows)
+
+
+NEURAL_GPU = """\
+## Binary addition
+
+`examples/neural_gpu.py` trains a Neural GPU to add numbers of up to 8 bits, in seconds of CPU time of
+one thread. A column counts the sums that are right in every bit, of pairs of numbers that training
+has not seen: all such pairs of up to 8 bits, and 1,000 of each greater length."""
+
 LONG_MEMORY = """\
 ## Recall over long sequences
 
@@ -295,6 +316,8 @@ def page() -> str:
         parts += [SYNTHETIC, synthetic(records), origin(records)]
     if records := read(RECORDS / "long-memory"):
         parts += [LONG_MEMORY, long_memory(records)]
+    if records := read(RECORDS / "neural-gpu"):
+        parts += [NEURAL_GPU, neural_gpu(records), origin(records)]
     if records := read(RECORDS / "stable"):
         parts += [STABLE, stable(records), origin([record["run"] for record in records])]
     if records := read(RECORDS / "quantized"):
