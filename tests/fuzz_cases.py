@@ -535,13 +535,14 @@ def cfc_forward(rng: random.Random) -> Arguments:
         "mode": mode,
         "activation": rng.choice(["lecun_tanh", "tanh", "relu"]),
         "save": boolean(rng),
+        "reset": maybe(rng, lambda: torch.rand(T, B) < rng.random()),
     }
 
 
 def cfc_backward(rng: random.Random) -> Arguments:
     arguments = cfc_forward(rng) | {"save": True}
     output, saved = OPERATORS.cfc_forward(**arguments)
-    shared = {name: arguments[name] for name in ("weights", "timespans", "w", "a", "mode", "activation")}
+    shared = {name: arguments[name] for name in ("weights", "timespans", "w", "a", "mode", "activation", "reset")}
     return {"grad_output": torch.randn_like(output), "saved": saved, "keep": boolean(rng), **shared}
 
 

@@ -432,6 +432,7 @@ CALLS = {
             "weights": (None, 3, [], [torch.randn(2, H)], [torch.randn(2, H), torch.randn(H, 2)], [torch.randn(2)] * 2),
             "biases": (None, 3, [], [torch.randn(H)], [torch.randn(4 * H).double()]),
             "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(T), torch.ones(T, B).double()),
+            "reset": RESETS,
             "mode": ("other", None),
             "activation": ("silu", None),
             "w_tau": (*NOT_OPTIONAL_TENSORS, torch.zeros(H)),
@@ -996,14 +997,18 @@ FORWARDS = {
     "CfC": (
         lambda: nn.CfC(I, H),
         {"input": torch.randn(T, B, I)},
-        {"input": TENSOR, "hx": HIDDEN, "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(B))},
+        {"input": TENSOR, "hx": HIDDEN, "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(B)), "reset": RESETS},
     ),
     "CfCCell": (
         lambda: nn.CfCCell(I, H),
         {"input": torch.randn(B, I)},
         {"input": TENSOR, "hx": HIDDEN, "timespans": (*NOT_OPTIONAL_TENSORS, torch.ones(B + 1))},
     ),
-    "LiGRU": (lambda: nn.LiGRU(I, H), {"input": torch.randn(T, B, I)}, {"input": TENSOR, "hx": HIDDEN}),
+    "LiGRU": (
+        lambda: nn.LiGRU(I, H),
+        {"input": torch.randn(T, B, I)},
+        {"input": TENSOR, "hx": HIDDEN, "reset": RESETS},
+    ),
     "EchoStateNetwork": (
         lambda: nn.EchoStateNetwork(I, H, 2),
         {"x": torch.randn(T, B, I)},

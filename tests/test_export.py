@@ -479,6 +479,8 @@ OPTIONAL = {
     "GRU": Case("rnn", lambda: nn.GRU(5, 6, batch_first=True, bidirectional=True), ("BT5", "2B6")),
     "LSTM": Case("rnn", lambda: nn.LSTM(5, 6, num_layers=2), ("TB5", ("2B6", "2B6"))),
     "GRU with resets": Case("rnn", lambda: Restarted(5, 6, bidirectional=True), ("TB5", "2B6", "padding:TB")),
+    "CfC with resets": Case("rnn", lambda: Episodes(nn.CfC(5, 6, backbone_units=4)), ("TB5", "padding:TB")),
+    "LiGRU with resets": Case("rnn", lambda: Episodes(nn.LiGRU(5, 6, bidirectional=True)), ("TB5", "padding:TB")),
     "RNNCell": Case("rnn", lambda: nn.RNNCell(5, 6), ("B5", "B6")),
     "GRUCell": Case("rnn", lambda: nn.GRUCell(5, 6), ("B5", "B6")),
     "LSTMCell": Case("rnn", lambda: nn.LSTMCell(5, 6), ("B5", ("B6", "B6"))),

@@ -223,13 +223,14 @@ def echo_arguments():
 
 def cfc_arguments(save=False):
     weights, biases = [double(3, 4), double(16, 3)], [double(16)]
-    return double(5, 2, 3), double(2, 4), weights, biases, double(5, 2), None, None, "default", "tanh", save
+    begins = torch.arange(10).view(5, 2) % 4 == 0
+    return double(5, 2, 3), double(2, 4), weights, biases, double(5, 2), None, None, "default", "tanh", save, begins
 
 
 def cfc_backward_arguments():
-    _, _, weights, _, *others, _ = arguments = cfc_arguments(True)
+    _, _, weights, _, *others, _, begins = arguments = cfc_arguments(True)
     output, saved = torch.ops.seqaccel.cfc_forward(*arguments)
-    return torch.randn_like(output), weights, saved, *others, True
+    return torch.randn_like(output), weights, saved, *others, True, begins
 
 
 ARGUMENTS = {

@@ -48,6 +48,7 @@ def apart(cell, tensors, reset, lengths, masks, reverse) -> list[Tensor]:
         for first, until in reversed(spans) if reverse else spans:
             fresh = until < end if reverse else first > 0 or bool(reset[0, b])
             start = [None if s is None else torch.zeros_like(s) if fresh else s for s in given]
+            start[1] = given[1] if cell in reference.CONSTANT_C else start[1]
             z = [None if m is None else m[first:until, b : b + 1] for m in masks]
             output, *found = reference.layer(
                 cell, tensors["input"][first:until, b : b + 1], *start, weights, None, *z, reverse
@@ -216,6 +217,8 @@ def module_of(cell, **options):
 
 def run_apart(module, x, hx, reset):
     """The module's results for x (T, B, I), one call an episode."""
+    hidden = getattr(module, "_hidden", lambda state: state[0])
+    state = getattr(module, "_state", lambda h: (h,))
     T, B = reset.shape
     D = 2 if module.bidirectional else 1
     outputs = []
@@ -229,10 +232,10 @@ def run_apart(module, x, hx, reset):
                 takes[1] = until == T
             takes = takes.repeat(module.num_layers)[:, None, None]
             start = [s[:, b : b + 1] * takes for s in hx]
-            output, end = module(x[first:until, b : b + 1], module._hidden(tuple(start)))
+            output, end = module(x[first:until, b : b + 1], hidden(tuple(start)))
             outputs.append(output[:, 0])
             gives = torch.tensor([until == T, first == 0][:D]).repeat(module.num_layers)
-            for whole, part in zip(last, module._state(end), strict=True):
+            for whole, part in zip(last, state(end), strict=True):
                 whole[gives, b] = part[gives, 0]
     return torch.cat(outputs).view(B, T, -1).transpose(0, 1), last
 
@@ -289,19 +292,107 @@ def test_layouts():
     torch.testing.assert_close((found, last), (expected[:, 1], h_n[:, 1]))
 
 
-@pytest.mark.parametrize("name", ["LSTM", "LayerNormGRU"])
+def same_gradients(found, expected, inputs):
+    """Of the sums of squares of two lists of tensors."""
+    ours, theirs = (
+        torch.autograd.grad(sum((t * t).sum() for t in ts), inputs, allow_unused=True, materialize_grads=True)
+        for ts in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("normalization", ["batch_norm", "layer_norm"])
+def test_ligru(normalization):
+    T, B = 7, 3
+    for bidirectional, act, kind in ((True, "relu", "some"), (False, "tanh", "some"), (True, "tanh", "all")):
+        module = nn.LiGRU(
+            5, 6, 2, bidirectional=bidirectional, nonlinearity=act, normalization=normalization, dtype=torch.float64
+        ).eval()
+        x, reset = torch.randn(T, B, 5, dtype=torch.float64, requires_grad=True), drawn(kind, T, B)
+        h_0 = torch.randn(4 if bidirectional else 2, B, 6, dtype=torch.float64, requires_grad=True)
+        expected, (last,) = run_apart(module, x, [h_0], reset)
+        found, h_n = module(x, h_0, reset=reset)
+        torch.testing.assert_close((found, h_n), (expected, last))
+        same_gradients((found, h_n), (expected, last), [x, h_0, *module.parameters()])
+
+
+def test_dropout_of_a_ligru_outlasts_resets():
+    """All episodes of a row have its mask, forward, backward and both ways through time."""
+    T, B, H = 9, 3, 40
+    module = nn.LiGRU(5, H, bidirectional=True, dropout=0.4, normalization="layer_norm", dtype=torch.float64)
+    x, reset = torch.randn(T, B, 5, dtype=torch.float64), drawn("some", T, B)
+    torch.manual_seed(0)
+    found, _ = module(x, reset=reset)
+    torch.manual_seed(0)
+    masks = torch.nn.functional.dropout(torch.ones(2, B, H, dtype=torch.float64), 0.4)
+    products, weight = module.norm_l0(torch.nn.functional.linear(x, module.weight_ih_l0)), module.weight_hh_l0
+    expected = torch.zeros_like(found)
+    for b in range(B):
+        for first, until in episodes(reset[:, b], T):
+            for d in range(2):
+                part, _ = seqaccel.functional.ligru(
+                    products[first:until, b : b + 1], None, None, weight, mask=masks[d, b : b + 1], reverse=d == 1
+                )
+                expected[first:until, b, d * H : (d + 1) * H] = part[:, 0]
+    torch.testing.assert_close(found, expected)
+    same_gradients([found], [expected], [module.weight_ih_l0, weight])
+
+
+@pytest.mark.parametrize("mode", ["default", "no_gate", "pure"])
+def test_cfc(mode):
+    """Products that are packed and not, two threads; timespans."""
+    for T, B, units, layers, kind in ((7, 3, 5, 1, "some"), (9, 20, 1, 0, "some"), (12, 40, 64, 2, "first"),
+                                      (6, 2, 4, 1, "all")):  # fmt: skip
+        module = nn.CfC(5, 6, mode, "tanh", units, layers, dtype=torch.float64)
+        x, spans = torch.randn(T, B, 5, dtype=torch.float64), torch.rand(T, B, dtype=torch.float64) + 0.3
+        h_0, reset = torch.randn(B, 6, dtype=torch.float64), drawn(kind, T, B)
+        inputs = [*(t.requires_grad_() for t in (x, h_0, spans)), *module.parameters()]
+        outputs, last = [], []
+        for b in range(B):
+            parts = []
+            for first, until in episodes(reset[:, b], T):
+                start = h_0[b : b + 1] * (first == 0 and not reset[0, b])
+                output, h_n = module(x[first:until, b : b + 1], start, spans[first:until, b : b + 1])
+                parts.append(output)
+            outputs.append(torch.cat(parts))
+            last.append(h_n)
+        expected = [torch.cat(outputs, 1), torch.cat(last)]
+        found = module(x, h_0, spans, reset=reset)
+        torch.testing.assert_close(list(found), expected)
+        same_gradients(found, expected, inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(list(module(x, h_0, spans, reset=reset)), expected)
+        with seqaccel.backend("reference"):
+            again = module(x, h_0, spans, reset=reset)
+        torch.testing.assert_close(list(again), expected)
+        same_gradients(again, expected, inputs)
+
+
+def test_gradients_of_gradients_of_cfc():
+    reset = torch.tensor([[True, False], [False, False], [False, True]])
+    weights = [torch.randn(n, k, dtype=torch.float64, requires_grad=True) for n, k in ((3, 2), (8, 3))]
+    tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 3), (2, 2), (8,))]
+
+    def function(x, h_0, bias, *weights):
+        return seqaccel.functional.cfc(x, h_0, weights, [bias], reset=reset)
+
+    torch.autograd.gradcheck(function, (*tensors, *weights))
+    torch.autograd.gradgradcheck(function, (*tensors, *weights))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LayerNormGRU", "LiGRU", "CfC"])
 def test_tools_of_torch(name):
     """torch.compile, torch.export for any batch and number of steps, torch.func."""
-    module, x, reset = getattr(nn, name)(5, 6), torch.randn(6, 3, 5), drawn("some", 6, 3)
+    module, x, reset = getattr(nn, name)(5, 6).eval(), torch.randn(6, 3, 5), drawn("some", 6, 3)
     expected = module(x, reset=reset)[0]
     compiled = torch.compile(lambda x, r: module(x, reset=r)[0], fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(compiled(x, reset), expected)
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(x, reset).sum(), module.weight_hh_l0),
-        torch.autograd.grad(expected.sum(), module.weight_hh_l0),
+        torch.autograd.grad(compiled(x, reset).sum(), list(module.parameters())),
+        torch.autograd.grad(expected.sum(), list(module.parameters())),
     )
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    exported = torch.export.export(module.eval(), (x,), {"reset": reset}, dynamic_shapes={"input": dims, "reset": dims})
+    exported = torch.export.export(module, (x,), {"reset": reset}, dynamic_shapes={"input": dims, "reset": dims})
     for T, B in ((6, 3), (9, 2)):
         y, mask = torch.randn(T, B, 5), drawn("some", T, B)
         torch.testing.assert_close(exported.module()(y, reset=mask)[0], module(y, reset=mask)[0])

@@ -29,6 +29,7 @@ struct CellTraits {
   static constexpr bool kSeparate = false;
   static constexpr int kSaved = 0;          // values per unit that a step keeps for the backward pass, besides c
   static constexpr bool kHasCell = false;   // has a cell state c
+  static constexpr bool kConstant = false;  // c holds factors that neither a step nor a reset changes
   static constexpr bool kDirect = false;    // backward sets u.grad_h_prev
   static constexpr bool kUsesPrev = false;  // reads u.h_prev
   static constexpr bool kUsesH = false;     // backward reads u.h
@@ -322,7 +323,7 @@ struct LiGruCell : CellTraits {
   static constexpr const char* kName =
       kRelu ? (kMasked ? "ligru_relu_masked" : "ligru_relu") : (kMasked ? "ligru_tanh_masked" : "ligru_tanh");
   static constexpr int kGates = 2, kSaved = 2;
-  static constexpr bool kHasCell = kMasked, kDirect = true, kUsesPrev = true, kGiven = true;
+  static constexpr bool kHasCell = kMasked, kConstant = kMasked, kDirect = true, kUsesPrev = true, kGiven = true;
 
   template <class F, class U>
   SEQACCEL_CELL void forward(U& u) {

@@ -81,7 +81,7 @@ def rnn_backward(
         )  # fmt: skip
         dh = sweep.run(None if grad_output is None else grad_output.contiguous())
         if sweep.begins is not None:
-            drop_first((dh, dc), sweep.begins, reverse)
+            drop_first((dh, None if spec.constant_c else dc), sweep.begins, reverse)
         grad_input, grads = sweep.weight_gradients(needs)
     else:
         grad_input = torch.zeros_like(input) if needs[0] else None
@@ -169,7 +169,8 @@ class _Sweep:
                 grad_output, through, self.gates, self.products, gamma, vectors, self.cells, self.carried, self.c_0,
                 self.output, self.h_0, self.lengths, self.begins, self.zone_h[0], self.zone_c[0], self.dh, self.dc,
                 self.grad_x, self.grad_r, self.grad_products, self.grad_norm, t, earlier, later, batch, hidden,
-                self.zone_h[1], self.zone_c[1], **constants, PROJECTED=self.weight_hr is not None, **options,
+                self.zone_h[1], self.zone_c[1], **constants, CONSTANT_C=spec.constant_c,
+                PROJECTED=self.weight_hr is not None, **options,
             )  # fmt: skip
             grad = self.grad_last[t]
             if split:

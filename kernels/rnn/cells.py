@@ -36,6 +36,7 @@ class Cell:
         gates: G, the rows of weight_hh in units of H.
         saved: tiles of s.
         has_c: the state has a c.
+        constant_c: c holds factors that neither a step nor a reset changes.
         uses_output: the derivative needs h_new.
         uses_h: it needs h.
         separate: dr is not dx.
@@ -56,6 +57,7 @@ class Cell:
     gates: int = 4
     saved: int = 4
     has_c: bool = True
+    constant_c: bool = False
     uses_output: bool = False
     uses_h: bool = False
     separate: bool = False
@@ -369,6 +371,6 @@ def ligru_tanh_masked_backward(s, h_new, h, fresh, c, v, dh, dc, mask, H):
 
 _LIGRU: dict[str, Any] = {"gates": 2, "saved": 2, "uses_h": True, "given": True}
 CELLS["ligru_relu"] = Cell(ligru_relu_forward, ligru_relu_backward, has_c=False, **_LIGRU)
-CELLS["ligru_relu_masked"] = Cell(ligru_relu_masked_forward, ligru_relu_masked_backward, **_LIGRU)
+CELLS["ligru_relu_masked"] = Cell(ligru_relu_masked_forward, ligru_relu_masked_backward, constant_c=True, **_LIGRU)
 CELLS["ligru_tanh"] = Cell(ligru_tanh_forward, ligru_tanh_backward, has_c=False, **_LIGRU)
-CELLS["ligru_tanh_masked"] = Cell(ligru_tanh_masked_forward, ligru_tanh_masked_backward, **_LIGRU)
+CELLS["ligru_tanh_masked"] = Cell(ligru_tanh_masked_forward, ligru_tanh_masked_backward, constant_c=True, **_LIGRU)

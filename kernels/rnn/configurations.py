@@ -58,8 +58,8 @@ def _cell(name: str, zoneout: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     spec = CELLS[name]
     constants = {
         "FORWARD": spec.forward, "BACKWARD": spec.backward, "GATES": spec.gates, "FIRST": spec.first,
-        "SAVED": spec.saved, "VECTORS": spec.vectors, "HAS_C": spec.has_c, "USES_OUTPUT": spec.uses_output,
-        "USES_H": spec.uses_h, "PROJECTED": False,
+        "SAVED": spec.saved, "VECTORS": spec.vectors, "HAS_C": spec.has_c, "CONSTANT_C": spec.constant_c,
+        "USES_OUTPUT": spec.uses_output, "USES_H": spec.uses_h, "PROJECTED": False,
     }  # fmt: skip
     has = {
         "p_zoneout_h": zoneout,

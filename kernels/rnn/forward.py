@@ -172,7 +172,7 @@ def rnn_forward(cell, input, h_0, c_0, weights, lengths, zoneout_h, zoneout_c, r
     if x is not None:
         begins = begins_of(reset, lengths, reverse)
         if begins is not None:
-            drop_first((h, c), begins, reverse)
+            drop_first((h, None if spec.constant_c else c), begins, reverse)
         _run_forward(
             cell, spec, input, x, h, c, output, weight_hh, bias_r, weight_hr, extra, lengths, begins, zoneout_h,
             zoneout_c, reverse, saved,
@@ -247,8 +247,8 @@ def _run_forward(
         step.forward_kernel[grid](
             x, product, bias_r, gamma, vectors, lengths, begins, zone_h[0], zone_c[0], h,
             operand_out if weight_hr is None else inner, c, output, gates, cells, carried, t, following, batch, hidden,
-            zone_h[1], zone_c[1], FORWARD=spec.forward, FIRST=spec.first, **constants,
-            PROJECTED=weight_hr is not None, **options,
+            zone_h[1], zone_c[1], FORWARD=spec.forward, FIRST=spec.first, CONSTANT_C=spec.constant_c,
+            **constants, PROJECTED=weight_hr is not None, **options,
         )  # fmt: skip
         if weight_hr is not None:
             torch.mm(inner, project, out=projected)

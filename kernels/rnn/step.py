@@ -161,6 +161,7 @@ def load_backward(
     USES_OUTPUT: tl.constexpr,
     USES_H: tl.constexpr,
     begins=None,
+    CONSTANT_C: tl.constexpr = False,
 ):
     """What ``step_backward`` needs of the forward pass: s, h_new, h, fresh, c; zeros for what the cell has no use for.
 
@@ -182,7 +183,9 @@ def load_backward(
         p_c = p_cells if p_carried is None else p_carried
         b_c_earlier = tl.load(p_c + o_earlier, mask=mask & inner, other=0.0)
         b_c = tl.where(inner, b_c_earlier, tl.load(p_c_0 + o_state, mask=mask, other=0.0).to(tl.float32))
-    b_h, b_c = restarted(b_h, begins), restarted(b_c, begins)
+    b_h = restarted(b_h, begins)
+    if not CONSTANT_C:
+        b_c = restarted(b_c, begins)
     return b_s, b_h_new, b_h, b_fresh, b_c
 
 
@@ -260,6 +263,7 @@ def forward_kernel(
     SAVED: tl.constexpr,
     VECTORS: tl.constexpr,
     HAS_C: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
     PROJECTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -302,7 +306,9 @@ def forward_kernel(
     )  # fmt: skip
     begins = begins_at(p_begins, following, B, b)
     if HAS_C:
-        tl.store(p_c + b * H + unit, restarted(b_c, begins), mask=mask)
+        if not CONSTANT_C:
+            b_c = restarted(b_c, begins)
+        tl.store(p_c + b * H + unit, b_c, mask=mask)
     if not PROJECTED:
         b_h = restarted(b_h, begins)
         tl.store(p_h + b * H + unit, b_h, mask=mask)
@@ -358,6 +364,7 @@ def backward_kernel(
     SAVED: tl.constexpr,
     VECTORS: tl.constexpr,
     HAS_C: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
     USES_OUTPUT: tl.constexpr,
     USES_H: tl.constexpr,
     PROJECTED: tl.constexpr,
@@ -385,11 +392,13 @@ def backward_kernel(
         b_dh, b_held = arriving(p_grad_output, p_product, p_dh, row * H + unit, o_state, mask, cut)
     b_dc = b_dh
     if HAS_C:
-        b_dc = restarted(tl.load(p_dc + o_state, mask=mask, other=0.0), cut)
+        b_dc = tl.load(p_dc + o_state, mask=mask, other=0.0)
+        if not CONSTANT_C:
+            b_dc = restarted(b_dc, cut)
     b_v = load_tiles(p_vectors, unit, H, mask, VECTORS)
     b_saved = load_backward(
         row, earlier_row, inner, inner_h, b, unit, mask, p_gates, p_cells, p_carried, p_c_0, p_output, p_h_0, H,
-        SAVED, HAS_C, USES_OUTPUT, USES_H, begins_at(p_begins, t, B, b),
+        SAVED, HAS_C, USES_OUTPUT, USES_H, begins_at(p_begins, t, B, b), CONSTANT_C,
     )  # fmt: skip
     b_dr, b_dh_prev, b_dc = step_backward(
         b_saved, b_dh, b_dc, b_v, row, unit, running, mask, p_zoneout_h, p_zoneout_c, zoneout_h_stride,

@@ -20,14 +20,17 @@ State = tuple[Tensor, Tensor | None]
 EPSILON = 1e-5  # of layer norm
 
 CELLS: dict[str, Callable[..., State]] = {}
+CONSTANT_C: set[str] = set()  # cells whose c holds factors that neither a step nor a reset changes
 _Update = TypeVar("_Update", bound=Callable[..., State])
 
 
-def _cell(name: str) -> Callable[[_Update], _Update]:
+def _cell(name: str, constant_c: bool = False) -> Callable[[_Update], _Update]:
     """Enters a function in ``CELLS``."""
 
     def enter(update: _Update) -> _Update:
         CELLS[name] = update
+        if constant_c:
+            CONSTANT_C.add(name)
         return update
 
     return enter
@@ -146,14 +149,14 @@ def _ligru(pre: Tensor, h: Tensor, mask: Tensor | None, phi: Callable[[Tensor], 
 
 
 @_cell("ligru_relu")
-@_cell("ligru_relu_masked")
+@_cell("ligru_relu_masked", constant_c=True)
 def ligru_relu_cell(x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh = weights
     return _ligru(_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh), h, c, torch.relu)
 
 
 @_cell("ligru_tanh")
-@_cell("ligru_tanh_masked")
+@_cell("ligru_tanh_masked", constant_c=True)
 def ligru_tanh_cell(x: Tensor, h: Tensor, c: Tensor | None, weights: Weights) -> State:
     _, weight_hh, bias_ih, bias_hh = weights
     return _ligru(_plus(x, bias_ih) + F.linear(h, weight_hh, bias_hh), h, c, torch.tanh)
@@ -183,7 +186,8 @@ def step(
     """The new h and c, and the output (B, P)."""
     if begins is not None:
         h = torch.where(begins.unsqueeze(-1), torch.zeros_like(h), h)
-        c = None if c is None else torch.where(begins.unsqueeze(-1), torch.zeros_like(c), c)
+        if c is not None and cell not in CONSTANT_C:
+            c = torch.where(begins.unsqueeze(-1), torch.zeros_like(c), c)
 
     def blend(z: Tensor | None, old: Any, new: Any) -> Any:
         if z is None or new is None:
@@ -229,7 +233,7 @@ def layer(
 
     Zoneout Z makes each new state Z * old + (1 - Z) * new, the output being the new h so blended. Past a sequence's
     length the output is 0 and the state stays. An episode begins at each step of ``reset``: it sees nothing of the
-    steps before, nor of the given state.
+    steps before, nor of the given state, but for the c of cells in ``CONSTANT_C``.
     """
     steps = input.shape[0]
     projection = project(cell, input, weights).unbind(0)  # whose backward pass is one, not one a step
@@ -291,8 +295,11 @@ def cfc_step(
     a: Tensor | None,  # (H,)
     mode: str,
     activation: str,
+    begins: Tensor | None = None,  # (B,): which begin with this step, from zero
 ) -> Tensor:
     """The new h of a closed-form continuous-time recurrence."""
+    if begins is not None:
+        h = torch.where(begins.unsqueeze(-1), torch.zeros_like(h), h)
     v = x + F.linear(h, weights[0])
     for weight, bias in zip(weights[1:], biases, strict=True):
         v = F.linear(CFC_ACTIVATIONS[activation](v), weight, bias)
@@ -315,11 +322,12 @@ def cfc(
     a: Tensor | None,
     mode: str,
     activation: str,
+    reset: Tensor | None = None,  # (T, B)
 ) -> Tensor:
-    """Outputs (T, B, H)."""
+    """Outputs (T, B, H). The h before a step of ``reset`` is zero."""
     h, outputs = h_0, []
-    spans = [None] * x.shape[0] if timespans is None else timespans.unbind(0)
-    for x_t, span in zip(x.unbind(0), spans, strict=True):
-        h = cfc_step(x_t, h, weights, biases, span, w, a, mode, activation)
+    spans, begins = ([None] * x.shape[0] if t is None else t.unbind(0) for t in (timespans, reset))
+    for x_t, span, start in zip(x.unbind(0), spans, begins, strict=True):
+        h = cfc_step(x_t, h, weights, biases, span, w, a, mode, activation, start)
         outputs.append(h)
     return torch.stack(outputs) if outputs else h_0.new_zeros(0, *h_0.shape)

@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_forward_bfloat16(Text name, Tensor input,
     for (int64_t b = 0; b < B; ++b) {
       if (!restarts[t * B + b] || (!valid.empty() && t >= valid[size_t(b)])) continue;
       std::fill_n(program.h(0) + b * stride, P, 0.0f);
-      if (c_0) std::fill_n(program.c(0) + b * stride, H, 0.0f);
+      if (c_0 && !kind.constant) std::fill_n(program.c(0) + b * stride, H, 0.0f);
     }
   };
   for (size_t i = 0; i < begins.size(); ++i) {

@@ -10,7 +10,7 @@ namespace {
 // The operands that both operators share, contiguous once they are checked.
 struct Operands {
   std::vector<Tensor> weights;
-  OptionalTensor timespans, w, a;
+  OptionalTensor timespans, w, a, reset;
   CfcMode mode;
   CfcActivation activation;
   int64_t T, B, H;
@@ -48,9 +48,10 @@ struct Operands {
     STD_TORCH_CHECK(bool(w) == (mode == CfcMode::pure) && bool(a) == bool(w),
                     "seqaccel: expected w and a to be given just for the mode pure");
     if (timespans) check_tensor(*timespans, "timespans", {T, B}, dtype);
+    if (reset) check_tensor(*reset, "reset", {T, B}, ScalarType::Bool);
     if (w) check_tensor(*w, "w", {H}, dtype);
     if (a) check_tensor(*a, "a", {H}, dtype);
-    for (OptionalTensor* t : {&timespans, &w, &a}) *t = to_contiguous(*t);
+    for (OptionalTensor* t : {&timespans, &w, &a, &reset}) *t = to_contiguous(*t);
   }
 
   template <typename V>
@@ -67,6 +68,7 @@ struct Operands {
       to.weights[i] = weights[size_t(i)].const_data_ptr<V>();
     }
     to.timespans = data_or_null<V>(timespans);
+    to.reset = data_or_null<bool>(reset);
     to.w = data_or_null<V>(w);
     to.a = data_or_null<V>(a);
   }
@@ -79,12 +81,12 @@ void check_memory_for_weights(bool allocated) {
 std::tuple<Tensor, std::vector<Tensor>> cfc_forward(Tensor x, Tensor h_0, std::vector<Tensor> weights,
                                                     std::vector<Tensor> biases, OptionalTensor timespans,
                                                     OptionalTensor w, OptionalTensor a, Text mode, Text activation,
-                                                    bool save) {
+                                                    bool save, OptionalTensor reset) {
   check_float_or_double(x, "x");
   const ScalarType dtype = x.scalar_type();
   check_tensor(x, "x", {-1, -1, -1}, dtype);
   check_tensor(h_0, "h_0", {x.size(1), -1}, dtype);
-  Operands o{weights, timespans, w, a};
+  Operands o{weights, timespans, w, a, reset};
   o.check(mode.value, activation.value, x, h_0.size(1));
   check_tensor(x, "x", {o.T, o.B, o.width(0)}, dtype);
   STD_TORCH_CHECK(biases.size() + 1 == weights.size(), "seqaccel: expected ", int64_t(weights.size()) - 1,
@@ -123,11 +125,11 @@ std::tuple<Tensor, std::vector<Tensor>> cfc_forward(Tensor x, Tensor h_0, std::v
 std::tuple<Tensor, std::vector<Tensor>, Tensor> cfc_backward(Tensor grad_output, std::vector<Tensor> weights,
                                                              std::vector<Tensor> saved, OptionalTensor timespans,
                                                              OptionalTensor w, OptionalTensor a, Text mode,
-                                                             Text activation, bool keep) {
+                                                             Text activation, bool keep, OptionalTensor reset) {
   check_float_or_double(grad_output, "grad_output");
   const ScalarType dtype = grad_output.scalar_type();
   check_tensor(grad_output, "grad_output", {-1, -1, -1}, dtype);
-  Operands o{weights, timespans, w, a};
+  Operands o{weights, timespans, w, a, reset};
   o.check(mode.value, activation.value, grad_output, grad_output.size(2));
   STD_TORCH_CHECK(saved.size() == weights.size(), "seqaccel: expected ", int64_t(weights.size()),
                   " saved tensors, but got ", int64_t(saved.size()));
@@ -167,10 +169,10 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> cfc_backward(Tensor grad_output,
 STABLE_TORCH_LIBRARY_FRAGMENT(seqaccel, m) {
   m.def(
       "cfc_forward(Tensor x, Tensor h_0, Tensor[] weights, Tensor[] biases, Tensor? timespans, Tensor? w, Tensor? a, "
-      "str mode, str activation, bool save) -> (Tensor, Tensor[])");
+      "str mode, str activation, bool save, Tensor? reset=None) -> (Tensor, Tensor[])");
   m.def(
       "cfc_backward(Tensor grad_output, Tensor[] weights, Tensor[] saved, Tensor? timespans, Tensor? w, Tensor? a, "
-      "str mode, str activation, bool keep) -> (Tensor, Tensor[], Tensor)");
+      "str mode, str activation, bool keep, Tensor? reset=None) -> (Tensor, Tensor[], Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqaccel, CPU, m) {

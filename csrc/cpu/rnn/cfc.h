@@ -6,7 +6,7 @@
 // row's time span,
 //   f = tanh(v_f), g = tanh(v_g), t = sigmoid(s v_a + v_b):  h = (1 - t) f + t g, or without the gate f + t g
 //   pure, f = v_f:  h = A - A exp(-s (|w| + |f|)) f
-// All tensors are contiguous.
+// where h' is zero at the steps of `reset`. All tensors are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +29,12 @@ struct Cfc {
   int64_t widths[kCfcMatrices + 1];  // values that a matrix multiplies; the last one: its rows
   const T* weights[kCfcMatrices];    // [widths[i + 1], widths[i]]
   const T* timespans;                // [T, B], or null: 1
+  const bool* reset;                 // [T, B], or null: at which steps episodes begin
   const T* w;                        // [H], of the pure solution
   const T* a;                        // [H]
 
   int heads() const { return mode == CfcMode::pure ? 1 : 4; }
+  bool begins(int64_t t, int64_t b) const { return reset && reset[t * batch + b]; }
 };
 
 template <typename T>

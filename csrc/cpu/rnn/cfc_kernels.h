@@ -1,6 +1,7 @@
 // The loops of a closed-form continuous-time recurrence. Threads share the batch, and never wait for each other.
 // Weights are packed once per call (blocks.h).
 #include <omp.h>
+#include <string.h>
 
 #include "cpu/rnn/blocks.h"
 #include "cpu/rnn/cfc.h"
@@ -75,6 +76,7 @@ struct CfcForwardPlan {
   Product products[kCfcMatrices];
   ptrdiff_t blocks[kCfcMatrices];
   T* panels;
+  T* started;  // [B, H] if there are resets: h', zero where an episode begins
   Workspace workspace;
 
   explicit CfcForwardPlan(const CfcForward<T>& pass) : p(pass) {
@@ -91,6 +93,7 @@ struct CfcForwardPlan {
     ptrdiff_t values = 0;
     for (int i = 0; i < p.matrices && !direct; ++i) values += blocks[i] * products[i].panel_size;
     workspace.reserve(panels, values);
+    workspace.reserve(started, p.reset ? p.batch * p.hidden : 0);
     if (!workspace.allocate()) return false;
     T* next = panels;
     for (int i = 0; i < p.matrices && !direct; ++i) {
@@ -109,11 +112,26 @@ struct CfcForwardPlan {
   // The activations of a matrix at time t.
   T* place(int i, ptrdiff_t t) const { return p.activations[i] + (p.keeps ? t : 0) * p.batch * p.widths[i + 1]; }
 
+  // h' [B, H] of the rows [b0, b1).
+  const T* before(ptrdiff_t t, ptrdiff_t b0, ptrdiff_t b1) const {
+    const T* const h = t == 0 ? p.h_0 : p.output + (t - 1) * p.batch * p.hidden;
+    if (!p.reset || !memchr(p.reset + t * p.batch + b0, true, size_t(b1 - b0))) return h;
+    const size_t bytes = size_t(p.hidden) * sizeof(T);
+    for (ptrdiff_t b = b0; b < b1; ++b) {
+      if (p.begins(t, b)) {
+        memset(started + b * p.hidden, 0, bytes);
+      } else {
+        memcpy(started + b * p.hidden, h + b * p.hidden, bytes);
+      }
+    }
+    return started;
+  }
+
   void multiply(int i, ptrdiff_t t, ptrdiff_t b0, ptrdiff_t b1) const {
     alignas(64) T y[kChunk * Product::V * L];
     const Product& product = products[i];
     const ptrdiff_t N = product.N;
-    const T* const source = i == 0 ? (t == 0 ? p.h_0 : p.output + (t - 1) * p.batch * p.hidden) : place(i - 1, t);
+    const T* const source = i == 0 ? before(t, b0, b1) : place(i - 1, t);
     const T* const added = i == 0 ? p.x + t * p.batch * N : p.biases[i];
     const ptrdiff_t added_row = i == 0 ? N : 0;
     const bool activates = i + 1 < p.matrices;
@@ -276,6 +294,9 @@ struct CfcBackwardPlan {
     for (ptrdiff_t t = p.steps - 1; t >= 0; --t) {
       for (ptrdiff_t b = b0; b < b1; ++b) mix(t, b);
       for (int i = p.matrices - 1; i >= 0; --i) multiply(i, t, b0, b1);
+      for (ptrdiff_t b = b0; b < b1; ++b) {
+        if (p.begins(t, b)) memset(carried + b * p.hidden, 0, size_t(p.hidden) * sizeof(T));
+      }
     }
     memcpy(p.grad_h_0 + b0 * p.hidden, carried + b0 * p.hidden, bytes);
   }

@@ -13,8 +13,8 @@ constexpr RnnCellEntry rnn_entry(bool (*forward_float)(const RnnForward<float>&)
                                  bool (*backward_double)(const RnnBackward<double>&)) {
   return {Cell::kName,          Cell::kGates,    kInputs<Cell>,   kPre<Cell>,           Cell::kSaved,    Cell::kWeights,
           Cell::kWeightTensors, Cell::kFirst,    Cell::kFirstPre, Cell::kMainPre,       Cell::kSeparate, Cell::kHasCell,
-          Cell::kZoneout,       Cell::kProjects, Cell::kExtra,    Cell::kNorm,          Cell::kNormC,    forward_float,
-          forward_double,       backward_float,  backward_double, weight_shapes<Cell>()};
+          Cell::kConstant,      Cell::kZoneout,  Cell::kProjects, Cell::kExtra,         Cell::kNorm,     Cell::kNormC,
+          forward_float,        forward_double,  backward_float,  backward_double,      weight_shapes<Cell>()};
 }
 
 template <class Cell>

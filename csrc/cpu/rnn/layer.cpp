@@ -94,7 +94,7 @@ void take_episodes(std::vector<Episode> episodes, RnnLayer& layer) {
   layer.episodes = std::move(episodes);
   layer.batch = int64_t(layer.episodes.size());
   layer.h_0 = states_of_rows(layer, layer.h_0, &Episode::takes_state);
-  if (layer.c_0) layer.c_0 = states_of_rows(layer, *layer.c_0, &Episode::takes_state);
+  if (layer.c_0) layer.c_0 = states_of_rows(layer, *layer.c_0, layer.takes_c());
   layer.steps = layer.episodes.front().length;
   if (layer.episodes.back().length == layer.times) return;  // in the order of the streams
   for (const Episode& episode : layer.episodes) layer.first.push_back(episode.first * layer.streams + episode.stream);
@@ -228,6 +228,17 @@ size_t row_bytes(const Tensor& t) { return size_t(t.size(t.dim() - 1)) * size_t(
 Rows<const char> read_rows(const Tensor& t) { return {static_cast<const char*>(t.const_data_ptr()), row_bytes(t)}; }
 Rows<char> write_rows(const Tensor& t) { return {static_cast<char*>(t.mutable_data_ptr()), row_bytes(t)}; }
 
+// Adds the rows of all episodes to those of their streams.
+template <typename T>
+void add_rows(const RnnLayer& layer, const Tensor& rows, const Tensor& states) {
+  const int64_t width = rows.size(1);
+  for (int64_t b = 0; b < layer.batch; ++b) {
+    const T* const from = rows.const_data_ptr<T>() + b * width;
+    T* const to = states.mutable_data_ptr<T>() + layer.episodes[size_t(b)].stream * width;
+    for (int64_t i = 0; i < width; ++i) to[i] += from[i];
+  }
+}
+
 }  // namespace
 
 Tensor states_of_rows(const RnnLayer& layer, const Tensor& states, OfEpisode has) {
@@ -237,7 +248,7 @@ Tensor states_of_rows(const RnnLayer& layer, const Tensor& states, OfEpisode has
   const auto from = read_rows(states);
   for (int64_t b = 0; b < layer.batch; ++b) {
     const Episode& episode = layer.episodes[size_t(b)];
-    if (episode.*has) {
+    if (!has || episode.*has) {
       std::memcpy(to[b], from[episode.stream], to.bytes);
     } else {
       std::memset(to[b], 0, to.bytes);
@@ -250,6 +261,10 @@ Tensor states_of_streams(const RnnLayer& layer, const Tensor& rows, OfEpisode ha
   if (layer.episodes.empty()) return rows;
   Tensor states = new_tensor(rows, {layer.streams, rows.size(1)});
   torch::stable::zero_(states);
+  if (!has) {
+    (layer.single() ? add_rows<float> : add_rows<double>)(layer, rows, states);
+    return states;
+  }
   const auto to = write_rows(states);
   const auto from = read_rows(rows);
   for (int64_t b = 0; b < layer.batch; ++b) {

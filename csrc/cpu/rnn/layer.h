@@ -25,6 +25,9 @@ struct Episode {
   bool takes_state, gives_state;  // begins with the stream's h_0; ends with its h_n
 };
 
+// Which episodes of a stream a state belongs to; null: all.
+using OfEpisode = bool Episode::*;
+
 // A layer's arguments after the checks, contiguous and detached from autograd.
 struct RnnLayer {
   const RnnCellEntry* cell;
@@ -72,6 +75,7 @@ struct RnnLayer {
   const Tensor& weight_mx() const { return weight(kCommonWeights); }
   const Tensor& weight_mh() const { return weight(kCommonWeights + 1); }
   int first_unit_tensor() const { return kCommonWeights + int(cell->projects); }
+  OfEpisode takes_c() const { return cell->constant ? nullptr : &Episode::takes_state; }
   int64_t offset(int64_t t) const { return ragged() ? offsets[size_t(t)] : t * batch; }
   int64_t state_row(int64_t b) const { return order.empty() ? b : order[size_t(b)]; }
   int64_t padded_row(int64_t t, int64_t b) const { return t * streams + first[size_t(b)]; }
@@ -108,11 +112,8 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
                          const WeightList& weights, const OptionalTensor& lengths, const OptionalTensor& zoneout_h,
                          const OptionalTensor& zoneout_c, const OptionalTensor& reset, bool reverse);
 
-// Which episodes of a stream a state belongs to.
-using OfEpisode = bool Episode::*;
-
-// States [streams, W] as those of the rows: zero for episodes without. And back: zero for streams without. Without
-// episodes both are one.
+// States [streams, W] as those of the rows: zero for episodes without. And back: zero for streams without. Where all
+// episodes of a stream have the state, the way back adds theirs. Without episodes both are one.
 Tensor states_of_rows(const RnnLayer& layer, const Tensor& states, OfEpisode has);
 Tensor states_of_streams(const RnnLayer& layer, const Tensor& rows, OfEpisode has);
 

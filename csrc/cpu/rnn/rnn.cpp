@@ -532,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   swept.grad_unit_weights = new_tensor(input, {traits.unit_weights * H});
   backward_parts(layer, grads, output, kept, reverse, swept, results);
   swept.grad_h_0 = states_of_streams(layer, swept.grad_h_0, &Episode::takes_state);
-  if (has_cell) swept.grad_c_0 = states_of_streams(layer, swept.grad_c_0, &Episode::takes_state);
+  if (has_cell) swept.grad_c_0 = states_of_streams(layer, swept.grad_c_0, layer.takes_c());
   // A separate pre-activation of h' for the last gate comes after the others.
   const int64_t shared = traits.separate ? rows - H : rows;
   if (wanted[kBiasIh]) copy_values(grad_weights[kBiasIh], 0, swept.grad_bias, 0, rows);

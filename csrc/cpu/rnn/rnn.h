@@ -132,7 +132,7 @@ struct RnnCellEntry {
   int gates, inputs, pre, saved, unit_weights;
   const int* weight_tensors;  // [4]
   int first, first_pre, main_pre;
-  bool separate, has_cell, zoneout, projects, extra, norm, norm_c;
+  bool separate, has_cell, constant, zoneout, projects, extra, norm, norm_c;
   bool (*forward_float)(const RnnForward<float>&);
   bool (*forward_double)(const RnnForward<double>&);
   bool (*backward_float)(const RnnBackward<float>&);

@@ -28,40 +28,41 @@ class _CfC(torch.autograd.Function):
     back step by step; the gradients of weights are products over all steps, calculated after it."""
 
     @staticmethod
-    def forward(ctx, kept, count, mode, activation, x, h_0, timespans, w, a, *matrices):
+    def forward(ctx, kept, count, mode, activation, reset, x, h_0, timespans, w, a, *matrices):
         weights, biases = list(matrices[:count]), list(matrices[count:])
         output, saved = call(
-            torch.ops.seqaccel.cfc_forward, x, h_0, weights, biases, timespans, w, a, mode, activation, True
+            torch.ops.seqaccel.cfc_forward, x, h_0, weights, biases, timespans, w, a, mode, activation, True, reset
         )
         if kept is not None:
             kept.extend(saved)
-        ctx.save_for_backward(x, h_0, timespans, w, a, *matrices, output, *saved)
+        ctx.save_for_backward(x, h_0, timespans, w, a, *matrices, reset, output, *saved)
         ctx.count, ctx.mode, ctx.activation = count, mode, activation
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
         count, mode, activation = ctx.count, ctx.mode, ctx.activation
-        needs, inputs = ctx.needs_input_grad[4:], ctx.saved_tensors[: 5 + 2 * count - 1]
+        needs, inputs = ctx.needs_input_grad[5:], ctx.saved_tensors[: 5 + 2 * count - 1]
+        reset, output, *saved = ctx.saved_tensors[len(inputs) :]
         if torch.is_grad_enabled() or _common.is_batched(grad_output):
 
             def again(x, h_0, timespans, w, a, *matrices):
                 weights, biases = matrices[:count], matrices[count:]
-                return reference.cfc(x, h_0, weights, biases, timespans, w, a, mode, activation)
+                return reference.cfc(x, h_0, weights, biases, timespans, w, a, mode, activation, reset)
 
-            return *[None] * 4, *_common.differentiable_backward(again, inputs, (grad_output,), needs)
-        output, *saved = ctx.saved_tensors[len(inputs) :]
+            return *[None] * 5, *_common.differentiable_backward(again, inputs, (grad_output,), needs)
         device_type = grad_output.device.type
         if not _common.autocast_on(device_type):
-            return *[None] * 4, *_gradients(ctx, grad_output, inputs, output, saved, needs)
+            return *[None] * 5, *_gradients(ctx, grad_output, inputs, reset, output, saved, needs)
         with torch.autocast(device_type, enabled=False):
-            return *[None] * 4, *_gradients(ctx, grad_output, inputs, output, saved, needs)
+            return *[None] * 5, *_gradients(ctx, grad_output, inputs, reset, output, saved, needs)
 
 
 def _gradients(
     ctx: Any,
     grad_output: Tensor,
     inputs: tuple[Any, ...],
+    reset: Tensor | None,
     output: Tensor,
     saved: list[Tensor],
     needs: tuple[bool, ...],
@@ -71,7 +72,7 @@ def _gradients(
     _, h_0, timespans, w, a, *matrices = inputs
     grad_h_0, grads, grad_h = call(
         torch.ops.seqaccel.cfc_backward, grad_output, matrices[:count], saved, timespans, w, a, ctx.mode,
-        ctx.activation, pure and any(needs[2:5]),
+        ctx.activation, pure and any(needs[2:5]), reset,
     )  # fmt: skip
     found: list[Tensor | None] = [grads[0], grad_h_0, *[None] * (len(inputs) - 2)]
     if pure and any(needs[2:5]):
@@ -87,6 +88,8 @@ def _gradients(
         H = h_0.shape[1]
         found[2] = (grads[-1][..., 3 * H :] * saved[-1][..., 3 * H :]).sum(-1)
     before = torch.cat([h_0.unsqueeze(0), output[:-1]])[: output.shape[0]]
+    if reset is not None:
+        before = before.masked_fill_(reset.unsqueeze(-1), 0)
     for i, grad in enumerate(grads):
         if needs[5 + i]:
             found[5 + i] = mm(_rows(grad).t(), _rows(before if i == 0 else saved[i - 1]), "cpp")
@@ -98,13 +101,13 @@ def _gradients(
 # ---- the operators' facts ----
 
 
-def _forward_fake(x, h_0, weights, biases, timespans, w, a, mode, activation, save):
+def _forward_fake(x, h_0, weights, biases, timespans, w, a, mode, activation, save, reset=None):
     T, B, _ = x.shape
     kept = [x.new_empty((T, B, weight.shape[0])) for weight in weights] if save else []
     return x.new_empty((T, B, h_0.shape[1])), kept
 
 
-def _backward_fake(grad_output, weights, saved, timespans, w, a, mode, activation, keep):
+def _backward_fake(grad_output, weights, saved, timespans, w, a, mode, activation, keep, reset=None):
     T, B, H = grad_output.shape
     grads = [grad_output.new_empty((T, B, weight.shape[0])) for weight in weights]
     return grad_output.new_empty((B, H)), grads, grad_output.new_empty(grad_output.shape if keep else (0,))
@@ -114,9 +117,13 @@ def _flops(rows, weights: Sequence[Any]) -> int:
     return 2 * rows[0] * rows[1] * sum(weight[0] * weight[1] for weight in weights)
 
 
-def _recorded(x, h_0, weights, biases, timespans, w, a, mode, activation, save):
+def _definition(x, h_0, weights, biases, timespans, w, a, mode, activation, save, reset=None):
+    return (reference.cfc(x, h_0, weights, biases, timespans, w, a, mode, activation, reset),)
+
+
+def _recorded(x, h_0, weights, biases, timespans, w, a, mode, activation, save, reset=None):
     kept: list[Tensor] = []
-    output = _CfC.apply(kept, len(weights), mode, activation, x, h_0, timespans, w, a, *weights, *biases)
+    output = _CfC.apply(kept, len(weights), mode, activation, reset, x, h_0, timespans, w, a, *weights, *biases)
     return output, kept if save else []
 
 
@@ -125,9 +132,9 @@ register(
         "cfc_forward",
         _forward_fake,
         lambda x, h_0, weights, *_: _flops(x, weights),
-        definition=lambda *arguments: (reference.cfc(*arguments[:9]),),
+        definition=_definition,
         recorded=_recorded,
-        batch={"x": 1, "h_0": 0, "timespans": 1, 0: 1, 1: 1},
+        batch={"x": 1, "h_0": 0, "timespans": 1, "reset": 1, 0: 1, 1: 1},
     )
 )
 register(
@@ -135,7 +142,7 @@ register(
         "cfc_backward",
         _backward_fake,
         lambda grad_output, weights, *_: _flops(grad_output, weights),
-        batch={"grad_output": 1, "saved": 1, "timespans": 1, 0: 0, 1: 1, 2: 1},
+        batch={"grad_output": 1, "saved": 1, "timespans": 1, "reset": 1, 0: 0, 1: 1, 2: 1},
     )
 )
 
@@ -203,6 +210,7 @@ def cfc(
     activation: str = "lecun_tanh",
     w_tau: Tensor | None = None,
     A: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Tensor:
     r"""The states of a closed-form continuous-time network, whose step is a network of n products:
 
@@ -228,6 +236,7 @@ def cfc(
             ``"lecun_tanh"``.
         w_tau: :math:`w_\tau`, (H,), for ``"pure"``. Default: none.
         A: (H,), for ``"pure"``. Default: none.
+        reset: (T, B) bool: an episode begins at each True, from a state of zero. Default: none.
 
     Returns:
         (T, B, H).
@@ -251,6 +260,8 @@ def cfc(
         names = ", ".join(reference.CFC_ACTIVATIONS)
         raise ValueError(f"cfc: expected activation to be one of {names}, but got {activation!r:.60}")
     _check(x, h_0, weights, biases, timespans, w_tau, A, mode)
+    if reset is not None:
+        _arguments.reset("cfc", reset, tuple(x.shape[:2]), x.device)
     count = len(weights)
     given: list[Any] = list(_common.autocast(x, h_0, timespans, w_tau, A, *weights, *biases))
     dtype, wide = given[0].dtype, _common.compute_dtype(given[0].dtype)
@@ -260,25 +271,30 @@ def cfc(
         state = first.new_zeros(first.shape[1], matrices[0].shape[1])
     operands = first, state, matrices[:count], matrices[count:], spans, w, a, mode, activation
     if _onnx.exporting():
-        return _scanned(*operands).to(dtype)
+        return _scanned(*operands, reset).to(dtype)
     if _common.transforms_active() or backends.choose("cfc", x, BACKENDS) == "reference":
-        return reference.cfc(*operands).to(dtype)
+        return reference.cfc(*operands, reset).to(dtype)
     recorded = _common.needs_grad(first, state, spans, w, a, *matrices)
     if torch.compiler.is_compiling():
-        return torch.ops.seqaccel.cfc_forward(*operands, recorded)[0].to(dtype)
+        return torch.ops.seqaccel.cfc_forward(*operands, recorded, reset)[0].to(dtype)
     if recorded:
-        return _CfC.apply(None, count, mode, activation, first, state, spans, w, a, *matrices).to(dtype)
-    return call(torch.ops.seqaccel.cfc_forward, *operands, False)[0].to(dtype)
+        return _CfC.apply(None, count, mode, activation, reset, first, state, spans, w, a, *matrices).to(dtype)
+    return call(torch.ops.seqaccel.cfc_forward, *operands, False, reset)[0].to(dtype)
 
 
-def _scanned(x, h_0, weights, biases, timespans, w, a, mode, activation) -> Tensor:
+def _scanned(x, h_0, weights, biases, timespans, w, a, mode, activation, reset) -> Tensor:
     """``reference.cfc`` for any number of steps, in a graph of ONNX."""
     x, h_0, timespans, w, a, *matrices = _onnx.detached(x, h_0, timespans, w, a, *weights, *biases)
     weights, biases = matrices[: len(weights)], matrices[len(weights) :]
 
+    inputs = {"x": x, "span": timespans, "begins": reset}
+    given = {name: t for name, t in inputs.items() if t is not None}
+
     def step(state: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        span = values[1] if len(values) == 2 else None
-        h = reference.cfc_step(values[0], state[0], weights, biases, span, w, a, mode, activation)
+        at: dict[str, Any] = dict.fromkeys(inputs) | dict(zip(given, values, strict=True))
+        h = reference.cfc_step(
+            at["x"], state[0], weights, biases, at["span"], w, a, mode, activation, at["begins"]
+        )  # fmt: skip
         return [h], h.clone()
 
-    return _onnx.loop(step, [h_0], [x] if timespans is None else [x, timespans], False)[1]
+    return _onnx.loop(step, [h_0], list(given.values()), False)[1]

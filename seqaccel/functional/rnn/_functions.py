@@ -451,6 +451,7 @@ def ligru(
     zoneout: Factor = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
+    reset: Tensor | None = None,
 ) -> Pair:
     r"""One layer and direction of a light gated recurrent unit.
 
@@ -475,6 +476,9 @@ def ligru(
         lengths: (B,) int64, between 1 and T, in any order: past a sequence's length the output is 0 and the state
             stays. Default: every sequence has T steps.
         reverse: run from the last step (of each sequence) to the first. Default: ``False``.
+        reset: (T, B) bool: an episode begins at each True. Its first step sees nothing of the steps before, nor of the
+            given state; with ``reverse`` so does the last step before it of those after. The mask is that of all
+            episodes. Default: none.
 
     Returns:
         output (T, B, H), and the last state :math:`h_n` (B, H).
@@ -507,7 +511,7 @@ def ligru(
     weights = [weight_ih, weight_hh, bias_ih, bias_hh]
     if mask is not None and h_0 is None:
         h_0 = torch.zeros_like(mask)
-    output, h_n, _ = layer("ligru", cell, input, Direction(h_0, mask, weights, reverse, zoneout), lengths)
+    output, h_n, _ = layer("ligru", cell, input, Direction(h_0, mask, weights, reverse, zoneout), lengths, reset)
     return output, h_n
 
 

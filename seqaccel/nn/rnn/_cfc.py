@@ -21,7 +21,9 @@ class _LeCunTanh(torch.nn.Module):
 _ACTIVATIONS: dict[str, Any] = {"lecun_tanh": _LeCunTanh, "tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 
 
-def run_cell(cell: Any, activation: str, x: Tensor, h_0: Tensor | None, timespans: Tensor | None) -> Tensor:
+def run_cell(
+    cell: Any, activation: str, x: Tensor, h_0: Tensor | None, timespans: Tensor | None, reset: Tensor | None = None
+) -> Tensor:
     """Outputs (T, B, H) of x (T, B, I), by the parts of a cell that are named as those of :class:`CfCCell`."""
     pure = cell.mode == "pure"
     heads = [cell.ff1] if pure else [cell.ff1, cell.ff2, cell.time_a, cell.time_b]
@@ -33,7 +35,7 @@ def run_cell(cell: Any, activation: str, x: Tensor, h_0: Tensor | None, timespan
     drive = torch.nn.functional.linear(x, first[:, :inputs], bias)
     return cfc(
         drive, h_0, [first[:, inputs:], *(weight for weight, _ in rest)], [bias for _, bias in rest], timespans,
-        mode=cell.mode, activation=activation,
+        mode=cell.mode, activation=activation, reset=reset,
         w_tau=cell.w_tau.view(-1) if pure else None, A=cell.A.view(-1) if pure else None,
     )  # fmt: skip
 
@@ -166,9 +168,10 @@ class CfC(Leaf, Streaming, torch.nn.Module):
     Parameters: those of :class:`CfCCell` as ``rnn_cell``, so that a state_dict of ``ncps.torch.CfC`` fits.
 
     Shapes:
-        - ``forward(input, hx=None, timespans=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) for
-          one sequence; hx (B, H), or (H,), by default zero; timespans (T, B), laid out as the input without its
-          features, by default 1. Returns output, laid out as the input with H features, and the last state like hx.
+        - ``forward(input, hx=None, timespans=None, *, reset=None)``: input (T, B, I), or (B, T, I) with
+          ``batch_first``, or (T, I) for one sequence; hx (B, H), or (H,), by default zero; timespans (T, B), laid out
+          as the input without its features, by default 1; reset (T, B) bool, laid out as timespans: an episode begins
+          at each True, from a state of zero, by default none. Returns output, laid out as the input with H features, and the last state like hx.
         - streaming: the state is (h,), (B, H). ``extend`` and ``step`` take timespans too.
 
     Raises:
@@ -220,25 +223,36 @@ class CfC(Leaf, Streaming, torch.nn.Module):
                 raise ValueError(f"CfC: expected {name} to have shape {shape}, but got {tuple(tensor.shape)}")
 
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, timespans: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        timespans: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All steps: the output, and the state after the last one. See the class."""
         if not isinstance(input, Tensor):
-            return self._instead("input", input, hx=hx, timespans=timespans)
+            return self._instead("input", input, hx=hx, timespans=timespans, reset=reset)
         self._check(input, hx, timespans)
+        if reset is not None:
+            _arguments.reset("CfC", reset, tuple(input.shape[:-1]), input.device)
         if input.dim() == 2:
             output, h_n = self._run(
                 input.unsqueeze(1), hx if hx is None else hx.unsqueeze(0),
                 timespans if timespans is None else timespans.unsqueeze(1),
+                reset if reset is None else reset.unsqueeze(1),
             )  # fmt: skip
             return output.squeeze(1), h_n.squeeze(0)
         if not self.batch_first:
-            return self._run(input, hx, timespans)
-        output, h_n = self._run(input.transpose(0, 1), hx, timespans if timespans is None else timespans.t())
+            return self._run(input, hx, timespans, reset)
+        of_steps = (t if t is None else t.t() for t in (timespans, reset))
+        output, h_n = self._run(input.transpose(0, 1), hx, *of_steps)
         return output.transpose(0, 1), h_n
 
-    def _run(self, x: Tensor, hx: Tensor | None, timespans: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = run_cell(self.rnn_cell, self.rnn_cell.activation, x, hx, timespans)
+    def _run(
+        self, x: Tensor, hx: Tensor | None, timespans: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output = run_cell(self.rnn_cell, self.rnn_cell.activation, x, hx, timespans, reset)
         if output.shape[0] == 0:
             return output, x.new_zeros(x.shape[1], self.rnn_cell.hidden_size) if hx is None else hx
         return output, output[-1]

@@ -43,9 +43,9 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
     z; the module ``norm_l{k}``.
 
     Shapes, with D directions and L layers:
-        - ``forward(input, hx=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
+        - ``forward(input, hx=None, *, reset=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
           PackedSequence, of which only the steps that are there count in the norm; hx = h_0 (D * L, B, H), by default
-          zero. Returns output (T, B, D * H) and h_n.
+          zero; reset (T, B) bool, laid out as the input without its features. Returns output (T, B, D * H) and h_n.
         - streaming: the state is (h,), (B, L, H). A bidirectional module does not stream. With batch norm a stream
           gives what ``forward`` gives in eval mode.
 
@@ -119,9 +119,9 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
     # ---- forward ----
 
     def _layer(
-        self, k: int, x: Tensor, h_0: Tensor | None, batch_sizes: Tensor | None
+        self, k: int, x: Tensor, h_0: Tensor | None, batch_sizes: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Layer k on (T, B, I), or packed (N, I), from (D, B, H)."""
+        """Layer k on (T, B, I), or packed (N, I), from (D, B, H); ``reset`` is (T, B)."""
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{k}"), getattr(self, f"weight_hh_l{k}")
         norm: Any = getattr(self, f"norm_l{k}")
         if self.normalization == "batch_norm" and not norm.training:  # a gain and a bias of each product
@@ -147,14 +147,17 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
             state,
             [weights] * self._directions,
             batch_sizes=batch_sizes,
+            reset=reset,
             bidirectional=self.bidirectional,
             training=self.training,
         )
 
-    def _run(self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, x: Tensor, hx: Tensor | None, batch_sizes: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         D, last = self._directions, []
         for k in range(self.num_layers):
-            x, (h_n, *_) = self._layer(k, x, None if hx is None else hx[k * D : (k + 1) * D], batch_sizes)
+            x, (h_n, *_) = self._layer(k, x, None if hx is None else hx[k * D : (k + 1) * D], batch_sizes, reset)
             last.append(h_n)
         return x, torch.cat(last)
 
@@ -181,7 +184,7 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
             raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs all layers.
 
@@ -190,6 +193,10 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
                 ``PackedSequence``.
             hx: the state before the first step, (layers * directions, B, hidden_size) without regard to
                 ``batch_first``, and without B for one sequence. Default: zero.
+            reset: bool, laid out as ``input`` without its features: True where an episode begins. The first step of
+                each sees nothing of the states before, nor of ``hx``, and a second direction begins anew at the last
+                step of each. Batch norm in training is over the steps of all episodes, and dropout has one mask for
+                those of a row. Not with a ``PackedSequence``. Default: none.
 
         Returns:
             The last layer's output at every step, laid out as the input with directions * hidden_size features, packed
@@ -199,18 +206,26 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
             TypeError, ValueError, RuntimeError: an argument's type, shape, dtype or device does not fit.
         """
         if isinstance(input, PackedSequence):
+            if reset is not None:
+                raise ValueError(
+                    "LiGRU: expected reset to be None for a PackedSequence: make each episode a sequence of its own, "
+                    "or give the padded input"
+                )
             return self._forward_packed(input, hx)
         if not isinstance(input, Tensor):
-            return self._instead("input", input, hx=hx)
+            return self._instead("input", input, hx=hx, reset=reset)
         _arguments.tensor("LiGRU", "hx", hx, optional=True)
         self._check(input, hx, None)
         batch_dim = 0 if self.batch_first else 1
         batched = input.dim() == 3
+        if reset is not None:
+            _arguments.reset("LiGRU", reset, tuple(input.shape[:-1]), input.device)
+            reset = reset.unsqueeze(1) if not batched else reset.t() if self.batch_first else reset
         if not batched:
             input, hx = input.unsqueeze(batch_dim), None if hx is None else hx.unsqueeze(1)
         if input.shape[1 - batch_dim] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        output, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx)
+        output, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None, reset)
         output = output.transpose(0, 1) if self.batch_first else output
         return (output, h_n) if batched else (output.squeeze(batch_dim), h_n.squeeze(1))
 
