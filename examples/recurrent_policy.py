@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import seqaccel.nn as snn
 
-MODELS = {"mingru": snn.MinGRU, "minlstm": snn.MinLSTM, "sru": snn.SRU}
+MODELS = {"mingru": snn.MinGRU, "minlstm": snn.MinLSTM, "sru": snn.SRU, "lstm": snn.LSTM}
 
 
 class TMaze:

@@ -292,7 +292,7 @@ def test_a_resumed_synthetic_run_is_the_whole_run(monkeypatch):
     assert resumed.curve == whole.curve and resumed.step == 4
 
 
-@pytest.mark.parametrize("model", ["mingru", "sru"])
+@pytest.mark.parametrize("model", ["mingru", "sru", "lstm"])
 def test_recurrent_policy(tmp_path, model):
     script = DEMO.with_name("recurrent_policy.py")
     small = ["--updates=2", "--environments=4", "--steps=8", "--hidden-size=8", "--unseen=4", "--out=out"]
