@@ -295,7 +295,9 @@ def test_layouts():
 def same_gradients(found, expected, inputs):
     """Of the sums of squares of two lists of tensors."""
     ours, theirs = (
-        torch.autograd.grad(sum((t * t).sum() for t in ts), inputs, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(
+            sum((t * t).sum() for t in ts), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         for ts in (found, expected)
     )
     torch.testing.assert_close(ours, theirs)

@@ -11,10 +11,10 @@ constexpr RnnCellEntry rnn_entry(bool (*forward_float)(const RnnForward<float>&)
                                  bool (*forward_double)(const RnnForward<double>&),
                                  bool (*backward_float)(const RnnBackward<float>&),
                                  bool (*backward_double)(const RnnBackward<double>&)) {
-  return {Cell::kName,          Cell::kGates,    kInputs<Cell>,   kPre<Cell>,           Cell::kSaved,    Cell::kWeights,
-          Cell::kWeightTensors, Cell::kFirst,    Cell::kFirstPre, Cell::kMainPre,       Cell::kSeparate, Cell::kHasCell,
-          Cell::kConstant,      Cell::kZoneout,  Cell::kProjects, Cell::kExtra,         Cell::kNorm,     Cell::kNormC,
-          forward_float,        forward_double,  backward_float,  backward_double,      weight_shapes<Cell>()};
+  return {Cell::kName,          Cell::kGates,   kInputs<Cell>,   kPre<Cell>,      Cell::kSaved,         Cell::kWeights,
+          Cell::kWeightTensors, Cell::kFirst,   Cell::kFirstPre, Cell::kMainPre,  Cell::kSeparate,      Cell::kHasCell,
+          Cell::kConstant,      Cell::kZoneout, Cell::kProjects, Cell::kExtra,    Cell::kNorm,          Cell::kNormC,
+          forward_float,        forward_double, backward_float,  backward_double, weight_shapes<Cell>()};
 }
 
 template <class Cell>

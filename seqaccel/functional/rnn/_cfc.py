@@ -287,14 +287,12 @@ def _scanned(x, h_0, weights, biases, timespans, w, a, mode, activation, reset) 
     x, h_0, timespans, w, a, *matrices = _onnx.detached(x, h_0, timespans, w, a, *weights, *biases)
     weights, biases = matrices[: len(weights)], matrices[len(weights) :]
 
-    inputs = {"x": x, "span": timespans, "begins": reset}
-    given = {name: t for name, t in inputs.items() if t is not None}
+    given = {name: t for name, t in (("span", timespans), ("begins", reset)) if t is not None}
 
     def step(state: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        at: dict[str, Any] = dict.fromkeys(inputs) | dict(zip(given, values, strict=True))
-        h = reference.cfc_step(
-            at["x"], state[0], weights, biases, at["span"], w, a, mode, activation, at["begins"]
-        )  # fmt: skip
+        x_t, *rest = values
+        at: dict[str, Any] = {"span": None, **dict(zip(given, rest, strict=True))}
+        h = reference.cfc_step(x_t, state[0], weights, biases, w=w, a=a, mode=mode, activation=activation, **at)
         return [h], h.clone()
 
-    return _onnx.loop(step, [h_0], list(given.values()), False)[1]
+    return _onnx.loop(step, [h_0], [x, *given.values()], False)[1]

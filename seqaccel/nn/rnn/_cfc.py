@@ -171,7 +171,8 @@ class CfC(Leaf, Streaming, torch.nn.Module):
         - ``forward(input, hx=None, timespans=None, *, reset=None)``: input (T, B, I), or (B, T, I) with
           ``batch_first``, or (T, I) for one sequence; hx (B, H), or (H,), by default zero; timespans (T, B), laid out
           as the input without its features, by default 1; reset (T, B) bool, laid out as timespans: an episode begins
-          at each True, from a state of zero, by default none. Returns output, laid out as the input with H features, and the last state like hx.
+          at each True, from a state of zero, by default none. Returns output, laid out as the input with H features,
+          and the last state like hx.
         - streaming: the state is (h,), (B, H). ``extend`` and ``step`` take timespans too.
 
     Raises:

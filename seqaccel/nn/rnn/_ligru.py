@@ -43,9 +43,10 @@ class LiGRU(Leaf, Streaming, torch.nn.Module):
     z; the module ``norm_l{k}``.
 
     Shapes, with D directions and L layers:
-        - ``forward(input, hx=None, *, reset=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) unbatched, or a
-          PackedSequence, of which only the steps that are there count in the norm; hx = h_0 (D * L, B, H), by default
-          zero; reset (T, B) bool, laid out as the input without its features. Returns output (T, B, D * H) and h_n.
+        - ``forward(input, hx=None, *, reset=None)``: input (T, B, I), or (B, T, I) with ``batch_first``, or (T, I)
+          unbatched, or a PackedSequence, of which only the steps that are there count in the norm; hx = h_0
+          (D * L, B, H), by default zero; reset (T, B) bool, laid out as the input without its features, by default
+          none. Returns output (T, B, D * H) and h_n.
         - streaming: the state is (h,), (B, L, H). A bidirectional module does not stream. With batch norm a stream
           gives what ``forward`` gives in eval mode.
 
