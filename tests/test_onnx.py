@@ -315,9 +315,17 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("name", ["SRU", "QRNN"])
-def test_resets_of_columns(name):
-    model = WithKeyword(COLUMNS[name]().eval(), "reset")
+RESTARTED = {
+    "SRU": COLUMNS["SRU"],
+    "QRNN": COLUMNS["QRNN"],
+    "LiGRU": lambda: nn.LiGRU(4, 6, bidirectional=True),
+    "CfC": lambda: nn.CfC(4, 6, backbone_units=5),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_resets(name):
+    model = WithKeyword(RESTARTED[name]().eval(), "reset")
 
     def arguments(steps, batch):
         return torch.randn(steps, batch, 4), torch.rand(steps, batch) < 0.3
