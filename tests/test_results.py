@@ -59,3 +59,9 @@ def test_table_of_packed_weights():
     bits = {"validation_bits": [2.5, 2.6], "quantized_bits": {"int8": 2.50123, "bfloat16": 2.499}}
     page = results.quantized([{"titles": ["LSTM", "torch.nn.LSTM"], "steps": 250, **bits}])
     assert "| steps | float32 | int8 | bfloat16 |" in page and "| LSTM | 250 | 2.5000 | 2.5012 | 2.4990 |" in page
+
+
+def test_table_of_the_neural_gpu():
+    run = {"steps": 1600, "seconds": 128.4, "unseen": {"8": 0.9963, "10": 0.767}, "settings": {"seed": 3}}
+    page = results.neural_gpu([run])
+    assert "| seed | steps | seconds | 8 bits | 10 bits |" in page and "| 3 | 1,600 | 128 | 99.63% | 76.70% |" in page
