@@ -243,9 +243,9 @@ def neural_gpu(records: list[dict]) -> str:
 NEURAL_GPU = """\
 ## Binary addition
 
-`examples/neural_gpu.py` trains a Neural GPU to add numbers of up to 8 bits, in seconds of CPU time of
-one thread. A column counts the sums that are right in every bit, of pairs of numbers that training
-has not seen: all such pairs of up to 8 bits, and 1,000 of each greater length."""
+`examples/neural_gpu.py` trains a Neural GPU to add numbers of up to 8 bits. Seconds are CPU time. A
+column counts the sums that are right in every bit, of pairs of numbers that training has not seen:
+all such pairs of up to 8 bits, and 1,000 of each greater length."""
 
 LONG_MEMORY = """\
 ## Recall over long sequences

@@ -122,7 +122,7 @@ def main() -> int:
     add = parser.add_argument
     add("--bits", type=int, default=8, help="of the numbers that training comes to (default: 8)")
     add("--test", type=int, nargs="*", default=[10, 12, 16], help="longer numbers (default: 10 12 16)")
-    add("--steps", type=int, default=10_000, help="most training steps (default: 10,000)")
+    add("--steps", type=int, default=4_000, help="most training steps (default: 4,000)")
     add("--channels", type=int, default=24, help="of the grid (default: 24)")
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=5e-3)
