@@ -86,6 +86,8 @@ class Settings:
     clip: float
     goal: float  # validation loss that ends a run
     check_every: int  # steps between two checks
+    first_length: int = 0  # of the first sequences in training; 0: length
+    ready: float = 0.01  # training loss between two checks at which the length doubles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Counting(Task):
 TASKS: dict[str, Task] = {
     "adding": Adding(
         "adding problem",
-        Settings(600, 15_620, 1562, 32, 2e-3, "Adam", 0.0, 3e-5, 200),
+        Settings(600, 15_620, 1562, 32, 2e-3, "Adam", 0.0, 3e-5, 100, first_length=50),
         {
             "tcn": lambda: Convolutional(2, 24, 1, 0.0),
             "lstm": lambda: recurrent(snn.LSTM, 2, 130, 1),
@@ -239,6 +241,7 @@ class Training:
         self.optimizer = getattr(torch.optim, settings.optimizer)(network.parameters(), lr=settings.learning_rate)
         self.best = {name: value.clone() for name, value in network.state_dict().items()}
         self.best_valid, self.step, self.seconds = math.inf, 0, 0.0
+        self.length = min(settings.first_length or settings.length, settings.length)
         self.curve: list[tuple[int, float, float]] = []  # step, training loss, validation loss
 
     def advance(self, seed: int, valid: list[tuple[Tensor, Tensor]]) -> None:
@@ -249,7 +252,7 @@ class Training:
         for _ in range(count):
             number = self.step % settings.batches  # the data, batch by batch, are drawn anew, alike in every epoch
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            x, target = self.task.batch(settings.batch_size, settings.length, generator)
+            x, target = self.task.batch(settings.batch_size, self.length, generator)
             loss = self.task.loss(self.network, x, target)
             self.optimizer.zero_grad()
             loss.backward()
@@ -259,6 +262,8 @@ class Training:
             total += loss.item()
             self.step += 1
         self.seconds += time.process_time() - began
+        if total / count <= settings.ready:
+            self.length = min(2 * self.length, settings.length)
         self.network.eval()
         self.curve.append((self.step, total / count, mean_loss(self.task, self.network, valid)))
         if self.curve[-1][2] <= self.best_valid:
@@ -269,7 +274,7 @@ class Training:
         return self.step >= self.settings.steps or self.best_valid <= self.settings.goal
 
     def state_dict(self) -> dict[str, Any]:
-        progress = {name: getattr(self, name) for name in ("best", "best_valid", "step", "seconds", "curve")}
+        progress = {name: getattr(self, name) for name in ("best", "best_valid", "step", "seconds", "length", "curve")}
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
