@@ -158,7 +158,8 @@ def check_configurations(module: str) -> list[Usage]:
 def architectures(module: str, everything: bool) -> list[tuple[int, int]]:
     """Rows of ``module.CONFIGURATIONS``, by number, and an architecture to compile each for."""
     table = importlib.import_module(module).CONFIGURATIONS
-    last = {configuration.kernel: row for row, configuration in enumerate(table)}
+    newest = max(SHARED_MEMORY)
+    last = {configuration.kernel: row for row, configuration in enumerate(table) if configuration.most_arch >= newest}
     return [
         (row, arch)
         for row, configuration in enumerate(table)
