@@ -87,6 +87,9 @@ bool backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_prod
   T *g, *row_sums;
   workspace.reserve(g, s.batch * s.out_channels * s.length);
   workspace.reserve(row_sums, s.batch * s.out_channels);
+  Reaches<T> reaches(s, p.history || p.grad_history);
+  workspace.reserve(reaches.before, reaches.size());
+  workspace.reserve(reaches.after, reaches.size());
   if (!workspace.allocate()) return false;
   if (!identity || p.grad_bias || p.grad_residual) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
@@ -102,7 +105,11 @@ bool backward_depthwise(const ConvBackward<T>& p, bool identity, bool wants_prod
   }
   if (!wants_product) return true;
   if (s.depthwise_grid()) return depthwise_grid_backward(p, identity ? p.grad_y : g);
-  depthwise_backward(p, identity ? p.grad_y : g);
+#pragma omp parallel num_threads(p.threads)
+  {
+    reaches.fill();
+    depthwise_backward(p, identity ? p.grad_y : g, reaches);
+  }
   return true;
 }
 

@@ -47,7 +47,11 @@ struct ConvShape {
   ptrdiff_t group_out() const { return out_channels / groups; }
   // The depthwise kernels copy the context. The others take one of any length.
   bool has_short_context() const { return context() / 4 <= length || context() <= ptrdiff_t(1) << 18; }
-  bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1 && has_short_context(); }
+  // Of several segments time steps are counted in 32 bits.
+  bool depthwise() const {
+    const bool counted = !segments || length + context() < ptrdiff_t(1) << 31;
+    return group_in() == 1 && groups > 1 && column_taps == 1 && has_short_context() && counted;
+  }
   bool depthwise_grid() const {
     return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context() && !segments;
   }

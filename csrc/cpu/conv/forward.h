@@ -33,23 +33,27 @@ inline bool depthwise_forward_narrow(const ConvForward<S>& p) {
   const Signal<S> signal = {p.x, p.history, s.in_channels, s.length, s.length, context};
   Workspace workspace;
   T* scratch;
+  Reaches<T> reaches(s, p.history);
   workspace.reserve(scratch, p.threads * size);
+  workspace.reserve(reaches.before, reaches.size());
+  workspace.reserve(reaches.after, reaches.size());
   if (!workspace.allocate()) return false;
 #pragma omp parallel num_threads(p.threads)
   {
+    reaches.fill();
     T *const wide = scratch + omp_get_thread_num() * size, *const strip = wide + wide_size;
     T* const weight = strip + strip_size;
 #pragma omp for schedule(static)
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();
       copy_values(p.weight + o * K, K, weight);
-      s.for_segments(b, 0, s.length, [&](const Segment& segment) {
-        for (ptrdiff_t begin = segment.begin; begin < segment.end; begin += piece) {
-          const ptrdiff_t n = smaller(piece, segment.end - begin);
-          signal.copy(b, segment, c, begin - context, context + n, wide);
+      reaches.for_parts(b, [&](const Segment& part, const Reach<T>& reach) {
+        for (ptrdiff_t begin = part.begin; begin < part.end; begin += piece) {
+          const ptrdiff_t n = smaller(piece, part.end - begin);
+          signal.copy(b, part, c, begin - context, context + n, wide);
           for (ptrdiff_t t = 0; t < n; t += kDepthwiseStrip) {
             const ptrdiff_t m = smaller(kDepthwiseStrip, n - t);
-            correlate(wide + t, weight, K, s.dilation, m, strip);
+            correlate(wide + t, weight, K, s.dilation, m, reach.from(begin + t), strip);
             finish_row(p, o, b, begin + t, m, strip);
           }
         }

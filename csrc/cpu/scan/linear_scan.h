@@ -72,6 +72,9 @@ SEQACCEL_INLINE Vec<C> one() {
 
 // ---- maps composed over the lanes ----
 
+template <typename C>
+using Cut = typename VecTypes<C>::Int;
+
 // Inclusive scan over the lanes of the maps y = a * x + b: a lane becomes the composition of those up to it (from it
 // on, reversed).
 template <typename C, int kParts, bool kReverse, int DISTANCE = kParts>
@@ -82,6 +85,29 @@ SEQACCEL_INLINE void compose_lanes(Vec<C>& a, Vec<C>& b) {
     a = multiply<C, kParts>(a, shift_lanes<C, DISTANCE, kReverse>(a, one<C, kParts>(), lanes));
     compose_lanes<C, kParts, kReverse, 2 * DISTANCE>(a, b);
   }
+}
+
+// The same of maps of which some forget what was before: a lane of `cut` is set if a map up to it does. Its `a` is of no
+// meaning then.
+template <typename C, int kParts, bool kReverse, int DISTANCE = kParts>
+SEQACCEL_INLINE void compose_lanes(Vec<C>& a, Vec<C>& b, Cut<C>& cut) {
+  if constexpr (DISTANCE < Lanes<C>) {
+    const LaneIndices<Lanes<C>> lanes;
+    const Vec<C> before = shift_lanes<C, DISTANCE, kReverse>(b, Vec<C>{}, lanes);
+    b = cut ? b : b + multiply<C, kParts>(a, before);
+    a = multiply<C, kParts>(a, shift_lanes<C, DISTANCE, kReverse>(a, one<C, kParts>(), lanes));
+    cut |= (Cut<C>)shift_lanes<C, DISTANCE, kReverse>((Vec<C>)cut, Vec<C>{}, lanes);
+    compose_lanes<C, kParts, kReverse, 2 * DISTANCE>(a, b, cut);
+  }
+}
+
+// The numbers whose byte is not 0.
+template <typename C, int kParts, int... I>
+SEQACCEL_INLINE Cut<C> cut_lanes(const bool* p, LaneList<I...>) {
+  typedef int8_t Bytes __attribute__((vector_size(Lanes<C>)));
+  Bytes bytes = {};
+  memcpy(&bytes, p, Lanes<C> / kParts);
+  return __builtin_convertvector(__builtin_shufflevector(bytes, bytes, (I / kParts)...), Cut<C>) != 0;
 }
 
 // The last number of the scan in all lanes.
@@ -110,6 +136,18 @@ struct Cuts {
   int64_t stride;
 
   SEQACCEL_INLINE bool at(int64_t s) const { return reset && reset[s * stride]; }
+  // Those of steps [s, s + kSteps), in the order of memory.
+  template <int kSteps>
+  SEQACCEL_INLINE const bool* bytes(int64_t s) const {
+    return reset + (stride > 0 ? s : -s - (kSteps - 1));
+  }
+  template <int kSteps>
+  SEQACCEL_INLINE bool any(int64_t s) const {
+    uint64_t words[(kSteps + 7) / 8] = {}, all = 0;
+    memcpy(words, bytes<kSteps>(s), kSteps);
+    for (uint64_t word : words) all |= word;
+    return all != 0;
+  }
   // The first of [s, end), or end.
   int64_t next(int64_t s, int64_t end) const {
     for (; s + 8 <= end; s += 8) {
@@ -185,19 +223,21 @@ SEQACCEL_INLINE void put(S* p, Vec<Compute<S>> v, int count, bool streamed = fal
 template <typename S, int kParts, bool kBackward, bool kCompose>
 struct Loop {
   using C = Compute<S>;
-  static constexpr int L = Lanes<C>;
+  static constexpr int L = Lanes<C>, kSteps = L / kParts;
   using Lane = LaneIndices<L>;
 
   static SEQACCEL_INLINE Vec<C> times(Vec<C> x, Vec<C> y) { return multiply<C, kParts>(x, y); }
   static SEQACCEL_INLINE Vec<C> coefficient(const S* p, int count = L) {
     return kBackward ? conjugate<C, kParts>(get(p, count)) : get(p, count);
   }
-  static SEQACCEL_INLINE void write(const Row<S>& r, int64_t i, Vec<C> c, int count = L, bool streamed = false) {
+  // Of lanes in `alone` the other is zero.
+  static SEQACCEL_INLINE void write(const Row<S>& r, int64_t i, Vec<C> c, int count = L, bool streamed = false,
+                                    Cut<C> alone = {}) {
     if constexpr (kCompose) return;
     put(r.output + i, c, count, streamed);
     if constexpr (kBackward) {
       const Vec<C> product = r.other ? times(conjugate<C, kParts>(get(r.other + i, count)), c) : Vec<C>{};
-      put(r.product + i, product, count, streamed);
+      put(r.product + i, alone ? Vec<C>{} : product, count, streamed);
     }
   }
 
@@ -240,29 +280,51 @@ struct Loop {
     return left > 0 ? s + left : s;
   }
 
-  // Rows of one number.
-  template <bool kReverse>
+  // Rows of one number. With cuts s > 0.
+  template <bool kReverse, bool kCuts>
   static int64_t numbers(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried) {
-    constexpr int64_t kSteps = L / kParts, kBehind = kReverse ? L - kParts : 0;
+    constexpr int64_t kBehind = kReverse ? L - kParts : 0;
     Vec<C> b = last_number<C, kParts, true>(load(carried.b), Lane()),
            a = last_number<C, kParts, true>(load(carried.a), Lane());
     for (; end - s >= kSteps; s += kSteps) {
       const Row<S> r = p.row(s);
       Vec<C> map_a = coefficient(r.coefficient - kBehind), map_b = load_wide(r.input - kBehind);
-      compose_lanes<C, kParts, kReverse>(map_a, map_b);
-      map_b = times(map_a, b) + map_b;
+      Cut<C> alone = {};
+      if (kCuts && (p.cuts.any<kSteps>(s) || (kBackward && p.cuts.at(s + kSteps)))) {
+        Cut<C> cut = cut_lanes<C, kParts>(p.cuts.bytes<kSteps>(s), Lane());
+        if constexpr (kBackward) alone = cut_lanes<C, kParts>(p.cuts.bytes<kSteps>(s + 1), Lane());
+        compose_lanes<C, kParts, kReverse>(map_a, map_b, cut);
+        map_b = cut ? map_b : times(map_a, b) + map_b;
+        if constexpr (kCompose) {
+          const Vec<C> product = times(last_number<C, kParts, kReverse>(map_a, Lane()), a);
+          a = (Cut<C>)last_number<C, kParts, kReverse>((Vec<C>)cut, Lane()) ? Vec<C>{} : product;
+        }
+      } else {
+        compose_lanes<C, kParts, kReverse>(map_a, map_b);
+        map_b = times(map_a, b) + map_b;
+        if constexpr (kCompose) a = times(last_number<C, kParts, kReverse>(map_a, Lane()), a);
+      }
       b = last_number<C, kParts, kReverse>(map_b, Lane());
-      if constexpr (kCompose) a = times(last_number<C, kParts, kReverse>(map_a, Lane()), a);
-      write(r, -kBehind, map_b);
+      write(r, -kBehind, map_b, L, false, alone);
     }
     store(carried.b, b);
     store(carried.a, a);
     return s;
   }
 
-  // Steps [s, end), one episode after another.
+  // Steps [s, end).
   static void run(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n, bool streamed) {
     if (!p.cuts.reset) return episode(p, s, end, carried, n, streamed);
+    if (n == kParts && s < end) {
+      if (s == 0) episodes(p, s++, 1, carried, n, streamed);
+      const int64_t whole = end - (kBackward && end == p.length);
+      s = p.stride < 0 ? numbers<true, true>(p, s, whole, carried) : numbers<false, true>(p, s, whole, carried);
+    }
+    episodes(p, s, end, carried, n, streamed);
+  }
+
+  // Steps [s, end), one episode after another.
+  static void episodes(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n, bool streamed) {
     while (s < end) {
       const bool begins = s > 0 && p.cuts.at(s);
       if (begins) carried.exists = false;
@@ -285,7 +347,7 @@ struct Loop {
     carried.exists = true;
     const int64_t whole = kBackward && end == p.length ? end - 1 : end;  // the last row has another `other`
     if (n == kParts) {
-      s = p.stride < 0 ? numbers<true>(p, s, whole, carried) : numbers<false>(p, s, whole, carried);
+      s = p.stride < 0 ? numbers<true, false>(p, s, whole, carried) : numbers<false, false>(p, s, whole, carried);
     } else if (n <= L) {
       s = narrow(p, s, whole, carried, n);
     }

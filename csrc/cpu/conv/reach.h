@@ -1,0 +1,69 @@
+// Rows of several segments as one: how far the taps of each time step may reach.
+#pragma once
+
+#include "cpu/base/dropout.h"
+#include "cpu/conv/conv.h"
+
+namespace seqaccel::SEQACCEL_ISA::conv {
+
+// How many time steps of its segment lie before each of a row, and after it. Null: the row is one segment.
+template <typename T>
+struct Reach {
+  typedef decltype(Mask<T>{}[0] + Mask<T>{}[0]) Count;
+  const Count *before = nullptr, *after = nullptr;
+
+  SEQACCEL_INLINE Reach from(ptrdiff_t t) const { return before ? Reach{before + t, after + t} : *this; }
+  // Whether no tap of time steps [t, t + n) leaves their segment, the furthest `steps` away.
+  SEQACCEL_INLINE bool holds_before(ptrdiff_t t, ptrdiff_t n, ptrdiff_t steps) const {
+    return !before || (before[t] >= steps && after[t] >= n - 1);
+  }
+  SEQACCEL_INLINE bool holds_after(ptrdiff_t t, ptrdiff_t n, ptrdiff_t steps) const {
+    return !before || after[t] >= n - 1 + steps;
+  }
+  // The counts of time steps [t, t + Lanes): those past the row are of no meaning.
+  static SEQACCEL_INLINE Mask<T> lanes(const Count* counts, ptrdiff_t t) {
+    return (Mask<T>)load(reinterpret_cast<const T*>(counts + t));
+  }
+};
+
+// The reaches of all rows. Where several segments of a row have a history, a row is not calculated as one.
+template <typename T>
+struct Reaches {
+  typedef typename Reach<T>::Count Count;
+  const ConvShape& s;
+  const bool exist;
+  Count *before, *after;  // [batch, length], and a vector
+
+  Reaches(const ConvShape& shape, bool has_history)
+      : s(shape), exist(shape.segments && (!has_history || shape.history_rows == shape.batch)) {}
+  ptrdiff_t size() const { return exist ? s.batch * s.length + Lanes<T> : 0; }
+
+  // By the whole team.
+  void fill() const {
+    if (!exist) return;
+#pragma omp for schedule(static)
+    for (ptrdiff_t b = 0; b < s.batch; ++b) {
+      const ptrdiff_t first = s.first_segment[b], last = s.first_segment[b + 1];
+      if (last - first < 2) continue;
+      for (ptrdiff_t i = first; i < last; ++i) {
+        const Count n = Count(s.segments[i].end - s.segments[i].begin);
+        const Count earlier = i == first ? Count(s.context()) : 0;  // steps of the history or zeros
+        Count* const own_before = before + b * s.length + s.segments[i].begin;
+        Count* const own_after = after + b * s.length + s.segments[i].begin;
+        for (Count t = 0; t < n; ++t) own_before[t] = earlier + t, own_after[t] = n - 1 - t;
+      }
+    }
+  }
+
+  // f(segment, reach) for what row b is calculated in: the row, with the history of its first segment, or the segments.
+  template <typename F>
+  SEQACCEL_INLINE void for_parts(ptrdiff_t b, const F& f) const {
+    if (!exist) return s.for_segments(b, 0, s.length, [&](const Segment& segment) { f(segment, Reach<T>()); });
+    const ptrdiff_t first = s.first_segment[b];
+    const bool several = s.first_segment[b + 1] - first > 1;
+    f(Segment{0, s.length, s.segments[first].history},
+      several ? Reach<T>{before + b * s.length, after + b * s.length} : Reach<T>());
+  }
+};
+
+}  // namespace seqaccel::SEQACCEL_ISA::conv
