@@ -143,6 +143,9 @@ bool backward(const ConvBackward<S>& p) {
   workspace.reserve(all_g, p.threads * sizes.g);
   Tap* taps;
   workspace.reserve(taps, K);
+  Reaches<T> reaches(s, p.history || p.grad_history);
+  workspace.reserve(reaches.before, reaches.size());
+  workspace.reserve(reaches.after, reaches.size());
   if (!workspace.allocate()) return false;
   for (ptrdiff_t k = 0; k < K; ++k) taps[k] = {-s.tap(k).steps, -s.tap(k).columns};
 
@@ -153,6 +156,7 @@ bool backward(const ConvBackward<S>& p) {
     T* const bias_sums = all_bias_sums + me * sizes.bias;
     T* const scratch = scratches + me * sizes.scratch;
     G* const own_g = all_g + me * sizes.g;
+    reaches.fill();
     if (wants_data) {
 #pragma omp for schedule(static)
       for (ptrdiff_t first = 0; first < s.in_channels;
@@ -202,7 +206,10 @@ bool backward(const ConvBackward<S>& p) {
                                        C,
                                        O,
                                        start,
-                                       /*steps=*/end - start};
+                                       /*steps=*/end - start,
+                                       /*only=*/nullptr,
+                                       &reaches,
+                                       /*forward=*/false};
         const auto prepare = [&](ptrdiff_t channel, ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) {
           if (!p.grad_x || t < 0) return;
           const ptrdiff_t offset = ((first + b) * s.in_channels + channel) * s.length + t;
@@ -245,11 +252,11 @@ bool backward(const ConvBackward<S>& p) {
       }
       if (p.grad_weight) {
         for (ptrdiff_t b = first; b < last; ++b) {
-          s.for_segments(b, begin, end, [&](const Segment& segment) {
+          reaches.for_parts(b, begin, end, [&](const Segment& segment, const Reach<T>& reach) {
             const ptrdiff_t from = larger(begin, segment.begin), n = smaller(end, segment.end) - from;
             const ptrdiff_t parts = ceil_div(n, kWeightSteps * Factor<W>::kValues);
             for (ptrdiff_t part = 0; part < parts; ++part) {
-              add_weight_gradient(s, p.x, p.history, g, b - first, b, segment, from + n * part / parts,
+              add_weight_gradient(s, p.x, p.history, g, b - first, b, segment, reach, from + n * part / parts,
                                   from + n * (part + 1) / parts, reinterpret_cast<W*>(scratch), partial);
             }
           });

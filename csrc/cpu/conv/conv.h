@@ -67,6 +67,8 @@ struct ConvShape {
     history_rows = other.history_rows;
   }
 
+  // Row b as one, with the history of its first segment.
+  Segment row(ptrdiff_t b) const { return {0, length, segments ? segments[first_segment[b]].history : b}; }
   // The segment that time step t of row b lies in.
   Segment segment(ptrdiff_t b, ptrdiff_t t) const {
     if (!segments) return {0, length, b};

@@ -7,7 +7,6 @@
 
 #include "cpu/base/workspace.h"
 #include "cpu/conv/epilogue.h"
-#include "cpu/conv/reach.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
@@ -151,7 +150,7 @@ inline bool depthwise_forward(const ConvForward<T>& p) {
 #pragma omp for schedule(static)
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();
-      reaches.for_parts(b, [&](const Segment& at, const Reach<T>& reach) {
+      reaches.for_parts(b, 0, s.length, [&](const Segment& at, const Reach<T>& reach) {
         const T* before = nullptr;
         if (p.history && at.history != kZeros) {
           before = p.history + (at.history * s.in_channels + c + 1) * context;
@@ -252,7 +251,7 @@ inline void depthwise_backward(const ConvBackward<T>& p, const T* g, const Reach
       empty = false;
     };
     for (ptrdiff_t b = 0; b < s.batch; ++b) {
-      reaches.for_parts(b, [&](const Segment& part, const Reach<T>& reach) { add_part(b, part, reach); });
+      reaches.for_parts(b, 0, s.length, [&](const Segment& part, const Reach<T>& reach) { add_part(b, part, reach); });
     }
   }
 }

@@ -47,7 +47,7 @@ inline bool depthwise_forward_narrow(const ConvForward<S>& p) {
     for (ptrdiff_t row = 0; row < s.batch * s.out_channels; ++row) {
       const ptrdiff_t b = row / s.out_channels, o = row % s.out_channels, c = o / s.group_out();
       copy_values(p.weight + o * K, K, weight);
-      reaches.for_parts(b, [&](const Segment& part, const Reach<T>& reach) {
+      reaches.for_parts(b, 0, s.length, [&](const Segment& part, const Reach<T>& reach) {
         for (ptrdiff_t begin = part.begin; begin < part.end; begin += piece) {
           const ptrdiff_t n = smaller(piece, part.end - begin);
           signal.copy(b, part, c, begin - context, context + n, wide);
@@ -84,9 +84,12 @@ bool forward(const ConvForward<S>& p) {
   Sum<W>* scratch;
   Tap* taps;
   W* weight;
+  Reaches<Sum<W>> reaches(s, p.history);
   workspace.reserve(scratch, p.threads * size);
   workspace.reserve(taps, s.kernel_size);
   workspace.reserve(weight, in_place ? 0 : s.out_channels * depth);
+  workspace.reserve(reaches.before, reaches.size());
+  workspace.reserve(reaches.after, reaches.size());
   if (!workspace.allocate()) return false;
   for (ptrdiff_t k = 0; k < s.kernel_size; ++k) taps[k] = s.tap(k);
   const Product<W, S> product = {in_place ? reinterpret_cast<const W*>(p.weight) : weight,
@@ -99,9 +102,12 @@ bool forward(const ConvForward<S>& p) {
                                  s.group_out(),
                                  s.group_in(),
                                  /*first=*/0,
-                                 s.length};
+                                 s.length,
+                                 /*only=*/nullptr,
+                                 &reaches};
 #pragma omp parallel num_threads(p.threads)
   {
+    reaches.fill();
     if (!in_place) {
 #pragma omp for schedule(static)
       for (ptrdiff_t o = 0; o < s.out_channels; ++o) to_factors(p.weight + o * values, values, weight + o * depth);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/base/factors.h"
-#include "cpu/conv/conv.h"
+#include "cpu/conv/reach.h"
 
 namespace seqaccel::SEQACCEL_ISA::conv {
 
@@ -128,7 +128,20 @@ struct Run {
   ptrdiff_t b, t, n, column;
   ptrdiff_t place;  // in a grid, of the first one in its row
   Segment segment;
+  bool masked;  // taps leave the segment of their time step
 };
+
+// out[i] = 0, i < n, where a tap `columns` away lies outside of its row of a grid; out[0] is `place` in its row.
+template <typename D>
+SEQACCEL_INLINE void clear_outside(ptrdiff_t width, ptrdiff_t columns, ptrdiff_t place, ptrdiff_t n, D* out) {
+  if (columns == 0) return;
+  const ptrdiff_t begin = columns > 0 ? larger(0, width - columns) : 0;
+  const ptrdiff_t end = columns > 0 ? width : smaller(width, -columns);
+  for (ptrdiff_t i = -place; i < n; i += width) {
+    const ptrdiff_t j = larger(0, i + begin);
+    clear(out + j, smaller(n, i + end) - j);
+  }
+}
 
 // The operand whose shifted rows make the columns of a product: value(b, c, t) for channel c of sequence b.
 template <typename S>
@@ -177,6 +190,8 @@ struct Product {
   ptrdiff_t rows, channels;       // of one group
   ptrdiff_t first, steps;         // columns of a sequence: time steps [first, first + steps)
   const Segment* only = nullptr;  // the segment that all columns belong to; null: they have their own
+  const Reaches<Sum<W>>* reaches = nullptr;  // where they exist, rows are one segment and these keep their own apart
+  bool forward = true;                       // taps lie before the present; else after it
 
   ptrdiff_t taps() const { return shape->kernel_size; }
   ptrdiff_t depth() const { return ceil_div(channels * taps(), Factor<W>::kValues); }
@@ -193,14 +208,18 @@ struct Product {
     const ptrdiff_t columns = tap[k].columns, width = shape->width;
     if (columns >= width || columns <= -width) return clear(out, n);
     signal.copy(run.b, run.segment, c, run.t + from + tap[k].steps, n, out);
-    if (columns == 0) return;
-    // Where the tap's column lies outside of the grid.
-    const ptrdiff_t begin = columns > 0 ? larger(0, width - columns) : 0;
-    const ptrdiff_t end = columns > 0 ? width : smaller(width, -columns);
-    for (ptrdiff_t i = -(run.place + from); i < n; i += width) {
-      const ptrdiff_t j = larger(0, i + begin);
-      clear(out + j, smaller(n, i + end) - j);
+    if (run.masked) {
+      const Reach<Sum<W>> reach = reaches->of(first_row + run.b).from(run.t + from);
+      clear_beyond(forward ? reach.before : reach.after, forward ? -tap[k].steps : tap[k].steps, n, out);
     }
+    clear_outside(width, columns, run.place + from, n, out);
+  }
+
+  // Whether a tap of time steps [t, t + n) of sequence b leaves their segment.
+  bool leaves(ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) const {
+    const Reach<Sum<W>> reach = reaches->of(first_row + b);
+    const ptrdiff_t furthest = shape->context() + shape->beside();
+    return forward ? !reach.holds_before(t, n, furthest) : !reach.holds_after(t, n, furthest);
   }
 };
 
@@ -213,9 +232,13 @@ struct Runs {
   Runs(const Product<W, S>& p, ptrdiff_t begin, ptrdiff_t count) {
     for (ptrdiff_t done = 0; done < count;) {
       const ptrdiff_t b = (begin + done) / p.steps, t = p.first + (begin + done) % p.steps;
-      const Segment segment = p.only ? *p.only : p.shape->segment(p.first_row + b, t);
+      const bool as_one = p.reaches && p.reaches->exist && !p.only;
+      const Segment segment = p.only   ? *p.only
+                              : as_one ? p.shape->row(p.first_row + b)
+                                       : p.shape->segment(p.first_row + b, t);
       const ptrdiff_t n = smaller(smaller(p.first + p.steps, segment.end) - t, count - done);
-      list[size++] = {b, t, n, done, (t + p.shape->context()) % p.shape->width, segment};
+      const bool masked = as_one && p.leaves(b, t, n);
+      list[size++] = {b, t, n, done, (t + p.shape->context()) % p.shape->width, segment, masked};
       done += n;
     }
   }
@@ -324,7 +347,7 @@ inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begi
   const auto shift = [&](ptrdiff_t k) { return grid ? p.tap[k].columns : p.tap[k].steps; };
   const ptrdiff_t oldest = smaller(shift(0), shift(shared - 1)), step = taps > 1 ? shift(1) - shift(0) : 0;
   const ptrdiff_t window = whole_lines(kColumns<W> + (shared - 1) * larger(step, -step));
-  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && runs.size == 1 && (!grid || p.tile() == p.shape->width) &&
+  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && runs.size == 1 && !runs.list[0].masked && (!grid || p.tile() == p.shape->width) &&
                        window <= smaller(shared, kDepth) * kColumns<W>;
   const ptrdiff_t most = overlap ? kDepth * kColumns<W> / window * shared : kDepth;
   for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += most) {

@@ -26,6 +26,22 @@ struct Reach {
   }
 };
 
+// values[i] = 0 where counts[i] < steps, i < n: what a tap `steps` away finds in another segment.
+template <typename Count, typename D>
+SEQACCEL_INLINE void clear_beyond(const Count* counts, ptrdiff_t steps, ptrdiff_t n, D* values) {
+  typedef Compute<D> T;
+  static_assert(sizeof(Count) == sizeof(T));
+  for (ptrdiff_t i = 0; i < n; i += Lanes<T>) {
+    const Mask<T> inside = Reach<T>::lanes(counts, i) >= Count(steps);
+    if constexpr (kNarrow<D>) {
+      for (ptrdiff_t j = 0; j < Lanes<T> && i + j < n; ++j) values[i + j].bits = inside[j] ? values[i + j].bits : 0;
+    } else {
+      const int m = n - i < Lanes<T> ? int(n - i) : Lanes<T>;
+      store_some(values + i, inside ? load_some(values + i, m) : Vec<T>{}, m);
+    }
+  }
+}
+
 // The reaches of all rows. Where several segments of a row have a history, a row is not calculated as one.
 template <typename T>
 struct Reaches {
@@ -36,6 +52,10 @@ struct Reaches {
 
   Reaches(const ConvShape& shape, bool has_history)
       : s(shape), exist(shape.segments && (!has_history || shape.history_rows == shape.batch)) {}
+  Reach<T> of(ptrdiff_t b) const {
+    const bool several = exist && s.first_segment[b + 1] - s.first_segment[b] > 1;
+    return several ? Reach<T>{before + b * s.length, after + b * s.length} : Reach<T>();
+  }
   ptrdiff_t size() const { return exist ? s.batch * s.length + Lanes<T> : 0; }
 
   // By the whole team.
@@ -47,7 +67,7 @@ struct Reaches {
       if (last - first < 2) continue;
       for (ptrdiff_t i = first; i < last; ++i) {
         const Count n = Count(s.segments[i].end - s.segments[i].begin);
-        const Count earlier = i == first ? Count(s.context()) : 0;  // steps of the history or zeros
+        const Count earlier = i == first ? Count(s.context() + s.beside()) : 0;  // steps of the history or zeros
         Count* const own_before = before + b * s.length + s.segments[i].begin;
         Count* const own_after = after + b * s.length + s.segments[i].begin;
         for (Count t = 0; t < n; ++t) own_before[t] = earlier + t, own_after[t] = n - 1 - t;
@@ -55,14 +75,11 @@ struct Reaches {
     }
   }
 
-  // f(segment, reach) for what row b is calculated in: the row, with the history of its first segment, or the segments.
+  // f(segment, reach) for what time steps [begin, end) of row b are calculated in: the row as one, or the segments.
   template <typename F>
-  SEQACCEL_INLINE void for_parts(ptrdiff_t b, const F& f) const {
-    if (!exist) return s.for_segments(b, 0, s.length, [&](const Segment& segment) { f(segment, Reach<T>()); });
-    const ptrdiff_t first = s.first_segment[b];
-    const bool several = s.first_segment[b + 1] - first > 1;
-    f(Segment{0, s.length, s.segments[first].history},
-      several ? Reach<T>{before + b * s.length, after + b * s.length} : Reach<T>());
+  SEQACCEL_INLINE void for_parts(ptrdiff_t b, ptrdiff_t begin, ptrdiff_t end, const F& f) const {
+    if (exist) return f(s.row(b), of(b));
+    s.for_segments(b, begin, end, [&](const Segment& segment) { f(segment, Reach<T>()); });
   }
 };
 

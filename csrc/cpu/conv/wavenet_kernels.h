@@ -175,6 +175,9 @@ bool wavenet_forward(const WaveNetForward<T>& p) {
   workspace.reserve(all_z, p.threads * z_size);
   workspace.reserve(all_outputs, p.threads * output_size);
   workspace.reserve(taps, s.kernel_size);
+  Reaches<T> reaches(s, p.history);
+  workspace.reserve(reaches.before, reaches.size());
+  workspace.reserve(reaches.after, reaches.size());
   if (!workspace.allocate()) return false;
   for (ptrdiff_t k = 0; k < s.kernel_size; ++k) taps[k] = s.tap(k);
   const Product<T> product = {p.weight,
@@ -187,10 +190,13 @@ bool wavenet_forward(const WaveNetForward<T>& p) {
                               2 * G,
                               s.in_channels,
                               /*first=*/0,
-                              s.length};
+                              s.length,
+                              /*only=*/nullptr,
+                              &reaches};
   const Tiles<T> tiles(s.batch, s.length, p.threads);
 #pragma omp parallel num_threads(p.threads)
   {
+    reaches.fill();
     const ptrdiff_t me = omp_get_thread_num();
     const ForwardTile<T> tile = {p, product, scratches + me * size, all_z + me * z_size,
                                  all_outputs + me * output_size};
@@ -288,7 +294,7 @@ struct BackwardTile {
     if (!p.grad_output_weight) return;
     const ConvShape second = {1, G, given.depth, kColumns<T>, 1, 1, 1};
     add_weight_gradient(second, z, static_cast<const T*>(nullptr), GradientTile<T>{outputs, width}, 0, 0,
-                        Segment{0, count, 0}, 0, count, scratch, output_partial);
+                        Segment{0, count, 0}, Reach<T>(), 0, count, scratch, output_partial);
   }
 
   void differentiate(const Run& run, ptrdiff_t r, const T* dz_row, T* sums) const {
@@ -342,6 +348,7 @@ struct BackwardTile {
         continue;
       }
       Product<T> head = data;
+      head.reaches = nullptr;
       head.signal.values += b * s.out_channels * p.gate_stride;
       head.first_row = b;
       head.batch = 1;
@@ -361,7 +368,7 @@ struct BackwardTile {
   void weights(ptrdiff_t begin, ptrdiff_t count) const {
     for (const Run& run : Runs<T>(data, begin, count)) {
       add_weight_gradient(p.conv, p.x, p.history, GradientTile<T>{p.gate, p.gate_stride}, run.b, run.b, run.segment,
-                          run.t, run.t + run.n, scratch, partial);
+                          data.reaches->of(run.b), run.t, run.t + run.n, scratch, partial);
     }
   }
 };
@@ -390,6 +397,9 @@ bool wavenet_backward(const WaveNetBackward<T>& p) {
   workspace.reserve(output_partials, p.threads * sizes.output_partial);
   workspace.reserve(all_output_sums, p.threads * sizes.output_sums);
   workspace.reserve(taps, K);
+  Reaches<T> reaches(s, p.history || p.grad_history);
+  workspace.reserve(reaches.before, reaches.size());
+  workspace.reserve(reaches.after, reaches.size());
   if (!workspace.allocate()) return false;
   for (ptrdiff_t k = 0; k < K; ++k) taps[k] = {-s.tap(k).steps, 0};
   const Product<T> data = {transposed,
@@ -402,11 +412,15 @@ bool wavenet_backward(const WaveNetBackward<T>& p) {
                            C,
                            2 * G,
                            /*first=*/0,
-                           s.length};
+                           s.length,
+                           /*only=*/nullptr,
+                           &reaches,
+                           /*forward=*/false};
   const Tiles<T> tiles(s.batch, s.length, p.threads, /*joins=*/!p.grad_global);
 
 #pragma omp parallel num_threads(p.threads)
   {
+    reaches.fill();
     const ptrdiff_t team = omp_get_num_threads(), me = omp_get_thread_num();
     const BackwardTile<T> tile = {p,
                                   data,

@@ -99,14 +99,17 @@ struct GradientTile {
 };
 
 // Adds what time steps [begin, end) of a segment of sequence b, which g numbers `own`, give to the weight gradient.
-// Rows of x of 16-bit values are copied as factors, a tile at a time, which costs 1 / (16 kVectors) of the product.
+// Rows of x of 16-bit values are copied as factors, a tile at a time, which costs 1 / (16 kVectors) of the product; so
+// are those that taps beyond the reach are cleared in.
 template <typename W, typename S>
 inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history,
                                 const GradientTile<typename Factor<W>::Value>& g, ptrdiff_t own, ptrdiff_t b,
-                                const Segment& segment, ptrdiff_t begin, ptrdiff_t end, W* panel, Sum<W>* partial) {
+                                const Segment& segment, const Reach<Sum<W>>& reach, ptrdiff_t begin, ptrdiff_t end,
+                                W* panel, Sum<W>* partial) {
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
   const WeightPanels<W> panels(O);
   const RowBlocks blocks(C);
+  const bool masked = !reach.holds_before(begin, end - begin, context + s.beside());
   for (ptrdiff_t group = 0; group < s.groups; ++group) {
     const S* xg = x + (b * s.in_channels + group * C) * s.length;
     const S* hg = history && segment.history != kZeros
@@ -125,19 +128,24 @@ inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history
         for (ptrdiff_t k = 0; k < K; ++k) {
           const Tap tap = s.tap(k);
           Sum<W>* to = sums + (k * C + c) * width;
-          if constexpr (kNarrow<S>) {
+          if (kNarrow<S> || masked) {
             typedef typename Factor<W>::Value Value;
             constexpr ptrdiff_t kValues = Factor<W>::kValues, kStride = kWeightSteps * kValues;
             const Signal<S> signal = {x, history, s.in_channels, s.length, s.length, context};
             const ptrdiff_t steps = end - begin, depth = ceil_div(steps, kValues);
+            if (tap.columns >= s.width || tap.columns <= -s.width) continue;
             alignas(64) Value copies[kRows * kStride];
             for (ptrdiff_t i = 0; i < rows; ++i) {
-              signal.copy(b, segment, group * C + c + i, begin + tap.steps, steps, copies + i * kStride);
-              clear(copies + i * kStride + steps, depth * kValues - steps);
+              Value* const row = copies + i * kStride;
+              signal.copy(b, segment, group * C + c + i, begin + tap.steps, steps, row);
+              if (masked) clear_beyond(reach.before + begin, -tap.steps, steps, row);
+              clear_outside(s.width, tap.columns, begin % s.width, steps, row);
+              clear(row + steps, depth * kValues - steps);
             }
             multiply(reinterpret_cast<const W*>(copies), kStride / kValues, panel, depth, to, width, true);
             continue;
-          } else {
+          }
+          if constexpr (!kNarrow<S>) {
             const auto add = [&](ptrdiff_t t, ptrdiff_t until) {
               // x from `middle` to `last`, the history before
               const ptrdiff_t middle = smaller(larger(t, segment.begin + tap.columns - tap.steps), until);
