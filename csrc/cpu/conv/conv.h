@@ -47,13 +47,15 @@ struct ConvShape {
   ptrdiff_t group_out() const { return out_channels / groups; }
   // The depthwise kernels copy the context. The others take one of any length.
   bool has_short_context() const { return context() / 4 <= length || context() <= ptrdiff_t(1) << 18; }
-  // Of several segments time steps are counted in 32 bits.
-  bool depthwise() const {
-    const bool counted = !segments || length + context() < ptrdiff_t(1) << 31;
-    return group_in() == 1 && groups > 1 && column_taps == 1 && has_short_context() && counted;
+  // Whether a row of several segments is calculated as one (reach.h): the first one alone has a history, and time steps
+  // are counted in 32 bits.
+  bool rows_as_one(bool has_history) const {
+    return segments && (!has_history || history_rows == batch) && length + context() + beside() < ptrdiff_t(1) << 31;
   }
+  bool depthwise() const { return group_in() == 1 && groups > 1 && column_taps == 1 && has_short_context(); }
   bool depthwise_grid() const {
-    return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context() && !segments;
+    const bool as_one = !segments || rows_as_one(true);
+    return group_in() == 1 && groups > 1 && column_taps > 1 && has_short_context() && as_one;
   }
   Tap tap(ptrdiff_t k) const {
     const ptrdiff_t columns = (k % column_taps - column_taps / 2) * column_dilation;

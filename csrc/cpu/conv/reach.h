@@ -42,7 +42,7 @@ SEQACCEL_INLINE void clear_beyond(const Count* counts, ptrdiff_t steps, ptrdiff_
   }
 }
 
-// The reaches of all rows. Where several segments of a row have a history, a row is not calculated as one.
+// The reaches of all rows, if rows are calculated as one.
 template <typename T>
 struct Reaches {
   typedef typename Reach<T>::Count Count;
@@ -50,8 +50,7 @@ struct Reaches {
   const bool exist;
   Count *before, *after;  // [batch, length], and a vector
 
-  Reaches(const ConvShape& shape, bool has_history)
-      : s(shape), exist(shape.segments && (!has_history || shape.history_rows == shape.batch)) {}
+  Reaches(const ConvShape& shape, bool has_history) : s(shape), exist(shape.rows_as_one(has_history)) {}
   Reach<T> of(ptrdiff_t b) const {
     const bool several = exist && s.first_segment[b + 1] - s.first_segment[b] > 1;
     return several ? Reach<T>{before + b * s.length, after + b * s.length} : Reach<T>();

@@ -42,12 +42,18 @@ class Sequences {
   // An episode begins from zeros; the steps before the first one go on from the history.
   void add_resets(ptrdiff_t batch, ptrdiff_t steps, ptrdiff_t width, const Tensor& reset) {
     const bool* const begins = reset.const_data_ptr<bool>();
+    ptrdiff_t resets = 0;
+    for (ptrdiff_t i = 0; i < batch * steps; ++i) resets += begins[i];
+    segments_.reserve(batch + resets);
     for (ptrdiff_t b = 0; b < batch; ++b) {
       first_.push_back(segments_.size());
       const bool* const row = begins + b * steps;
       for (ptrdiff_t t = 0; t < steps;) {
-        const void* const next = t + 1 < steps ? memchr(row + t + 1, 1, steps - t - 1) : nullptr;
-        const ptrdiff_t end = next ? static_cast<const bool*>(next) - row : steps;
+        ptrdiff_t end = t + 1;
+        if (end < steps && !row[end]) {
+          const void* const next = memchr(row + end, 1, steps - end);
+          end = next ? static_cast<const bool*>(next) - row : steps;
+        }
         segments_.push_back({t * width, end * width, row[t] ? kZeros : b});
         t = end;
       }
