@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from scan_cases import instruction_sets
 from tolerances import error
 
 import seqaccel
@@ -157,6 +158,69 @@ def test_wavenet_layer(with_state, backend, poison):
                     bound,
                     state="initial_state" if with_state else None,
                 )
+
+
+def spoilt_functions():
+    """A function of x (1, 4, 24) or a grid, by name."""
+    weight, square = torch.randn(4, 4, 3), torch.randn(8, 6, 1)
+    grid, kernels = torch.randn(4, 4, 3, 3), torch.randn(8, 1, 3, 5)
+    gates, down = torch.randn(12, 4, 3), torch.randn(4, 4, 2)
+    yield "grid", (5,), lambda x, reset: SF.causal_conv2d(x, grid, dilation=(2, 1), reset=reset)
+    yield "depthwise grid", (5,), lambda x, reset: SF.causal_conv2d(x, kernels, dilation=(2, 1), groups=4, reset=reset)
+    yield "block", (), lambda x, reset: SF.temporal_block(x, weight, None, down, None, dilation=2, reset=reset)
+    yield "layer", (), lambda x, reset: SF.wavenet_layer(x, gates, None, square, dilation=2, reset=reset)[0]
+
+
+@pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_what_is_not_finite_stays_in_its_episode(isa):
+    """In x, and in the gradient of the outputs."""
+    reset = torch.zeros(1, 24, dtype=torch.bool)
+    reset[0, [8, 13]] = True
+    with seqaccel.backend("cpp"), seqaccel.backends.isa(isa):
+        for name, columns, function in spoilt_functions():
+            x, bad = torch.randn(1, 4, 24, *columns), torch.zeros(24, dtype=torch.bool)
+            bad[8:13] = True
+
+            def run(x, grad=None, function=function):
+                x = x.clone().requires_grad_()
+                y = function(x, reset=reset)
+                grad = torch.ones_like(y) if grad is None else grad
+                return y.detach(), torch.autograd.grad(y, x, grad)[0]
+
+            y, grad_x = run(x)
+            for value in (float("nan"), float("inf")):
+                spoilt, grad = x.clone(), torch.ones_like(y)
+                spoilt[:, :, bad] = grad[:, :, bad] = value
+                assert torch.equal(run(spoilt)[0][:, :, ~bad], y[:, :, ~bad]), name
+                assert torch.equal(run(x, grad)[1][:, :, ~bad], grad_x[:, :, ~bad]), name
+
+
+@pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_long_depthwise_rows(isa, poison):
+    """Longer than a strip and than the context, with several outputs of a channel; grids of many rows."""
+    with seqaccel.backend("cpp"), seqaccel.backends.isa(isa):
+        for (kernel, dilation), density in itertools.product([(4, 1), (3, 40)], [0.01, 0.1]):
+            check(
+                lambda **t: SF.causal_conv1d(**t, dilation=dilation, groups=3, activation="relu"),  # noqa: B023
+                torch.rand(2, 1300) < density,
+                {"x": torch.randn(2, 3, 1300, dtype=DOUBLE)},
+                {"initial_state": torch.randn(2, 3, (kernel - 1) * dilation, dtype=DOUBLE)},
+                {"weight": torch.randn(6, 1, kernel, dtype=DOUBLE)},
+                1e-13,
+                state="initial_state",
+            )
+            check(
+                lambda **t: SF.causal_conv2d(**t, groups=3),
+                torch.rand(2, 70) < density,
+                {"x": torch.randn(2, 3, 70, 9, dtype=DOUBLE)},
+                {"initial_state": torch.randn(2, 3, 2, 9, dtype=DOUBLE)},
+                {"weight": torch.randn(6, 1, 3, 3, dtype=DOUBLE)},
+                1e-13,
+                state="initial_state",
+                time=2,
+            )
 
 
 @pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason="no C++ kernels")

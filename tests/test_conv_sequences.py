@@ -124,9 +124,10 @@ def test_gradients_of_every_order(kind, backend):
 @pytest.mark.parametrize("isa", USABLE_ISAS)
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[3] >= 33], ids=identity)
-def test_sequences_do_not_leak(shape, backend, isa):
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_do_not_leak(kind, shape, backend, isa):
     with seqaccel.backends.isa(isa):
-        check_that_sequences_do_not_leak(shape, backend)
+        check_that_sequences_do_not_leak(kind, shape, backend)
 
 
 @pytest.mark.gpu
@@ -145,23 +146,30 @@ def test_triton_on_a_gpu(kind, dtype, bound, allow_tf32):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("shape", TRITON_SHAPES, ids=identity)
-def test_sequences_do_not_leak_on_triton(shape):
-    check_that_sequences_do_not_leak(shape, "triton")
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_do_not_leak_on_triton(kind, shape):
+    check_that_sequences_do_not_leak(kind, shape, "triton")
 
 
-def check_that_sequences_do_not_leak(shape, backend):
+def check_that_sequences_do_not_leak(kind, shape, backend):
     """What is not finite in one sequence, or in the gradient of its outputs, reaches nothing of another one."""
     O, T = shape[2:4]
     start, end = T // 3, T // 3 + 5
     tensors, options = case((1, *shape[1:]), dict(initial_state=True))
-    tensors["initial_state"] = tensors["initial_state"].repeat(3, 1, 1)
-    options["cu_seqlens"] = torch.tensor([0, start, end, T])
+    own = [0]  # states of the other sequences
+    if kind == "cu_seqlens":
+        tensors["initial_state"] = tensors["initial_state"].repeat(3, 1, 1)
+        options["cu_seqlens"] = torch.tensor([0, start, end, T])
+        own = [0, 2]
+    else:
+        options["reset"] = (torch.arange(T) == start) | (torch.arange(T) == end)
+        options["reset"] = options["reset"].unsqueeze(0)
     grad = torch.randn(1, O, T)
     expected = run(on(backend), tensors, options, grad)
     for bad in (float("nan"), float("inf")):
         spoilt = {name: t.clone() for name, t in tensors.items()}
         spoilt["x"][..., start:end] = bad
-        spoilt["initial_state"][1] = bad
+        spoilt["initial_state"][1:2] = bad
         y = on(backend)(**spoilt, **options)
         for part in (slice(0, start), slice(end, T)):
             assert torch.equal(y[..., part], expected["y"][..., part])
@@ -170,7 +178,7 @@ def check_that_sequences_do_not_leak(shape, backend):
         found = run(on(backend), tensors, options, spoilt_grad)
         for part in (slice(0, start), slice(end, T)):
             assert torch.equal(found["grad of x"][..., part], expected["grad of x"][..., part])
-        for n in (0, 2):
+        for n in own:
             assert torch.equal(found["grad of initial_state"][n], expected["grad of initial_state"][n])
 
 

@@ -90,7 +90,8 @@ struct GridTaps {
   }
 };
 
-// rows(first row, count, first tap) for the rows of a plane from `begin` on, in order and at most `strip` at once. Rows before the plane see its first segment.
+// rows(first row, count, first tap) for the rows of a plane from `begin` on, in order and at most `strip` at once. Rows
+// before the plane see its first segment.
 template <typename T, typename F>
 inline void for_strips(const GridPlane& plane, const GridTaps& taps, const Reach<T>& reach, bool forward,
                        ptrdiff_t begin, ptrdiff_t strip, const F& rows) {
