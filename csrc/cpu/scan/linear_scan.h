@@ -11,7 +11,8 @@
 // state before each chunk is known, and all run a chunk. If a composed state is not finite, as when a product of
 // coefficients overflows, the chunks run one after the other instead: the results are the loop's.
 //
-// An episode that begins in the middle of a sequence begins as the sequence does, without the row before it.
+// An episode that begins in the middle of a sequence begins as the sequence does, without the row before it. In rows of
+// at most a vector its first step is masked instead.
 #pragma once
 
 #include "cpu/base/narrow.h"
@@ -241,6 +242,11 @@ struct Loop {
     }
   }
 
+  static SEQACCEL_INLINE Cut<C> all_lanes(bool cut) {
+    typedef decltype(Cut<C>{}[0] + Cut<C>{}[0]) Word;
+    return Cut<C>{} - Word(cut);
+  }
+
   enum class Before { nothing, added, multiplied };
 
   template <Before kBefore>
@@ -262,17 +268,19 @@ struct Loop {
   }
 
   // Rows of at most a vector. It goes on into the rows after its own, which are written again in their turn:
-  // against memory it begins before its row. Returns the first step that is left.
+  // against memory it begins before its row. Returns the first step that is left. With cuts s > 0.
+  template <bool kCuts>
   static int64_t narrow(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n) {
     const int64_t ahead = p.stride < 0 ? L - n : 0, left = end - s - (L - 1) / n;
     Vec<C> b = load(carried.b - ahead), a = load(carried.a - ahead);
     Row<S> r = p.row(s).moved(-ahead);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < left; ++i) {
-      const Vec<C> step = coefficient(r.coefficient);
-      b = times(step, b) + load_wide(r.input);
-      if constexpr (kCompose) a = times(step, a);
-      write(r, 0, b);
+      const Vec<C> step = coefficient(r.coefficient), input = load_wide(r.input);
+      const Cut<C> cut = all_lanes(kCuts && p.cuts.at(s + i));
+      b = cut ? input : times(step, b) + input;
+      if constexpr (kCompose) a = cut ? Vec<C>{} : times(step, a);
+      write(r, 0, b, L, false, all_lanes(kCuts && kBackward && p.cuts.at(s + i + 1)));
       r = r.moved(p.stride);
     }
     store(carried.b - ahead, b);
@@ -312,18 +320,25 @@ struct Loop {
     return s;
   }
 
+  // Rows of at most a vector; returns the first step that is left.
+  template <bool kCuts>
+  static SEQACCEL_INLINE int64_t vectors(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n) {
+    if (kBackward && end == p.length) --end;  // the last row has another `other`
+    if (n > kParts) return narrow<kCuts>(p, s, end, carried, n);
+    return p.stride < 0 ? numbers<true, kCuts>(p, s, end, carried) : numbers<false, kCuts>(p, s, end, carried);
+  }
+
   // Steps [s, end).
   static void run(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n, bool streamed) {
     if (!p.cuts.reset) return episode(p, s, end, carried, n, streamed);
-    if (n == kParts && s < end) {
+    if (n <= L && s < end) {
       if (s == 0) episodes(p, s++, 1, carried, n, streamed);
-      const int64_t whole = end - (kBackward && end == p.length);
-      s = p.stride < 0 ? numbers<true, true>(p, s, whole, carried) : numbers<false, true>(p, s, whole, carried);
+      s = vectors<true>(p, s, end, carried, n);
     }
     episodes(p, s, end, carried, n, streamed);
   }
 
-  // Steps [s, end), one episode after another.
+  // The same, one episode after another.
   static void episodes(const Steps<S>& p, int64_t s, int64_t end, Carried<C>& carried, int64_t n, bool streamed) {
     while (s < end) {
       const bool begins = s > 0 && p.cuts.at(s);
@@ -345,12 +360,7 @@ struct Loop {
       row<Before::added>(p.row(s++), carried, n, streamed);
     }
     carried.exists = true;
-    const int64_t whole = kBackward && end == p.length ? end - 1 : end;  // the last row has another `other`
-    if (n == kParts) {
-      s = p.stride < 0 ? numbers<true, false>(p, s, whole, carried) : numbers<false, false>(p, s, whole, carried);
-    } else if (n <= L) {
-      s = narrow(p, s, whole, carried, n);
-    }
+    if (n <= L) s = vectors<false>(p, s, end, carried, n);
     for (; s < end; ++s) row<Before::multiplied>(p.row(s), carried, n, streamed);
   }
 };
