@@ -67,21 +67,41 @@ SEQACCEL_INLINE Multiply<W> multiply_tile(ptrdiff_t rows, ptrdiff_t vectors) {
 }
 
 // The same where the panel's rows are shifted parts of windows, one window for each of `channels` channels: tap k of a
-// channel reads its window from `first` + k * step on.
+// channel reads its window from `first` + k * step on. kMasked: zeros where `inside` is not set.
 template <typename T>
 struct Windows {
   const T* values;
   ptrdiff_t width, channels, taps, first, step;
+  const Mask<T>* inside;  // [taps, kVectors]
 };
 
-template <typename T, int MR, int NV>
+constexpr ptrdiff_t kMaskedTaps = 16;  // have room for their masks
+
+template <typename T, int MR, int NV, bool kMasked>
 void multiply_windows(const T* a, ptrdiff_t a_stride, const Windows<T>& w, T* out, ptrdiff_t out_stride,
                       bool accumulate) {
   const ptrdiff_t blocks = larger(1, ceil_div(w.channels * w.taps, Factor<T>::kFlush));
   for (ptrdiff_t block = 0; block < blocks; ++block) {
     Vec<T> acc[MR][NV] = {};
     for (ptrdiff_t c = w.channels * block / blocks; c < w.channels * (block + 1) / blocks; ++c) {
-      add_products<T, MR, NV>(acc, a + c * w.taps, a_stride, 1, w.values + c * w.width + w.first, w.step, w.taps);
+      const T *const own = a + c * w.taps, *const window = w.values + c * w.width + w.first;
+      if constexpr (!kMasked) {
+        add_products<T, MR, NV>(acc, own, a_stride, 1, window, w.step, w.taps);
+        continue;
+      }
+      for (ptrdiff_t k = 0; k < w.taps; ++k) {  // add_products, masked
+        Vec<T> row[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          row[v] = zero_unless<T>(w.inside[k * kVectors + v], load(window + k * w.step + v * Lanes<T>));
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const Vec<T> x = broadcast(own[m * a_stride + k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
+        }
+      }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -97,21 +117,21 @@ void multiply_windows(const T* a, ptrdiff_t a_stride, const Windows<T>& w, T* ou
 template <typename T>
 using MultiplyWindows = void (*)(const T*, ptrdiff_t, const Windows<T>&, T*, ptrdiff_t, bool);
 
-template <typename T, int NV>
+template <typename T, int NV, bool kMasked>
 SEQACCEL_INLINE MultiplyWindows<T> multiply_window_rows(ptrdiff_t rows) {
-  constexpr MultiplyWindows<T> table[kRows] = {multiply_windows<T, 1, NV>, multiply_windows<T, 2, NV>,
-                                               multiply_windows<T, 3, NV>, multiply_windows<T, 4, NV>,
-                                               multiply_windows<T, 5, NV>, multiply_windows<T, 6, NV>};
+  constexpr MultiplyWindows<T> table[kRows] = {multiply_windows<T, 1, NV, kMasked>, multiply_windows<T, 2, NV, kMasked>,
+                                               multiply_windows<T, 3, NV, kMasked>, multiply_windows<T, 4, NV, kMasked>,
+                                               multiply_windows<T, 5, NV, kMasked>, multiply_windows<T, 6, NV, kMasked>};
   return table[rows - 1];
 }
 
-template <typename T>
+template <typename T, bool kMasked>
 SEQACCEL_INLINE MultiplyWindows<T> multiply_window_tile(ptrdiff_t rows, ptrdiff_t vectors) {
-  if (vectors == 1) return multiply_window_rows<T, 1>(rows);
-  if (vectors == 2) return multiply_window_rows<T, 2>(rows);
+  if (vectors == 1) return multiply_window_rows<T, 1, kMasked>(rows);
+  if (vectors == 2) return multiply_window_rows<T, 2, kMasked>(rows);
   if constexpr (kVectors > 2) {
-    if (vectors == 3) return multiply_window_rows<T, 3>(rows);
-    return multiply_window_rows<T, 4>(rows);
+    if (vectors == 3) return multiply_window_rows<T, 3, kMasked>(rows);
+    return multiply_window_rows<T, 4, kMasked>(rows);
   }
   __builtin_unreachable();
 }
@@ -128,7 +148,7 @@ struct Run {
   ptrdiff_t b, t, n, column;
   ptrdiff_t place;  // in a grid, of the first one in its row
   Segment segment;
-  bool masked;  // taps leave the segment of their time step
+  const void* counts;  // where taps leave the segment of their time step: of a Reach, to their side. Else null
 };
 
 // out[i] = 0, i < n, where a tap `columns` away lies outside of its row of a grid; out[0] is `place` in its row.
@@ -193,6 +213,8 @@ struct Product {
   const Reaches<Sum<W>>* reaches = nullptr;  // where they exist, rows are one segment and these keep their own apart
   bool forward = true;                       // taps lie before the present; else after it
 
+  typedef typename Reach<Sum<W>>::Count Count;
+
   ptrdiff_t taps() const { return shape->kernel_size; }
   ptrdiff_t depth() const { return ceil_div(channels * taps(), Factor<W>::kValues); }
   // Columns of a tile: a row of a grid where that wastes few lanes.
@@ -208,18 +230,18 @@ struct Product {
     const ptrdiff_t columns = tap[k].columns, width = shape->width;
     if (columns >= width || columns <= -width) return clear(out, n);
     signal.copy(run.b, run.segment, c, run.t + from + tap[k].steps, n, out);
-    if (run.masked) {
-      const Reach<Sum<W>> reach = reaches->of(first_row + run.b).from(run.t + from);
-      clear_beyond(forward ? reach.before : reach.after, forward ? -tap[k].steps : tap[k].steps, n, out);
-    }
+    if (run.counts) clear_beyond(static_cast<const Count*>(run.counts) + from, distance(tap[k].steps), n, out);
     clear_outside(width, columns, run.place + from, n, out);
   }
 
-  // Whether a tap of time steps [t, t + n) of sequence b leaves their segment.
-  bool leaves(ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) const {
+  // How many time steps to its side a tap lies away.
+  ptrdiff_t distance(ptrdiff_t steps) const { return forward ? -steps : steps; }
+  // Of a run (Run::counts).
+  const Count* counts(ptrdiff_t b, ptrdiff_t t, ptrdiff_t n) const {
     const Reach<Sum<W>> reach = reaches->of(first_row + b);
     const ptrdiff_t furthest = shape->context() + shape->beside();
-    return forward ? !reach.holds_before(t, n, furthest) : !reach.holds_after(t, n, furthest);
+    if (forward ? reach.holds_before(t, n, furthest) : reach.holds_after(t, n, furthest)) return nullptr;
+    return (forward ? reach.before : reach.after) + t;
   }
 };
 
@@ -237,8 +259,8 @@ struct Runs {
                               : as_one ? p.shape->row(p.first_row + b)
                                        : p.shape->segment(p.first_row + b, t);
       const ptrdiff_t n = smaller(smaller(p.first + p.steps, segment.end) - t, count - done);
-      const bool masked = as_one && p.leaves(b, t, n);
-      list[size++] = {b, t, n, done, (t + p.shape->context()) % p.shape->width, segment, masked};
+      const void* const counts = as_one ? p.counts(b, t, n) : nullptr;
+      list[size++] = {b, t, n, done, (t + p.shape->context()) % p.shape->width, segment, counts};
       done += n;
     }
   }
@@ -347,8 +369,17 @@ inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begi
   const auto shift = [&](ptrdiff_t k) { return grid ? p.tap[k].columns : p.tap[k].steps; };
   const ptrdiff_t oldest = smaller(shift(0), shift(shared - 1)), step = taps > 1 ? shift(1) - shift(0) : 0;
   const ptrdiff_t window = whole_lines(kColumns<W> + (shared - 1) * larger(step, -step));
-  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && runs.size == 1 && !runs.list[0].masked && (!grid || p.tile() == p.shape->width) &&
-                       window <= smaller(shared, kDepth) * kColumns<W>;
+  typedef typename Product<W, S>::Count Count;
+  const auto* const counts = static_cast<const Count*>(runs.list[0].counts);
+  const bool masked = counts && !grid;
+  const bool overlap = Factor<W>::kValues == 1 && taps > 1 && runs.size == 1 && (!masked || taps <= kMaskedTaps) &&
+                       (!grid || p.tile() == p.shape->width) && window <= smaller(shared, kDepth) * kColumns<W>;
+  Mask<Sum<W>> inside[kMaskedTaps * kVectors];
+  for (ptrdiff_t k = 0; overlap && masked && k < taps; ++k) {
+    for (ptrdiff_t v = 0; v < vectors; ++v) {
+      inside[k * kVectors + v] = Reach<Sum<W>>::lanes(counts, v * Lanes<W>) >= Count(p.distance(p.tap[k].steps));
+    }
+  }
   const ptrdiff_t most = overlap ? kDepth * kColumns<W> / window * shared : kDepth;
   for (ptrdiff_t r0 = 0; r0 == 0 || r0 < depth; r0 += most) {
     const ptrdiff_t deep = smaller(most, depth - r0);
@@ -360,6 +391,10 @@ inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begi
         W* const to = panel + i * window;
         if (grid) {
           const Tap& tap = p.tap[row % taps];
+          if (counts && counts[p.forward ? 0 : run.n - 1] < p.distance(tap.steps - tap.columns)) {  // the row is beyond
+            clear(to, window);
+            continue;
+          }
           clear(to, -oldest);
           p.signal.copy(run.b, run.segment, c, run.t + tap.steps - tap.columns, run.n, to - oldest);
           clear(to - oldest + run.n, window + oldest - run.n);
@@ -392,8 +427,10 @@ inline void product_tile(const Product<W, S>& p, ptrdiff_t group, ptrdiff_t begi
       if (!overlap) {
         multiply_tile<W>(end - row, vectors)(a + row * depth + r0, depth, panel, deep, to, kColumns<W>, r0 > 0);
       } else if constexpr (Factor<W>::kValues == 1) {
-        const Windows<W> windows = {panel, window, copies, shared, shift(0) - oldest, step};
-        multiply_window_tile<W>(end - row, vectors)(a + row * depth + r0, depth, windows, to, kColumns<W>, r0 > 0);
+        const Windows<W> windows = {panel, window, copies, shared, shift(0) - oldest, step, inside};
+        const MultiplyWindows<W> multiply = masked ? multiply_window_tile<W, true>(end - row, vectors)
+                                                   : multiply_window_tile<W, false>(end - row, vectors);
+        multiply(a + row * depth + r0, depth, windows, to, kColumns<W>, r0 > 0);
       }
       for (ptrdiff_t r = row; last && r < end; ++r) {
         for (const Run& run : runs) {

@@ -42,6 +42,24 @@ SEQACCEL_INLINE void clear_beyond(const Count* counts, ptrdiff_t steps, ptrdiff_
   }
 }
 
+// f(first, end) for the time steps of [begin, end) that have `steps` before them in their segment; neighbours together.
+template <typename T, typename F>
+SEQACCEL_INLINE void for_reaching(const Reach<T>& reach, ptrdiff_t steps, ptrdiff_t begin, ptrdiff_t end, const F& f) {
+  ptrdiff_t from = begin, to = reach.before ? begin : end;
+  for (ptrdiff_t t = to; t < end;) {
+    const ptrdiff_t missing = steps - reach.before[t], first = missing > 0 ? t + missing : t;
+    t += reach.after[t] + 1;
+    const ptrdiff_t last = t < end ? t : end;
+    if (first >= last) continue;
+    if (first > to) {
+      if (from < to) f(from, to);
+      from = first;
+    }
+    to = last;
+  }
+  if (from < to) f(from, to);
+}
+
 // The reaches of all rows, if rows are calculated as one.
 template <typename T>
 struct Reaches {

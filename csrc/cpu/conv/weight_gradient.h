@@ -99,8 +99,7 @@ struct GradientTile {
 };
 
 // Adds what time steps [begin, end) of a segment of sequence b, which g numbers `own`, give to the weight gradient.
-// Rows of x of 16-bit values are copied as factors, a tile at a time, which costs 1 / (16 kVectors) of the product; so
-// are those that taps beyond the reach are cleared in.
+// Rows of x of 16-bit values are copied as factors, a tile at a time, which costs 1 / (16 kVectors) of the product.
 template <typename W, typename S>
 inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history,
                                 const GradientTile<typename Factor<W>::Value>& g, ptrdiff_t own, ptrdiff_t b,
@@ -109,7 +108,8 @@ inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history
   const ptrdiff_t C = s.group_in(), O = s.group_out(), K = s.kernel_size, context = s.context();
   const WeightPanels<W> panels(O);
   const RowBlocks blocks(C);
-  const bool masked = !reach.holds_before(begin, end - begin, context + s.beside());
+  const Reach<Sum<W>> own_reach =
+      reach.holds_before(begin, end - begin, context + s.beside()) ? Reach<Sum<W>>() : reach;
   for (ptrdiff_t group = 0; group < s.groups; ++group) {
     const S* xg = x + (b * s.in_channels + group * C) * s.length;
     const S* hg = history && segment.history != kZeros
@@ -128,24 +128,21 @@ inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history
         for (ptrdiff_t k = 0; k < K; ++k) {
           const Tap tap = s.tap(k);
           Sum<W>* to = sums + (k * C + c) * width;
-          if (kNarrow<S> || masked) {
+          if constexpr (kNarrow<S>) {
             typedef typename Factor<W>::Value Value;
             constexpr ptrdiff_t kValues = Factor<W>::kValues, kStride = kWeightSteps * kValues;
             const Signal<S> signal = {x, history, s.in_channels, s.length, s.length, context};
             const ptrdiff_t steps = end - begin, depth = ceil_div(steps, kValues);
-            if (tap.columns >= s.width || tap.columns <= -s.width) continue;
             alignas(64) Value copies[kRows * kStride];
             for (ptrdiff_t i = 0; i < rows; ++i) {
               Value* const row = copies + i * kStride;
               signal.copy(b, segment, group * C + c + i, begin + tap.steps, steps, row);
-              if (masked) clear_beyond(reach.before + begin, -tap.steps, steps, row);
-              clear_outside(s.width, tap.columns, begin % s.width, steps, row);
+              if (own_reach.before) clear_beyond(own_reach.before + begin, -tap.steps, steps, row);
               clear(row + steps, depth * kValues - steps);
             }
             multiply(reinterpret_cast<const W*>(copies), kStride / kValues, panel, depth, to, width, true);
             continue;
-          }
-          if constexpr (!kNarrow<S>) {
+          } else {
             const auto add = [&](ptrdiff_t t, ptrdiff_t until) {
               // x from `middle` to `last`, the history before
               const ptrdiff_t middle = smaller(larger(t, segment.begin + tap.columns - tap.steps), until);
@@ -160,13 +157,13 @@ inline void add_weight_gradient(const ConvShape& s, const S* x, const S* history
               }
             };
             if (tap.columns == 0) {
-              add(begin, end);
+              for_reaching(own_reach, -tap.steps, begin, end, add);
               continue;
             }
             for (ptrdiff_t row = begin / s.width * s.width; row < end; row += s.width) {  // of the grid
               const ptrdiff_t t = larger(begin, row + larger(0, -tap.columns));
               const ptrdiff_t until = smaller(end, row + s.width - larger(0, tap.columns));
-              if (t < until) add(t, until);
+              if (t < until && own_reach.holds_before(t, until - t, -tap.steps)) add(t, until);
             }
           }
         }
