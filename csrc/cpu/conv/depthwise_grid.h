@@ -73,8 +73,8 @@ struct GridPlane {
   }
 };
 
-// Taps of the plane: their numbers, the shifts that the output and the gradient of x need, and how many time steps their
-// rows lie apart.
+// Taps of the plane: their numbers, the shifts that the output and the gradient of x need, and how many time steps
+// their rows lie apart.
 struct GridTaps {
   ptrdiff_t *number, *forward, *backward, *steps;
   void fill(const ConvShape& s, const GridPlane& plane) const {
@@ -150,13 +150,14 @@ inline bool depthwise_grid_forward(const ConvForward<T>& p) {
       gather_weight(p.weight + o * s.kernel_size, taps, plane.taps, w);
       if (p.history) plane.copy_history(s, p.history, b, o / s.group_out(), x);
       plane.copy(p.x + in * s.length, plane.rows, x + plane.context * plane.pitch);
-      for_strips(plane, taps, reaches.of(b), true, 0, plane.strip(), [&](ptrdiff_t r, ptrdiff_t count, ptrdiff_t first) {
-        correlate_at(x + r * plane.pitch, w + first, taps.forward + first, plane.taps - first,
-                     (count - 1) * plane.pitch + plane.width, out, false);
-        for (ptrdiff_t i = 0; i < count; ++i) {
-          finish_row(p, o, b, (r + i) * plane.width, plane.width, out + i * plane.pitch);
-        }
-      });
+      for_strips(plane, taps, reaches.of(b), true, 0, plane.strip(),
+                 [&](ptrdiff_t r, ptrdiff_t count, ptrdiff_t first) {
+                   correlate_at(x + r * plane.pitch, w + first, taps.forward + first, plane.taps - first,
+                                (count - 1) * plane.pitch + plane.width, out, false);
+                   for (ptrdiff_t i = 0; i < count; ++i) {
+                     finish_row(p, o, b, (r + i) * plane.width, plane.width, out + i * plane.pitch);
+                   }
+                 });
     }
   }
   return true;

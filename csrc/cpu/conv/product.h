@@ -119,9 +119,9 @@ using MultiplyWindows = void (*)(const T*, ptrdiff_t, const Windows<T>&, T*, ptr
 
 template <typename T, int NV, bool kMasked>
 SEQACCEL_INLINE MultiplyWindows<T> multiply_window_rows(ptrdiff_t rows) {
-  constexpr MultiplyWindows<T> table[kRows] = {multiply_windows<T, 1, NV, kMasked>, multiply_windows<T, 2, NV, kMasked>,
-                                               multiply_windows<T, 3, NV, kMasked>, multiply_windows<T, 4, NV, kMasked>,
-                                               multiply_windows<T, 5, NV, kMasked>, multiply_windows<T, 6, NV, kMasked>};
+  constexpr MultiplyWindows<T> table[kRows] = {
+      multiply_windows<T, 1, NV, kMasked>, multiply_windows<T, 2, NV, kMasked>, multiply_windows<T, 3, NV, kMasked>,
+      multiply_windows<T, 4, NV, kMasked>, multiply_windows<T, 5, NV, kMasked>, multiply_windows<T, 6, NV, kMasked>};
   return table[rows - 1];
 }
 
@@ -203,13 +203,13 @@ struct Product {
   const W* a;  // [groups * rows, depth()]: channels * K values, and zeros up to a whole factor
   Signal<S> signal;
   const ConvShape* shape;
-  const Tap* tap;                 // [K]
-  ptrdiff_t newest;               // the tap that reads furthest ahead
-  ptrdiff_t first_row;            // the row of the batch that is sequence 0
-  ptrdiff_t batch;                // sequences
-  ptrdiff_t rows, channels;       // of one group
-  ptrdiff_t first, steps;         // columns of a sequence: time steps [first, first + steps)
-  const Segment* only = nullptr;  // the segment that all columns belong to; null: they have their own
+  const Tap* tap;                            // [K]
+  ptrdiff_t newest;                          // the tap that reads furthest ahead
+  ptrdiff_t first_row;                       // the row of the batch that is sequence 0
+  ptrdiff_t batch;                           // sequences
+  ptrdiff_t rows, channels;                  // of one group
+  ptrdiff_t first, steps;                    // columns of a sequence: time steps [first, first + steps)
+  const Segment* only = nullptr;             // the segment that all columns belong to; null: they have their own
   const Reaches<Sum<W>>* reaches = nullptr;  // where they exist, rows are one segment and these keep their own apart
   bool forward = true;                       // taps lie before the present; else after it
 

@@ -88,8 +88,8 @@ SEQACCEL_INLINE void compose_lanes(Vec<C>& a, Vec<C>& b) {
   }
 }
 
-// The same of maps of which some forget what was before: a lane of `cut` is set if a map up to it does. Its `a` is of no
-// meaning then.
+// The same of maps of which some forget what was before: a lane of `cut` is set if a map up to it does. Its `a` is of
+// no meaning then.
 template <typename C, int kParts, bool kReverse, int DISTANCE = kParts>
 SEQACCEL_INLINE void compose_lanes(Vec<C>& a, Vec<C>& b, Cut<C>& cut) {
   if constexpr (DISTANCE < Lanes<C>) {
