@@ -233,7 +233,7 @@ struct Loop {
   }
   // Of lanes in `alone` the other is zero.
   static SEQACCEL_INLINE void write(const Row<S>& r, int64_t i, Vec<C> c, int count = L, bool streamed = false,
-                                    Cut<C> alone = {}) {
+                                    Cut<C> alone = Cut<C>()) {
     if constexpr (kCompose) return;
     put(r.output + i, c, count, streamed);
     if constexpr (kBackward) {
@@ -298,9 +298,9 @@ struct Loop {
       const Row<S> r = p.row(s);
       Vec<C> map_a = coefficient(r.coefficient - kBehind), map_b = load_wide(r.input - kBehind);
       Cut<C> alone = {};
-      if (kCuts && (p.cuts.any<kSteps>(s) || (kBackward && p.cuts.at(s + kSteps)))) {
-        Cut<C> cut = cut_lanes<C, kParts>(p.cuts.bytes<kSteps>(s), Lane());
-        if constexpr (kBackward) alone = cut_lanes<C, kParts>(p.cuts.bytes<kSteps>(s + 1), Lane());
+      if (kCuts && (p.cuts.template any<kSteps>(s) || (kBackward && p.cuts.at(s + kSteps)))) {
+        Cut<C> cut = cut_lanes<C, kParts>(p.cuts.template bytes<kSteps>(s), Lane());
+        if constexpr (kBackward) alone = cut_lanes<C, kParts>(p.cuts.template bytes<kSteps>(s + 1), Lane());
         compose_lanes<C, kParts, kReverse>(map_a, map_b, cut);
         map_b = cut ? map_b : times(map_a, b) + map_b;
         if constexpr (kCompose) {
