@@ -13,16 +13,16 @@ namespace seqaccel::SEQACCEL_ISA::conv {
 constexpr ptrdiff_t kDepthwiseStrip = 512;  // outputs between two epilogues
 
 // out[i] = finish(sum_k w[k] * x[i + k * step]), i < n; x is 0 where the tap leaves the segment of output i.
-template <typename T, typename Finish>
-inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, const Reach<T>& reach, T* out,
-                      const Finish& finish) {
+template <bool kMasked, typename T, typename Finish>
+SEQACCEL_INLINE void correlate_within(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n,
+                                      const Reach<T>& reach, T* out, const Finish& finish) {
   constexpr int NV = 4;
   constexpr ptrdiff_t L = Lanes<T>;
   typedef typename Reach<T>::Count Count;
   ptrdiff_t i = 0;
   for (; i + NV * L <= n; i += NV * L) {
     Vec<T> acc[NV] = {};
-    if (reach.holds_before(i, NV * L, (K - 1) * step)) {
+    if (!kMasked || reach.holds_before(i, NV * L, (K - 1) * step)) {
       for (ptrdiff_t k = 0; k < K; ++k) {
         const Vec<T> wk = broadcast(w[k]);
 #pragma GCC unroll 4
@@ -46,7 +46,7 @@ inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdi
   }
   for (; i < n; i += L) {
     const int m = n - i < L ? int(n - i) : int(L);
-    const bool whole = reach.holds_before(i, m, (K - 1) * step);
+    const bool whole = !kMasked || reach.holds_before(i, m, (K - 1) * step);
     Vec<T> acc = {};
     for (ptrdiff_t k = 0; k < K; ++k) {
       const T* from = x + i + k * step;
@@ -56,6 +56,13 @@ inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdi
     }
     store_some(out + i, finish(acc), m);
   }
+}
+
+template <typename T, typename Finish>
+inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, const Reach<T>& reach, T* out,
+                      const Finish& finish) {
+  if (reach.before) return correlate_within<true>(x, w, K, step, n, reach, out, finish);
+  correlate_within<false>(x, w, K, step, n, reach, out, finish);
 }
 
 template <typename T>

@@ -276,11 +276,18 @@ struct Loop {
     Row<S> r = p.row(s).moved(-ahead);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < left; ++i) {
-      const Vec<C> step = coefficient(r.coefficient), input = load_wide(r.input);
-      const Cut<C> cut = all_lanes(kCuts && p.cuts.at(s + i));
-      b = cut ? input : times(step, b) + input;
-      if constexpr (kCompose) a = cut ? Vec<C>{} : times(step, a);
-      write(r, 0, b, L, false, all_lanes(kCuts && kBackward && p.cuts.at(s + i + 1)));
+      const Vec<C> step = coefficient(r.coefficient);
+      if constexpr (kCuts) {
+        const Vec<C> input = load_wide(r.input);
+        const Cut<C> cut = all_lanes(p.cuts.at(s + i));
+        b = cut ? input : times(step, b) + input;
+        if constexpr (kCompose) a = cut ? Vec<C>{} : times(step, a);
+        write(r, 0, b, L, false, all_lanes(kBackward && p.cuts.at(s + i + 1)));
+      } else {
+        b = times(step, b) + load_wide(r.input);
+        if constexpr (kCompose) a = times(step, a);
+        write(r, 0, b);
+      }
       r = r.moved(p.stride);
     }
     store(carried.b - ahead, b);
