@@ -58,10 +58,17 @@ SEQACCEL_INLINE void correlate_within(const T* x, const T* w, ptrdiff_t K, ptrdi
   }
 }
 
+// Apart from the plain loop, which would lose registers to it.
+template <typename T, typename Finish>
+__attribute__((noinline)) void correlate_masked(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n,
+                                                const Reach<T>& reach, T* out, const Finish& finish) {
+  correlate_within<true>(x, w, K, step, n, reach, out, finish);
+}
+
 template <typename T, typename Finish>
 inline void correlate(const T* x, const T* w, ptrdiff_t K, ptrdiff_t step, ptrdiff_t n, const Reach<T>& reach, T* out,
                       const Finish& finish) {
-  if (reach.before) return correlate_within<true>(x, w, K, step, n, reach, out, finish);
+  if (reach.before) return correlate_masked(x, w, K, step, n, reach, out, finish);
   correlate_within<false>(x, w, K, step, n, reach, out, finish);
 }
 
