@@ -9,7 +9,7 @@ PROCESSOR is a folder of ``benchmarks/results``; its records are read as one, th
 time, each peer's time, how many times as fast ours is, and the share of the ceiling. Instead of ``table:``, ``means:``
 makes one row a suite, the geometric mean over its sizes and the worst; ``edge:`` shows the newest record of
 ``benchmarks.edge`` in the folder's ``edge``, ``packages:`` and ``recipes:`` those of ``benchmarks.packages`` and
-``benchmarks.recipes`` in the folders of these names, ``machine:`` says where the newest record was made, and
+``benchmarks.recipes`` in the folders of these names, ``machine:`` says where each record was made, and
 ``<!-- jobs -->`` is README's table (``JOBS``).
 
 ``python -m benchmarks.pages --check`` writes nothing; its exit status is 1 where a page differs from the records.
@@ -27,7 +27,7 @@ import statistics
 import sys
 
 from benchmarks import plots
-from benchmarks.records import RESULTS, cases, committed, duration, machine, ours, read_all
+from benchmarks.records import RESULTS, cases, committed, duration, machine, ours, read, read_all
 
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
@@ -187,7 +187,8 @@ def filled(text: str) -> str:
         if kind == "edge":
             return f"{opening}\n{edge(processor)}\n{closing}"
         if kind == "machine":
-            return f"{opening}\n{machine(record(processor))}.\n\n{closing}"
+            made = "".join(f"- {machine(read(path))}.\n" for path in committed(RESULTS / processor))
+            return f"{opening}\n{made}\n{closing}"
         if kind in ("packages", "recipes"):
             module = importlib.import_module(f"benchmarks.{kind}")  # needs torch, unlike the rest
             return f"{opening}\n{module.table_of(newest(processor, kind))}\n{closing}"
