@@ -60,8 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     for change, name in fallen:
         print(f"{name}: {old[name]:.2f} -> {new[name]:.2f} ({change - 1:+.0%})")
     mean = statistics.geometric_mean(changes.values())
+    typical = statistics.geometric_mean(max(change, 1 / change) for change in changes.values())
     alone = len(old.keys() ^ new.keys())
     print(f"{len(changes)} cases in both, {alone} in one only: new/old {mean:.3f} (geometric mean)")
+    print(f"a ratio differs by {typical - 1:.0%} in either direction (geometric mean)")
     print(f"{len(fallen)} fell by more than {options.threshold:.0%}")
     print(f"old: {records.machine(earlier)}")
     print(f"new: {records.machine(later)}")

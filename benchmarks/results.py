@@ -125,6 +125,27 @@ def stable(records: list[dict]) -> str:
     return table(header, rows)
 
 
+def demo(records: list[dict]) -> str:
+    """A row a pair: ours, torch's in brackets."""
+    rows = []
+    for record in sorted(records, key=lambda record: list(DEMO).index(record["model"])):
+        (ours, stock), bits, speed = (record[key] for key in ("titles", "validation_bits", "tokens_per_second"))
+        row = [ours, stock, f"{bits[0]:.3f} ({bits[1]:.3f})", f"{speed[0]:,.0f} ({speed[1]:,.0f})"]
+        rows.append([*row, f"{speed[0] / speed[1]:.2f}"])
+    header = ["model", "instead of", "bits per byte (torch's)", "bytes per second (torch's)", "ratio"]
+    return table(header, rows)
+
+
+DEMO = ("lstm", "sru", "tcn", "attention")
+
+DEMO_TEXT = """\
+## Language models
+
+`make demo`: byte-level language models of Python's standard library, each beside the same model of
+torch's modules, or the one that people would take instead. A pair trains on the same batches in
+turns. Bits per byte are of text that training has not seen."""
+
+
 def quantized(records: list[dict]) -> str:
     header = ["model", "steps", "float32", *records[0]["quantized_bits"]]
     rows = []
@@ -318,6 +339,8 @@ def page() -> str:
         parts += [LONG_MEMORY, long_memory(records)]
     if records := read(RECORDS / "neural-gpu"):
         parts += [NEURAL_GPU, neural_gpu(records), origin(records)]
+    if records := read(RECORDS / "demo"):
+        parts += [DEMO_TEXT, demo(records), origin([record["run"] for record in records])]
     if records := read(RECORDS / "stable"):
         parts += [STABLE, stable(records), origin([record["run"] for record in records])]
     if records := read(RECORDS / "quantized"):

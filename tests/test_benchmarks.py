@@ -116,7 +116,8 @@ def test_compare_finds_what_fell_against_torch(tmp_path, capsys):
     old = record({"a[n=1]": 2.0, "a[n=2]": 1.0, "b[n=1]": 4.0}, tmp_path / "old.json")
     slower_machine = record({"a[n=1]": 2.1, "a[n=2]": 0.95, "c[n=1]": 9.0}, tmp_path / "new.json", scale=3.0)
     assert compare.main([str(old), str(slower_machine)]) == 0
-    assert "2 cases in both, 2 in one only" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 cases in both, 2 in one only: new/old 0.999" in out and "differs by 5% in either direction" in out
     assert compare.main([str(old), str(slower_machine), "--threshold", "0.04"]) == 1
     assert "a[n=2] over torch: 1.00 -> 0.95 (-5%)" in capsys.readouterr().out
     void = record({"a[n=1]": 1.0}, tmp_path / "void.json", void=True)

@@ -55,6 +55,12 @@ def test_tables_of_parallel_in_time():
     assert results.redone(records).endswith("is 3e-09. 4 chunks ran again.")
 
 
+def test_table_of_the_demo():
+    pair = {"validation_bits": [2.5, 2.75], "tokens_per_second": [30_000.4, 20_000.0]}
+    page = results.demo([{"model": "sru", "titles": ["SRU", "torch.nn.LSTM"], **pair}])
+    assert "| SRU | torch.nn.LSTM | 2.500 (2.750) | 30,000 (20,000) | 1.50 |" in page
+
+
 def test_table_of_packed_weights():
     bits = {"validation_bits": [2.5, 2.6], "quantized_bits": {"int8": 2.50123, "bfloat16": 2.499}}
     page = results.quantized([{"titles": ["LSTM", "torch.nn.LSTM"], "steps": 250, **bits}])
