@@ -60,7 +60,8 @@ def spread(values: list[float]) -> str:
 
 def origin(records: list[dict]) -> str:
     """Machines and commits of records, in a sentence."""
-    machines = {f"{r['machine']['cpu']}, {r['machine']['threads']} thread" for r in records}
+    threads = {n: f"{n} thread{'s' * (n > 1)}" for n in (r["machine"]["threads"] for r in records)}
+    machines = {f"{r['machine']['cpu']}, {threads[r['machine']['threads']]}" for r in records}
     versions = {f"torch {r['versions']['torch'].partition('+')[0]}" for r in records}
     commits = {f"commit `{r['commit']}`" for r in records}
     return "; ".join(", ".join(sorted(part)) for part in (machines, versions, commits)) + "."
