@@ -208,7 +208,7 @@ def measured(name: str, subject: Subject, seconds: float, optimize: bool = False
     optimizer = runner.optimizer()
     result.training = compared(lambda: runner.step(optimizer), runner.use, seconds)
     if optimize:
-        rows = list(seqaccel.optimize(subject.model, subject.inputs, progress=False))
+        rows = list(seqaccel.optimize(subject.model, (), call=subject.loss, progress=False))
         kept = {row.path for row in rows[:-1] if row.faster} if rows and rows[-1].faster else set()
         runner.chosen = kept.__contains__
         result.optimized = compared(lambda: runner.step(optimizer), runner.use, seconds)

@@ -601,48 +601,6 @@ def test_sru(use_tanh):
     assert_converts(torch.nn.Sequential(SRUCell(4, use_tanh)), torch.randn(6, 2, 4), {"0": "seqaccel.nn.SRUCell"})
 
 
-class RecurrentActorCriticPolicy(torch.nn.Module):
-    """What sb3-contrib's policy does with its LSTM: a call a step where episodes begin."""
-
-    __module__ = "sb3_contrib.common.recurrent.policies"
-
-    def __init__(self, **options):
-        super().__init__()
-        self.lstm_actor = torch.nn.LSTM(3, 4, **options)
-
-    @staticmethod
-    def _process_sequence(features, lstm_states, episode_starts, lstm):
-        n_seq = lstm_states[0].shape[1]
-        sequence = features.reshape((n_seq, -1, lstm.input_size)).swapaxes(0, 1)
-        outputs = []
-        for x, start in zip(sequence, episode_starts.reshape((n_seq, -1)).swapaxes(0, 1), strict=True):
-            states = tuple((1.0 - start).view(1, n_seq, 1) * state for state in lstm_states)
-            output, lstm_states = lstm(x.unsqueeze(0), states)
-            outputs.append(output)
-        return torch.cat(outputs).transpose(0, 1).flatten(0, 1), lstm_states
-
-    def forward(self, features, h, c, starts):
-        output, states = self._process_sequence(features, (h, c), starts, self.lstm_actor)
-        return output, *states
-
-
-def test_sb3_contrib():
-    policy, starts = RecurrentActorCriticPolicy(num_layers=2), (torch.rand(3 * 7) < 0.3).float()
-    inputs = torch.randn(3 * 7, 3), torch.randn(2, 3, 4), torch.randn(2, 3, 4), starts
-    expected = policy(*inputs)
-    gradient = torch.autograd.grad(expected[0].sum(), policy.lstm_actor.weight_hh_l0)
-    converted, report = seqaccel.convert(policy, report=True)
-    assert [row.target for row in report] == ["its episodes in one call", "seqaccel.nn.LSTM"]
-    found = converted(*inputs)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found[0].sum(), policy.lstm_actor.weight_hh_l0), gradient)
-    seqaccel.convert(policy, {"LSTM": False})
-    torch.testing.assert_close(policy(*inputs), expected)
-    assert type(seqaccel.revert(policy)) is RecurrentActorCriticPolicy
-    derived = type("Own", (RecurrentActorCriticPolicy,), {"_process_sequence": lambda self, *_: None})()
-    assert converted_rows(derived)[""].reason == "its own _process_sequence"
-
-
 # ---- measuring ----
 
 
@@ -709,10 +667,10 @@ def test_optimize_keeps_what_is_faster(monkeypatch, whole):
     model = Model()
     names = {**{module: path for path, module in model.named_modules()}, model: "(model)"}
 
-    def compared(run, call, use_ours):
+    def compared(run, devices, use_ours):
         use_ours(True)
         use_ours(False)
-        return times[names[run.args[0]]]
+        return times[names[run.args[-1].function]]
 
     monkeypatch.setattr(measure, "_compared", compared)
     report = seqaccel.optimize(model, example(), progress=False)
@@ -732,5 +690,7 @@ def test_a_failing_example_leaves_the_model_as_it_was(brief):
             call(None, example())
         with pytest.raises(TypeError, match="expected filter_fn"):
             call(model, example(), filter_fn=3)
+        with pytest.raises(TypeError, match="expected call to be callable"):
+            call(model, example(), call="forward")
         with pytest.raises(TypeError, match="progress"):
             call(model, example(), progress="yes")

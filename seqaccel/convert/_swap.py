@@ -25,6 +25,7 @@ class Swap(NamedTuple):
     kind: type[torch.nn.Module]
     attributes: dict[str, Any] = {}  # noqa: RUF012  read only
     runs: tuple[torch.nn.Module, ...] = ()  #: modules in it that it runs by itself from then on
+    needs: tuple[torch.nn.Module, ...] = ()  #: modules in it without whose replacement it changes nothing
 
 
 def _is_parametrized(kind: type) -> bool:

@@ -32,5 +32,6 @@ def policy(module: torch.nn.Module, asked: Asked) -> Swap | str | None:
         if base.__name__ == asked.name and base.__module__.partition(".")[0] == "sb3_contrib":
             if kind._process_sequence is not base._process_sequence:
                 return "its own _process_sequence"
-            return Swap("its episodes in one call", combined(_Policy, kind))
+            needs = tuple(child for child in module.children() if isinstance(child, torch.nn.LSTM))
+            return Swap("its episodes in one call", combined(_Policy, kind), needs=needs)
     return None
