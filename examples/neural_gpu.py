@@ -6,7 +6,8 @@
 A problem is one sequence, both numbers with a plus sign between, the lowest bit first: 011+101 is 6 + 5, and the
 answer 1101 begins where the problem does. So bits that belong together lie apart, and the network moves them through
 its grid (Kaiser and Sutskever 2016). It starts with one bit, and a bit is added when 93 of 100 sums are right. With
-the last bit the learning rate begins to fall. What is tested has the average of the latest parameters.
+the last bit the learning rate begins to fall. What is tested has the average of the latest parameters. Carries over
+many bits are rare among random pairs, so half of the pairs for training are drawn to have them.
 
 An eighth of all pairs of numbers of more than 3 bits is never trained on. Training ends when sums of each length that
 it may see are all right. Then the script tests pairs that it has not seen: of each length, and of the longer ones of
@@ -53,8 +54,10 @@ def unseen(a: Tensor, b: Tensor, bits: int) -> Tensor:
 
 
 def pairs(count: int, bits: int, new: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random pairs of numbers, those that training leaves out or the others."""
-    a, b = torch.randint(2**bits, (2, 16 * count + 64), generator=generator)
+    """Random pairs of numbers that training leaves out, or pairs for training: in half of these carries go far."""
+    a, b, *masks = torch.randint(2**bits, (5, 16 * count + 64), generator=generator)
+    if not new:  # only an eighth of the bits of every second pair are alike, the others pass a carry on
+        b[::2] = (a ^ (2**bits - 1) ^ masks[0] & masks[1] & masks[2])[::2]
     kept = unseen(a, b, bits) == new
     return a[kept][:count], b[kept][:count]
 
