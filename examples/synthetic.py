@@ -88,7 +88,7 @@ class Settings:
     check_every: int  # steps between two checks
     first_length: int = 0  # of the first sequences in training; 0: length
     ready: float = 0.01  # training loss between two checks at which the length doubles
-    patience: int = 0  # checks without a better validation loss before the learning rate halves; 0: it stays
+    last_rate: float = 1.0  # share of the learning rate that is left at the last step; it falls linearly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Counting(Task):
 TASKS: dict[str, Task] = {
     "adding": Adding(
         "adding problem",
-        Settings(600, 15_620, 1562, 32, 2e-3, "Adam", 0.0, 3e-5, 100, first_length=50, patience=4),
+        Settings(600, 9000, 1562, 32, 6e-3, "Adam", 0.1, 3e-5, 100, first_length=50, last_rate=0.0),
         {
             "tcn": lambda: Convolutional(2, 24, 1, 0.0),
             "lstm": lambda: recurrent(snn.LSTM, 2, 130, 1),
@@ -240,9 +240,7 @@ class Training:
     def __init__(self, task: Task, network: nn.Module, settings: Settings) -> None:
         self.task, self.network, self.settings = task, network, settings
         self.optimizer = getattr(torch.optim, settings.optimizer)(network.parameters(), lr=settings.learning_rate)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=0.5, patience=settings.patience or settings.steps
-        )
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, settings.last_rate, settings.steps)
         self.best = {name: value.clone() for name, value in network.state_dict().items()}
         self.best_valid, self.step, self.seconds = math.inf, 0, 0.0
         self.length = min(settings.first_length or settings.length, settings.length)
@@ -263,14 +261,13 @@ class Training:
             if settings.clip > 0:
                 nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
             self.optimizer.step()
+            self.scheduler.step()
             total += loss.item()
             self.step += 1
         self.seconds += time.process_time() - began
         self.network.eval()
         self.curve.append((self.step, total / count, mean_loss(self.task, self.network, valid)))
-        if self.length == settings.length:
-            self.scheduler.step(self.curve[-1][2])
-        elif total / count <= settings.ready:
+        if total / count <= settings.ready:
             self.length = min(2 * self.length, settings.length)
         if self.curve[-1][2] <= self.best_valid:
             self.best_valid = self.curve[-1][2]
