@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 
 from seqaccel import _arguments
-from seqaccel.convert import causal_conv, darts, haste, ncps, pytorch_tcn, sb3_contrib, speechbrain, sru
+from seqaccel.convert import causal_conv, darts, haste, ncps, pytorch_tcn, sb3_contrib, speechbrain, sru, torchrl
 from seqaccel.convert import torch as torch_layers
 from seqaccel.convert._report import Report, Row
 from seqaccel.convert._swap import Asked, Swap, modules, named_modules, plain_class, restore, swap
@@ -26,6 +26,7 @@ RULES: dict[str, Callable[[torch.nn.Module, Asked], Swap | str | None]] = {
     "ncps": ncps.layer,
     "speechbrain": speechbrain.layer,
     "RecurrentActorCriticPolicy": sb3_contrib.policy,
+    "torchrl": torchrl.module,
     "MultiheadAttention": torch_layers.attention,
 }
 #: What is replaced only where ``config`` names it: it computes another function.
@@ -175,6 +176,8 @@ def convert(
     - ``darts``: the residual blocks of its TCNModel.
     - ``RecurrentActorCriticPolicy`` of sb3-contrib (RecurrentPPO's policies): a sequence in which episodes begin is one
       call of each LSTM, not a call a step.
+    - ``torchrl``: its LSTMModule and GRUModule with the backend "pad": the episodes of a batch of trajectories are one
+      packed sequence, where TorchRL pads them and all that the tensordict has of them.
     - ``haste``: the layers of haste_pytorch, where no ``lengths`` and no ``return_state_sequence`` are given.
     - ``speechbrain``: the layers of its LiGRU with ReLU or tanh, by :func:`seqaccel.functional.ligru`.
     - ``ncps``: its CfC, where it has neither a wiring nor mixed memory and its backbone has LeCun's tanh, tanh or ReLU
