@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 BOTH = [True, False]
 SHAPE = (2, 6, 4, 20, 3, 2, 1)
+RESET = torch.arange(40).view(2, 20) % 13 == 4
 
 
 def call(compiled, monkeypatch, tensors, **options):
@@ -28,17 +29,18 @@ def problem(epilogue, dtype=torch.float32, shape=SHAPE):
     return {name: t.requires_grad_() for name, t in tensors.items()}, options
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout, reset", [(0.0, None), (0.3, None), (0.3, RESET)], ids=["", "dropout", "reset"])
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
-def test_same_bits(epilogue, dropout, monkeypatch):
+def test_same_bits(epilogue, dropout, reset, monkeypatch):
     tensors, options = problem(epilogue)
+    options |= {"dropout": dropout, "reset": reset}
     found = []
     for compiled in BOTH:
         torch.manual_seed(0)
-        y = call(compiled, monkeypatch, tensors, dropout=dropout, **options)
+        y = call(compiled, monkeypatch, tensors, **options)
         with torch.no_grad():
             torch.manual_seed(0)
-            plain = call(compiled, monkeypatch, tensors, dropout=dropout, **options)
+            plain = call(compiled, monkeypatch, tensors, **options)
         grads = torch.autograd.grad(y, tensors.values(), torch.linspace(-1, 1, y.numel()).view_as(y))
         found.append([y, plain, *grads])
     for ours, theirs in zip(*found, strict=True):
@@ -58,9 +60,11 @@ def test_each_gradient_alone(wanted, output_activation, monkeypatch):
     assert torch.equal(*found)
 
 
-def test_second_derivatives_and_batched_gradients(monkeypatch):
+@pytest.mark.parametrize("reset", [None, torch.tensor([[False, False, True, False]])], ids=["", "reset"])
+def test_second_derivatives_and_batched_gradients(reset, monkeypatch):
     epilogue = dict(activation="tanh", residual=True, initial_state=True)
     tensors, options = problem(epilogue, torch.float64, (1, 2, 2, 4, 2, 1, 1))
+    options["reset"] = reset
     assert torch.autograd.gradgradcheck(
         lambda *values: call(True, monkeypatch, dict(zip(tensors, values, strict=True)), **options),
         tuple(tensors.values()),
@@ -88,10 +92,11 @@ def test_what_it_declines():
     node = _extension.autograd.causal_conv1d
     plain = dict(stride=1, dilation=1, groups=1, activation="relu", dropout=0.0, output_activation=None)
 
-    def asked(x=x, weight=weight, bias=None, residual=None, initial_state=None, **changed):
-        return node(x, weight, bias, residual, initial_state, *(plain | changed).values())
+    def asked(x=x, weight=weight, bias=None, residual=None, initial_state=None, reset=None, **changed):
+        return node(x, weight, bias, residual, initial_state, reset, *(plain | changed).values())
 
     assert asked() is not None
+    assert asked(reset=torch.zeros(1, 5, dtype=torch.bool)) is not None
     for changed in (
         dict(stride=2),
         dict(stride=True),
@@ -114,6 +119,10 @@ def test_what_it_declines():
         dict(bias=torch.zeros(3)),
         dict(residual=torch.zeros(1, 4, 4)),
         dict(initial_state=torch.zeros(1, 2, 3)),
+        dict(reset=torch.zeros(1, 5)),
+        dict(reset=torch.zeros(1, 4, dtype=torch.bool)),
+        dict(reset=torch.zeros(1, 5, dtype=torch.bool, device="meta")),
+        dict(reset=[[False] * 5]),
         dict(weight=torch.randn(4, 2, 0)),
         dict(weight=torch.randn(4, 2, 600)),
         dict(activation="glu", weight=torch.randn(3, 2, 3)),

@@ -9,6 +9,7 @@ namespace seqaccel {
 namespace {
 
 enum Operand { kX, kWeight, kBias, kResidual, kHistory, kOperands };
+enum Kept { kSeed = kOperands, kReset, kY, kSaved };  // what backward takes after the operands
 
 using Operands = std::array<Optional, kOperands>;
 
@@ -17,14 +18,14 @@ struct Options {
   std::string activation;  // "none": the identity
   bool relu;               // of the output
   double dropout;
-  Optional seed;
+  Optional seed = {}, reset = {};
 };
 
 std::tuple<Tensor, Tensor> call_forward(const Operands& a, const Options& o, bool save) {
   static const auto forward = find("seqaccel::causal_conv1d_forward");
   torch::jit::Stack stack;
   stack.reserve(14);
-  torch::jit::push(stack, a[kX], a[kWeight], a[kBias], a[kResidual], a[kHistory], o.seed, Optional(), Optional(),
+  torch::jit::push(stack, a[kX], a[kWeight], a[kBias], a[kResidual], a[kHistory], o.seed, o.reset, Optional(),
                    o.dilation, o.groups, o.activation, o.relu, o.dropout, save);
   forward.callBoxed(stack);
   return {std::move(stack[0]).toTensor(), std::move(stack[1]).toTensor()};
@@ -45,7 +46,8 @@ class CausalConvolution : public torch::autograd::Function<CausalConvolution> {
     const bool needs_y = options.relu || (options.activation != "none" && saved.dim() == 1);  // [0]: nothing else
     variable_list kept;
     for (const Optional& t : a) kept.push_back(t.value_or(Tensor()));
-    kept.insert(kept.end(), {options.seed.value_or(Tensor()), needs_y ? y : Tensor(), std::move(saved)});
+    kept.insert(kept.end(), {options.seed.value_or(Tensor()), options.reset.value_or(Tensor()), needs_y ? y : Tensor(),
+                             std::move(saved)});
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data["dilation"] = options.dilation;
     ctx->saved_data["groups"] = options.groups;
@@ -57,11 +59,11 @@ class CausalConvolution : public torch::autograd::Function<CausalConvolution> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outer) {
     auto& data = ctx->saved_data;
-    const Options options = {data["dilation"].toInt(), data["groups"].toInt(),     data["activation"].toStringRef(),
-                             data["relu"].toBool(),    data["dropout"].toDouble(), {}};
+    const Options options = {data["dilation"].toInt(), data["groups"].toInt(), data["activation"].toStringRef(),
+                             data["relu"].toBool(), data["dropout"].toDouble()};
     const Tensor& grad_y = outer[0];
     const variable_list saved = ctx->get_saved_variables();
-    std::array<Optional, kOperands + 2> a;  // with seed and y
+    std::array<Optional, kSaved> a;
     std::array<bool, kOperands> needs = {};
     for (size_t i = 0, edge = 0; i < a.size(); ++i) {
       if (!saved[i].defined()) continue;
@@ -74,7 +76,7 @@ class CausalConvolution : public torch::autograd::Function<CausalConvolution> {
       const py::object function =
           py::module_::import("seqaccel.functional.conv._operators").attr("differentiate_again");
       const std::vector<Optional> operands(a.begin(), a.begin() + kOperands);
-      const py::object found = function(operands, grad_y, needs, a[kOperands], py::none(), py::none(), options.dilation,
+      const py::object found = function(operands, grad_y, needs, a[kSeed], a[kReset], py::none(), options.dilation,
                                         options.groups, options.activation, options.relu, options.dropout);
       size_t i = 1;
       for (const py::handle grad : found) grads[i++] = grad.is_none() ? Tensor() : grad.cast<Tensor>();
@@ -89,9 +91,9 @@ class CausalConvolution : public torch::autograd::Function<CausalConvolution> {
     static const auto operation = find("seqaccel::causal_conv1d_backward");
     torch::jit::Stack stack;
     stack.reserve(17);
-    torch::jit::push(stack, grad_y, a[kOperands + 1], saved[kOperands + 2], a[kX], a[kWeight], a[kHistory],
-                     a[kOperands], Optional(), Optional(), Optional(), options.dilation, options.groups,
-                     options.activation, options.relu, options.dropout, a[kResidual].has_value(), wants);
+    torch::jit::push(stack, grad_y, a[kY], saved[kSaved], a[kX], a[kWeight], a[kHistory], a[kSeed], a[kReset],
+                     Optional(), Optional(), options.dilation, options.groups, options.activation, options.relu,
+                     options.dropout, a[kResidual].has_value(), wants);
     operation.callBoxed(stack);
     for (int i = 0; i < kOperands; ++i) {
       if (needs[i]) grads[1 + i] = wants >> i & 1 ? std::move(stack[i]).toTensor() : grad_y;
@@ -117,17 +119,17 @@ bool take_positive(const py::handle& given, int64_t& value) {
 // and for wide layers of bfloat16, some of which oneDNN runs.
 std::optional<Tensor> causal_conv1d(const py::handle& x, const py::handle& weight, const py::handle& bias,
                                     const py::handle& residual, const py::handle& initial_state,
-                                    const py::handle& stride, const py::handle& dilation, const py::handle& groups,
-                                    const py::handle& activation, const py::handle& dropout,
+                                    const py::handle& reset, const py::handle& stride, const py::handle& dilation,
+                                    const py::handle& groups, const py::handle& activation, const py::handle& dropout,
                                     const py::handle& output_activation) {
   constexpr int64_t kLong = 512, kWide = 64;
   if (python_must_run()) return {};
   Operands a;
+  Options options = {};
   if (!take(x, a[kX]) || !take(weight, a[kWeight]) || !take(bias, a[kBias]) || !take(residual, a[kResidual]) ||
-      !take(initial_state, a[kHistory]) || !a[kX] || !a[kWeight]) {
+      !take(initial_state, a[kHistory]) || !take(reset, options.reset) || !a[kX] || !a[kWeight]) {
     return {};
   }
-  Options options = {};
   int64_t every = 0;
   if (!take_positive(stride, every) || every != 1 || !take_positive(dilation, options.dilation) ||
       !take_positive(groups, options.groups)) {
@@ -163,7 +165,8 @@ std::optional<Tensor> causal_conv1d(const py::handle& x, const py::handle& weigh
   if (K < 1 || K >= kLong || C != filter.size(1) * options.groups || O % options.groups != 0 ||
       (gated && (O % 2 != 0 || options.groups > 1)) || !(options.dropout >= 0 && options.dropout <= 1) ||
       !has_sizes(a[kBias], {O}) || !has_sizes(a[kResidual], {B, gated ? O / 2 : O, T}) ||
-      !has_sizes(a[kHistory], {B, C, (K - 1) * options.dilation})) {
+      !has_sizes(a[kHistory], {B, C, (K - 1) * options.dilation}) || !has_sizes(options.reset, {B, T}) ||
+      (options.reset && options.reset->scalar_type() != at::kBool)) {
     return {};
   }
   if (dtype == at::kBFloat16 && std::min(C, O) >= kWide && B * T >= kWide && options.groups == 1) return {};

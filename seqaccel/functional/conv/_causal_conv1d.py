@@ -188,11 +188,11 @@ def causal_conv1d(
         >>> y, state
         (tensor([[[3., 3., 3.]]]), tensor([[[1., 1.]]]))
     """
-    plain = reset is cu_seqlens is None and return_final_state is channels_last is False and padding_mode == "zeros"
+    plain = cu_seqlens is None and return_final_state is channels_last is False and padding_mode == "zeros"
     node = backends.node(x) if plain else None
     if node is not None:  # Python takes longer than the kernels of a small problem
         options = (stride, dilation, groups, activation, dropout, output_activation)
-        y = node.causal_conv1d(x, weight, bias, residual, initial_state, *options)
+        y = node.causal_conv1d(x, weight, bias, residual, initial_state, reset, *options)
         if y is not None:
             return y
     check_types(x=x, weight=weight, bias=bias, residual=residual, initial_state=initial_state)
