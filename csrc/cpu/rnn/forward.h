@@ -98,6 +98,7 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const 
   }
   for (ptrdiff_t i = 0; i < count; ++i) {
     const ptrdiff_t b = share.at(i0 + i), packed = p.rows.packed(t, b), padded = p.rows.padded(t, b);
+    const ptrdiff_t x_at = (p.x_padded ? padded : packed) * p.x_row;
 #pragma GCC unroll 4
     for (int v = 0; v < U; ++v) {
       const ptrdiff_t unit = first_unit + v * L;
@@ -111,7 +112,7 @@ void forward_update(const RnnForward<T>& p, const ForwardState<T>& state, const 
       for (int g = 0; g < kInputs<Cell>; ++g) {
         if ((g >= kBegin && g < kEnd) != First) continue;
         if (p.x) {
-          u.pre[g] = load_some(p.x + packed * p.x_row + g * H + unit, units) + u.pre[g];
+          u.pre[g] = load_some(p.x + x_at + g * H + unit, units) + u.pre[g];
         } else if (Cell::kSeparate) {
           u.pre[g] = load(products.x_pre + i * products.row + v * L + g * L) + u.pre[g];
         }

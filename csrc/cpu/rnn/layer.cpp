@@ -220,8 +220,8 @@ namespace {
 template <class Byte>
 struct Rows {
   Byte* data;
-  size_t bytes;
-  Byte* operator[](int64_t row) const { return data + size_t(row) * bytes; }
+  size_t bytes, stride = bytes;
+  Byte* operator[](int64_t row) const { return data + size_t(row) * stride; }
 };
 
 size_t row_bytes(const Tensor& t) { return size_t(t.size(t.dim() - 1)) * size_t(t.element_size()); }
@@ -320,7 +320,8 @@ Tensor pack_rows(const RnnLayer& layer, const Tensor& padded) {
 
 void unpack_rows(const RnnLayer& layer, const Tensor& packed, Tensor& padded) {
   const auto to = write_rows(padded);
-  const auto from = read_rows(packed);
+  auto from = read_rows(packed);
+  from.stride = size_t(packed.stride(0)) * size_t(packed.element_size());
   for_rows(layer, to.bytes,
            [&](int64_t row, int64_t t, int64_t b) { std::memcpy(to[layer.padded_row(t, b)], from[row], to.bytes); });
   zero_padding(layer, padded);

@@ -131,8 +131,9 @@ void forward_steps(const RnnLayer& layer, const Tensor& input, const Projection&
     pass.weights = weights_of(layer, unit_weights);
     pass.bias = bias.empty() ? nullptr : bias.data();
     if (layer.given()) {
-      pass.x = input.const_data_ptr<T>() + packed * layer.inputs;
+      pass.x = input.const_data_ptr<T>() + padded * layer.inputs;
       pass.x_row = layer.inputs;
+      pass.x_padded = true;
     } else if (fused) {
       pass.input = input.const_data_ptr<T>() + packed * layer.inputs;
       pass.weight_ih = layer.weight(kWeightIh).const_data_ptr<T>();
@@ -221,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_forward(Text cell, T
   outputs.h_n = new_tensor(input, {B, P});
   outputs.c_n = has_cell ? new_tensor(input, {B, H}) : new_tensor(input, {0});
   const Projection projection = choose_projection(layer, kept, outputs.output);
-  const Tensor rows = layer.padded() ? pack_rows(layer, layer.input) : as_rows(layer.input);
+  const Tensor rows = layer.padded() && !layer.given() ? pack_rows(layer, layer.input) : as_rows(layer.input);
   (layer.single() ? forward_steps<float> : forward_steps<double>)(layer, rows, projection, reverse, kept, outputs);
   if (layer.padded()) {
     zero_padding(layer, outputs.output);
@@ -317,11 +318,13 @@ class Gradients {
   }
 
   void input(Tensor& grad) const {
+    const Tensor D = columns(0, layer_.gate_rows());
+    if (layer_.given() && layer_.padded()) return unpack_rows(layer_, D, grad);
     Tensor rows = layer_.padded() ? new_pooled(grad, {layer_.packed_rows, layer_.inputs}) : as_rows(grad);
     if (layer_.given()) {
-      torch::stable::copy_(rows, columns(0, layer_.gate_rows()));
+      torch::stable::copy_(rows, D);
     } else {
-      matmul::product(rows, columns(0, layer_.gate_rows()), layer_.weight(kWeightIh));
+      matmul::product(rows, D, layer_.weight(kWeightIh));
     }
     if (layer_.cell->extra) matmul::product(rows, columns(layer_.gate_rows(), layer_.hidden), layer_.weight_mx(), true);
     if (layer_.padded()) unpack_rows(layer_, rows, grad);

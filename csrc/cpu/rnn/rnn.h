@@ -57,7 +57,7 @@ struct RnnForward {
   const T* c_0;             // [B, H], or null if the cell has no c; may be c_n
   RnnWeights<T> weights;
   const T* bias;  // [kPre, H], or null
-  const T* x;     // packed [., x_row]: W_ih x, kInputs*H values per row; null: computed from `input`
+  const T* x;     // packed (x_padded: padded) [., x_row]: W_ih x, kInputs*H values; null: computed from `input`
   int64_t x_row;
   T* saved;   // packed [., kSaved*H]; may be x. Null: nothing is kept; never null if a step has two products
   T* cells;   // packed [., H]: the new c, or null
@@ -65,6 +65,7 @@ struct RnnForward {
   T* h_n;     // [B, P]
   T* c_n;     // [B, H]
   RnnBlend<T> zoneout_h, zoneout_c;
+  bool x_padded = false;
   // Where x is null, W_ih x is computed step by step beside W_hh h, from these.
   const T* input = nullptr;      // packed [., I]
   const T* weight_ih = nullptr;  // [G*H, I]
