@@ -236,6 +236,15 @@ def why_not_auto(name: str, device: torch.device) -> str | None:
 why_not_auto._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
 
 
+def torch_has_amx() -> bool:
+    """Whether torch's products of bfloat16 run on AMX here, for which our kernels have nothing."""
+    return (
+        _extension.cpp_error is None
+        and torch.ops.seqaccel.isa() == "avx512_bf16"
+        and torch.cpu._is_amx_tile_supported()
+    )
+
+
 def node(input: Any) -> Any:
     """The calls and autograd nodes in C++ (``csrc/autograd``), or None where they are not there, cannot serve, or
     another backend was asked for. A call that returns None declines: the general path does it."""

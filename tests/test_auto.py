@@ -144,6 +144,60 @@ def test_bfloat16_convolutions_that_auto_leaves_to_torch(amx, monkeypatch):
     assert backend(4, 256, 256, 512, dtype=FLOAT32) == backend(4, 256, 256, 512, dtype=FLOAT16) == "cpp"
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_layers_that_auto_leaves_to_torch(amx, monkeypatch):
+    monkeypatch.setattr(backends, "torch_has_amx", lambda: amx)
+
+    def choice(cell, batch, hidden, training=False, dtype=BFLOAT16, ragged=False, projected=False, **options):
+        input = torch.empty(1, dtype=dtype)
+        problem = Problem(input.device, 128, batch, hidden, hidden, dtype, ragged, training, projected)
+        return _layers.choose(cell, input, problem, options.get("zoned", False), options.get("has_reset", False))
+
+    torch_with_amx = "torch" if amx else "cpp"
+    for batch, hidden in ((4, 192), (8, 128), (16, 96), (64, 64), (1, 512), (3, 320)):
+        assert choice("lstm", batch, hidden) == torch_with_amx
+    for batch, hidden in ((4, 128), (16, 64), (1, 256), (2, 512), (1, 1024)):
+        assert choice("lstm", batch, hidden) == "cpp"
+    for training in (False, True):
+        for cell in ("gru", "rnn_tanh", "rnn_relu"):
+            assert choice(cell, 64, 512, training) == choice(cell, 256, 256, training) == torch_with_amx
+            assert choice(cell, 16, 256, training) == choice(cell, 1024, 128, training) == "cpp"
+    assert choice("gru", 32, 512) == torch_with_amx and choice("gru", 32, 512, True) == "cpp"
+    for kept in ("ragged", "projected", "zoned", "has_reset"):  # torch's operators take none of these, or slowly
+        assert choice("lstm", 64, 512, **{kept: True}) == choice("lstm", 64, 512, True, **{kept: True}) == "cpp"
+    assert choice("lstm", 1, 64, True) == "torch"
+    assert choice("lstm", 64, 512, dtype=FLOAT32) == choice("lstm", 64, 512, dtype=FLOAT16) == "cpp"
+    assert choice("peephole_lstm", 64, 512) == choice("gru_reset_before", 64, 512) == "cpp"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choice("lstm", 64, 512) == "cpp"
+
+
+@pytest.mark.parametrize(("kind", "batch", "hidden"), [("LSTM", 5, 161), ("GRU", 35, 481), ("RNN", 65, 513)])
+def test_results_of_what_auto_leaves_to_torch(kind, batch, hidden, monkeypatch):
+    """Layers, directions, states and chunks, of an input with gaps, as our kernels have them; and the lengths that they
+    keep."""
+    monkeypatch.setattr(backends, "torch_has_amx", lambda: True)
+    torch.manual_seed(0)
+    module = getattr(seqaccel.nn, kind)(9, hidden, num_layers=2, bidirectional=True).bfloat16()
+    x = torch.randn(batch, 4, 18).bfloat16()[..., ::2].transpose(0, 1)
+    state = torch.randn(4, batch, hidden).bfloat16()
+    state = (state, torch.randn_like(state)) if kind == "LSTM" else state
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.arange(batch) % 4 + 1, enforce_sorted=False)
+    causal = getattr(seqaccel.nn, kind)(9, hidden).bfloat16()
+
+    def results():
+        with torch.no_grad():
+            first, carried = causal.extend(x[:2], causal.init_state(batch))
+            last, carried = causal.extend(x[2:3], carried)
+            return module(x, state), module(packed)[0].data, first, last, causal.step(x[3], carried)
+
+    with torch.profiler.profile() as profile:
+        found = results()
+    assert any(event.key in ("aten::lstm", "aten::gru", "aten::rnn_tanh") for event in profile.key_averages())
+    with backends.backend("cpp"):
+        torch.testing.assert_close(found, results(), atol=0.03, rtol=0.03)
+
+
 @pytest.mark.parametrize("prefer", [None, "cuda", "triton"])
 @pytest.mark.parametrize("operator", backends.VERIFIED)
 def test_gpus_that_auto_keeps_from_our_kernels(operator, prefer, h100, monkeypatch):
