@@ -18,4 +18,12 @@ void give_block(Block block) noexcept;
 // cannot own memory of the pool, and this is new_tensor.
 Tensor new_pooled(const Tensor& like, const Extents& sizes);
 
+// As to_contiguous, without autograd; a copy is from the pool.
+inline Tensor pooled_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return detach(t);
+  Tensor copy = new_pooled(t, sizes_of(t));
+  torch::stable::copy_(copy, detach(t));
+  return copy;
+}
+
 }  // namespace seqaccel::inline base

@@ -192,7 +192,7 @@ RnnLayer check_rnn_layer(const std::string& cell, const Tensor& input, const Ten
   check_zoneout(zoneout_c, "zoneout_c", entry->zoneout && entry->has_cell, layer, layer.hidden);
   if (lengths) check_tensor(*lengths, "lengths", {layer.batch}, ScalarType::Long);
 
-  layer.input = to_contiguous(detach(input));
+  layer.input = pooled_contiguous(input);
   layer.h_0 = to_contiguous(h_0);
   layer.c_0 = to_contiguous(c_0);
   layer.zoneout_h = to_contiguous(zoneout_h);

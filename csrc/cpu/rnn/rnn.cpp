@@ -507,7 +507,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rnn_backward(
   const auto of_rows = [&](const OptionalTensor& grad) {
     return grad ? OptionalTensor(states_of_rows(layer, to_contiguous(*grad), &Episode::gives_state)) : grad;
   };
-  const GradOutputs grads{to_contiguous(grad_output), of_rows(grad_h_n), of_rows(grad_c_n)};
+  const GradOutputs grads{grad_output ? OptionalTensor(pooled_contiguous(*grad_output)) : grad_output,
+                          of_rows(grad_h_n), of_rows(grad_c_n)};
 
   Results results{needs[0], {}, needs[0] ? layer.new_rows(layer.inputs) : new_tensor(input, {0}), {}};
   Swept swept;
