@@ -8,13 +8,14 @@
 //
 // Backward: with s_ij = p_ij (grad p_ij - sum_j p_ij grad p_ij) and t = tanh(q_ih + k_jh),
 //   grad q_ih = w_h sum_j s_ij (1 - t^2), grad k_jh = w_h sum_i s_ij (1 - t^2), grad w_h = sum_ij s_ij t.
-// A task is one vector of h of one batch entry: every sum stays within it, so that there are neither atomics nor
-// partial sums but for grad w, and the number of threads changes no bit.
+// A task is one vector of h of one batch entry, or with few queries four: every sum stays within it, so that there are
+// neither atomics nor partial sums but for grad w, and the number of threads changes no bit.
 #include "cpu/attention/additive/scores.h"
 
 namespace seqaccel::SEQACCEL_ISA::attention::additive {
 
 constexpr int64_t kQueries = 4;       // of a tile
+constexpr int64_t kVectors = 4;       // of h in a task of the backward pass with fewer queries
 constexpr int64_t kKeyChunk = 64;     // keys of a task: 128 KB with H = 512, which the second-level cache keeps
 constexpr int64_t kSerial = 1 << 14;  // values of tanh that are not worth a second thread
 
@@ -52,38 +53,50 @@ void forward(const Additive<T>& p) {
   }
 }
 
-// Q queries from i on, and all keys, of one vector of h.
-template <typename T, int Q>
-SEQACCEL_INLINE void backward_tile(const AdditiveBackward<T>& p, int64_t b, int64_t i, int64_t h, int lanes, Vec<T> w,
-                                   Vec<T>& grad_w) {
+// Q queries from i on, and all keys, of V vectors of h. The first queries write grad k, the others add to it.
+template <typename T, int Q, int V>
+SEQACCEL_INLINE void backward_tile(const AdditiveBackward<T>& p, int64_t b, int64_t i, int64_t h, int lanes) {
+  constexpr int L = Lanes<T>;
   const T* s = p.grad_logits + (b * p.Tq + i) * p.Tk;
   const int64_t query = (b * p.Tq + i) * p.H + h;
-  Vec<T> q[Q], grad_q[Q] = {}, grad_tile = {};
-  for (int n = 0; n < Q; ++n) q[n] = load_some(p.query + query + n * p.H, lanes);
+  Vec<T> w[V], q[V][Q], grad_w[V] = {}, grad_q[V][Q] = {};
+  for (int v = 0; v < V; ++v) {
+    w[v] = load_some(p.weight + h + v * L, lanes);
+    for (int n = 0; n < Q; ++n) q[v][n] = load_some(p.query + query + n * p.H + v * L, lanes);
+  }
   for (int64_t j = 0; j < p.Tk; ++j) {
     bool any = false;
     for (int n = 0; n < Q; ++n) any = any || !(s[n * p.Tk + j] == T(0));
-    if (!any) continue;
-    const int64_t at = (b * p.Tk + j) * p.H + h;
-    const Vec<T> k = load_some(p.key + at, lanes);
-    Vec<T> grad_k = load_some(p.grad_key + at, lanes);
-    for (int n = 0; n < Q; ++n) {
-      const Vec<T> t = tanh_vec<T>(q[n] + k), scaled = broadcast(s[n * p.Tk + j]), st = scaled * t;
-      const Vec<T> slope = scaled - st * t;
-      grad_q[n] += slope;
-      grad_k += slope;
-      grad_tile += st;
+    if (!any && i > 0) continue;
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = (b * p.Tk + j) * p.H + h + v * L;
+      Vec<T> slopes = {};
+      if (any) {
+        const Vec<T> k = load_some(p.key + at, lanes);
+        for (int n = 0; n < Q; ++n) {
+          const Vec<T> t = tanh_vec<T>(q[v][n] + k), scaled = broadcast(s[n * p.Tk + j]), st = scaled * t;
+          const Vec<T> slope = scaled - st * t;
+          grad_q[v][n] += slope;
+          slopes += slope;
+          grad_w[v] += st;
+        }
+      }
+      slopes *= w[v];
+      store_some(p.grad_key + at, i > 0 ? load_some(p.grad_key + at, lanes) + slopes : slopes, lanes);
     }
-    store_some(p.grad_key + at, grad_k, lanes);
   }
-  for (int n = 0; n < Q; ++n) store_some(p.grad_query + query + n * p.H, grad_q[n] * w, lanes);
-  grad_w += grad_tile;
+  for (int v = 0; v < V; ++v) {
+    for (int n = 0; n < Q; ++n) store_some(p.grad_query + query + n * p.H + v * L, grad_q[v][n] * w[v], lanes);
+    T* const sum = p.grad_weights + b * p.H + h + v * L;
+    store_some(sum, i > 0 ? load_some(sum, lanes) + grad_w[v] : grad_w[v], lanes);
+  }
 }
 
 template <typename T>
 void backward(const AdditiveBackward<T>& p) {
   constexpr int L = Lanes<T>;
-  const int64_t vectors = (p.H + L - 1) / L;
+  // Few queries: each key's row is read and written once, so that memory binds. It takes longer runs.
+  const int64_t width = (p.Tq < kQueries ? kVectors : 1) * L, tasks = (p.H + width - 1) / width;
 #pragma omp parallel if (p.B * p.Tq * p.Tk * p.H > kSerial)
   {
 #pragma omp for
@@ -92,20 +105,18 @@ void backward(const AdditiveBackward<T>& p) {
       softmax_row_backward(p.grad_attention + at, p.attention + at, p.grad_logits + at, p.Tk);
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < p.B * vectors; ++task) {
-      const int64_t b = task / vectors, h = task % vectors * L;
-      const int lanes = int(min_of(L, p.H - h));
-      T* const grad_key = p.grad_key + b * p.Tk * p.H + h;
-      const Vec<T> w = load_some(p.weight + h, lanes);
-      Vec<T> grad_w = {};
-      for (int64_t j = 0; j < p.Tk; ++j) store_some(grad_key + j * p.H, Vec<T>{}, lanes);
-      int64_t i = 0;
-      for (; i + kQueries <= p.Tq; i += kQueries) backward_tile<T, kQueries>(p, b, i, h, lanes, w, grad_w);
-      for (; i < p.Tq; ++i) backward_tile<T, 1>(p, b, i, h, lanes, w, grad_w);
-      for (int64_t j = 0; j < p.Tk; ++j) {
-        store_some(grad_key + j * p.H, load_some(grad_key + j * p.H, lanes) * w, lanes);
+    for (int64_t task = 0; task < p.B * tasks; ++task) {
+      const int64_t b = task / tasks, first = task % tasks * width, end = min_of(p.H, first + width);
+      if (end - first == kVectors * L) {
+        for (int64_t i = 0; i < p.Tq; ++i) backward_tile<T, 1, kVectors>(p, b, i, first, L);
+        continue;
       }
-      store_some(p.grad_weights + b * p.H + h, grad_w, lanes);
+      for (int64_t h = first; h < end; h += L) {
+        const int lanes = int(min_of(L, end - h));
+        int64_t i = 0;
+        for (; i + kQueries <= p.Tq; i += kQueries) backward_tile<T, kQueries, 1>(p, b, i, h, lanes);
+        for (; i < p.Tq; ++i) backward_tile<T, 1, 1>(p, b, i, h, lanes);
+      }
     }
   }
 }
