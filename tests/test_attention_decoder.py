@@ -92,7 +92,7 @@ def test_cpp_forward_and_gradients(isa, poison, case, dtype):
         assert_close(a, b, "attention", dtype, what=name)
     for name, a, b in zip(tensors, grads, expected_grads, strict=True):
         if b.abs().max() > 1e-12:  # a gradient that is 0 in exact arithmetic has no scale
-            assert_close(a, b, "attention", dtype, backward=True, what=f"gradient of {name}")
+            assert_close(a, b, "attention_decoder", dtype, backward=True, what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("size", [15.0, 200.0])
