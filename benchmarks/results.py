@@ -64,7 +64,7 @@ def origin(records: list[dict]) -> str:
     machines = {f"{r['machine']['cpu']}, {threads[r['machine']['threads']]}" for r in records}
     versions = {f"torch {r['versions']['torch'].partition('+')[0]}" for r in records}
     commits = {f"commit `{r['commit']}`" for r in records}
-    return "; ".join(", ".join(sorted(part)) for part in (machines, versions, commits)) + "."
+    return "; ".join([" and ".join(sorted(machines)), *(", ".join(sorted(part)) for part in (versions, commits))]) + "."
 
 
 def music(records: list[dict]) -> str:
