@@ -8,9 +8,9 @@ A table stands between two comments, of which the first says what it shows::
 PROCESSOR is a folder of ``benchmarks/results``; its records are read as one, the newest last. A row is a case: our
 time, each peer's time, how many times as fast ours is, and the share of the ceiling. Instead of ``table:``, ``means:``
 makes one row a suite, the geometric mean over its sizes and the worst; ``edge:`` shows the newest record of
-``benchmarks.edge`` in the folder's ``edge``, ``packages:`` and ``recipes:`` those of ``benchmarks.packages`` and
-``benchmarks.recipes`` in the folders of these names, ``machine:`` says where each record was made, and
-``<!-- jobs -->`` is README's table (``JOBS``).
+``benchmarks.edge`` in the folder's ``edge``, ``packages:``, ``recipes:`` and ``memory:`` those of the modules of these
+names, in folders of these names, ``machine:`` says where each record was made, and ``<!-- jobs -->`` is README's table
+(``JOBS``).
 
 ``python -m benchmarks.pages --check`` writes nothing; its exit status is 1 where a page differs from the records.
 """
@@ -32,7 +32,7 @@ from benchmarks.records import RESULTS, cases, committed, duration, machine, our
 ROOT = RESULTS.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "recipes.md")
 MARKED = re.compile(
-    r"(<!-- (table|means|edge|packages|recipes|machine|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|means|edge|packages|recipes|memory|machine|jobs):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 Rows = list[list[str]]
@@ -189,7 +189,7 @@ def filled(text: str) -> str:
         if kind == "machine":
             made = "".join(f"- {machine(read(path))}.\n" for path in committed(RESULTS / processor))
             return f"{opening}\n{made}\n{closing}"
-        if kind in ("packages", "recipes"):
+        if kind in ("packages", "recipes", "memory"):
             module = importlib.import_module(f"benchmarks.{kind}")  # needs torch, unlike the rest
             return f"{opening}\n{module.table_of(newest(processor, kind))}\n{closing}"
         rows = means(processor, suites) if kind == "means" else table(processor, suites)
