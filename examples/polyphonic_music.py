@@ -267,7 +267,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
     "nottingham": {
         "rnn": Settings(1, 0.1),
         "lstm": Settings(1, learning_rate=2e-3, batch_size=8),
-        "gru": Settings(1, 0.25),
+        "gru": Settings(2, 0.2),
         "peephole-lstm": Settings(1, learning_rate=2e-3, batch_size=8),
         "layer-norm-lstm": Settings(1),
         "mlstm": Settings(1, learning_rate=2e-3, batch_size=8),
