@@ -265,7 +265,7 @@ SETTINGS: dict[str, dict[str, Settings]] = {
         "hierarchical": Settings(2, 0.3),
     },
     "nottingham": {
-        "rnn": Settings(1, 0.1),
+        "rnn": Settings(3, 0.1),
         "lstm": Settings(1, learning_rate=2e-3, batch_size=8),
         "gru": Settings(2, 0.2),
         "peephole-lstm": Settings(1, learning_rate=2e-3, batch_size=8),
