@@ -81,6 +81,7 @@ def music(records: list[dict]) -> str:
                 rows.append(
                     [
                         name,
+                        str(ours[0]["settings"]["layers"]),
                         str(ours[0]["hidden_size"]),
                         f"{ours[0]['parameters']:,}",
                         str(len(ours)),
@@ -89,7 +90,7 @@ def music(records: list[dict]) -> str:
                         f"{published:.2f}" if published else "–",
                     ]
                 )
-        header = ["model", "hidden size", "parameters", "seeds", "test NLL", "with torch's modules", "published"]
+        header = ["model", "layers", "hidden size", "parameters", "seeds", "test NLL", "torch's modules", "published"]
         sections += [f"### {title}", table(header, rows), origin(found)]
     return "\n\n".join(sections)
 

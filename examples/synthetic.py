@@ -400,6 +400,8 @@ def plot(name: str, records: list[dict[str, Any]], path: pathlib.Path) -> None:
         panels[1].axhline(records[0]["settings"]["length"], color="grey", linestyle="--", label="trained up to")
     else:
         panels[1].set_yscale("log")
+        low, high = panels[1].get_ylim()
+        panels[1].set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))  # whole decades
     if panels[1].get_legend_handles_labels()[1]:
         panels[1].legend(fontsize=8)
     for panel in panels:
