@@ -145,6 +145,59 @@ def test_bfloat16_convolutions_that_auto_leaves_to_torch(amx, monkeypatch):
 
 
 @pytest.mark.parametrize("amx", [False, True])
+def test_convolutions_of_a_grid_that_auto_leaves_to_torch(amx, monkeypatch):
+    monkeypatch.setattr(backends, "torch_has_amx", lambda: amx)
+
+    def backend(batch, inputs, outputs, steps, width, taps=(3, 3), groups=1, dtype=FLOAT32, training=False, **options):
+        x = torch.randn(batch, inputs, steps, width, dtype=dtype)
+        weight = torch.randn(outputs, inputs // groups, *taps, dtype=dtype) / (inputs * taps[0] * taps[1]) ** 0.5
+        weight.requires_grad_(training)
+        with torch.profiler.profile() as profile:
+            y = seqaccel.functional.causal_conv2d(x, weight, groups=groups, **options)
+        names = {event.key for event in profile.key_averages()}
+        assert ("aten::conv2d" in names) != ("seqaccel::causal_conv2d_forward" in names)
+        if "aten::conv2d" in names:
+            with backends.backend("cpp"):
+                expected = seqaccel.functional.causal_conv2d(x, weight, groups=groups, **options)
+            bound = 1e-5 if dtype is FLOAT32 else 2e-2
+            torch.testing.assert_close(y, expected, rtol=bound, atol=bound)
+        return "torch" if "aten::conv2d" in names else "cpp"
+
+    isa = torch.ops.seqaccel.isa()
+    wide, narrow = ({True: "torch", False: "cpp"}[isa in isas] for isas in (("avx512", "avx512_bf16"), ("avx2",)))
+    either = "torch" if "torch" in (wide, narrow) else "cpp"
+    assert backend(1, 64, 64, 16, 40) == backend(1, 64, 64, 16, 40, activation="gated") == either
+    assert backend(1, 64, 64, 16, 40, training=True) == either
+    assert backend(1, 32, 32, 16, 40, training=True) == narrow
+    assert backend(1, 32, 32, 16, 40, (5, 3), training=True) == backend(1, 64, 16, 16, 40, (5, 3)) == either
+    assert backend(1, 48, 48, 16, 40) == backend(1, 64, 64, 16, 40, (2, 3)) == backend(1, 16, 64, 16, 40) == narrow
+    assert backend(1, 48, 48, 16, 10) == backend(1, 16, 16, 16, 10, (2, 3)) == either
+    assert backend(1, 64, 64, 1, 64, (2, 3)) == either
+    for kept in ({"reset": torch.zeros(1, 16, dtype=torch.bool)}, {"dropout": 0.1}, {"groups": 2}, {"taps": (3, 1)}):
+        assert backend(1, 64, 64, 16, 40, **kept) == "cpp"
+    torch_with_amx = "torch" if amx else "cpp"
+    assert backend(1, 16, 16, 64, 64, dtype=BFLOAT16) == backend(2, 48, 1, 16, 40, dtype=BFLOAT16) == torch_with_amx
+    assert backend(2, 1, 32, 64, 64, dtype=BFLOAT16, training=True) == torch_with_amx
+    assert backend(2, 1, 32, 64, 64, dtype=BFLOAT16) == backend(1, 32, 32, 16, 20, dtype=BFLOAT16) == "cpp"
+    assert backend(1, 64, 64, 16, 40, dtype=FLOAT64) == "cpp"
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_wavenet_layers_that_auto_leaves_to_torch(amx, monkeypatch):
+    monkeypatch.setattr(backends, "torch_has_amx", lambda: amx)
+
+    def backend(channels, dtype=BFLOAT16, **options):
+        x = torch.randn(2, channels, 70, dtype=dtype)
+        weights = torch.randn(2 * channels, channels, 2, dtype=dtype), torch.randn(channels, channels, 1, dtype=dtype)
+        with torch.profiler.profile() as profile:
+            seqaccel.functional.wavenet_layer(x, weights[0] / 16, None, weights[1], None, residual=False, **options)
+        return "torch" if any(event.key == "aten::conv1d" for event in profile.key_averages()) else "cpp"
+
+    assert backend(256) == ("torch" if amx and torch.ops.seqaccel.isa() == "avx512_bf16" else "cpp")
+    assert backend(128) == backend(256, FLOAT32) == backend(256, reset=torch.zeros(2, 70, dtype=torch.bool)) == "cpp"
+
+
+@pytest.mark.parametrize("amx", [False, True])
 def test_bfloat16_layers_that_auto_leaves_to_torch(amx, monkeypatch):
     monkeypatch.setattr(backends, "torch_has_amx", lambda: amx)
 
