@@ -198,6 +198,21 @@ def test_wavenet_layers_that_auto_leaves_to_torch(amx, monkeypatch):
 
 
 @pytest.mark.parametrize("amx", [False, True])
+def test_convolutional_grus_that_auto_leaves_to_torch(amx, monkeypatch):
+    monkeypatch.setattr(backends, "torch_has_amx", lambda: amx)
+
+    def backend(batch, channels, dtype=BFLOAT16):
+        x = torch.randn(batch, channels, 4, 32, dtype=dtype)
+        weights = torch.randn(3 * channels, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
+        with torch.profiler.profile() as profile:
+            seqaccel.functional.convolutional_gru(x, weights[: 2 * channels], None, weights[2 * channels :])
+        return "torch" if any(event.key == "aten::conv2d" for event in profile.key_averages()) else "cpp"
+
+    assert backend(8, 64) == ("torch" if amx else "cpp")
+    assert backend(4, 64) == backend(16, 32) == backend(8, 64, FLOAT32) == "cpp"
+
+
+@pytest.mark.parametrize("amx", [False, True])
 def test_bfloat16_layers_that_auto_leaves_to_torch(amx, monkeypatch):
     monkeypatch.setattr(backends, "torch_has_amx", lambda: amx)
 
