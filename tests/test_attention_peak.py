@@ -1,8 +1,11 @@
 """Peak memory of attention, each job in a process of its own."""
 
+import pathlib
 import sys
 
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.memory import peak
 

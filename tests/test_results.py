@@ -17,6 +17,7 @@ def test_tables_of_records():
         "machine": machine,
         "versions": {"torch": "2.13.0+cpu"},
         "commit": "abc",
+        "settings": {"layers": 2},
         "hidden_size": 8,
         "parameters": 1234,
     }
@@ -27,7 +28,7 @@ def test_tables_of_records():
         {**base, "use_torch": True, "test": 8.4, "seconds": 2.2},
     ]
     page = results.music(records)
-    assert "| TCN | 8 | 1,234 | 2 | 8.25 (8.00 to 8.50) | 8.40 | 8.10 |" in page
+    assert "| TCN | 2 | 8 | 1,234 | 2 | 8.25 (8.00 to 8.50) | 8.40 | 8.10 |" in page
     assert "a CPU, 1 thread; torch 2.13.0; commit `abc`." in page and "Nottingham" not in page
     assert "| TCN | JSB Chorales | 0.55 | 1.10 | 2.00 |" in results.music_time(records)
 

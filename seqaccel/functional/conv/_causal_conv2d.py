@@ -349,7 +349,7 @@ def causal_conv2d(
         "dropout": dropout,
     }
     prefer, traced = None, torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
-    if x.device.type == "cpu" and groups == 1 and dropout == 0 and reset is None and x.numel() > 0 and not traced:
+    if x.device.type == "cpu" and groups == 1 and dropout == 0 and reset is None and not traced and x.numel() > 0:
         training = _common.needs_grad(x, weight, bias, residual, history)
         prefer = "torch" if _onednn_is_faster(x, weight, training) else None
     backend = backends.choose(NAME, x, BACKENDS, prefer=prefer)
