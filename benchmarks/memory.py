@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import subprocess
 import sys
@@ -107,8 +106,7 @@ def megabytes(count: int | None) -> str:
 
 def table_of(path: pathlib.Path) -> str:
     """What the page has of a record."""
-    record = json.loads(path.read_text())
-    return f"{markdown(record['rows'])}\n{packages.origin(record['machine'], [record['commit']])}.\n"
+    return packages.page_of_rows(path, markdown)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -133,9 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({"name": name, "size": job.size, "inputs": inputs, "ours": peak(name), "torch": theirs})
     print(markdown(rows), end="")
     if options.json:
-        record = {"machine": packages.machine(), "commit": packages.commit(), "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        packages.write_rows(options.json, rows)
     return 0
 
 

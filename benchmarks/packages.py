@@ -284,6 +284,19 @@ def write(path: pathlib.Path, results: list[Result]) -> None:
     path.write_text(json.dumps({"machine": machine(), "rows": ordered}, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """A record of one run: its rows, and where they were made."""
+    record = {"machine": machine(), "commit": commit(), "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def page_of_rows(path: pathlib.Path, markdown: Callable[[list[dict[str, Any]]], str]) -> str:
+    """What a page has of such a record."""
+    record = json.loads(path.read_text())
+    return f"{markdown(record['rows'])}\n{origin(record['machine'], [record['commit']])}.\n"
+
+
 def missing(path: pathlib.Path, names: list[str], seconds: float, optimize: bool) -> list[str]:
     """The models whose row in a record is not there, of another commit or without what is asked for now."""
     rows, now = read(path), commit()

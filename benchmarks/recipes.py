@@ -9,7 +9,6 @@ The code is that of the page. Both sides first give the same results and gradien
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 import sys
@@ -140,8 +139,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def table_of(path: pathlib.Path) -> str:
     """What the page has of a record."""
-    record = json.loads(path.read_text())
-    return f"{markdown(record['rows'])}\n{packages.origin(record['machine'], [record['commit']])}.\n"
+    return packages.page_of_rows(path, markdown)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,9 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(measured(make(), options.seconds))
     print(markdown(rows), end="")
     if options.json:
-        record = {"machine": packages.machine(), "commit": packages.commit(), "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        packages.write_rows(options.json, rows)
     return 0
 
 
