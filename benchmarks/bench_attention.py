@@ -62,6 +62,7 @@ def forward_case(B, H, T, D, causal, backend="cpp", device="cpu", dtype=torch.fl
         flops=4 * B * H * D * pairs(T, causal),
         bytes=4 * B * H * T * D * size,
         dtype=dtype,
+        same=(),
     )
 
 
@@ -81,6 +82,7 @@ def training_case(B, H, T, D, causal, backend="cpp", device="cpu", dtype=torch.f
         flops=14 * B * H * D * pairs(T, causal),  # two products forward, five backward
         bytes=8 * B * H * T * D * inputs[0].element_size(),
         dtype=dtype,
+        same=(),
     )
 
 
@@ -142,6 +144,7 @@ def bench_hierarchical_attention_step(B, T):
         {"seqaccel[cpp] session": lambda: session.step(x), "seqaccel[cpp] step": ours, "torch": dense},
         flops=2 * B * 4 * 256 * 256 + 4 * B * 4 * 64 * nodes,
         bytes=4 * (4 * 256 * 256 + 2 * B * 4 * nodes * 64),
+        same=(),
     )
 
 
@@ -186,6 +189,7 @@ def sparse_case(B, H, T, D, density, training, backend="cpp", device="cpu", dtyp
         flops=products * B * H * D * seen,
         bytes=(8 if training else 4) * B * H * T * D * size,
         dtype=dtype,
+        same=("torch", "flex_attention") if density == 1 else ("flex_attention",),
     )
 
 
@@ -300,7 +304,8 @@ def memory_case(B, T, E, kinds, training):
     torch.testing.assert_close(remember(), dense(), rtol=1e-4, atol=1e-5)
     flops = (3 if training else 1) * 8 * B * T * E * E + (2 + (14 if training else 4)) * pairs * E
     moved = 4 * (2 * B * T * E + 4 * E * E) * (2 if training else 1)
-    return Case({"seqaccel[cpp]": run(remember), "torch": run(dense)}, flops=flops, bytes=moved, forbidden=())
+    contenders = {"seqaccel[cpp]": run(remember), "torch": run(dense)}
+    return Case(contenders, flops=flops, bytes=moved, forbidden=(), same=())  # they were compared, without gradients
 
 
 @suite(MEMORY_SIZES, ["seqaccel[cpp]", "torch"])

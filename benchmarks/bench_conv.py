@@ -71,7 +71,7 @@ def inference(function, tensors):
 
 def training(function, tensors):
     tensors = [t.clone().requires_grad_() for t in tensors]
-    grad = torch.randn_like(function(*tensors))
+    grad = torch.randn(function(*tensors).shape, generator=torch.Generator().manual_seed(0))  # the same for all
 
     def run():
         return torch.autograd.grad(function(*tensors), tensors, grad)
@@ -191,11 +191,11 @@ class StockBlock(nn.Module):
 
 
 def networks(C, K, levels, dropout):
-    """Our TCN, torch's, and pytorch-tcn's where it is installed, by contender."""
-    modules = {
-        "seqaccel[cpp]": snn.TCN(C, [C] * levels, K, dropout),
-        "torch": nn.Sequential(*(StockBlock(C, K, 2**i, dropout) for i in range(levels))),
-    }
+    """Our TCN, torch's with its weights, and pytorch-tcn's where it is installed, by contender."""
+    ours = snn.TCN(C, [C] * levels, K, dropout)
+    stock = nn.Sequential(*(StockBlock(C, K, 2**i, dropout) for i in range(levels)))
+    stock.load_state_dict({name.removeprefix("network."): value for name, value in ours.state_dict().items()})
+    modules = {"seqaccel[cpp]": ours, "torch": stock}
     if importlib.util.find_spec("pytorch_tcn"):
         from pytorch_tcn import TCN
 
@@ -211,7 +211,9 @@ def network_cost(B, C, T, K, levels):
 def train(module, x, grad):
     def run():
         module.zero_grad(set_to_none=True)
-        module(x).backward(grad)
+        y = module(x)
+        y.backward(grad)
+        return y
 
     return run
 
@@ -227,7 +229,12 @@ def bench_tcn_training(B, C, T, K, levels, dropout):
     x, grad = torch.randn(B, C, T), torch.randn(B, C, T)
     flops, moved = network_cost(B, C, T, K, levels)
     modules = networks(C, K, levels, dropout)
-    return Case(contenders(modules, lambda module: train(module, x, grad)), flops=3 * flops, bytes=3 * moved)
+    return Case(
+        contenders(modules, lambda module: train(module, x, grad)),
+        flops=3 * flops,
+        bytes=3 * moved,
+        same=() if dropout else ("torch",),  # each draws masks of its own
+    )
 
 
 @suite(NETWORKS, ["seqaccel[cpp]", "torch", "pytorch-tcn"])
@@ -269,8 +276,16 @@ WAVENETS = [{"B": 1, "C": 64, "T": 16384, "K": 2, "levels": 10}, {"B": 4, "C": 3
 
 
 def wavenets(C, K, levels):
-    ours = snn.WaveNet(C, None, C, C, layers=levels, kernel_size=K)
-    return {"seqaccel[cpp]": ours, "torch": StockWaveNet(C, K, levels)}
+    """Our WaveNet, and torch's with its weights."""
+    ours, stock = snn.WaveNet(C, None, C, C, layers=levels, kernel_size=K), StockWaveNet(C, K, levels)
+    names = {"head.1": "head.3", "head.0": "head.1"}
+    for i in range(levels):
+        names |= {f"layers.{i}.conv": f"gates.{i}", f"layers.{i}.output": f"outputs.{i}"}
+    parts = {name: name.rpartition(".") for name in ours.state_dict()}
+    stock.load_state_dict(
+        {f"{names.get(part, part)}.{kind}": ours.state_dict()[name] for name, (part, _, kind) in parts.items()}
+    )
+    return {"seqaccel[cpp]": ours, "torch": stock}
 
 
 def wavenet_cost(B, C, T, K, levels):
@@ -357,13 +372,15 @@ def bench_tcn_step(B, C, K, levels):
     """One time step: ours from its carried state; torch over the receptive field, as it has no state."""
     modules = networks(C, K, levels, 0.0)
     ours, stock = modules["seqaccel[cpp]"].eval(), modules["torch"].eval()
-    state, x_t = ours.init_state(B), torch.randn(B, C)
     window = torch.randn(B, C, ours.receptive_field)
+    with torch.no_grad():
+        _, state = ours.extend(window[..., :-1], ours.init_state(B))
+    x_t = window[..., -1].contiguous()
     flops, _ = network_cost(B, C, 1, K, levels)
     weights = 2 * levels * C * C * K
     return Case(
         {
-            "seqaccel[cpp]": forced(inference(ours.step, [x_t, state])),
+            "seqaccel[cpp]": forced(inference(lambda x: ours.step(x, state)[0], [x_t])),
             "torch": inference(lambda x: stock(x)[..., -1], [window]),
         },
         flops=flops,

@@ -126,9 +126,10 @@ def bench_lstm_truncated(B, H, T):
         "seqaccel[cpp] whole": inference(ours, x, backend="cpp"),
         "torch": inference(stock, x),
     }
-    truncated, whole, _ = (run()[0] for run in contenders.values())
+    truncated, whole, theirs = (run()[0] for run in contenders.values())
     torch.testing.assert_close(truncated, whole, rtol=0, atol=1e-5)
-    return Case(contenders, **cost(4, B, T, H))
+    torch.testing.assert_close(whole, theirs, rtol=0, atol=1e-5)
+    return Case(contenders, same=(), **cost(4, B, T, H))  # compared above; torch's has a state beside y
 
 
 @suite(
@@ -215,7 +216,9 @@ def bench_session_step(cell, B, H):
         "torch cell": torch.inference_mode()(functools.partial(single, x[0], state)),
     }
     weight = GATES[cell] * 2 * H * H
-    return Case(contenders | peers(stock, x, ("onnxruntime",)), flops=2.0 * B * weight, bytes=4.0 * weight)
+    torch.testing.assert_close(contenders["seqaccel[cpp]"](), contenders["torch"]()[0][0], rtol=0, atol=1e-4)
+    costs = {"flops": 2.0 * B * weight, "bytes": 4.0 * weight}
+    return Case(contenders | peers(stock, x, ("onnxruntime",)), same=(), **costs)  # a session's next step is another
 
 
 def _spin(busy) -> None:
@@ -348,13 +351,15 @@ def bench_lstm_stream(B, H):
         with torch.no_grad(), seqaccel.backend("cpp"):
             state = ours.init_state(B)
             for x_t in x:
-                _, state = ours.step(x_t, state)
+                y, state = ours.step(x_t, state)
+            return y
 
     def run_stock():
         with torch.no_grad():
             state = None
             for t in range(16):
-                _, state = stock(x[t : t + 1], state)
+                y, state = stock(x[t : t + 1], state)
+            return y[0]
 
     return Case({"seqaccel[cpp]": run_ours, "torch": run_stock}, **cost(4, B, 16, H))
 

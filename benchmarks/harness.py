@@ -38,6 +38,7 @@ What is done with a case:
   the case's footprint) are measured before and after. If one moved by more than 10% the run is void: it is repeated, up
   to three times in all, and what is void then is recorded as void and reported so.
 - Our figure is the median round. A peer's figure is its fastest round.
+- Contenders that do the same job (``Case.same``; by default "torch") must return what ours returns.
 - A contender named ``seqaccel[cpp]``, ``[triton]`` or ``[cuda]`` is profiled first: no torch operator of ``STOCK`` may
   run in it.
 - On a GPU the times are those of ``triton.testing.do_bench`` (events, L2 flushed): write ``suite(…, device="cuda")``,
@@ -108,6 +109,7 @@ class Case:
         footprint: bytes of the memory they lie in, where the job goes over it more than once. Default: ``bytes``
         dtype: of the GEMM whose rate is the ceiling.
         forbidden: operators that a contender of ours must not run; a name stands for all that begin with it.
+        same: contenders that do our job, not one of the same purpose: what they return must be what ours returns.
         device: set by ``suite``.
     """
 
@@ -117,6 +119,7 @@ class Case:
     footprint: float | None = None
     dtype: torch.dtype = torch.float32
     forbidden: Sequence[str] = STOCK
+    same: Sequence[str] = ("torch",)
     device: str = "cpu"
 
 
@@ -216,6 +219,27 @@ def assert_own_kernels(function: Callable[[], object], forbidden: Iterable[str] 
     assert not found, f"torch's own operators do the job: {', '.join(found)}"
 
 
+def _tensors(result: object) -> list[torch.Tensor]:
+    """The tensors of a contender's result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result.detach().float()]
+    if isinstance(result, torch.nn.utils.rnn.PackedSequence):
+        return [result.data.detach().float()]
+    return [t for part in result for t in _tensors(part)] if isinstance(result, (tuple, list)) else []
+
+
+def assert_parity(case: Case) -> None:
+    """Asserts that the contenders of ``case.same`` return what ours returns, before anything is timed."""
+    ours, *_ = case.contenders
+    bound = 1e-3 if case.dtype == torch.float32 else 5e-2
+    for name in case.same:
+        if name in case.contenders:
+            expected, found = (_tensors(case.contenders[contender]()) for contender in (name, ours))
+            assert expected and len(found) == len(expected), f"{name} and {ours} return nothing that can be compared"
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=bound * b.abs().max().item())
+
+
 def _rounds_cpu(case: Case, budget: float) -> dict[str, list[float]]:
     """Seconds of one iteration, by contender and round; contenders interleaved."""
     loops, warm_up = {}, {}
@@ -306,6 +330,7 @@ class Measured:
 
 def measure(case: Case, attempts: int = 3) -> Measured:
     """Runs a case; a run whose ceilings moved is repeated, ``attempts`` runs in all."""
+    assert_parity(case)
     for name, function in case.contenders.items():
         if name.startswith(("seqaccel[cpp]", "seqaccel[triton]", "seqaccel[cuda]")):
             assert_own_kernels(function, case.forbidden)
@@ -386,6 +411,7 @@ def suite(
                 case = make(size)
                 if contender not in case.contenders:
                     pytest.skip(f"{contender} is not there on this machine")
+                assert_parity(dataclasses.replace(case, same=[contender] if contender in case.same else ()))
                 benchmark(case.contenders[contender])
                 return
             result = measured(size)

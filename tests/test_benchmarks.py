@@ -27,7 +27,7 @@ from harness import Case, suite
 @suite([dict(n=96)], ["seqaccel[cpp]", "torch", "absent"])
 def bench_product(n):
     a, b = torch.randn(n, n), torch.randn(n, n)
-    contenders = {"seqaccel[cpp]": lambda: a @ b, "torch": lambda: [a @ b for _ in range(20)]}
+    contenders = {"seqaccel[cpp]": lambda: a @ b, "torch": lambda: [a @ b for _ in range(20)][0]}
     return Case(contenders, flops=2 * n**3, bytes=12 * n * n)
 
 @suite([dict()], ["seqaccel[cpp]"])
@@ -43,6 +43,21 @@ def test_own_kernels_are_told_from_torch_operators():
     for function in (lambda: lstm(x), lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x)):
         with pytest.raises(AssertionError, match="torch's own operators do the job"):
             harness.assert_own_kernels(function)
+
+
+def test_contenders_of_one_job_are_compared():
+    x = torch.randn(3, 4)
+
+    def check(theirs, **options):
+        contenders = {"seqaccel[cpp]": lambda: (x, [2 * x]), "torch": lambda: theirs}
+        harness.assert_parity(harness.Case(contenders, flops=1, bytes=1, **options))
+
+    check((x + 1e-6, [2 * x]))
+    check((x + 1, [2 * x]), same=())
+    check((x + 1e-2, [2 * x]), dtype=torch.bfloat16)
+    for wrong in ((x + 1, [2 * x]), (x, [2 * x + 1e-2]), (x,), None):
+        with pytest.raises(AssertionError):
+            check(wrong)
 
 
 def test_figures_ratios_and_void_runs():
