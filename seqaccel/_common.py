@@ -61,6 +61,12 @@ def is_distributed(t: Tensor) -> bool:
     return isinstance(t, DTENSOR)
 
 
+def is_traced(t: Tensor) -> bool:
+    """Whether a choice by the tensor's size is not to be made: a trace would keep it for all sizes, and a DTensor's
+    size is not that of its shards."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_distributed(t)
+
+
 def has_values(t: Tensor) -> bool:
     """Whether the tensor's elements can be looked at: it is neither fake nor on the meta device."""
     return not isinstance(t, torch._subclasses.FakeTensor) and t.device.type != "meta"

@@ -51,7 +51,7 @@ def _convolution(
     x, weight, bias, residual, history, reset, cu_seqlens, stride, dilation, groups, activation, relu, dropout
 ) -> Tensor:
     """y of checked arguments, by the backend that is chosen."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
+    traced = _common.is_traced(x)
     options: dict[str, Any] = {
         "dilation": dilation,
         "groups": groups,

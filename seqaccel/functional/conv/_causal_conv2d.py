@@ -348,8 +348,8 @@ def causal_conv2d(
         "relu": output_activation == "relu",
         "dropout": dropout,
     }
-    prefer, traced = None, torch.compiler.is_compiling() or torch.jit.is_tracing() or _common.is_distributed(x)
-    if x.device.type == "cpu" and groups == 1 and dropout == 0 and reset is None and not traced and x.numel() > 0:
+    prefer, plain = None, groups == 1 and dropout == 0 and reset is None
+    if plain and x.device.type == "cpu" and not _common.is_traced(x) and x.numel() > 0:
         training = _common.needs_grad(x, weight, bias, residual, history)
         prefer = "torch" if _onednn_is_faster(x, weight, training) else None
     backend = backends.choose(NAME, x, BACKENDS, prefer=prefer)

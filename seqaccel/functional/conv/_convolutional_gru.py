@@ -221,7 +221,7 @@ def convolutional_gru(
     x = inputs[0]
     hard, dtype = gates == "hard", x.dtype
     prefer = None
-    if dtype == torch.bfloat16 and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if dtype == torch.bfloat16 and not _common.is_traced(x):
         prefer = "torch" if _onednn_is_faster(x) else None
     backend = backends.choose(NAME, x, BACKENDS, prefer=prefer)
     if backend == "torch" or _onnx.exporting():

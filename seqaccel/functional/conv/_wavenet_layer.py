@@ -336,7 +336,7 @@ def wavenet_layer(
         _arguments.reset(NAME, reset, (x.shape[0], x.shape[2]), x.device)
     arguments = [*operands, reset, dilation, residual]
     prefer = None
-    if x.dtype == torch.bfloat16 and reset is None and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if x.dtype == torch.bfloat16 and reset is None and not _common.is_traced(x):
         prefer = "torch" if _onednn_is_faster(x, weight) else None
     backend = backends.choose(NAME, x, BACKENDS, prefer=prefer)
     context = (weight.shape[2] - 1) * dilation
